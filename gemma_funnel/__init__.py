@@ -1,0 +1,9 @@
+"""Gemma 1 and 2 in JAX, with funnels: shorter sequences for the deep layers."""
+
+from gemma_funnel import flops as flops
+from gemma_funnel.config import FunnelConfig as FunnelConfig
+from gemma_funnel.config import GemmaConfig as GemmaConfig
+from gemma_funnel.convert import load as load
+from gemma_funnel.model import Gemma as Gemma
+
+__version__ = "0.1.0"

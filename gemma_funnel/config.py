@@ -1,0 +1,326 @@
+"""What a model is (`GemmaConfig`) and where it is short (`FunnelConfig`).
+
+Every mistake of configuration is found here, as a `ValueError` that names the
+field, what was found and what was expected, before anything is computed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+ATTENTION_KINDS = ("local", "global")
+POOLS = ("mean",)
+RECOVERIES = ("average", "add", "repeat")
+KERNELS = ("auto", "reference", "blocked", "tokamax", "splash")
+REMATS = ("none", "dots", "block")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _require(ok: bool, message: str) -> None:
+  if not ok:
+    raise ValueError(message)
+
+
+def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+  _require(
+      value in choices, f"{name}={value!r}: expected one of {list(choices)}"
+  )
+
+
+def _require_int(name: str, value: Any, least: int) -> None:
+  _require(
+      isinstance(value, int)
+      and not isinstance(value, bool)
+      and value >= least,
+      f"{name}={value!r}: expected an integer >= {least}",
+  )
+
+
+def _from_mapping(cls, values: Mapping[str, Any]):
+  """Builds dataclass `cls` from a mapping; an unknown key is an error."""
+  known = [f.name for f in dataclasses.fields(cls)]
+  unknown = sorted(set(values) - set(known))
+  _require(
+      not unknown, f"{cls.__name__} has no field {unknown}; it has {known}"
+  )
+  as_tuple = lambda v: tuple(v) if isinstance(v, (list, tuple)) else v
+  return cls(**{k: as_tuple(v) for k, v in values.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class FunnelConfig:
+  """One stage `[start, stop)` of layers that sees a pooled sequence.
+
+  Layers before `start` and from `stop` on see all T tokens; the layers between
+  see one vector for every `stride` tokens. Written and read as the string
+  "start=2,stop=8,stride=2,pool=mean,recover=average", in which all but `start`
+  and `stride` may be left out; "off" is no funnel.
+
+  Attributes:
+    start: the first layer of the stage, >= 0.
+    stop: the first layer after it; None is the model's depth (recover after
+      the last block, before the final norm).
+    stride: tokens a group, >= 1.
+    pool: how a group becomes one vector: "mean".
+    recover: how the full length returns from the deep state u and the state h
+      from before the pooling: "average" (u+h)/2, "add" u+h, "repeat" u.
+  """
+
+  start: int
+  stop: int | None = None
+  stride: int = 2
+  pool: str = "mean"
+  recover: str = "average"
+
+  def __post_init__(self):
+    _require_int("funnel.start", self.start, 0)
+    if self.stop is not None:
+      _require_int("funnel.stop", self.stop, 0)
+      _require(
+          self.start < self.stop,
+          f"funnel.start={self.start} must be below funnel.stop={self.stop}",
+      )
+    _require_int("funnel.stride", self.stride, 1)
+    _require_choice("funnel.pool", self.pool, POOLS)
+    _require_choice("funnel.recover", self.recover, RECOVERIES)
+
+  def resolve(self, num_layers: int) -> "FunnelConfig":
+    """The same funnel with `stop` filled in, checked against the depth.
+
+    Raises:
+      ValueError: the stage does not fit into `num_layers` layers.
+    """
+    stop = num_layers if self.stop is None else self.stop
+    _require(
+        stop <= num_layers,
+        f"funnel.stop={stop} is past the model's {num_layers} layers",
+    )
+    _require(
+        self.start < stop,
+        f"funnel.start={self.start} must be below funnel.stop={stop} "
+        f"(the model has {num_layers} layers)",
+    )
+    return dataclasses.replace(self, stop=stop)
+
+  def __str__(self) -> str:
+    fields = dataclasses.asdict(self)
+    return ",".join(f"{k}={v}" for k, v in fields.items() if v is not None)
+
+  @classmethod
+  def parse(cls, text: str | None) -> "FunnelConfig | None":
+    """Reads the string form; None, "" and "off" are no funnel.
+
+    Raises:
+      ValueError: a key or value that is none, named.
+    """
+    if text is None or text.strip() in ("", "off"):
+      return None
+    values = {}
+    for item in text.split(","):
+      key, equals, value = (part.strip() for part in item.partition("="))
+      _require(
+          bool(equals and value),
+          f"funnel {text!r}: {item!r} is not key=value; expected 'off' or "
+          "e.g. 'start=2,stride=2,recover=average'",
+      )
+      _require(key not in values, f"funnel {text!r}: {key} is given twice")
+      values[key] = _int_or_text(value)
+    _require("start" in values, f"funnel {text!r}: start is missing")
+    return _from_mapping(cls, values)
+
+
+def _int_or_text(value: str) -> int | str:
+  try:
+    return int(value)
+  except ValueError:
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaConfig:
+  """A Gemma 1 or 2, by numbers. Defaults are those common to Gemma 2.
+
+  Attributes:
+    vocab_size: rows of the tied embedding.
+    num_layers: depth L.
+    embed_dim: width D of the residual stream.
+    mlp_dim: hidden width F of each of the gate and the up projection.
+    num_heads: query heads N.
+    num_kv_heads: key/value heads K; N is a multiple of it.
+    head_dim: H, not necessarily D/N.
+    query_pre_attn_scalar: queries are multiplied by its inverse square root.
+    attention_pattern: kinds of attention, cycled over the layers.
+    window: tokens that a local layer sees, itself included (bidirectional:
+      |i - j| < window).
+    attn_softcap, final_softcap: c in c * tanh(x / c) on attention logits and
+      on vocabulary logits; None is no cap.
+    post_norms: RMSNorm after attention and after the MLP too (Gemma 2).
+    rope_base: the base of the rotary frequencies.
+    norm_eps: epsilon within RMSNorm.
+    max_length: the longest sequence, in tokens.
+    param_dtype: what parameters are stored in.
+    dtype: what matrices are multiplied in; norms, softmax statistics and
+      logits are float32 whatever it says.
+    softmax_dtype: what attention logits and weights are held in.
+    kernel: the attention kernel (`attention.KERNELS`); "auto" chooses the best
+      that can do what is asked on the device at hand.
+    scan_layers: layers as one `lax.scan` (fast to compile), or unrolled.
+    remat: what the backward pass recomputes: "none", "dots" (all but matrix
+      products), "block" (everything within a block).
+  """
+
+  vocab_size: int
+  num_layers: int
+  embed_dim: int
+  mlp_dim: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  query_pre_attn_scalar: float
+  attention_pattern: tuple[str, ...] = ATTENTION_KINDS
+  window: int = 4096
+  attn_softcap: float | None = 50.0
+  final_softcap: float | None = 30.0
+  post_norms: bool = True
+  rope_base: float = 10_000.0
+  norm_eps: float = 1e-6
+  max_length: int = 8192
+  param_dtype: str = "float32"
+  dtype: str = "float32"
+  softmax_dtype: str = "float32"
+  kernel: str = "auto"
+  scan_layers: bool = True
+  remat: str = "none"
+
+  def __post_init__(self):
+    for name in (
+        "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads",
+        "num_kv_heads", "head_dim", "window", "max_length",
+    ):  # fmt: skip
+      _require_int(f"model.{name}", getattr(self, name), 1)
+    _require(
+        self.num_heads % self.num_kv_heads == 0,
+        f"model.num_heads={self.num_heads} must be a multiple of "
+        f"model.num_kv_heads={self.num_kv_heads}",
+    )
+    _require(
+        self.head_dim % 2 == 0,
+        f"model.head_dim={self.head_dim}: rotary embeddings need an even one",
+    )
+    for name in ("query_pre_attn_scalar", "rope_base", "norm_eps"):
+      value = getattr(self, name)
+      _require(value > 0, f"model.{name}={value!r}: expected a number > 0")
+    for name in ("attn_softcap", "final_softcap"):
+      value = getattr(self, name)
+      _require(
+          value is None or value > 0,
+          f"model.{name}={value!r}: expected a number > 0, or None for no cap",
+      )
+    _require(
+        len(self.attention_pattern) > 0, "model.attention_pattern is empty"
+    )
+    for kind in self.attention_pattern:
+      _require_choice("model.attention_pattern", kind, ATTENTION_KINDS)
+    for name in ("param_dtype", "dtype", "softmax_dtype"):
+      _require_choice(f"model.{name}", getattr(self, name), DTYPES)
+    _require_choice("model.kernel", self.kernel, KERNELS)
+    _require_choice("model.remat", self.remat, REMATS)
+
+  @property
+  def attention_kinds(self) -> tuple[str, ...]:
+    """The kind of attention of each of the L layers."""
+    pattern = self.attention_pattern
+    return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))
+
+  @property
+  def query_scale(self) -> float:
+    """What queries are multiplied by."""
+    return 1.0 / math.sqrt(self.query_pre_attn_scalar)
+
+  def window_of(self, layer: int) -> int | None:
+    """The window of `layer` in tokens; None where it is global."""
+    return self.window if self.attention_kinds[layer] == "local" else None
+
+  def to_dict(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any]) -> "GemmaConfig":
+    """Builds from a mapping (a ConfigDict too).
+
+    Raises:
+      ValueError: an unknown field, or a value out of range.
+    """
+    return _from_mapping(cls, values)
+
+  @classmethod
+  def preset(cls, name: str, **changes: Any) -> "GemmaConfig":
+    """A named size, with fields replaced by `changes`.
+
+    Raises:
+      ValueError: no preset of that name, or a value out of range.
+    """
+    _require_choice("preset", name, tuple(PRESETS))
+    return _from_mapping(cls, {**PRESETS[name], **changes})
+
+
+def _gemma1(**sizes) -> dict[str, Any]:
+  return dict(
+      vocab_size=256_000, head_dim=256, query_pre_attn_scalar=256.0,
+      attention_pattern=("global",), attn_softcap=None, final_softcap=None,
+      post_norms=False, **sizes,
+  )  # fmt: skip
+
+
+def _gemma2(head_dim=256, query_pre_attn_scalar=256.0, **sizes):
+  return dict(
+      vocab_size=256_000, head_dim=head_dim,
+      query_pre_attn_scalar=query_pre_attn_scalar, **sizes,
+  )  # fmt: skip
+
+
+# The published sizes agree in google-deepmind/gemma, google/gemma_pytorch and
+# Hugging Face's configurations. Two are often got wrong: 9B scales queries by
+# 256 (= head_dim) and not 224 (= D/N), 27B by 144 (= D/N) and not 128.
+PRESETS: dict[str, dict[str, Any]] = {
+    "gemma1_2b": _gemma1(
+        num_layers=18, embed_dim=2048, mlp_dim=16_384, num_heads=8,
+        num_kv_heads=1,
+    ),
+    "gemma1_7b": _gemma1(
+        num_layers=28, embed_dim=3072, mlp_dim=24_576, num_heads=16,
+        num_kv_heads=16,
+    ),
+    "gemma2_2b": _gemma2(
+        num_layers=26, embed_dim=2304, mlp_dim=9216, num_heads=8,
+        num_kv_heads=4,
+    ),
+    "gemma2_9b": _gemma2(
+        num_layers=42, embed_dim=3584, mlp_dim=14_336, num_heads=16,
+        num_kv_heads=8,
+    ),
+    "gemma2_27b": _gemma2(
+        num_layers=46, embed_dim=4608, mlp_dim=36_864, num_heads=32,
+        num_kv_heads=16, head_dim=128, query_pre_attn_scalar=144.0,
+    ),
+    # The shape that latency is compared on with other implementations.
+    "bench": dict(
+        vocab_size=32_768, num_layers=12, embed_dim=768, mlp_dim=3072,
+        num_heads=8, num_kv_heads=4, head_dim=96, query_pre_attn_scalar=96.0,
+        window=512,
+    ),
+    # Learns something in minutes on two CPU cores.
+    "quickstart": dict(
+        vocab_size=4096, num_layers=8, embed_dim=192, mlp_dim=768, num_heads=4,
+        num_kv_heads=2, head_dim=48, query_pre_attn_scalar=48.0, window=128,
+        max_length=4096,
+    ),
+    # For tests. No constant is neutral: the query scale is not head_dim,
+    # head_dim is not D/N, the window is short and both caps are low.
+    "tiny": dict(
+        vocab_size=97, num_layers=4, embed_dim=32, mlp_dim=48, num_heads=4,
+        num_kv_heads=2, head_dim=6, query_pre_attn_scalar=11.0, window=8,
+        attn_softcap=2.0, final_softcap=3.0, max_length=256,
+    ),
+}  # fmt: skip

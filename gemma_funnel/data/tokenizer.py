@@ -1,0 +1,302 @@
+"""A SentencePiece tokenizer with Gemma's special ids, and its training.
+
+Training is lossless by construction: no normalisation, all whitespace kept,
+bytes for characters outside the vocabulary, so `decode(encode(x)) == x`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import io
+import os
+import uuid
+
+from gemma_funnel.data import sources
+import sentencepiece
+
+PAD_ID = 0
+EOS_ID = 1
+BOS_ID = 2
+UNK_ID = 3
+MASK_ID = 4
+MASK_PIECE = "<mask>"
+NUM_SPECIAL = 5
+
+# SentencePiece writes a space as this character, so it cannot tell the
+# character itself from a space; only its UTF-8 bytes as tokens are lossless.
+_SPACE_SYMBOL = "\u2581"
+# SentencePiece skips sentences above a length in bytes: texts are cut.
+_SENTENCE_CHARS = 1000
+_SAMPLE_BYTES = 16 << 20
+
+
+class Tokenizer:
+  """Text to token ids and back. Can be pickled (grain's workers need it)."""
+
+  def __init__(self, model: bytes, name: str = "tokenizer"):
+    """Reads a serialised SentencePiece model.
+
+    Args:
+      model: the content of a `.model` file.
+      name: what error messages call it, such as its path.
+
+    Raises:
+      ValueError: no SentencePiece model, or special ids other than Gemma's.
+    """
+    self._model = bytes(model)
+    self._name = name
+    self._processor = sentencepiece.SentencePieceProcessor()
+    try:
+      self._processor.LoadFromSerializedProto(self._model)
+    except (RuntimeError, OSError) as e:
+      raise ValueError(
+          f"tokenizer {name}: not a SentencePiece model of "
+          f"{len(self._model)} bytes, or a damaged one: {e}"
+      ) from e
+    self._check_special_ids()
+    self._space_symbol_ids = [
+        self._processor.piece_to_id(f"<0x{byte:02X}>")
+        for byte in _SPACE_SYMBOL.encode()
+    ]
+    self._has_bytes = UNK_ID not in self._space_symbol_ids
+
+  def _check_special_ids(self) -> None:
+    sp = self._processor
+    found = dict(
+        pad=sp.pad_id(), eos=sp.eos_id(), bos=sp.bos_id(), unk=sp.unk_id(),
+        mask=sp.piece_to_id(MASK_PIECE),
+    )  # fmt: skip
+    expected = dict(
+        pad=PAD_ID, eos=EOS_ID, bos=BOS_ID, unk=UNK_ID, mask=MASK_ID
+    )
+    if found != expected:
+      raise ValueError(
+          f"tokenizer {self._name}: its special ids are {found}; "
+          f"expected Gemma's, {expected}"
+      )
+
+  @classmethod
+  def load(cls, path: str | os.PathLike) -> "Tokenizer":
+    """Reads a SentencePiece `.model` file.
+
+    Raises:
+      ValueError: the file cannot be read, is no SentencePiece model, or has
+        special ids other than Gemma's.
+    """
+    try:
+      with open(path, "rb") as f:
+        model = f.read()
+    except OSError as e:
+      raise ValueError(
+          f"tokenizer {os.fspath(path)}: cannot be read: {e.strerror}; "
+          "expected a SentencePiece model"
+      ) from e
+    return cls(model, os.fspath(path))
+
+  def __reduce__(self):
+    return Tokenizer, (self._model, self._name)
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of pieces, special ones included; ids are below it."""
+    return self._processor.vocab_size()
+
+  @property
+  def name(self) -> str:
+    """What error messages call the tokenizer: its path if it has one."""
+    return self._name
+
+  def encode(self, text: str) -> list[int]:
+    """The token ids of `text`, without BOS and EOS.
+
+    Raises:
+      ValueError: a lone surrogate, which UTF-8 cannot express.
+    """
+    if _SPACE_SYMBOL not in text or not self._has_bytes:
+      return self._processor.encode(text)
+    first, *rest = text.split(_SPACE_SYMBOL)
+    ids = self._processor.encode(first)
+    for part in rest:
+      ids += self._space_symbol_ids
+      ids += self._processor.encode(part)
+    return ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of token ids (ints or numpy integers); special ids are dropped.
+
+    Bytes that are not valid UTF-8 become U+FFFD.
+
+    Raises:
+      ValueError: an id outside of the vocabulary.
+    """
+    sp = self._processor
+    kept = []
+    for i in map(int, ids):
+      if not 0 <= i < self.vocab_size:
+        raise ValueError(
+            f"token id {i}: tokenizer {self._name} has ids 0 to "
+            f"{self.vocab_size - 1}"
+        )
+      if i >= NUM_SPECIAL and not sp.is_control(i):
+        kept.append(i)
+    return sp.decode(kept)
+
+
+def _sample(
+    documents: Sequence[sources.Document], max_bytes: int
+) -> Iterator[str]:
+  """Sentences of whole documents in the order of their keys' hashes."""
+  by_hash = sorted(
+      documents, key=lambda d: hashlib.sha256(d.key.encode()).digest()
+  )
+  size = 0
+  for document in by_hash:
+    # Sentences keep their line ends, or none would be part of a piece.
+    for start in range(0, len(document.text), _SENTENCE_CHARS):
+      yield document.text[start : start + _SENTENCE_CHARS]
+      size += len(document.text[start : start + _SENTENCE_CHARS].encode())
+      if size >= max_bytes:
+        return
+
+
+def _write_atomically(path: str, content: bytes) -> None:
+  """Writes a file that is either whole or not there."""
+  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+  temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+  try:
+    with open(temporary, "wb") as f:
+      f.write(content)
+    os.replace(temporary, path)
+  finally:
+    if os.path.exists(temporary):
+      os.remove(temporary)
+
+
+def _train_model(sentences: Iterator[str], vocab_size: int) -> bytes:
+  """A serialised SentencePiece model with Gemma's special ids."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=sentences,
+      model_writer=model,
+      vocab_size=vocab_size,
+      model_type="bpe",
+      byte_fallback=True,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      split_digits=True,
+      # A character has at most 4 bytes of UTF-8.
+      max_sentence_length=4 * _SENTENCE_CHARS + 1,
+      pad_id=PAD_ID,
+      eos_id=EOS_ID,
+      bos_id=BOS_ID,
+      unk_id=UNK_ID,
+      # A control symbol never matches text, so "<mask>" in text is kept.
+      control_symbols=[MASK_PIECE],
+      num_threads=os.cpu_count() or 1,
+      minloglevel=2,
+  )
+  return model.getvalue()
+
+
+def train(
+    documents: Sequence[sources.Document],
+    vocab_size: int,
+    path: str | os.PathLike,
+    *,
+    sample_bytes: int = _SAMPLE_BYTES,
+) -> Tokenizer:
+  """Trains a lossless byte-pair tokenizer and writes it to `path`.
+
+  The result depends on the documents alone, not on their order or the number
+  of cores, so that several processes may train the same file at once. Of a
+  corpus above `sample_bytes`, that many bytes are used: whole documents, in
+  the order of a hash of their keys.
+
+  Args:
+    documents: the training split.
+    vocab_size: pieces of the result, among them 5 special ones, 256 bytes and
+      the characters of the text.
+    path: where to write the model; directories are made.
+    sample_bytes: UTF-8 bytes of text to train on at most.
+
+  Returns:
+    The tokenizer.
+
+  Raises:
+    ValueError: no documents, or `vocab_size` is too small for the characters
+      of the text or too large for its amount.
+  """
+  if not documents:
+    raise ValueError(f"tokenizer {os.fspath(path)}: no documents to train on")
+  try:
+    model = _train_model(_sample(documents, sample_bytes), vocab_size)
+  except (RuntimeError, OSError) as e:
+    raise ValueError(
+        f"vocab_size={vocab_size}: cannot train a tokenizer of that size on "
+        f"{len(documents)} documents: {e}"
+    ) from e
+  _write_atomically(os.fspath(path), model)
+  return Tokenizer(model, os.fspath(path))
+
+
+def find_tokenizer(
+    path: str | os.PathLike | None,
+    cache_path: str | os.PathLike,
+    vocab_size: int,
+) -> Tokenizer | None:
+  """The tokenizer at `path`, else the one at `cache_path`, else None.
+
+  Args:
+    path: a SentencePiece model, or None.
+    cache_path: where an earlier run has kept the tokenizer it trained.
+    vocab_size: the model's. A tokenizer from `path` may have fewer pieces, the
+      cached one must have as many.
+
+  Raises:
+    ValueError: a file that cannot be loaded, or with another number of pieces.
+  """
+  if path:
+    found = Tokenizer.load(path)
+    if found.vocab_size > vocab_size:
+      raise ValueError(
+          f"tokenizer {found.name} has {found.vocab_size} pieces, the model "
+          f"has vocab_size={vocab_size}; expected at least as many"
+      )
+    return found
+  if not os.path.exists(cache_path):
+    return None
+  found = Tokenizer.load(cache_path)
+  if found.vocab_size != vocab_size:
+    raise ValueError(
+        f"tokenizer {found.name} was trained with {found.vocab_size} pieces, "
+        f"the model has vocab_size={vocab_size}; delete the file, or use "
+        f"vocab_size={found.vocab_size}"
+    )
+  return found
+
+
+def get_tokenizer(
+    path: str | os.PathLike | None,
+    cache_path: str | os.PathLike,
+    train_documents: Sequence[sources.Document],
+    vocab_size: int,
+) -> Tokenizer:
+  """Loads the tokenizer at `path` or `cache_path`, or trains the latter.
+
+  Args:
+    path: a SentencePiece model, or None.
+    cache_path: read if it exists, else trained and written.
+    train_documents: what to train on.
+    vocab_size: the model's; see `find_tokenizer`.
+
+  Returns:
+    A tokenizer with ids below `vocab_size`.
+
+  Raises:
+    ValueError: see `find_tokenizer` and `train`.
+  """
+  found = find_tokenizer(path, cache_path, vocab_size)
+  if found is None:
+    found = train(train_documents, vocab_size, cache_path)
+  return found

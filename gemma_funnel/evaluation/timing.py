@@ -1,0 +1,234 @@
+"""Times of programs that are to be compared with each other.
+
+All are compiled first; then come rounds in which each of them runs once, in an
+order drawn anew. A machine that slows down meanwhile slows down all of them,
+and the ratio of two times of one round does not see it: the measured reduction
+is 1 less the median of those ratios.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+Row = dict[str, Any]
+Log = Callable[[str], None]
+Clock = Callable[[], float]
+
+
+def _log(line: str) -> None:
+  print(line, flush=True)
+
+
+def require_ints(name: str, values: Any, least: int) -> None:
+  """Checks each of `values`, a sequence that is not empty."""
+  if not isinstance(values, (tuple, list)) or not values:
+    raise ValueError(f"{name}={values!r}: expected one value at least")
+  for value in values:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or value < least:
+      raise ValueError(f"{name}: found {value!r}, expected integers >= {least}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """How times are taken.
+
+  Attributes:
+    repeats: rounds that count, >= 1.
+    warmup: rounds before them that do not, >= 0.
+    seed: of the order within rounds, and of random inputs, >= 0.
+    clock: seconds.
+    log: what progress lines go to.
+  """
+
+  repeats: int = 9
+  warmup: int = 2
+  seed: int = 0
+  clock: Clock = time.perf_counter
+  log: Log = _log
+
+  def __post_init__(self):
+    require_ints("repeats", (self.repeats,), 1)
+    require_ints("warmup", (self.warmup,), 0)
+    require_ints("seed", (self.seed,), 0)
+
+
+DEFAULT_PROTOCOL = Protocol()
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled program with its arguments.
+
+  Attributes:
+    call: runs it.
+    compile_s: seconds that compiling took.
+    peak_bytes: memory for arguments, results and temporaries; None where the
+      backend does not say.
+  """
+
+  call: Callable[[], Any]
+  compile_s: float
+  peak_bytes: int | None
+
+
+def compile_program(
+    function: Callable[..., Any], *args: Any, clock: Clock = time.perf_counter
+) -> Program:
+  """Compiles `function` for `args`, of which none becomes a constant.
+
+  Args:
+    function: traceable.
+    *args: trees of arrays.
+    clock: seconds.
+  """
+  start = clock()
+  compiled = jax.jit(function).lower(*args).compile()
+  compile_s = clock() - start
+  memory = compiled.memory_analysis()
+  peak_bytes = None
+  if memory is not None:
+    peak_bytes = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+  return Program(functools.partial(compiled, *args), compile_s, peak_bytes)
+
+
+def time_interleaved(
+    calls: Mapping[Hashable, Callable[[], Any]], protocol: Protocol
+) -> tuple[dict[Hashable, list[float]], dict[Hashable, str]]:
+  """Times calls in rounds, each call once a round, in a random order.
+
+  Args:
+    calls: what to time; results are waited for, and dropped.
+    protocol: how.
+
+  Returns:
+    Seconds of each call, one for each of `protocol.repeats` rounds, so that
+    entry i of all is of one round; and errors of calls that failed, which are
+    not run again and have no times.
+  """
+  rng = np.random.default_rng(protocol.seed)
+  times = {key: [] for key in calls}
+  errors = {}
+  for number in range(protocol.warmup + protocol.repeats):
+    keys = list(times)
+    for index in rng.permutation(len(keys)):
+      key = keys[index]
+      start = protocol.clock()
+      try:
+        jax.block_until_ready(calls[key]())
+      except Exception as e:  # Such as out of memory: the others go on.
+        errors[key] = _one_line(e)
+        del times[key]
+        continue
+      elapsed = protocol.clock() - start
+      if number >= protocol.warmup:
+        times[key].append(elapsed)
+  return times, errors
+
+
+def summarize(times: Sequence[float], baseline: Sequence[float] | None) -> Row:
+  """Statistics of one variant's times.
+
+  Args:
+    times: seconds, one a round.
+    baseline: those of what to compare with, in the same rounds; or None.
+
+  Returns:
+    `latency_s`, the median; `spread`, the interquartile range over it;
+    `reduction`, 1 - median of the rounds' time / baseline;
+    `reduction_quartiles` of 1 - these ratios, low and high; and
+    `reduction_of_medians`, which has the drift between rounds in it.
+  """
+  low, median, high = (float(q) for q in np.quantile(times, (0.25, 0.5, 0.75)))
+  row = {
+      "latency_s": median,
+      "spread": (high - low) / median,
+      "reduction": None,
+      "reduction_quartiles": None,
+      "reduction_of_medians": None,
+      "times_s": list(times),
+  }
+  if baseline is not None:
+    saved = 1 - np.asarray(times) / np.asarray(baseline)
+    quartiles = np.quantile(saved, (0.25, 0.75))
+    row["reduction"] = float(np.median(saved))
+    row["reduction_quartiles"] = [float(q) for q in quartiles]
+    row["reduction_of_medians"] = 1 - median / float(np.median(baseline))
+  return row
+
+
+def _one_line(error: Exception) -> str:
+  text = " ".join(str(error).split())
+  return f"{type(error).__name__}: {text[:200]}"
+
+
+def measure_together(
+    builders: Mapping[Hashable, Callable[[], Program]],
+    baselines: Mapping[Hashable, Hashable],
+    protocol: Protocol,
+) -> dict[Hashable, Row]:
+  """Compiles and times programs that are to be compared with each other.
+
+  Args:
+    builders: compile each of them.
+    baselines: the key of what each is compared with.
+    protocol: how times are taken.
+
+  Returns:
+    Of each: what `summarize` gives, `compile_s`, `peak_bytes` and `error`. A
+    failure is the error of its row, and the others' times are not affected.
+  """
+  programs, errors = {}, {}
+  for key, build in builders.items():
+    try:
+      programs[key] = build()
+    except Exception as e:  # Such as out of memory: the others go on.
+      errors[key] = _one_line(e)
+  times, failed = time_interleaved(
+      {key: program.call for key, program in programs.items()}, protocol
+  )
+  errors.update(failed)
+  for key, error in errors.items():
+    protocol.log(f"  {key} failed: {error}")
+  rows = {}
+  for key in builders:
+    row = {"error": errors.get(key)}
+    if key in programs:
+      row["compile_s"] = programs[key].compile_s
+      row["peak_bytes"] = programs[key].peak_bytes
+    if key in times:
+      row |= summarize(times[key], times.get(baselines[key]))
+    rows[key] = row
+  return rows
+
+
+class Progress:
+  """Says what is next, and how long the rest takes, judged by its FLOPs."""
+
+  def __init__(self, work: Mapping[Hashable, float], protocol: Protocol):
+    self._work = work
+    self._protocol = protocol
+    self._start = protocol.clock()
+    self._done = 0.0
+    self._count = 0
+
+  def cell(self, key: Hashable, text: str) -> None:
+    """Announces a cell of the sweep."""
+    line = f"[{self._count + 1}/{len(self._work)}] {text}"
+    if self._done:
+      elapsed = self._protocol.clock() - self._start
+      rest = sum(self._work.values()) - self._done
+      line += f" (about {elapsed * rest / self._done:.0f} s left)"
+    self._protocol.log(line)
+    self._done += self._work[key]
+    self._count += 1

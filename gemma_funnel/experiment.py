@@ -1,0 +1,90 @@
+"""One run from end to end: train, measure on held-out text, time the funnel."""
+
+import functools
+
+from flax import nnx
+import jax
+import ml_collections
+
+from gemma_funnel.data import pipeline
+from gemma_funnel.evaluation import accuracy
+from gemma_funnel.evaluation import latency
+from gemma_funnel.evaluation import plots
+from gemma_funnel.evaluation import report
+from gemma_funnel.evaluation import timing
+from gemma_funnel.model import Gemma
+from gemma_funnel.training import loop
+
+
+def run(config: ml_collections.ConfigDict) -> None:
+  """Trains as `loop.train` does; a finished run is then measured whole.
+
+  Prints a table of held-out bits per byte and one of latency with the funnel
+  and without; heldout.* and latency.* in the run's folder hold the same.
+
+  Raises:
+    ValueError, FloatingPointError: see `loop.train`.
+  """
+  result = loop.train(config, _sampled_evaluator)
+  if not result.finished or jax.process_index() != 0:
+    return
+  _report_heldout(config, result)
+  if config.latency.repeats and result.model.funnel is not None:
+    _report_latency(config, result.model)
+
+
+def _heldout(config, corpus, funnel, max_documents=None) -> pipeline.HeldOut:
+  return pipeline.heldout_batches(
+      corpus.heldout,
+      corpus.tokenizer,
+      batch_size=config.batch_size,
+      length=config.length,
+      align=funnel.stride if funnel else 1,
+      max_documents=max_documents,
+  )
+
+
+def _sampled_evaluator(corpus: pipeline.Corpus, setup: loop.Setup):
+  """Measures a sample of the held-out documents while training."""
+  config = setup.config
+  heldout = _heldout(config, corpus, setup.funnel, config.eval_documents)
+  return functools.partial(
+      accuracy.evaluate, heldout=heldout, chunk=config.loss_chunk
+  )
+
+
+def _report_heldout(config, result: loop.Result) -> None:
+  heldout = _heldout(
+      config, result.corpus, result.model.funnel, config.heldout_documents
+  )
+  rows = accuracy.measure(
+      result.model, (accuracy.TRAINED,), heldout, config.loss_chunk
+  )
+  report.write(
+      config.workdir, "heldout", rows, accuracy.COLUMNS,
+      f"Held-out text after {result.steps} steps", plots.accuracy,
+      notes=[
+          f"{heldout.num_documents} documents, {heldout.num_bytes:,} bytes. "
+          "Unigram: the least that token frequencies alone allow."
+      ],
+  )  # fmt: skip
+
+
+def _report_latency(config, model: Gemma) -> None:
+  rows = latency.measure(
+      _on_one_device(model),
+      (config.funnel,),
+      batch_sizes=(config.latency.batch_size,),
+      lengths=(config.latency.length,),
+      protocol=timing.Protocol(config.latency.repeats, 2, config.seed),
+  )
+  report.write(
+      config.workdir, "latency", rows, latency.COLUMNS,
+      "Latency of the trained model", plots.latency,
+  )  # fmt: skip
+
+
+def _on_one_device(model: Gemma) -> Gemma:
+  return nnx.merge(
+      nnx.graphdef(model), jax.device_put(nnx.state(model), jax.devices()[0])
+  )

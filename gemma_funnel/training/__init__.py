@@ -1,0 +1,1 @@
+"""Training: objectives, optimizer, sharding, checkpoints, the loop."""

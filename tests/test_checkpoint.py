@@ -1,0 +1,413 @@
+"""Checkpoints: what is read is what was written, or the one before it."""
+
+import json
+import os
+import pathlib
+import shutil
+
+from flax import nnx
+from gemma_funnel.config import GemmaConfig
+from gemma_funnel.model import Gemma
+from gemma_funnel.training import checkpoint as checkpoint_lib
+from gemma_funnel.training import loop
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+
+def _no_evaluator(corpus, setup):
+  del corpus, setup
+  return lambda model: {"loss": 0.0, "bits_per_byte": 0.0}
+
+
+def _params(model):
+  return jax.device_get(nnx.to_pure_dict(nnx.state(model)))
+
+
+def _same(tree, other):
+  leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
+  return len(leaves) == len(others) and all(
+      a.dtype == b.dtype and np.array_equal(a, b)
+      for a, b in zip(leaves, others, strict=True)
+  )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  return tiny_run.write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def trained(source, tmp_path_factory):
+  """(folder, result) of a run with checkpoints 4, 8 and 12."""
+  folder = tmp_path_factory.mktemp("checkpoint") / "run"
+  result = loop.train(tiny_run.make_config(folder, source), _no_evaluator)
+  return folder, result
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+  """The same run in a folder to damage."""
+  return pathlib.Path(shutil.copytree(trained[0], tmp_path / "run"))
+
+
+def _only(folder, step):
+  for path in (folder / checkpoint_lib.FOLDER).iterdir():
+    if path.name != str(step):
+      shutil.rmtree(path)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def by_step(trained, tmp_path_factory):
+  """Parameters of each checkpoint, each read from a folder of its own."""
+  read = {}
+  for step in (4, 8, 12):
+    folder = tmp_path_factory.mktemp("only") / "run"
+    _only(pathlib.Path(shutil.copytree(trained[0], folder)), step)
+    run = checkpoint_lib.load_run(folder)
+    assert run.step == step
+    read[step] = _params(run.model)
+  return read
+
+
+def _tokens():
+  return jnp.asarray(np.random.default_rng(0).integers(5, 512, (2, 16)))
+
+
+def test_a_loaded_run_is_the_trained_model(trained, source):
+  folder, result = trained
+  run = checkpoint_lib.load_run(folder)
+  assert run.step == 12 == result.steps
+  assert run.tokenizer_path == str(folder / "tokenizer.model")
+  assert run.config.data.source == source
+  assert str(run.model.funnel) == str(result.model.funnel)
+  assert "start=1,stop=2,stride=2" in str(run.model.funnel)
+  assert _same(_params(run.model), _params(result.model))
+  params = jax.device_put(nnx.state(result.model), jax.devices()[0])
+  model = nnx.merge(nnx.graphdef(result.model), params)
+  np.testing.assert_array_equal(run.model(_tokens()), model(_tokens()))
+
+
+def test_checkpoints_hold_the_parameters_of_their_own_step(
+    by_step, source, tmp_path
+):
+  # Their buffers are donated while they are being written.
+  for step in (4, 8):
+    config = tiny_run.make_config(tmp_path / str(step), source)
+    stopped = _stop_at(config, step)
+    assert stopped.steps == step and not stopped.finished
+    assert _same(by_step[step], _params(stopped.model))
+  assert not _same(by_step[4], by_step[8])
+
+
+def _stop_at(config, step):
+  """Trains until a SIGTERM after `step` steps."""
+  config.eval_every = step
+
+  def make_evaluator(corpus, setup):
+    del corpus, setup
+
+    def evaluate(model):
+      del model
+      os.kill(os.getpid(), 15)
+      return {"loss": 0.0, "bits_per_byte": 0.0}
+
+    return evaluate
+
+  return loop.train(config, make_evaluator)
+
+
+def test_a_run_is_loaded_with_another_funnel(trained):
+  folder, result = trained
+  off = checkpoint_lib.load_model(folder, "off")
+  other = checkpoint_lib.load_model(folder, "start=0,stride=3,recover=add")
+  trained_with = checkpoint_lib.load_model(folder)
+  assert off.funnel is None
+  assert (other.funnel.start, other.funnel.stride) == (0, 3)
+  for model in (off, other, trained_with):
+    assert _same(_params(model), _params(result.model))
+  logits = [m(_tokens()) for m in (off, other, trained_with)]
+  assert np.max(np.abs(logits[0] - logits[1])) > 1e-3
+  assert np.max(np.abs(logits[0] - logits[2])) > 1e-3
+  with_funnel = off.with_funnel("start=1,stride=2")
+  np.testing.assert_array_equal(with_funnel(_tokens()), logits[2])
+
+
+def test_a_run_is_loaded_in_another_dtype(trained):
+  folder, result = trained
+  model = checkpoint_lib.load_model(folder, dtype="bfloat16")
+  assert model.config.dtype == model.config.param_dtype == "bfloat16"
+  rounded = jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16), _params(result.model)
+  )
+  assert _same(_params(model), rounded)
+  exact = checkpoint_lib.load_model(folder)(_tokens())
+  assert 0 < np.max(np.abs(model(_tokens()) - exact)) < 0.1
+
+
+@pytest.mark.parametrize(
+    "funnel, text",
+    [
+        ("start=2,stride=2", "funnel.start=2.*2 layers"),
+        ("start=0,stop=5", "funnel.stop=5 is past the model's 2 layers"),
+        ("begin=1", "start is missing"),
+    ],
+)
+def test_a_funnel_that_does_not_fit_is_refused(trained, funnel, text):
+  with pytest.raises(ValueError, match=text):
+    checkpoint_lib.load_run(trained[0], funnel)
+
+
+def test_a_dtype_that_is_none_is_refused(trained):
+  with pytest.raises(ValueError, match="dtype='int7'"):
+    checkpoint_lib.load_run(trained[0], dtype="int7")
+
+
+def test_a_path_that_is_no_run_is_refused(tmp_path, copy):
+  for path in (tmp_path / "nothing", tmp_path):
+    with pytest.raises(ValueError, match="no run: it has no folder"):
+      checkpoint_lib.load_run(path)
+  (copy / "config.json").unlink()
+  with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+    checkpoint_lib.load_run(copy)
+
+
+def test_reading_a_run_changes_nothing_in_it(copy):
+  _truncate(_newest_data_file(copy))
+  (copy / "checkpoints" / "16.orbax-checkpoint-tmp").mkdir()  # Being saved.
+  files = lambda: {
+      str(p): p.read_bytes() if p.is_file() else None for p in copy.rglob("*")
+  }
+  before = files()
+  assert checkpoint_lib.load_run(copy).step == 8
+  assert files() == before
+
+
+# Damages: what a disk, a full disk or a copy that was cut short leaves.
+def _truncate(path):
+  content = path.read_bytes()
+  path.write_bytes(content[: len(content) // 2])
+
+
+def _delete(path):
+  path.unlink()
+
+
+def _zero(path):
+  path.write_bytes(bytes(path.stat().st_size))
+
+
+def _flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 0x10
+  path.write_bytes(content)
+
+
+DAMAGES = (_truncate, _delete, _zero, _flip)
+
+
+def _files(folder, step):
+  found = (folder / checkpoint_lib.FOLDER / str(step)).rglob("*")
+  return sorted(p for p in found if p.is_file())
+
+
+def _newest_data_file(folder, step=12):
+  return max(_files(folder, step), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+def test_damage_of_any_file_never_changes_what_is_read(
+    damage, trained, by_step, tmp_path, capsys
+):
+  names = [p.relative_to(trained[0]) for p in _files(trained[0], 12)]
+  names = [n for n in names if (trained[0] / n).stat().st_size > 0]
+  assert len(names) > 15
+  fallbacks = 0
+  for number, name in enumerate(names):
+    folder = tmp_path / str(number)
+    shutil.copytree(trained[0], folder)
+    damage(folder / name)
+    capsys.readouterr()
+    run = checkpoint_lib.load_run(folder)
+    said = capsys.readouterr().out
+    assert _same(_params(run.model), by_step[run.step]), name
+    if run.step == 12:
+      # These two are Orbax's notes on the whole, and hold no numbers.
+      assert name.parent.name == "12" and name.name != "sums.json", name
+      assert said == "", name
+    else:
+      fallbacks += 1
+      assert run.step == 8, name
+      assert said.count("\n") == 1 and "checkpoint 12 is damaged" in said, name
+  assert fallbacks >= len(names) - 2
+
+
+def _restore(folder, source):
+  """What a training run restores: (step, params, data state)."""
+  config = tiny_run.make_config(folder, source)
+  setup = loop.make_setup(config)
+  corpus = loop.pipeline.load_corpus(config.data, 512, folder)
+  data = loop.pipeline.train_iterator(
+      corpus.train, corpus.tokenizer, batch_size=8, length=32, align=2, seed=0
+  )
+  with checkpoint_lib.Checkpoints(folder, keep=3) as checkpoints:
+    abstract = loop.make_init(setup)[1]
+    step, params, _ = checkpoints.restore(*abstract, data)
+    return step, jax.device_get(params), next(data)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_saved_again(
+    copy, source, trained, by_step, capsys
+):
+  intact = _restore(copy, source)
+  assert intact[0] == 12
+  _truncate(_newest_data_file(copy))
+  step, params, batch = _restore(copy, source)
+  assert step == 8 and _same(params, by_step[8])
+  assert not np.array_equal(batch["tokens"], intact[2]["tokens"])
+  out = capsys.readouterr().out
+  assert out.count("checkpoint 12 is damaged") == 1
+  assert "using 8 instead" in out
+  names = sorted(os.listdir(copy / "checkpoints"))
+  assert names == ["12.damaged", "4", "8"]
+  # The run takes the steps after 8 again, and ends where it had ended.
+  result = loop.train(tiny_run.make_config(copy, source), _no_evaluator)
+  assert _same(_params(result.model), _params(trained[1].model))
+  assert checkpoint_lib.load_run(copy).step == 12
+  # And once more: the name is taken.
+  _truncate(_newest_data_file(copy))
+  assert _restore(copy, source)[0] == 8
+  assert (copy / "checkpoints" / "12.damaged1").is_dir()
+
+
+@pytest.mark.parametrize(
+    "name", ["data/process_0-of-1.json", "opt_state/_METADATA", "sums.json"]
+)
+def test_a_resuming_run_needs_all_of_a_checkpoint(
+    name, copy, source, by_step, capsys
+):
+  _zero(copy / "checkpoints" / "12" / name)
+  step, params, _ = _restore(copy, source)
+  assert step == 8 and _same(params, by_step[8])
+  assert "checkpoint 12 is damaged" in capsys.readouterr().out
+
+
+def test_nothing_intact_is_an_error_that_names_them(copy, source):
+  for step in (4, 8, 12):
+    _truncate(_newest_data_file(copy, step))
+  for read in (
+      lambda: checkpoint_lib.load_run(copy),
+      lambda: _restore(copy, source),
+      lambda: loop.train(tiny_run.make_config(copy, source), _no_evaluator),
+  ):
+    with pytest.raises(ValueError, match="no checkpoint.*12: .*8: .*4: ") as e:
+      read()
+    assert "\n" not in str(e.value)
+  assert sorted(os.listdir(copy / "checkpoints")) == ["12", "4", "8"]
+
+
+def test_a_folder_without_checkpoints_is_no_run_to_load(copy):
+  _only(copy, None)
+  with pytest.raises(ValueError, match="no checkpoint in .*: it is empty"):
+    checkpoint_lib.load_run(copy)
+
+
+def test_what_a_killed_save_left_is_removed(copy, source):
+  left = copy / "checkpoints" / "16.orbax-checkpoint-tmp"
+  shutil.copytree(copy / "checkpoints" / "12", left)
+  assert _restore(copy, source)[0] == 12
+  assert not left.exists()
+
+
+def test_old_checkpoints_are_dropped(source, tmp_path):
+  config = tiny_run.make_config(
+      tmp_path / "run", source, steps=4, checkpoint_every=1, keep=2
+  )
+  loop.train(config, _no_evaluator)
+  assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["3", "4"]
+
+
+def _config(workdir, **changes):
+  return tiny_run.make_config(workdir, "corpus.txt", **changes)
+
+
+def test_a_workdir_is_claimed_once(tmp_path):
+  config = _config(tmp_path / "run")
+  checkpoint_lib.claim_workdir(config)
+  written = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert written == json.loads(config.to_json())
+  checkpoint_lib.claim_workdir(config)
+  assert os.listdir(tmp_path / "run") == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 13}, {"batch_size": 16}, {"length": 64}, {"seed": 1},
+        {"funnel": "off"}, {"loss_chunk": 8}, {"z_loss": 0.0},
+        {"model.dtype": "bfloat16"}, {"optimizer.b2": 0.9},
+        {"data.seed": 1}, {"data.num_workers": 1}, {"data.tokenizer": "x"},
+        {"mesh.fsdp": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_workdir_of_another_run_is_refused(changes, tmp_path):
+  checkpoint_lib.claim_workdir(_config(tmp_path))
+  (tmp_path / "tokenizer.model").write_text("")
+  config = _config(tmp_path, **changes)
+  with pytest.raises(ValueError) as error:
+    checkpoint_lib.claim_workdir(config)
+  (key,) = changes
+  text = str(error.value)
+  assert f"{key}: " in text and text.count(" / ") == 2 and "\n" not in text
+
+
+def test_what_changes_no_number_may_change(tmp_path):
+  checkpoint_lib.claim_workdir(_config(tmp_path / "run"))
+  (tmp_path / "run" / "checkpoints").mkdir()
+  changes = {
+      "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "keep": 1,
+      "tensorboard": True, "latency.repeats": 3, "heldout_documents": 9,
+      "eval_documents": 3,
+  }  # fmt: skip
+  checkpoint_lib.claim_workdir(_config(tmp_path / "run", **changes))
+  moved = (tmp_path / "run").rename(tmp_path / "moved")
+  checkpoint_lib.claim_workdir(_config(moved))
+
+
+def test_workdirs_that_cannot_be_claimed(tmp_path):
+  file = tmp_path / "file"
+  file.write_text("")
+  with pytest.raises(ValueError, match="is a file"):
+    checkpoint_lib.claim_workdir(_config(file))
+  with pytest.raises(ValueError, match="cannot be written to: Not a dir"):
+    checkpoint_lib.claim_workdir(_config(file / "run"))
+  for content in ("{", "\0\0", "[]"):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json is no"):
+      checkpoint_lib.claim_workdir(_config(tmp_path))
+  (tmp_path / "config.json").unlink()
+  for name in ("checkpoints", "tokenizer.model"):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"but no config\.json"):
+      checkpoint_lib.claim_workdir(_config(tmp_path))
+    (tmp_path / name).rmdir()
+
+
+def test_a_call_that_failed_early_may_be_corrected(tmp_path):
+  checkpoint_lib.claim_workdir(_config(tmp_path, **{"data.source": "wrong"}))
+  checkpoint_lib.claim_workdir(_config(tmp_path))
+  written = json.loads((tmp_path / "config.json").read_text())
+  assert written["data"]["source"] == "corpus.txt"
+
+
+def test_parameters_fit_any_funnel_of_the_same_sizes(trained):
+  config = GemmaConfig.from_dict(checkpoint_lib.load_run(trained[0]).config.model)
+  shapes = lambda funnel: jax.tree.map(
+      lambda x: x.shape, nnx.to_pure_dict(nnx.state(Gemma.abstract(config, funnel)))
+  )
+  assert shapes(None) == shapes("start=1,stride=2")

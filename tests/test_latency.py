@@ -1,0 +1,376 @@
+"""Latency: rows that agree with themselves, their FLOPs and a planted clock."""
+
+import importlib.util
+import json
+import pathlib
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_funnel import convert, evaluation, flops
+from gemma_funnel.config import PRESETS, FunnelConfig, GemmaConfig
+from gemma_funnel.evaluation import funnels, latency, plots, timing
+from gemma_funnel.model import Gemma
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = GemmaConfig.preset("tiny")
+FUNNELS = ("start=1,stride=2", "start=1,stop=3,stride=3,recover=add")
+
+
+def get_config(preset="tiny", **changes):
+  path = ROOT / "configs" / "eval_latency.py"
+  spec = importlib.util.spec_from_file_location("eval_latency", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(preset)
+  config.update(changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def model():
+  return latency.random_model(TINY)
+
+
+class FakeDevice:
+  """Stands in for the compiler: programs of given costs on a planted clock."""
+
+  def __init__(self, monkeypatch, cost):
+    self.now = 0.0
+    self.functions = []
+
+    def compile_program(function, *args, clock):
+      del clock
+      self.functions.append((function, args))
+      # Functions are partial(_forward, graphdef, head, causal).
+      graphdef, head, _ = function.args
+      funnel = nnx.merge(graphdef, args[0]).funnel
+      seconds = cost(funnel, head, args[1].shape)
+
+      def call():
+        self.now += seconds
+        return jnp.zeros(())
+
+      return timing.Program(call, 0.0, 100)
+
+    monkeypatch.setattr(timing, "compile_program", compile_program)
+
+  def protocol(self, **kwargs):
+    return timing.Protocol(
+        clock=lambda: self.now, log=lambda line: None, **kwargs
+    )
+
+
+def test_a_planted_clock_gives_its_rows(model, monkeypatch):
+  def cost(funnel, head, shape):
+    stride = funnel.stride if funnel else 1
+    return shape[0] * shape[1] / stride + (100 if head else 0)
+
+  device = FakeDevice(monkeypatch, cost)
+  rows = latency.measure(
+      model, FUNNELS, batch_sizes=(2,), lengths=(12, 24),
+      protocol=device.protocol(repeats=3),
+  )  # fmt: skip
+  assert [(r["length"], r["head"], r["funnel"]) for r in rows] == [
+      (length, head, funnel)
+      for length in (12, 24)
+      for head in (False, True)
+      for funnel in ("off", *FUNNELS)
+  ]
+  for row in rows:
+    slots, head = 2 * row["length"], 100 if row["head"] else 0
+    stride = {"off": 1, FUNNELS[0]: 2, FUNNELS[1]: 3}[row["funnel"]]
+    seconds = slots / stride + head
+    assert row["latency_s"] == pytest.approx(seconds)
+    assert row["reduction"] == pytest.approx(1 - seconds / (slots + head))
+    assert row["tokens_per_s"] == pytest.approx(slots / seconds)
+    assert row["peak_bytes"] == 100 and row["error"] is None
+
+
+def test_rows_agree_with_themselves_and_with_flops(model):
+  rows = latency.measure(
+      model, FUNNELS[1:], batch_sizes=(2,), lengths=(33,), causal=False,
+      protocol=timing.Protocol(repeats=3, warmup=1, log=lambda line: None),
+  )  # fmt: skip
+  assert len(rows) == 2 * 2
+  off = {
+      (r["batch"], r["length"], r["head"]): r
+      for r in rows
+      if r["funnel"] == "off"
+  }
+  for row in rows:
+    shape = row["batch"], row["length"], row["head"]
+    funnel = FunnelConfig.parse(row["funnel"])
+    times, plain = np.array(row["times_s"]), np.array(off[shape]["times_s"])
+    assert len(times) == 3 and times.min() > 0
+    assert row["latency_s"] == pytest.approx(np.median(times))
+    assert row["reduction"] == pytest.approx(1 - np.median(times / plain))
+    assert row["reduction_of_medians"] == pytest.approx(
+        1 - row["latency_s"] / off[shape]["latency_s"]
+    )
+    assert row["flops"] == flops.forward(TINY, funnel, *shape, False)
+    assert row["flops_per_s"] == pytest.approx(row["flops"] / row["latency_s"])
+    ideal = flops.ideal_reduction(TINY, funnel, *shape, False)
+    assert row["ideal_reduction"] == ideal
+    if funnel is None:
+      assert row["resolved"] == "off"
+      assert row["reduction"] == ideal == 0
+      assert row["measured_over_ideal"] is None
+    else:
+      assert FunnelConfig.parse(row["resolved"]) == funnel.resolve(4)
+      assert row["measured_over_ideal"] == pytest.approx(
+          row["reduction"] / ideal
+      )
+    assert row["peak_bytes"] > 4 * flops.parameters(TINY).total
+  json.dumps(rows, allow_nan=False)
+
+
+def test_programs_are_forward_passes_of_the_model(model, monkeypatch):
+  device = FakeDevice(monkeypatch, lambda *_: 1.0)
+  latency.measure(
+      model, FUNNELS[:1], batch_sizes=(2,), lengths=(16,),
+      protocol=device.protocol(repeats=1),
+  )  # fmt: skip
+  for (function, args), (funnel, head) in zip(
+      device.functions,
+      [(None, False), (FUNNELS[0], False), (None, True), (FUNNELS[0], True)],
+      strict=True,
+  ):
+    expected = model.with_funnel(funnel).encode(args[1], causal=True)
+    if head:
+      expected = nnx.jit(Gemma.logits)(model, expected)
+    np.testing.assert_allclose(
+        jax.jit(function)(*args), expected, rtol=2e-5, atol=2e-5
+    )
+
+
+def test_off_is_measured_once_whatever_is_listed(model, monkeypatch):
+  device = FakeDevice(monkeypatch, lambda *_: 1.0)
+  rows = latency.measure(
+      model, ("start=1,stride=2", "off", FunnelConfig(1, 4, 2)),
+      batch_sizes=(1,), lengths=(8,), head=(False, False),
+      protocol=device.protocol(repeats=1),
+  )  # fmt: skip
+  assert [row["funnel"] for row in rows] == ["off", "start=1,stride=2"]
+
+
+def test_a_variant_that_fails_has_its_error_in_its_row(model, monkeypatch):
+  def cost(funnel, head, shape):
+    del shape
+    if funnel is None and head:
+      raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    return 1.0 if funnel else 2.0
+
+  device = FakeDevice(monkeypatch, cost)
+  rows = latency.measure(
+      model, FUNNELS[:1], batch_sizes=(1,), lengths=(8,),
+      protocol=device.protocol(repeats=2),
+  )  # fmt: skip
+  plain, funnelled, plain_head, funnelled_head = rows
+  assert plain["error"] is None and funnelled["reduction"] == 0.5
+  assert "out of memory" in plain_head["error"]
+  assert plain_head["tokens_per_s"] is None
+  assert funnelled_head["latency_s"] == 1
+  assert funnelled_head["reduction"] is None
+  assert funnelled_head["measured_over_ideal"] is None
+  plots.latency(rows)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(funnels=("stride=2",)), "funnels: 'stride=2'.*start is missing"),
+        (dict(funnels=("trained",)), "funnels: 'trained'.*not key=value"),
+        (dict(funnels=("start=1,speed=2",)), "no field .*speed"),
+        (dict(funnels=("start=3,stop=3",)), "start=3 must be below .*stop=3"),
+        (dict(funnels=("start=1,stop=5",)), "stop=5 is past .* 4 layers"),
+        (dict(funnels=("start=4",)), "start=4 must be below"),
+        (dict(funnels=()), r"funnels=\(\): expected a tuple"),
+        (dict(funnels="off"), "funnels='off': expected a tuple"),
+        (dict(lengths=(16, 257)), "found 257, expected at most .*=256"),
+        (dict(lengths=()), r"lengths=\(\): expected one value at least"),
+        (dict(lengths=(0,)), "lengths: found 0, expected integers >= 1"),
+        (dict(batch_sizes=()), r"batch_sizes=\(\)"),
+        (dict(batch_sizes=(1, -1)), "batch_sizes: found -1"),
+        (dict(batch_sizes=(True,)), "batch_sizes: found True"),
+        (dict(head=()), r"head=\(\): expected one or both"),
+        (dict(head=(1,)), r"head=\(1,\): expected one or both"),
+    ],
+)
+def test_bad_arguments_are_named(model, changes, message):
+  arguments = dict(funnels=FUNNELS, batch_sizes=(1,), lengths=(16,)) | changes
+  with pytest.raises(ValueError, match=message):
+    latency.measure(model, arguments.pop("funnels"), **arguments)
+
+
+def test_a_kernel_that_cannot_is_found_before_anything_runs(
+    model, monkeypatch
+):
+  config = GemmaConfig.preset("tiny", kernel="splash")
+  model = nnx.merge(nnx.graphdef(Gemma.abstract(config)), nnx.state(model))
+  device = FakeDevice(monkeypatch, lambda *_: 1.0)
+  with pytest.raises(ValueError, match="splash"):
+    latency.measure(
+        model, FUNNELS, batch_sizes=(1,), lengths=(16,),
+        protocol=device.protocol(),
+    )  # fmt: skip
+  assert not device.functions
+
+
+def test_random_model_is_a_model_in_its_dtype(model):
+  config = GemmaConfig.preset("tiny", num_layers=2, param_dtype="bfloat16")
+  made = nnx.state(latency.random_model(config, seed=3))
+  shapes = nnx.state(Gemma.abstract(config))
+  assert jax.tree.structure(made) == jax.tree.structure(shapes)
+  leaves = jax.tree.leaves(made), jax.tree.leaves(shapes)
+  for a, b in zip(*leaves, strict=True):
+    assert a.shape == b.shape and a.dtype == b.dtype == jnp.bfloat16
+  assert model.config == TINY and model.funnel is None
+  # See the initialisation of Gemma.
+  assert np.std(model.embedding[...]) == pytest.approx(32**-0.5, rel=0.1)
+
+
+def test_layer_kinds():
+  rows = latency.measure_layer_kinds(
+      TINY, batch_sizes=(2,), lengths=(64,),
+      protocol=timing.Protocol(repeats=2, warmup=1, log=lambda line: None),
+  )  # fmt: skip
+  assert [(r["length"], r["kind"], r["window"]) for r in rows] == [
+      (64, "global", None), (64, "local", 8),
+  ]  # fmt: skip
+  for row in rows:
+    assert row["latency_s"] == pytest.approx(np.median(row["times_s"]))
+    one_layer = GemmaConfig.preset(
+        "tiny", num_layers=1, attention_pattern=(row["kind"],)
+    )
+    assert row["flops"] == flops.forward(
+        one_layer, None, 2, row["length"], head=False
+    )
+    saved = 1 - row["flops"] / rows[0]["flops"]
+    assert row["ideal_reduction"] == pytest.approx(saved)
+  assert rows[1]["ideal_reduction"] > 0.1
+  plots.layer_kinds(rows)
+
+
+@pytest.fixture
+def quick(tmp_path):
+  return dict(
+      funnels=FUNNELS[:1], lengths=(16,), warmup=0, repeats=2,
+      out=str(tmp_path / "out"),
+  )  # fmt: skip
+
+
+def test_run_writes_what_it_returns(quick, tmp_path, capsys):
+  config = get_config(**quick)
+  rows = evaluation.run(config)
+  written = {path.name for path in (tmp_path / "out").iterdir()}
+  assert written == {
+      f"{name}.{kind}"
+      for name in ("latency", "layer_kinds")
+      for kind in ("json", "md", "png")
+  }
+  content = json.loads((tmp_path / "out" / "latency.json").read_text())
+  assert content["rows"] == rows
+  assert GemmaConfig.from_dict(content["settings"]["model"]) == TINY
+  out = capsys.readouterr().out
+  assert "compiling start=1,stride=2, with the head" in out
+  assert "| reduction % |" in out
+  png = (tmp_path / "out" / "latency.png").read_bytes()
+  assert png[:8] == b"\x89PNG\r\n\x1a\n" and len(png) > 10_000
+
+
+def test_run_with_a_checkpoint(quick, monkeypatch, model):
+  calls = []
+
+  def load(path, funnel, dtype):
+    calls.append((path, funnel, dtype))
+    return model
+
+  monkeypatch.setattr(convert, "load", load)
+  # Sizes are the checkpoint's, how it runs is configured.
+  config = get_config(
+      "quickstart", **quick, checkpoint="somewhere", head=(False,),
+      layer_kinds=False,
+  )  # fmt: skip
+  config.model.kernel = "reference"
+  config.model.param_dtype = "bfloat16"
+  evaluation.run(config)
+  assert calls == [("somewhere", "off", "bfloat16")]
+  content = json.loads(
+      (pathlib.Path(config.out) / "latency.json").read_text()
+  )
+  used = content["settings"]["model"]
+  assert used["num_layers"] == TINY.num_layers
+  assert used["kernel"] == "reference"
+  assert content["settings"]["checkpoint"] == "somewhere"
+
+
+def test_run_fails_if_nothing_could_run(quick, monkeypatch, model):
+  def fail(*args, **kwargs):
+    raise RuntimeError("no device")
+
+  monkeypatch.setattr(latency, "random_model", lambda config, seed: model)
+  monkeypatch.setattr(timing, "compile_program", fail)
+  config = get_config(**quick, layer_kinds=False)
+  with pytest.raises(RuntimeError, match="no variant could run.*no device"):
+    evaluation.run(config)
+  assert (pathlib.Path(config.out) / "latency.json").exists()
+
+
+def test_bad_configurations_are_named(quick):
+  config = get_config(**quick)
+  del config.lengths
+  with pytest.raises(ValueError, match=r"lacks \['lengths'\]"):
+    evaluation.run(config)
+  config = get_config(**quick)
+  config.evaluator = "speed"
+  with pytest.raises(ValueError, match="evaluator='speed': expected one of"):
+    evaluation.run(config)
+  config = get_config(**quick)
+  config.model.num_heads = 3
+  with pytest.raises(ValueError, match="model.num_heads=3"):
+    evaluation.run(config)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_configuration_of_every_preset_is_valid(preset):
+  config = get_config(preset)
+  model = GemmaConfig.from_dict(config.model)
+  assert max(config.lengths) <= model.max_length
+  assert funnels.resolve(config.funnels, model.num_layers)
+  if preset.startswith("gemma"):
+    assert model.param_dtype == model.dtype == "bfloat16"
+  assert config.layer_kinds == ("local" in model.attention_pattern)
+  # A cap can be set and taken away on the command line.
+  config.model.attn_softcap = 20.0
+  assert GemmaConfig.from_dict(config.model).attn_softcap == 20
+
+
+def test_known_names_stand_for_funnels():
+  known = {"trained": FunnelConfig(1, stride=3)}
+  named = funnels.resolve(
+      ("trained", "off", "start=1,stride=3", "start=2"), 4, known
+  )
+  assert named == {
+      "trained": FunnelConfig(1, 4, 3), "off": None,
+      "start=2": FunnelConfig(2, 4),
+  }  # fmt: skip
+  assert [funnels.label(f) for f in named.values()][1] == "off"
+
+
+def test_plot_of_many_lengths_and_funnels(monkeypatch, model):
+  device = FakeDevice(
+      monkeypatch, lambda funnel, head, shape: float(np.prod(shape))
+  )
+  rows = latency.measure(
+      model, FUNNELS, batch_sizes=(1, 2), lengths=(16, 32, 64),
+      protocol=device.protocol(repeats=1),
+  )  # fmt: skip
+  figure = plots.latency(rows)
+  assert len(figure.axes) == 8
+  # Two funnels at three lengths.
+  assert len(figure.axes[0].patches) == 6
+  assert len(figure.axes[2].lines) == 3

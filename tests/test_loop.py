@@ -1,0 +1,244 @@
+"""The loop: interrupted anyhow, a run is the run that was not interrupted."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import time
+
+from flax import nnx
+from gemma_funnel.training import checkpoint as checkpoint_lib
+from gemma_funnel.training import loop
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+# Long enough to be interrupted in the middle.
+STEPS = 120
+FLAGS = (f"--config.steps={STEPS}", "--config.checkpoint_every=20")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  return tiny_run.write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def _no_evaluator(corpus, setup):
+  del corpus, setup
+  return lambda model: {"loss": 0.0, "bits_per_byte": 0.0}
+
+
+def _train(workdir, source, evaluator=_no_evaluator, **changes):
+  config = tiny_run.make_config(workdir, source, **changes)
+  return loop.train(config, evaluator)
+
+
+def _params(workdir):
+  run = checkpoint_lib.load_run(workdir)
+  return run.step, jax.device_get(nnx.to_pure_dict(nnx.state(run.model)))
+
+
+def _lines(workdir):
+  text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def _last_step(workdir):
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  return path.read_text().count('"train"') if path.exists() else 0
+
+
+def _interrupt(process, number, when):
+  """Sends a signal as soon as `when()`, which has to come."""
+  deadline = time.monotonic() + 200
+  while not when():
+    assert process.poll() is None, tiny_run.finish(process)
+    assert time.monotonic() < deadline
+    time.sleep(0.001)
+  process.send_signal(number)
+
+
+def _assert_same_run(workdir, other):
+  assert list(tiny_run.train_losses(workdir)) == list(range(1, STEPS + 1))
+  # As written: not one bit of any metric differs.
+  trained = lambda d: [x for x in _lines(d) if x["kind"] == "train"]
+  assert trained(workdir) == trained(other)
+  (step, params), (other_step, others) = _params(workdir), _params(other)
+  assert step == other_step == STEPS
+  jax.tree.map(np.testing.assert_array_equal, params, others)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_is_the_uninterrupted_one(source, tmp_path):
+  whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+  out, _ = tiny_run.finish(
+      tiny_run.start(tiny_run.command(whole, source, *FLAGS))
+  )
+  assert "resuming" not in out
+  losses = tiny_run.train_losses(whole)
+  assert losses[STEPS] < losses[1] - 0.5  # It learns.
+
+  again = lambda: tiny_run.start(tiny_run.command(cut, source, *FLAGS))
+  checkpoints = pathlib.Path(cut, "checkpoints")
+  # Killed while it saves for the first time, or a moment after.
+  process = again()
+  _interrupt(
+      process, signal.SIGKILL, lambda: any(checkpoints.glob("20.orbax*"))
+  )
+  tiny_run.finish(process, -signal.SIGKILL)
+  # Asked to end.
+  process = again()
+  _interrupt(process, signal.SIGTERM, lambda: _last_step(cut) >= 27)
+  out, err = tiny_run.finish(process)
+  stopped = int(re.search(rf"SIGTERM: saved {cut} at step (\d+)", out)[1])
+  assert 27 <= stopped < STEPS and "Traceback" not in err
+  assert (checkpoints / str(stopped)).is_dir()
+  assert "Held-out" not in out  # What is told of a finished run.
+  assert _last_step(cut) == stopped
+  # Killed at some step between checkpoints.
+  process = again()
+  _interrupt(
+      process, signal.SIGKILL, lambda: _last_step(cut) > max(stopped, 60) + 5
+  )
+  out, _ = tiny_run.finish(process, -signal.SIGKILL)
+  assert f"resuming {cut} at step {stopped}" in out
+  assert _last_step(cut) < STEPS
+  out, _ = tiny_run.finish(again())
+  assert f"resuming {cut} at step" in out and "Held-out" in out
+  _assert_same_run(cut, whole)
+
+
+@pytest.mark.slow
+def test_worker_processes_resume_exactly(source, tmp_path):
+  whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+  flags = (*FLAGS, "--config.data.num_workers=1")
+  tiny_run.finish(tiny_run.start(tiny_run.command(whole, source, *flags)))
+  process = tiny_run.start(tiny_run.command(cut, source, *flags))
+  _interrupt(process, signal.SIGKILL, lambda: _last_step(cut) > 45)
+  tiny_run.finish(process, -signal.SIGKILL)
+  out, _ = tiny_run.finish(
+      tiny_run.start(tiny_run.command(cut, source, *flags))
+  )
+  assert f"resuming {cut} at step" in out
+  _assert_same_run(cut, whole)
+
+
+def test_a_run_tells_of_all_its_steps(source, tmp_path, capsys):
+  evaluated = []
+
+  def evaluator(corpus, setup):
+    assert corpus.heldout and setup.funnel.stride == 2
+    return lambda model: evaluated.append(model) or {
+        "loss": 7.0, "bits_per_byte": 3.0
+    }  # fmt: skip
+
+  result = _train(
+      tmp_path / "run", source, evaluator, steps=7, eval_every=3, log_every=5,
+      checkpoint_every=4, tensorboard=True,
+  )  # fmt: skip
+  assert result.finished and result.steps == 7
+  lines = _lines(tmp_path / "run")
+  steps = lambda kind: [x["step"] for x in lines if x["kind"] == kind]
+  assert steps("train") == [1, 2, 3, 4, 5, 6, 7]
+  assert steps("heldout") == [3, 6, 7] and len(evaluated) == 3
+  assert set(lines[0]) == {
+      "step", "kind", "loss", "accuracy", "tokens", "grad_norm",
+      "learning_rate",
+  }  # fmt: skip
+  # The rate that the step was taken with: warm-up is two steps long.
+  rates = [x["learning_rate"] for x in lines if x["kind"] == "train"][:3]
+  np.testing.assert_allclose(rates, [0, 0.0015, 0.003], rtol=1e-6)
+  out = capsys.readouterr().out
+  assert "35,104 parameters, funnel start=1,stop=2,stride=2" in out
+  said = re.findall(r"step (\d+)/7  loss .* tokens/s  ETA", out)
+  assert said == ["5", "7"]
+  assert re.findall(r"step (\d+)/7  held out: loss 7", out) == ["3", "6", "7"]
+  names = sorted(os.listdir(tmp_path / "run" / "checkpoints"))
+  assert names == ["4", "7"]
+  assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_a_finished_run_is_not_trained_again(source, tmp_path, capsys):
+  first = _train(tmp_path / "run", source, steps=3)
+  before = (tmp_path / "run" / "metrics.jsonl").read_text()
+  capsys.readouterr()
+  second = _train(tmp_path / "run", source, steps=3)
+  assert second.finished and second.steps == 3
+  assert "resuming" in capsys.readouterr().out
+  assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+  jax.tree.map(
+      np.testing.assert_array_equal,
+      jax.device_get(nnx.to_pure_dict(nnx.state(first.model))),
+      jax.device_get(nnx.to_pure_dict(nnx.state(second.model))),
+  )
+
+
+def test_lines_of_steps_to_be_taken_again_are_dropped(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  line = lambda step, kind="train": json.dumps({"step": step, "kind": kind})
+  kept = [line(1), line(2), line(2, "heldout")]
+  path.write_text("\n".join([*kept, line(3), line(4), '{"step": 2, "ki']))
+  loop._keep_until(path, 2)
+  assert path.read_text() == "\n".join(kept) + "\n"
+  loop._keep_until(path, 0)
+  assert path.read_text() == ""
+  loop._keep_until(tmp_path / "none", 3)
+  assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(source, tmp_path):
+  changes = dict(steps=20, optimizer__learning_rate=1e30, checkpoint_every=1)
+  with pytest.raises(FloatingPointError) as error:
+    _train(tmp_path / "run", source, **changes)
+  # The first rate of the warm-up is 0, the second too high: the second step's
+  # loss is fine, and its parameters are not.
+  text = str(error.value)
+  assert re.fullmatch(
+      r"(loss|grad_norm) is (nan|inf) at step 3; the last good checkpoint is "
+      r"of step 2",
+      text,
+  )
+  assert _last_step(tmp_path / "run") == 2
+  assert checkpoint_lib.load_run(tmp_path / "run").step == 2
+  with pytest.raises(FloatingPointError, match="at step 3; .* of step 2"):
+    _train(tmp_path / "run", source, **changes)
+
+
+def test_a_loss_that_is_not_finite_before_any_checkpoint(source, tmp_path):
+  with pytest.raises(FloatingPointError, match="the last good .* is none"):
+    _train(tmp_path / "run", source, optimizer__learning_rate=1e30)
+  assert os.listdir(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_mesh_that_does_not_fit_is_found_before_any_work(source, tmp_path):
+  with pytest.raises(ValueError, match="tensor=8 does not divide 4"):
+    _train(tmp_path / "run", source, mesh__tensor=8)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"steps": 0}, "steps=0: expected at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0"),
+        ({"length": 128}, "length=128 is beyond model.max_length=64"),
+        ({"funnel": "start=0,stride=3"}, "length=32 .*multiple .* stride 3"),
+        ({"funnel": "start=3"}, "funnel.start=3.*2 layers"),
+        ({"z_loss": -1.0}, "z_loss=-1.0"),
+        ({"z_loss": float("nan")}, "z_loss=nan"),
+        ({"batch_size": 12}, "batch_size=12 must be a multiple of 8"),
+        ({"seed": -1}, "seed=-1"),
+        ({"latency.repeats": -1}, "latency.repeats=-1"),
+        (
+            {"latency.length": 65, "latency.repeats": 3},
+            "latency.length=65 .*max_length=64",
+        ),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_cannot_be(changes, text):
+  config = tiny_run.make_config("unused", "unused", **changes)
+  with pytest.raises(ValueError, match=text):
+    loop.make_setup(config)

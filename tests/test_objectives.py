@@ -1,0 +1,188 @@
+"""The loss: against full logits, in value, gradient and memory."""
+
+import math
+
+from flax import nnx
+from gemma_funnel.config import GemmaConfig
+from gemma_funnel.model import Gemma
+from gemma_funnel.training import objectives
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+FUNNELS = (None, "start=1,stop=3,stride=2,recover=average")
+
+
+def _model(funnel=None, **changes):
+  config = GemmaConfig.preset("tiny", kernel="reference", **changes)
+  return Gemma(config, funnel, rngs=nnx.Rngs(0))
+
+
+def _batch(length=24, packed=True, vocab=97):
+  """Rows of three segments, and one row with padding within and at its end."""
+  rng = np.random.default_rng(0)
+  segment = np.ones((2, length), np.int32)
+  if packed:
+    segment[0] = np.repeat([1, 2, 3], [8, 4, length - 12])
+    segment[1] = np.repeat([1, 0, 2, 0], [7, 1, length - 12, 4])
+  position = np.zeros_like(segment)
+  for row in range(2):
+    for t in range(1, length):
+      if segment[row, t] and segment[row, t] == segment[row, t - 1]:
+        position[row, t] = position[row, t - 1] + 1
+  tokens = rng.integers(5, vocab, segment.shape) * (segment > 0)
+  return {
+      "tokens": jnp.asarray(tokens, jnp.int32),
+      "segment": jnp.asarray(segment),
+      "position": jnp.asarray(position),
+  }
+
+
+def _naive(model, batch):
+  """The same sums, one predicted token after the other."""
+  logits = np.asarray(
+      model(batch["tokens"], batch["segment"], batch["position"]), np.float64
+  )
+  sums = dict.fromkeys(("nll", "square_log_z", "correct", "tokens"), 0.0)
+  tokens, segment = np.asarray(batch["tokens"]), np.asarray(batch["segment"])
+  for b, t in np.ndindex(tokens.shape):
+    last = t + 1 == tokens.shape[1]
+    if last or segment[b, t] == 0 or segment[b, t] != segment[b, t + 1]:
+      continue
+    row, target = logits[b, t], tokens[b, t + 1]
+    log_z = np.log(np.sum(np.exp(row)))
+    sums["nll"] += log_z - row[target]
+    sums["square_log_z"] += log_z**2
+    sums["correct"] += np.argmax(row) == target
+    sums["tokens"] += 1.0
+  return sums
+
+
+@pytest.mark.parametrize("funnel", FUNNELS)
+@pytest.mark.parametrize("packed", [True, False])
+def test_sums_are_those_of_full_logits(funnel, packed):
+  model, batch = _model(funnel), _batch(packed=packed)
+  expected = _naive(model, batch)
+  assert expected["tokens"] == (21 + 6 + 11 if packed else 46)
+  for chunk in (7, 8, 100):
+    sums = objectives.next_token_sums(model, **_named(batch), chunk=chunk)
+    for name, value in expected.items():
+      np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
+
+
+def _named(batch):
+  return {f"{name}_BT": value for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("chunk", [7, 8])
+def test_gradients_are_those_of_full_logits(chunk):
+  graphdef, params = nnx.split(_model(FUNNELS[1]))
+  batch, z_loss = _batch(), 0.3
+
+  def naive(params):
+    model = nnx.merge(graphdef, params)
+    logits = model(batch["tokens"], batch["segment"], batch["position"])
+    log_p = jax.nn.log_softmax(logits[:, :-1])
+    target = batch["tokens"][:, 1:, None]
+    nll = -jnp.take_along_axis(log_p, target, axis=-1)[..., 0]
+    log_z = jax.nn.logsumexp(logits[:, :-1], axis=-1)
+    segment = batch["segment"]
+    weight = (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] > 0)
+    loss = nll + z_loss * log_z**2
+    return jnp.sum(loss * weight) / jnp.sum(weight)
+
+  def chunked(params):
+    model = nnx.merge(graphdef, params)
+    return objectives.next_token(model, batch, chunk=chunk, z_loss=z_loss)[0]
+
+  value, grads = jax.jit(jax.value_and_grad(chunked))(params)
+  expected_value, expected = jax.jit(jax.value_and_grad(naive))(params)
+  np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    want = _at(expected, path)
+    assert jnp.any(want != 0), path
+    np.testing.assert_allclose(
+        grad, want, rtol=1e-4, atol=1e-6, err_msg=jax.tree_util.keystr(path)
+    )
+
+
+def _at(tree, path):
+  return dict(jax.tree_util.tree_leaves_with_path(tree))[path]
+
+
+def test_targets_of_padding_do_not_matter():
+  model, batch = _model(FUNNELS[1]), _batch()
+  # Whatever is predicted across a boundary, or by padding, counts for nothing.
+  tokens = batch["tokens"].at[1, -4:].set(50).at[1, 7].set(50)
+  other = {**batch, "tokens": tokens}
+  first, second = (
+      objectives.next_token(model, b, chunk=8, z_loss=0.1)[0]
+      for b in (batch, other)
+  )
+  assert first == second
+
+
+def test_a_batch_of_padding_has_no_loss():
+  batch = {k: jnp.zeros((2, 24), jnp.int32) for k in _batch()}
+  loss, metrics = objectives.next_token(_model(), batch, chunk=8, z_loss=0.1)
+  assert loss == 0 and metrics["tokens"] == 0
+
+
+def test_uniform_logits_have_closed_forms():
+  # No final scale: logits are 0, so log Z = log V for every token.
+  model = _model(final_softcap=None)
+  model.final_norm.scale[...] = -jnp.ones_like(model.final_norm.scale[...])
+  loss, metrics = objectives.next_token(model, _batch(), chunk=8, z_loss=0.25)
+  log_v = math.log(97)
+  np.testing.assert_allclose(metrics["loss"], log_v, rtol=1e-6)
+  np.testing.assert_allclose(loss, log_v + 0.25 * log_v**2, rtol=1e-6)
+  assert metrics["tokens"] == 38
+
+
+def _avals(jaxpr):
+  """Shapes of all that a program makes, those of inner programs too."""
+  for equation in jaxpr.eqns:
+    for variable in equation.outvars:
+      yield tuple(variable.aval.shape)
+    for value in equation.params.values():
+      for inner in value if isinstance(value, (list, tuple)) else (value,):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from _avals(inner)
+
+
+def _elements_by_vocab(function, *args, vocab):
+  """Most elements of any array with a dimension of the vocabulary's size."""
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  return max(
+      math.prod(shape) for shape in _avals(jaxpr) if vocab in shape
+  )
+
+
+def test_full_logits_never_exist():
+  vocab, length, chunk = 10_007, 48, 4
+  graphdef, params = nnx.split(
+      _model("start=1,stride=2", vocab_size=vocab, embed_dim=8, num_layers=2)
+  )
+  batch = _batch(length, packed=False, vocab=vocab)
+
+  def chunked(params):
+    model = nnx.merge(graphdef, params)
+    return objectives.next_token(model, batch, chunk=chunk, z_loss=1e-4)[0]
+
+  def whole(params):
+    return jnp.sum(nnx.merge(graphdef, params)(batch["tokens"]))
+
+  full = 2 * length * vocab
+  measure = lambda f: _elements_by_vocab(jax.grad(f), params, vocab=vocab)
+  assert measure(whole) >= full  # The search finds them where they are.
+  assert measure(chunked) == 2 * chunk * vocab
+
+  # And in bytes: what the compiled gradient needs grows by no logits.
+  def temporaries(function):
+    compiled = jax.jit(jax.grad(function)).lower(params).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporaries(whole) > 4 * full
+  assert temporaries(chunked) < 4 * full

@@ -1,0 +1,138 @@
+"""Chunks and rows: nothing lost, nothing twice, every segment aligned."""
+
+import collections
+
+from gemma_funnel.data import packing
+from gemma_funnel.data import sources
+from gemma_funnel.data import tokenizer as tokenizer_lib
+import grain
+import numpy as np
+import pytest
+
+LENGTH = 24
+
+
+class FakeTokenizer:
+  """Every character is a token of its own, its code plus 5."""
+
+  def encode(self, text):
+    return [ord(c) + tokenizer_lib.NUM_SPECIAL for c in text]
+
+
+def _documents(count=60):
+  rng = np.random.default_rng(0)
+  return [
+      sources.Document(str(i), chr(1000 + i) * int(rng.integers(1, 70)))
+      for i in range(count)
+  ]
+
+
+def _pack(documents, *, align=1, length=LENGTH, shuffle_seed=None):
+  dataset = grain.MapDataset.source(documents).to_iter_dataset()
+  rows = packing.pack(
+      dataset, FakeTokenizer(), length=length, align=align,
+      shuffle_seed=shuffle_seed,
+  )  # fmt: skip
+  return list(rows)
+
+
+def _segments(rows):
+  """The tokens of every segment of every row."""
+  for row in rows:
+    for segment in range(1, row["segment"].max() + 1):
+      yield row["tokens"][row["segment"] == segment]
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 24])
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 22, 23, 24, 100])
+def test_chunk(length, count):
+  tokens = list(range(10, 10 + count))
+  chunks = packing.chunk(tokens, length)
+  assert all(c.dtype == np.int32 and 2 <= len(c) <= length for c in chunks)
+  assert all(c[0] == 2 and 2 not in c[1:] for c in chunks)
+  assert np.concatenate([c[1:] for c in chunks]).tolist() == [*tokens, 1]
+  assert len(chunks) == -(-(count + 1) // (length - 1))
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+@pytest.mark.parametrize("align", [1, 2, 3, 4])
+def test_rows(align, shuffle_seed):
+  rows = _pack(_documents(), align=align, shuffle_seed=shuffle_seed)
+  for row in rows:
+    assert {k: (v.shape, v.dtype) for k, v in row.items()} == {
+        key: ((LENGTH,), np.int32) for key in ("tokens", "segment", "position")
+    }
+    padding = row["segment"] == 0
+    assert np.array_equal(padding, row["tokens"] == 0)
+    assert not row["position"][padding].any()
+    for segment in range(1, row["segment"].max() + 1):
+      (where,) = np.nonzero(row["segment"] == segment)
+      assert where[0] % align == 0
+      assert np.array_equal(where, np.arange(where[0], where[-1] + 1))
+      assert row["position"][where].tolist() == list(range(len(where)))
+      assert row["tokens"][where[0]] == tokenizer_lib.BOS_ID
+
+
+def test_alignment_is_not_there_by_chance():
+  rows = _pack(_documents(), align=1)
+  starts = np.concatenate([
+      np.nonzero((r["position"] == 0) & (r["segment"] > 0))[0] for r in rows
+  ])
+  assert any(starts % 2) and any(starts % 3)
+
+
+@pytest.mark.parametrize("align", [1, 2, 3, 4])
+def test_every_token_is_in_exactly_one_segment(align):
+  documents = _documents()
+  found = collections.Counter(
+      tuple(s.tolist()) for s in _segments(_pack(documents, align=align))
+  )
+  expected = collections.Counter(
+      tuple(c.tolist())
+      for d in documents
+      for c in packing.chunk(FakeTokenizer().encode(d.text), LENGTH)
+  )
+  assert found == expected
+
+
+def test_eos_only_at_the_end_of_documents():
+  documents = _documents()
+  segments = list(_segments(_pack(documents, align=2)))
+  assert sum(s[-1] == tokenizer_lib.EOS_ID for s in segments) == len(documents)
+  assert not any(tokenizer_lib.EOS_ID in s[:-1] for s in segments)
+
+
+def test_rows_are_full():
+  rows = _pack(_documents(400))
+  assert np.mean([r["segment"] > 0 for r in rows]) > 0.9
+
+
+def test_shuffle_seed():
+  def order(shuffle_seed):
+    rows = _pack(_documents(), shuffle_seed=shuffle_seed)
+    return [r["tokens"].tolist() for r in rows]
+
+  plain, first, second = order(None), order(1), order(2)
+  assert first != second != plain != first
+  assert sorted(first) == sorted(second) == sorted(plain)
+  assert order(1) == first
+
+
+def test_predicted_mask():
+  segment_BT = np.asarray([[1, 1, 1, 0, 2, 2, 0, 0], [0] * 8])
+  expected = [[True, True, False, False, True, False, False], [False] * 7]
+  assert packing.predicted_mask(segment_BT).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "align", "message"),
+    [
+        (10, 4, "length=10: expected a multiple of align=4"),
+        (2, 4, "length=2: expected a multiple of align=4"),
+        (1, 1, "length=1: expected at least 2"),
+        (8, 0, "align=0: expected an integer >= 1"),
+    ],
+)
+def test_lengths(length, align, message):
+  with pytest.raises(ValueError, match=message):
+    _pack(_documents(), align=align, length=length)

@@ -1,0 +1,316 @@
+"""The same logits as transformers, and nothing wrong that would give them.
+
+Constants bite: the query scale is not head_dim's, head_dim is not D / N, the
+window is short, caps are low, norms are not at their initial zero, attention
+is peaked. That they do is tested too: each fault that a port is known for is
+planted, and must be seen.
+"""
+
+import copy
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_funnel import convert
+from gemma_funnel import model as model_lib
+from gemma_funnel.config import PRESETS, GemmaConfig
+from gemma_funnel.model import Gemma
+
+pytestmark = pytest.mark.parity
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4
+VISIBLE = 1e-3
+VOCAB, WIDTH, HEADS, HEAD_DIM, LENGTH = 97, 32, 4, 10, 150
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def _common(**changes):
+  return dict(
+      vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48,
+      num_attention_heads=HEADS, head_dim=HEAD_DIM, max_position_embeddings=256,
+      rms_norm_eps=1e-5, attn_implementation="eager",
+      rope_parameters={"rope_type": "default", "rope_theta": 300.0},
+  ) | changes  # fmt: skip
+
+
+def _gemma2(**changes):
+  return transformers.Gemma2Config(
+      **_common(
+          num_hidden_layers=5, num_key_value_heads=2, query_pre_attn_scalar=5,
+          sliding_window=8, attn_logit_softcapping=3.0,
+          final_logit_softcapping=4.0,
+      ) | changes  # fmt: skip
+  )
+
+
+def _gemma1(**changes):
+  return transformers.GemmaConfig(**_common(num_hidden_layers=3) | changes)
+
+
+# Depths are odd, and more than one period of the pattern.
+CONFIGS = {
+    "gemma2": lambda: _gemma2(),
+    "gemma2_period3": lambda: _gemma2(
+        num_hidden_layers=7, layer_types=([LOCAL, LOCAL, GLOBAL] * 3)[:7]
+    ),
+    "gemma1_mqa": lambda: _gemma1(num_key_value_heads=1),
+    "gemma1_mha": lambda: _gemma1(num_key_value_heads=HEADS),
+}
+
+
+@functools.cache
+def theirs(name):
+  """A model of transformers with random weights, norms included."""
+  model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for path, weight in model.named_parameters():
+      deviation = 0.5 if weight.ndim == 1 else weight.shape[1] ** -0.5
+      if "q_proj" in path or "k_proj" in path:
+        deviation *= 1.5
+      weight.normal_(0, deviation, generator=generator)
+  return model
+
+
+@pytest.fixture(scope="module")
+def load_ours(tmp_path_factory):
+  """name -> the same model, by way of its files; loaded once each."""
+
+  @functools.cache
+  def load(name):
+    folder = tmp_path_factory.mktemp(name)
+    theirs(name).save_pretrained(folder)
+    return convert.load(folder)
+
+  return load
+
+
+def _tokens(batch=2, length=LENGTH):
+  return np.random.default_rng(1).integers(3, VOCAB, (batch, length))
+
+
+@functools.cache
+def _their_logits(name):
+  with torch.no_grad():
+    tokens = torch.tensor(_tokens())
+    return theirs(name)(tokens, use_cache=False).logits.numpy()
+
+
+def _changed(model, **changes):
+  """The same parameters under a changed configuration."""
+  config = dataclasses.replace(model.config, **changes)
+  graphdef = nnx.graphdef(Gemma.abstract(config, model.funnel))
+  return nnx.merge(graphdef, nnx.state(model))
+
+
+def _difference(model, name="gemma2"):
+  logits = np.asarray(model(jnp.asarray(_tokens(), jnp.int32)))
+  return np.max(np.abs(logits - _their_logits(name)))
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])
+@pytest.mark.parametrize("kernel", ["reference", "blocked"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_agree(load_ours, name, kernel, scan):
+  model = _changed(load_ours(name), kernel=kernel, scan_layers=scan)
+  logits = np.asarray(model(jnp.asarray(_tokens(), jnp.int32)))
+  expected = _their_logits(name)
+  assert logits.dtype == expected.dtype == np.float32
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
+  np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("kernel", ["reference", "blocked"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma1_mqa"])
+def test_left_padding_agrees(load_ours, name, kernel):
+  """Rows of unequal length, filled up with token 0 on the left."""
+  tokens, real = _tokens(3, 40), np.ones((3, 40), np.int32)
+  real[0, :13], real[1, :1] = 0, 0
+  tokens = np.where(real, tokens, 0)
+  with torch.no_grad():
+    expected = theirs(name)(
+        torch.tensor(tokens), attention_mask=torch.tensor(real),
+        use_cache=False,
+    ).logits.numpy()  # fmt: skip
+  model = _changed(load_ours(name), kernel=kernel)
+  logits = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(real)))
+  assert np.isfinite(logits).all()
+  at = real.astype(bool)
+  np.testing.assert_allclose(logits[at], expected[at], rtol=0, atol=TOLERANCE)
+
+
+def test_bfloat16_files_agree(tmp_path):
+  """Stored in bfloat16, computed in float32 by both."""
+  tokens = _tokens(2, 24)
+  copy.deepcopy(theirs("gemma2")).to(torch.bfloat16).save_pretrained(tmp_path)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      tmp_path, dtype=torch.float32, attn_implementation="eager"
+  )
+  with torch.no_grad():
+    expected = model(torch.tensor(tokens), use_cache=False).logits.numpy()
+  logits = convert.load(tmp_path)(jnp.asarray(tokens, jnp.int32))
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_shards_of_transformers_agree(tmp_path):
+  theirs("gemma2").save_pretrained(tmp_path, max_shard_size="20KB")
+  assert (tmp_path / "model.safetensors.index.json").exists()
+  assert _difference(convert.load(tmp_path)) < TOLERANCE
+
+
+# Faults. Each takes the model and pytest's monkeypatch, and returns the model.
+
+
+def _by_config(**changes):
+  return lambda model, _: _changed(model, **changes)
+
+
+def _by_code(target, attribute, make):
+  """A fault that replaces `target.attribute` by make(original)."""
+
+  def plant(model, monkeypatch):
+    replacement = make(getattr(target, attribute))
+    monkeypatch.setattr(target, attribute, replacement)
+    return model
+
+  return plant
+
+
+def _norm_without_one(call):
+  def wrong(self, x):
+    shifted = nnx.clone(self)
+    shifted.scale[...] = self.scale[...] - 1.0
+    return call(shifted, x)
+
+  return wrong
+
+
+def _embed_without_scale(embed):
+  return lambda self, tokens: embed(self, tokens) / np.sqrt(WIDTH)
+
+
+def _gelu_by_erf(gelu):
+  return lambda x, approximate: gelu(x, approximate=not approximate)
+
+
+def _heads_in_turn(attend):
+  """Query head n reads key head n % K, where n // (N / K) is right."""
+
+  def wrong(q, k, v, *args, **kwargs):
+    repeats = (1, 1, q.shape[2] // k.shape[2], 1)
+    return attend(
+        q, jnp.tile(k, repeats), jnp.tile(v, repeats), *args, **kwargs
+    )
+
+  return wrong
+
+
+def _rotate_neighbours(rotate):
+  """Pairs (x[2i], x[2i + 1]), where (x[i], x[i + H/2]) is right."""
+
+  def wrong(x, rope):
+    order = np.arange(x.shape[-1]).reshape(-1, 2).T.ravel()
+    return rotate(x[..., order], rope)[..., np.argsort(order)]
+
+  return wrong
+
+
+def _swap_norms(model, _):
+  """Gemma 1's meaning of post_attention_layernorm, in a Gemma 2."""
+  model = nnx.clone(model)
+  a, b = model.layers.post_attn_norm.scale, model.layers.pre_mlp_norm.scale
+  a[...], b[...] = b[...], a[...]
+  return model
+
+
+FAULTS = {
+    "window + 1": _by_config(window=9),
+    "window - 1": _by_config(window=7),
+    "global layer first": _by_config(attention_pattern=("global", "local")),
+    "no window at all": _by_config(attention_pattern=("global",)),
+    "query scale of head_dim": _by_config(
+        query_pre_attn_scalar=float(HEAD_DIM)
+    ),
+    "query scale of D / N": _by_config(query_pre_attn_scalar=WIDTH / HEADS),
+    "no attention softcap": _by_config(attn_softcap=None),
+    "no final softcap": _by_config(final_softcap=None),
+    "another rope base": _by_config(rope_base=10_000.0),
+    "another epsilon": _by_config(norm_eps=1e-2),
+    "norm w for 1 + w": _by_code(
+        model_lib.RMSNorm, "__call__", _norm_without_one
+    ),
+    "embedding not scaled": _by_code(Gemma, "embed", _embed_without_scale),
+    "gelu by erf": _by_code(jax.nn, "gelu", _gelu_by_erf),
+    "key heads in turn": _by_code(model_lib, "attend", _heads_in_turn),
+    "rope of neighbours": _by_code(model_lib, "rotate", _rotate_neighbours),
+    "norms swapped": _swap_norms,
+}
+
+
+@pytest.fixture
+def retrace(monkeypatch):
+  """monkeypatch, with nothing compiled reused from before or left behind."""
+  jax.clear_caches()
+  yield monkeypatch
+  monkeypatch.undo()
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(load_ours, retrace, fault):
+  right = load_ours("gemma2")
+  assert _difference(FAULTS[fault](right, retrace)) > VISIBLE
+
+
+def test_without_a_fault_nothing_is_seen(load_ours, retrace):
+  """The faults' yardstick, through the same machinery."""
+  unchanged = _by_code(model_lib, "attend", lambda attend: attend)
+  assert _difference(unchanged(load_ours("gemma2"), retrace)) < TOLERANCE
+  assert _difference(_changed(load_ours("gemma2"))) < TOLERANCE
+
+
+# Sizes.
+
+PUBLISHED = {
+    "gemma1_2b": 2_506_172_416,
+    "gemma1_7b": 8_537_680_896,
+    "gemma2_2b": 2_614_341_888,
+    "gemma2_9b": 9_241_705_984,
+    "gemma2_27b": 27_227_128_320,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_parameter_counts(name):
+  """Ours, and those of transformers at the same sizes, with no memory."""
+  config = GemmaConfig.preset(name)
+  state = nnx.state(Gemma.abstract(config))
+  assert sum(x.size for x in jax.tree.leaves(state)) == PUBLISHED[name]
+  kind = transformers.Gemma2Config if config.post_norms else (
+      transformers.GemmaConfig
+  )  # fmt: skip
+  with torch.device("meta"):
+    model = transformers.AutoModelForCausalLM.from_config(
+        kind(
+            vocab_size=config.vocab_size,
+            num_hidden_layers=config.num_layers,
+            hidden_size=config.embed_dim,
+            intermediate_size=config.mlp_dim,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+        )
+    )
+  assert model.num_parameters() == PUBLISHED[name]
+
+
+def test_every_published_size_is_counted():
+  assert {n for n in PRESETS if n.startswith("gemma")} == set(PUBLISHED)

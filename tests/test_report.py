@@ -1,0 +1,105 @@
+"""Reports: tables, JSON, plots, and files that are whole or not there."""
+
+import json
+
+import jax
+import pytest
+
+from gemma_funnel.evaluation import report
+
+COLUMNS = (
+    report.Column("name", "name"),
+    report.Column("seconds", "ms", ".1f", 1e3),
+    report.Column("count", "count", "d"),
+    report.Column("on", "on"),
+    report.Column("error", "error"),
+)
+ROWS = [
+    {"name": "a|b", "seconds": 0.5, "count": 12, "on": True, "hidden": [1, 2]},
+    {"name": "second", "seconds": None, "count": 3, "on": False},
+]
+
+
+def plot(rows):
+  figure = report.new_figure(3, 2)
+  axes = figure.subplots()
+  axes.bar([row["name"] for row in rows], [row["count"] for row in rows])
+  return figure
+
+
+def test_table():
+  assert report.table(ROWS, COLUMNS).splitlines() == [
+      "| name   |    ms | count | on  |",
+      "|--------|------:|------:|-----|",
+      "| a\\|b   | 500.0 |    12 | yes |",
+      "| second |     - |     3 | no  |",
+  ]
+
+
+def test_a_column_without_values_is_left_out_until_it_has_one():
+  assert "error" not in report.table(ROWS, COLUMNS)
+  rows = [*ROWS, {"name": "x", "error": "out of memory"}]
+  assert "| out of memory |" in report.table(rows, COLUMNS)
+
+
+def test_files_and_output_agree(tmp_path, capsys):
+  paths = report.write(
+      tmp_path / "new" / "folder", "result", ROWS, COLUMNS, "A title", plot,
+      settings={"seed": 3}, notes=["a note"],
+  )  # fmt: skip
+  assert sorted(paths) == ["json", "md", "png"]
+  with open(paths["json"]) as f:
+    content = json.load(f)
+  assert content["rows"] == ROWS
+  assert content["settings"] == {"seed": 3}
+  assert content["environment"]["jax"] == jax.__version__
+  assert content["environment"]["platform"] == jax.default_backend()
+  with open(paths["md"]) as f:
+    markdown = f.read()
+  assert markdown.startswith("# A title\n")
+  assert report.table(ROWS, COLUMNS) in markdown
+  assert "a note" in markdown
+  assert markdown in capsys.readouterr().out
+  left = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
+  assert left == {"result.json", "result.md", "result.png"}
+
+
+def test_the_plot_is_a_png_that_shows_something(tmp_path):
+  import matplotlib.image
+
+  paths = report.write(tmp_path, "x", ROWS, COLUMNS, "t", plot)
+  with open(paths["png"], "rb") as f:
+    assert f.read(8) == b"\x89PNG\r\n\x1a\n"
+  image = matplotlib.image.imread(paths["png"])
+  assert image.shape[:2] == (240, 360)
+  assert image[..., :3].std() > 0.05
+
+
+def test_without_a_plot(tmp_path):
+  assert sorted(report.write(tmp_path, "x", ROWS, COLUMNS, "t")) == [
+      "json", "md",
+  ]  # fmt: skip
+
+
+def test_what_json_cannot_hold_writes_nothing(tmp_path):
+  with pytest.raises(ValueError):
+    report.write(tmp_path, "x", [{"name": float("nan")}], COLUMNS, "t", plot)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_plot_that_fails_leaves_the_old_one(tmp_path):
+  old = report.write(tmp_path, "x", ROWS, COLUMNS, "t", plot)["png"]
+  with open(old, "rb") as f:
+    content = f.read()
+
+  class Broken:
+    def savefig(self, path, **kwargs):
+      with open(path, "wb") as f:
+        f.write(b"half")
+      raise OSError("disk full")
+
+  with pytest.raises(OSError, match="disk full"):
+    report.write(tmp_path, "x", ROWS, COLUMNS, "t", lambda rows: Broken())
+  with open(old, "rb") as f:
+    assert f.read() == content
+  assert len(list(tmp_path.iterdir())) == 3

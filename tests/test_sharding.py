@@ -1,0 +1,211 @@
+"""Sharding: the same step on eight devices as on one."""
+
+import dataclasses
+
+from flax import nnx
+from gemma_funnel.training import loop
+from gemma_funnel.training import sharding
+from gemma_funnel.training.optimizer import path_of
+import jax
+from jax.sharding import PartitionSpec as P
+from ml_collections import config_dict
+import numpy as np
+import pytest
+import tiny_run
+
+MESHES = (
+    dict(data=2, fsdp=2, tensor=2),
+    dict(data=8, fsdp=1, tensor=1),
+    dict(data=1, fsdp=8, tensor=1),
+    dict(data=1, fsdp=1, tensor=8),
+)
+# Eight query heads for tensor=8; the fewer key and value heads stay whole.
+WIDE = {
+    "model.num_heads": 8,
+    "model.num_kv_heads": 2,
+    "optimizer.warmup_steps": 0,
+    "optimizer.learning_rate": 0.01,
+    # Of a gradient near zero, Adam's step would be its sign, which is noise.
+    "optimizer.eps": 1e-3,
+    "z_loss": 1e-3,
+}
+
+
+def _mesh(devices=None, **sizes):
+  sizes = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
+  return sharding.make_mesh(config_dict.ConfigDict(sizes), devices)
+
+
+def _setup(mesh, **changes):
+  config = tiny_run.make_config("unused", "unused", **{**WIDE, **changes})
+  config.mesh = mesh
+  return loop.make_setup(config)
+
+
+def _batch():
+  rng = np.random.default_rng(1)
+  segment = np.repeat([[1, 2, 0]], 8, 0).repeat([12, 18, 2], axis=1)
+  position = np.concatenate([np.arange(12), np.arange(18), [0, 0]])
+  return {
+      "tokens": rng.integers(5, 512, (8, 32)).astype(np.int32)
+      * (segment > 0),
+      "segment": segment.astype(np.int32),
+      "position": np.tile(position, (8, 1)).astype(np.int32),
+  }
+
+
+def _steps(setup, count=2):
+  """(params, first params, metrics of each step) as numpy arrays."""
+  with jax.set_mesh(setup.mesh):
+    init, abstract = loop.make_init(setup)
+    step = loop.make_train_step(setup, abstract)
+    params, opt_state = init(0)
+    before = jax.device_get(params)
+    every = []
+    for _ in range(count):
+      batch = sharding.put_batch(_batch(), setup.mesh)
+      params, opt_state, metrics = step(params, opt_state, batch)
+      every.append(jax.device_get(metrics))
+    return jax.device_get(params), before, every
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+  setup = _setup(dict(data=8, fsdp=1, tensor=1))
+  mesh = _mesh(jax.devices()[:1])
+  return _steps(dataclasses.replace(setup, mesh=mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_a_step_is_the_same_on_any_mesh(mesh, on_one_device):
+  params, before, metrics = _steps(_setup(mesh))
+  expected, expected_before, expected_metrics = on_one_device
+  jax.tree.map(np.testing.assert_array_equal, before, expected_before)
+  for got, want in zip(metrics, expected_metrics, strict=True):
+    for name in ("loss", "grad_norm", "tokens", "accuracy"):
+      np.testing.assert_allclose(
+          got[name], want[name], rtol=2e-5, err_msg=name
+      )
+  for (path, got), want, start in zip(
+      jax.tree_util.tree_leaves_with_path(params),
+      jax.tree.leaves(expected),
+      jax.tree.leaves(before),
+      strict=True,
+  ):
+    assert np.max(np.abs(want - start)) > 1e-4, path_of(path)  # It moved.
+    np.testing.assert_allclose(
+        got, want, rtol=2e-5, atol=2e-5, err_msg=path_of(path)
+    )
+
+
+def test_parameters_and_moments_are_split():
+  setup = _setup(dict(data=2, fsdp=2, tensor=2))
+  with jax.set_mesh(setup.mesh):
+    params, opt_state = loop.make_init(setup)[0](0)
+  expected = {
+      "embedding": (256, 16),
+      "layers/attn/query": (2, 16, 4, 8),
+      "layers/attn/key": (2, 16, 1, 8),
+      "layers/attn/out": (2, 4, 8, 16),
+      "layers/mlp/gate": (2, 16, 32),
+      "layers/mlp/down": (2, 32, 16),
+      "final_norm/scale": (32,),
+  }
+  found = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path((params, opt_state)):
+    for name, shape in expected.items():
+      if path_of(path).endswith(name):
+        assert leaf.sharding.shard_shape(leaf.shape) == shape, path_of(path)
+        assert len(leaf.addressable_shards) == 8
+        assert leaf.addressable_shards[0].data.shape == shape
+        found += 1
+  assert found == 3 * len(expected)  # The parameter and its two moments.
+
+
+def test_the_batch_is_split_by_rows():
+  mesh = _mesh(data=2, fsdp=2, tensor=2)
+  batch = _batch()
+  put = sharding.put_batch(batch, mesh)
+  for name, array in put.items():
+    np.testing.assert_array_equal(array, batch[name])
+    assert {s.data.shape for s in array.addressable_shards} == {(2, 32)}
+
+
+def test_key_heads_that_the_axis_does_not_divide_stay_whole():
+  mesh = _mesh(fsdp=2, tensor=4)
+  spec = lambda heads: sharding.spec_of(
+      "layers/attn/key", (2, 32, heads, 8), mesh
+  )
+  assert spec(1) == P(None, "fsdp", None, None)
+  assert spec(2) == P(None, "fsdp", None, None)
+  assert spec(4) == P(None, "fsdp", "tensor", None)
+
+
+def test_a_parameter_without_a_rule_is_named():
+  mesh = _mesh(data=8)
+  with pytest.raises(ValueError, match="no sharding rule.*'layers/new'"):
+    sharding.shardings_of({"layers": {"new": np.zeros(3)}}, mesh)
+
+
+def test_every_parameter_is_under_its_own_rule():
+  setup = _setup(dict(data=2, fsdp=2, tensor=2))
+  params, _ = loop.make_init(setup)[1]
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    split = {axis for axis in leaf.sharding.spec if axis}
+    norm = path_of(path).endswith("scale")
+    assert split == (set() if norm else {"fsdp", "tensor"}), path_of(path)
+
+
+def test_a_dimension_that_the_mesh_does_not_divide_is_named():
+  with pytest.raises(ValueError, match="tensor=8 does not divide 4.*attn"):
+    _init({"model.num_heads": 4}, tensor=8)
+  with pytest.raises(ValueError, match="tensor=8 does not divide 509.*embed"):
+    _init({"model.vocab_size": 509}, tensor=8)
+  with pytest.raises(ValueError, match="fsdp=8 does not divide 36"):
+    _init({"model.embed_dim": 36}, fsdp=8)
+
+
+def _init(changes, **mesh):
+  setup = _setup({"data": 1, "fsdp": 1, "tensor": 1, **mesh}, **changes)
+  loop.make_init(setup)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(data=3), dict(data=4), dict(data=16), dict(data=-1, fsdp=3),
+        dict(data=-1, fsdp=-1), dict(data=0), dict(data=-2),
+        dict(data=-1, tensor=0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_meshes_that_cannot_be(sizes):
+  with pytest.raises(ValueError, match="mesh {'data': "):
+    _mesh(**sizes)
+
+
+def test_one_axis_takes_what_is_left():
+  assert dict(_mesh(data=-1, tensor=2).shape) == dict(
+      data=4, fsdp=1, tensor=2
+  )
+  assert dict(_mesh(jax.devices()[:4], fsdp=-1).shape) == dict(
+      data=1, fsdp=4, tensor=1
+  )
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_named():
+  with pytest.raises(ValueError, match="batch_size=6.*multiple of 4"):
+    _setup(dict(data=2, fsdp=2, tensor=2), batch_size=6)
+
+
+def test_one_device_holds_the_whole_model(on_one_device):
+  params, _, metrics = on_one_device
+  assert nnx.to_pure_dict(nnx.state(_abstract())).keys() == params.keys()
+  assert metrics[0]["tokens"] == 8 * (11 + 17)
+  assert metrics[1]["loss"] < metrics[0]["loss"]
+
+
+def _abstract():
+  setup = _setup(dict(data=8, fsdp=1, tensor=1))
+  return loop.Gemma.abstract(setup.model_config, setup.funnel)
