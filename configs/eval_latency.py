@@ -46,10 +46,12 @@ def get_config(preset: str = "bench") -> config_dict.ConfigDict:
   # A checkpoint folder to take the model from: sizes are then the checkpoint's,
   # and of `model` the dtypes, kernel, scan_layers and remat are used.
   config.checkpoint = config_dict.placeholder(str)
-  config.model = config_dict.ConfigDict({
+  config.model = config_dict.ConfigDict(
+    {
       key: config_dict.placeholder(float) if value is None else value
       for key, value in model.to_dict().items()
-  })
+    }
+  )
 
   config.out = "runs/latency"
   return config

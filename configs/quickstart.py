@@ -15,38 +15,38 @@ from gemma_funnel.data import pipeline
 
 def get_config() -> ml_collections.ConfigDict:
   return config_dict.create(
-      workdir="runs/quickstart",
-      seed=0,
-      steps=600,
-      batch_size=8,
-      length=256,
-      model=GemmaConfig.preset("quickstart").to_dict(),
-      # "off" is no funnel.
-      funnel="start=2,stride=2,recover=average",
-      data=pipeline.default_config(),
-      optimizer=dict(
-          learning_rate=3e-3,
-          warmup_steps=50,
-          final_fraction=0.1,
-          b1=0.9,
-          b2=0.95,
-          eps=1e-8,
-          weight_decay=0.1,
-          clip_norm=1.0,
-      ),
-      z_loss=1e-4,
-      # Positions of a row that have logits at one time.
-      loss_chunk=128,
-      # Axes of the device mesh; -1 is what is left.
-      mesh=dict(data=-1, fsdp=1, tensor=1),
-      log_every=20,
-      eval_every=200,
-      # Held-out documents measured while training, and at the end.
-      eval_documents=4,
-      heldout_documents=24,
-      checkpoint_every=100,
-      keep=2,
-      tensorboard=True,
-      # The latency report at the end; 0 repeats is none.
-      latency=dict(batch_size=8, length=1024, repeats=9),
+    workdir="runs/quickstart",
+    seed=0,
+    steps=600,
+    batch_size=8,
+    length=256,
+    model=GemmaConfig.preset("quickstart").to_dict(),
+    # "off" is no funnel.
+    funnel="start=2,stride=2,recover=average",
+    data=pipeline.default_config(),
+    optimizer=dict(
+      learning_rate=3e-3,
+      warmup_steps=50,
+      final_fraction=0.1,
+      b1=0.9,
+      b2=0.95,
+      eps=1e-8,
+      weight_decay=0.1,
+      clip_norm=1.0,
+    ),
+    z_loss=1e-4,
+    # Positions of a row that have logits at one time.
+    loss_chunk=128,
+    # Axes of the device mesh; -1 is what is left.
+    mesh=dict(data=-1, fsdp=1, tensor=1),
+    log_every=20,
+    eval_every=200,
+    # Held-out documents measured while training, and at the end.
+    eval_documents=4,
+    heldout_documents=24,
+    checkpoint_every=100,
+    keep=2,
+    tensorboard=True,
+    # The latency report at the end; 0 repeats is none.
+    latency=dict(batch_size=8, length=1024, repeats=9),
   )

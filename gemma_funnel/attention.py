@@ -12,10 +12,10 @@ positions apart, a window of W positions is one of (W-1) // spacing slots to
 each side, and that is all that the index-based kernels need.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -77,17 +77,17 @@ CAPABILITIES: dict[str, Capability] = {
 
 
 def attend(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    queries: Stream,
-    keys: Stream,
-    *,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    softmax_dtype: str = "float32",
-    kernel: str = "auto",
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  queries: Stream,
+  keys: Stream,
+  *,
+  causal: bool,
+  window: int | None,
+  softcap: float | None,
+  softmax_dtype: str = "float32",
+  kernel: str = "auto",
 ) -> jax.Array:
   """Attention of `queries` to `keys`.
 
@@ -110,13 +110,13 @@ def attend(
     ValueError: the kernel cannot do what is asked.
   """
   name = choose_kernel(
-      kernel,
-      softcap=softcap,
-      window=window,
-      packed=queries.packed or keys.packed,
-      unequal=queries is not keys,
-      length=q_BTNH.shape[1],
-      softmax_dtype=softmax_dtype,
+    kernel,
+    softcap=softcap,
+    window=window,
+    packed=queries.packed or keys.packed,
+    unequal=queries is not keys,
+    length=q_BTNH.shape[1],
+    softmax_dtype=softmax_dtype,
   )
   return _KERNELS[name](
       q_BTNH, k_BSKH, v_BSKH, queries, keys,
@@ -152,21 +152,21 @@ def choose_kernel(kernel: str, **request) -> str:
     return "reference"
   if kernel not in CAPABILITIES:
     raise ValueError(
-        f"attention kernel {kernel!r}: expected 'auto' or one of "
-        f"{list(CAPABILITIES)}"
+      f"attention kernel {kernel!r}: expected 'auto' or one of "
+      f"{list(CAPABILITIES)}"
     )
   lacks = _lacks(kernel, **request)
   if lacks:
     able = [name for name in CAPABILITIES if not _lacks(name, **request)]
     raise ValueError(
-        f"attention kernel {kernel!r} cannot do this: {'; '.join(lacks)}. "
-        f"Here these can: {able}"
+      f"attention kernel {kernel!r} cannot do this: {'; '.join(lacks)}. "
+      f"Here these can: {able}"
     )
   return kernel
 
 
 def _lacks(
-    name, *, softcap, window, packed, unequal, length, softmax_dtype
+  name, *, softcap, window, packed, unequal, length, softmax_dtype
 ) -> list[str]:
   """What kernel `name` lacks for a request; empty if it can do it."""
   can = CAPABILITIES[name]
@@ -198,7 +198,7 @@ def _has_capped_backward() -> bool:
 
 
 def visible(
-    queries: Stream, keys: Stream, *, causal: bool, window: int | None
+  queries: Stream, keys: Stream, *, causal: bool, window: int | None
 ) -> jax.Array:
   """Which keys each query may see: bool [B, T, S]."""
   distance_BTS = queries.position_BT[:, :, None] - keys.position_BT[:, None]
@@ -229,10 +229,10 @@ def _softmax_values(s_BKXS, v_BKSH, see, softcap, softmax_dtype):
   p_BKXS = jnp.where(see, jnp.exp(jnp.where(see, s_BKXS, 0)), 0)
   total = jnp.sum(p_BKXS, axis=-1, keepdims=True, dtype=jnp.float32)
   o_BKXH = jnp.einsum(
-      "bkxs,bksh->bkxh",
-      p_BKXS.astype(v_BKSH.dtype),
-      v_BKSH,
-      preferred_element_type=jnp.float32,
+    "bkxs,bksh->bkxh",
+    p_BKXS.astype(v_BKSH.dtype),
+    v_BKSH,
+    preferred_element_type=jnp.float32,
   )
   return o_BKXH / jnp.where(total > 0, total, 1)
 
@@ -244,10 +244,10 @@ def _block(
   """Attention of one block of queries, head-major; the whole of `reference`."""
   batch, kv_heads, length, group, width = q_BKTGH.shape
   s_BKXS = jnp.einsum(
-      "bkxh,bksh->bkxs",
-      q_BKTGH.reshape(batch, kv_heads, length * group, width),
-      k_BKSH,
-      preferred_element_type=jnp.dtype(softmax_dtype),
+    "bkxh,bksh->bkxs",
+    q_BKTGH.reshape(batch, kv_heads, length * group, width),
+    k_BKSH,
+    preferred_element_type=jnp.dtype(softmax_dtype),
   )
   see_BTS = visible(queries, keys, causal=causal, window=window)
   see_B1XS = jnp.repeat(see_BTS, group, axis=1)[:, None]
@@ -260,9 +260,9 @@ def _head_major(q_BTNH, k_BSKH, v_BSKH):
   kv_heads = k_BSKH.shape[2]
   q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
   return (
-      q_BTKGH.transpose(0, 2, 1, 3, 4),
-      k_BSKH.transpose(0, 2, 1, 3),
-      v_BSKH.transpose(0, 2, 1, 3),
+    q_BTKGH.transpose(0, 2, 1, 3, 4),
+    k_BSKH.transpose(0, 2, 1, 3),
+    v_BSKH.transpose(0, 2, 1, 3),
   )
 
 
@@ -290,12 +290,12 @@ def _blocked(q_BTNH, k_BSKH, v_BSKH, queries, keys, *, causal, window, **kw):
   block = max(_BLOCK, -(-length // (_MAX_BLOCKS * _BLOCK)) * _BLOCK)
   reach = _slots_in_window(window, keys)
   part = lambda stream, lo, hi: stream.replace(
-      hidden_BTD=None,
-      position_BT=stream.position_BT[:, lo:hi],
-      segment_BT=stream.segment_BT[:, lo:hi],
+    hidden_BTD=None,
+    position_BT=stream.position_BT[:, lo:hi],
+    segment_BT=stream.segment_BT[:, lo:hi],
   )
   attend_block = jax.checkpoint(
-      functools.partial(_block, causal=causal, window=window, **kw)
+    functools.partial(_block, causal=causal, window=window, **kw)
   )
   out = []
   for lo in range(0, length, block):
@@ -305,10 +305,13 @@ def _blocked(q_BTNH, k_BSKH, v_BSKH, queries, keys, *, causal, window, **kw):
     if not causal and reach is not None:
       last = min(length, hi + reach)
     out.append(
-        attend_block(
-            q[:, :, lo:hi], k[:, :, first:last], v[:, :, first:last],
-            part(queries, lo, hi), part(keys, first, last),
-        )  # fmt: skip
+      attend_block(
+        q[:, :, lo:hi],
+        k[:, :, first:last],
+        v[:, :, first:last],
+        part(queries, lo, hi),
+        part(keys, first, last),
+      )  # fmt: skip
     )
   return _token_major(jnp.concatenate(out, axis=2))
 
@@ -347,7 +350,7 @@ def _tokamax(
     return jnp.where((segment_BT != 0)[:, :, None, None], o_BTNH, 0)
 
   return _per_shard(call)(
-      q_BTNH, k_BSKH, v_BSKH, queries.position_BT, queries.segment_BT
+    q_BTNH, k_BSKH, v_BSKH, queries.position_BT, queries.segment_BT
   )
 
 
@@ -370,22 +373,22 @@ def _splash(
     else:
       mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
     kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([mask] * heads),
-        block_sizes=_splash_blocks(splash, length),
-        attn_logits_soft_cap=softcap,
-        interpret=interpret,
+      splash.MultiHeadMask([mask] * heads),
+      block_sizes=_splash_blocks(splash, length),
+      attn_logits_soft_cap=softcap,
+      interpret=interpret,
     )
     ids = splash.SegmentIds(segment_BT, segment_BT) if queries.packed else None
     in_axes = (0, 0, 0, None if ids is None else 0)
     heads_first = lambda x: x.transpose(0, 2, 1, 3)
     o_BNTH = jax.vmap(kernel, in_axes=in_axes)(
-        *map(heads_first, (q_BTNH, k_BSKH, v_BSKH)), ids
+      *map(heads_first, (q_BTNH, k_BSKH, v_BSKH)), ids
     )
     seen = (segment_BT != 0)[:, :, None, None]
     return jnp.where(seen, heads_first(o_BNTH), 0).astype(q_BTNH.dtype)
 
   return _per_shard(call)(
-      q_BTNH, k_BSKH, v_BSKH, queries.position_BT, queries.segment_BT
+    q_BTNH, k_BSKH, v_BSKH, queries.position_BT, queries.segment_BT
   )
 
 
@@ -412,16 +415,16 @@ def _per_shard(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   P = jax.sharding.PartitionSpec
   x_BTNH = P(rows, None, heads, None)
   return jax.shard_map(
-      call,
-      in_specs=(x_BTNH, x_BTNH, x_BTNH, P(rows), P(rows)),
-      out_specs=x_BTNH,
-      check_vma=False,
+    call,
+    in_specs=(x_BTNH, x_BTNH, x_BTNH, P(rows), P(rows)),
+    out_specs=x_BTNH,
+    check_vma=False,
   )
 
 
 _KERNELS: dict[str, Callable[..., jax.Array]] = {
-    "reference": _reference,
-    "blocked": _blocked,
-    "tokamax": _tokamax,
-    "splash": _splash,
+  "reference": _reference,
+  "blocked": _blocked,
+  "tokamax": _tokamax,
+  "splash": _splash,
 }

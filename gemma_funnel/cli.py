@@ -1,4 +1,4 @@
-"""The command line of train.py and eval.py: `--config=FILE [--config.key=...]`."""
+"""The command line, for train.py and eval.py: --config=FILE --config.key=X."""
 
 from collections.abc import Callable, Sequence
 import pathlib
@@ -7,9 +7,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 import ml_collections
 from ml_collections import config_flags
 
@@ -25,7 +23,7 @@ def main(run: Callable[[ml_collections.ConfigDict], object]) -> None:
   and exit status 2; anything else is a traceback.
   """
   config = config_flags.DEFINE_config_file(
-      "config", None, "A file with get_config(); --config.key=value overrides."
+    "config", None, "A file with get_config(); --config.key=value overrides."
   )
   flags.mark_flag_as_required("config")
 

@@ -4,9 +4,9 @@ Every mistake of configuration is found here, as a `ValueError` that names the
 field, what was found and what was expected, before anything is computed.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 ATTENTION_KINDS = ("local", "global")
@@ -24,16 +24,14 @@ def _require(ok: bool, message: str) -> None:
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
   _require(
-      value in choices, f"{name}={value!r}: expected one of {list(choices)}"
+    value in choices, f"{name}={value!r}: expected one of {list(choices)}"
   )
 
 
 def _require_int(name: str, value: Any, least: int) -> None:
   _require(
-      isinstance(value, int)
-      and not isinstance(value, bool)
-      and value >= least,
-      f"{name}={value!r}: expected an integer >= {least}",
+    isinstance(value, int) and not isinstance(value, bool) and value >= least,
+    f"{name}={value!r}: expected an integer >= {least}",
   )
 
 
@@ -42,7 +40,7 @@ def _from_mapping(cls, values: Mapping[str, Any]):
   known = [f.name for f in dataclasses.fields(cls)]
   unknown = sorted(set(values) - set(known))
   _require(
-      not unknown, f"{cls.__name__} has no field {unknown}; it has {known}"
+    not unknown, f"{cls.__name__} has no field {unknown}; it has {known}"
   )
   as_tuple = lambda v: tuple(v) if isinstance(v, (list, tuple)) else v
   return cls(**{k: as_tuple(v) for k, v in values.items()})
@@ -78,8 +76,8 @@ class FunnelConfig:
     if self.stop is not None:
       _require_int("funnel.stop", self.stop, 0)
       _require(
-          self.start < self.stop,
-          f"funnel.start={self.start} must be below funnel.stop={self.stop}",
+        self.start < self.stop,
+        f"funnel.start={self.start} must be below funnel.stop={self.stop}",
       )
     _require_int("funnel.stride", self.stride, 1)
     _require_choice("funnel.pool", self.pool, POOLS)
@@ -93,13 +91,13 @@ class FunnelConfig:
     """
     stop = num_layers if self.stop is None else self.stop
     _require(
-        stop <= num_layers,
-        f"funnel.stop={stop} is past the model's {num_layers} layers",
+      stop <= num_layers,
+      f"funnel.stop={stop} is past the model's {num_layers} layers",
     )
     _require(
-        self.start < stop,
-        f"funnel.start={self.start} must be below funnel.stop={stop} "
-        f"(the model has {num_layers} layers)",
+      self.start < stop,
+      f"funnel.start={self.start} must be below funnel.stop={stop} "
+      f"(the model has {num_layers} layers)",
     )
     return dataclasses.replace(self, stop=stop)
 
@@ -120,9 +118,9 @@ class FunnelConfig:
     for item in text.split(","):
       key, equals, value = (part.strip() for part in item.partition("="))
       _require(
-          bool(equals and value),
-          f"funnel {text!r}: {item!r} is not key=value; expected 'off' or "
-          "e.g. 'start=2,stride=2,recover=average'",
+        bool(equals and value),
+        f"funnel {text!r}: {item!r} is not key=value; expected 'off' or "
+        "e.g. 'start=2,stride=2,recover=average'",
       )
       _require(key not in values, f"funnel {text!r}: {key} is given twice")
       values[key] = _int_or_text(value)
@@ -200,13 +198,13 @@ class GemmaConfig:
     ):  # fmt: skip
       _require_int(f"model.{name}", getattr(self, name), 1)
     _require(
-        self.num_heads % self.num_kv_heads == 0,
-        f"model.num_heads={self.num_heads} must be a multiple of "
-        f"model.num_kv_heads={self.num_kv_heads}",
+      self.num_heads % self.num_kv_heads == 0,
+      f"model.num_heads={self.num_heads} must be a multiple of "
+      f"model.num_kv_heads={self.num_kv_heads}",
     )
     _require(
-        self.head_dim % 2 == 0,
-        f"model.head_dim={self.head_dim}: rotary embeddings need an even one",
+      self.head_dim % 2 == 0,
+      f"model.head_dim={self.head_dim}: rotary embeddings need an even one",
     )
     for name in ("query_pre_attn_scalar", "rope_base", "norm_eps"):
       value = getattr(self, name)
@@ -214,11 +212,11 @@ class GemmaConfig:
     for name in ("attn_softcap", "final_softcap"):
       value = getattr(self, name)
       _require(
-          value is None or value > 0,
-          f"model.{name}={value!r}: expected a number > 0, or None for no cap",
+        value is None or value > 0,
+        f"model.{name}={value!r}: expected a number > 0, or None for no cap",
       )
     _require(
-        len(self.attention_pattern) > 0, "model.attention_pattern is empty"
+      len(self.attention_pattern) > 0, "model.attention_pattern is empty"
     )
     for kind in self.attention_pattern:
       _require_choice("model.attention_pattern", kind, ATTENTION_KINDS)

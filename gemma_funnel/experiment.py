@@ -7,11 +7,7 @@ import jax
 import ml_collections
 
 from gemma_funnel.data import pipeline
-from gemma_funnel.evaluation import accuracy
-from gemma_funnel.evaluation import latency
-from gemma_funnel.evaluation import plots
-from gemma_funnel.evaluation import report
-from gemma_funnel.evaluation import timing
+from gemma_funnel.evaluation import accuracy, latency, plots, report, timing
 from gemma_funnel.model import Gemma
 from gemma_funnel.training import loop
 
@@ -35,12 +31,12 @@ def run(config: ml_collections.ConfigDict) -> None:
 
 def _heldout(config, corpus, funnel, max_documents=None) -> pipeline.HeldOut:
   return pipeline.heldout_batches(
-      corpus.heldout,
-      corpus.tokenizer,
-      batch_size=config.batch_size,
-      length=config.length,
-      align=funnel.stride if funnel else 1,
-      max_documents=max_documents,
+    corpus.heldout,
+    corpus.tokenizer,
+    batch_size=config.batch_size,
+    length=config.length,
+    align=funnel.stride if funnel else 1,
+    max_documents=max_documents,
   )
 
 
@@ -49,16 +45,16 @@ def _sampled_evaluator(corpus: pipeline.Corpus, setup: loop.Setup):
   config = setup.config
   heldout = _heldout(config, corpus, setup.funnel, config.eval_documents)
   return functools.partial(
-      accuracy.evaluate, heldout=heldout, chunk=config.loss_chunk
+    accuracy.evaluate, heldout=heldout, chunk=config.loss_chunk
   )
 
 
 def _report_heldout(config, result: loop.Result) -> None:
   heldout = _heldout(
-      config, result.corpus, result.model.funnel, config.heldout_documents
+    config, result.corpus, result.model.funnel, config.heldout_documents
   )
   rows = accuracy.measure(
-      result.model, (accuracy.TRAINED,), heldout, config.loss_chunk
+    result.model, (accuracy.TRAINED,), heldout, config.loss_chunk
   )
   report.write(
       config.workdir, "heldout", rows, accuracy.COLUMNS,
@@ -72,11 +68,11 @@ def _report_heldout(config, result: loop.Result) -> None:
 
 def _report_latency(config, model: Gemma) -> None:
   rows = latency.measure(
-      _on_one_device(model),
-      (config.funnel,),
-      batch_sizes=(config.latency.batch_size,),
-      lengths=(config.latency.length,),
-      protocol=timing.Protocol(config.latency.repeats, 2, config.seed),
+    _on_one_device(model),
+    (config.funnel,),
+    batch_sizes=(config.latency.batch_size,),
+    lengths=(config.latency.length,),
+    protocol=timing.Protocol(config.latency.repeats, 2, config.seed),
   )
   report.write(
       config.workdir, "latency", rows, latency.COLUMNS,
@@ -86,5 +82,5 @@ def _report_latency(config, model: Gemma) -> None:
 
 def _on_one_device(model: Gemma) -> Gemma:
   return nnx.merge(
-      nnx.graphdef(model), jax.device_put(nnx.state(model), jax.devices()[0])
+    nnx.graphdef(model), jax.device_put(nnx.state(model), jax.devices()[0])
   )

@@ -27,8 +27,10 @@ class Parameters:
 
 def _matmul_parameters(config: GemmaConfig) -> int:
   """Weights of one layer's matrices."""
-  attention = config.embed_dim * config.head_dim * (
-      2 * config.num_heads + 2 * config.num_kv_heads
+  attention = (
+    config.embed_dim
+    * config.head_dim
+    * (2 * config.num_heads + 2 * config.num_kv_heads)
   )
   return attention + 3 * config.embed_dim * config.mlp_dim
 
@@ -37,9 +39,9 @@ def parameters(config: GemmaConfig) -> Parameters:
   """Counts parameters; no funnel built from means adds any."""
   norms = (4 if config.post_norms else 2) * config.embed_dim
   return Parameters(
-      embedding=config.vocab_size * config.embed_dim,
-      layers=config.num_layers * (_matmul_parameters(config) + norms),
-      final_norm=config.embed_dim,
+    embedding=config.vocab_size * config.embed_dim,
+    layers=config.num_layers * (_matmul_parameters(config) + norms),
+    final_norm=config.embed_dim,
   )
 
 
@@ -58,7 +60,7 @@ def attention_pairs(length: int, reach: int | None, causal: bool) -> int:
 
 
 def _stage_of(
-    config: GemmaConfig, funnel: FunnelConfig | None, length: int
+  config: GemmaConfig, funnel: FunnelConfig | None, length: int
 ) -> list[tuple[int, int]]:
   """(slots, spacing) of the stream that each layer sees."""
   plain = (length, 1)
@@ -67,18 +69,18 @@ def _stage_of(
   funnel = funnel.resolve(config.num_layers)
   short = (-(-length // funnel.stride), funnel.stride)
   return [
-      short if funnel.start <= layer < funnel.stop else plain
-      for layer in range(config.num_layers)
+    short if funnel.start <= layer < funnel.stop else plain
+    for layer in range(config.num_layers)
   ]
 
 
 def forward(
-    config: GemmaConfig,
-    funnel: FunnelConfig | None,
-    batch: int,
-    length: int,
-    head: bool = True,
-    causal: bool = True,
+  config: GemmaConfig,
+  funnel: FunnelConfig | None,
+  batch: int,
+  length: int,
+  head: bool = True,
+  causal: bool = True,
 ) -> int:
   """FLOPs of one forward pass.
 
@@ -109,11 +111,11 @@ def forward(
 
 
 def forward_bytes(
-    config: GemmaConfig,
-    funnel: FunnelConfig | None,
-    batch: int,
-    length: int,
-    head: bool = True,
+  config: GemmaConfig,
+  funnel: FunnelConfig | None,
+  batch: int,
+  length: int,
+  head: bool = True,
 ) -> int:
   """Least bytes that a forward pass moves to and from memory.
 
@@ -138,12 +140,12 @@ def forward_bytes(
 
 
 def ideal_reduction(
-    config: GemmaConfig,
-    funnel: FunnelConfig | None,
-    batch: int,
-    length: int,
-    head: bool = True,
-    causal: bool = True,
+  config: GemmaConfig,
+  funnel: FunnelConfig | None,
+  batch: int,
+  length: int,
+  head: bool = True,
+  causal: bool = True,
 ) -> float:
   """The part of the plain forward's FLOPs that the funnel saves, in [0, 1).
 

@@ -25,9 +25,9 @@ from gemma_funnel.config import FunnelConfig
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["hidden_BTD", "position_BT", "segment_BT"],
-    meta_fields=["spacing", "packed"],
+  jax.tree_util.register_dataclass,
+  data_fields=["hidden_BTD", "position_BT", "segment_BT"],
+  meta_fields=["spacing", "packed"],
 )
 @dataclasses.dataclass(frozen=True)
 class Stream:
@@ -66,9 +66,9 @@ def rank(segment_BT: jax.Array) -> jax.Array:
 
 
 def make_stream(
-    hidden_BTD: jax.Array,
-    segment_BT: jax.Array | None = None,
-    position_BT: jax.Array | None = None,
+  hidden_BTD: jax.Array,
+  segment_BT: jax.Array | None = None,
+  position_BT: jax.Array | None = None,
 ) -> Stream:
   """A stream of unreduced tokens; positions default to ranks in the segment."""
   packed = segment_BT is not None
@@ -93,19 +93,19 @@ def check_segments(segment_BT: np.ndarray, stride: int) -> None:
     ids = [int(run[0]) for run in runs]
     if len(set(ids)) != len(ids) or min(ids, default=1) < 0:
       raise ValueError(
-          f"row {row} has the segments {ids}: expected each to be one "
-          "contiguous run of a positive id (0 is padding)"
+        f"row {row} has the segments {ids}: expected each to be one "
+        "contiguous run of a positive id (0 is padding)"
       )
     groups = sum(-(-len(run) // stride) for run in runs)
     if groups > slots:
       raise ValueError(
-          f"row {row} needs {groups} groups of {stride} tokens and has room "
-          f"for {slots}: start its segments at multiples of the stride"
+        f"row {row} needs {groups} groups of {stride} tokens and has room "
+        f"for {slots}: start its segments at multiples of the stride"
       )
 
 
 def reduce(
-    stream: Stream, funnel: FunnelConfig, causal: bool
+  stream: Stream, funnel: FunnelConfig, causal: bool
 ) -> tuple[Stream, jax.Array]:
   """Pools groups of `funnel.stride` tokens by their mean.
 
@@ -128,7 +128,7 @@ def reduce(
   slots = -(-length // stride)
   slot_1T = jnp.arange(length, dtype=jnp.int32)[None]
   is_anchor_BT = (rank(stream.segment_BT) % stride == 0) & (
-      stream.segment_BT != 0
+    stream.segment_BT != 0
   )
   read_BT = jnp.maximum(jnp.cumsum(is_anchor_BT, axis=1) - 1, 0)
 
@@ -146,34 +146,34 @@ def reduce(
   inside_BRk = (member_BRk >= 0) & (member_BRk < length)
   member_BX = jnp.clip(member_BRk, 0, length - 1).reshape(batch, -1)
   same_BRk = (
-      _take(stream.segment_BT, member_BX).reshape(member_BRk.shape)
-      == segment_BR[..., None]
+    _take(stream.segment_BT, member_BX).reshape(member_BRk.shape)
+    == segment_BR[..., None]
   )
   weight_BRk = (inside_BRk & same_BRk & (segment_BR != 0)[..., None]).astype(
-      jnp.float32
+    jnp.float32
   )
   member_BRkD = _take(stream.hidden_BTD, member_BX).reshape(
-      batch, slots, stride, width
+    batch, slots, stride, width
   )
   total_BRD = jnp.sum(
-      jnp.where(weight_BRk[..., None] > 0, member_BRkD, 0),
-      axis=2,
-      dtype=jnp.float32,
+    jnp.where(weight_BRk[..., None] > 0, member_BRkD, 0),
+    axis=2,
+    dtype=jnp.float32,
   )
   count_BR = jnp.sum(weight_BRk, axis=2)
   mean_BRD = total_BRD / jnp.maximum(count_BR, 1)[..., None]
   short = Stream(
-      mean_BRD.astype(stream.hidden_BTD.dtype),
-      position_BR,
-      segment_BR,
-      spacing=stream.spacing * stride,
-      packed=stream.packed,
+    mean_BRD.astype(stream.hidden_BTD.dtype),
+    position_BR,
+    segment_BR,
+    spacing=stream.spacing * stride,
+    packed=stream.packed,
   )
   return short, read_BT
 
 
 def restore(
-    deep: Stream, before: Stream, read_BT: jax.Array, funnel: FunnelConfig
+  deep: Stream, before: Stream, read_BT: jax.Array, funnel: FunnelConfig
 ) -> Stream:
   """Gives every token its group's deep state back.
 

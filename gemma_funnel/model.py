@@ -39,7 +39,7 @@ class RMSNorm(nnx.Module):
   def __init__(self, config: GemmaConfig):
     self.epsilon = config.norm_eps
     self.scale = nnx.Param(
-        jnp.zeros(config.embed_dim, jnp.dtype(config.param_dtype))
+      jnp.zeros(config.embed_dim, jnp.dtype(config.param_dtype))
     )
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -51,12 +51,12 @@ class RMSNorm(nnx.Module):
 
 
 def rope_angles(
-    position_BT: jax.Array, config: GemmaConfig
+  position_BT: jax.Array, config: GemmaConfig
 ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines [B, T, 1, H/2], float32, of arXiv 2104.09864."""
   exponent = np.arange(0, config.head_dim, 2) / config.head_dim
   frequency_111h = jnp.asarray(
-      config.rope_base ** -exponent[None, None, None], jnp.float32
+    config.rope_base ** -exponent[None, None, None], jnp.float32
   )
   angle = position_BT.astype(jnp.float32)[..., None, None] * frequency_111h
   return jnp.cos(angle), jnp.sin(angle)
@@ -67,7 +67,7 @@ def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
   cos, sin = rope
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate(
-      [first * cos - second * sin, second * cos + first * sin], axis=-1
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
   return rotated.astype(x_BTNH.dtype)
 
@@ -84,8 +84,9 @@ class Attention(nnx.Module):
     dtype = jnp.dtype(config.param_dtype)
     # Branches into the residual stream start smaller by the root of their
     # number (GPT-2's rule); Gemma 2's post norms undo it, Gemma 1 needs it.
-    project, back = _projection((0,), (1, 2)), _projection(
-        (0, 1), (2,), 1 / (2 * config.num_layers)
+    project, back = (
+      _projection((0,), (1, 2)),
+      _projection((0, 1), (2,), 1 / (2 * config.num_layers)),
     )
     self.query = nnx.Param(project(rngs.params(), (D, N, H), dtype))
     self.key = nnx.Param(project(rngs.params(), (D, K, H), dtype))
@@ -99,16 +100,16 @@ class Attention(nnx.Module):
     k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, weight(self.key))
     v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, weight(self.value))
     o_BTNH = attend(
-        rotate(q_BTNH, rope) * config.query_scale,
-        rotate(k_BTKH, rope),
-        v_BTKH,
-        stream,
-        stream,
-        causal=causal,
-        window=window,
-        softcap=config.attn_softcap,
-        softmax_dtype=config.softmax_dtype,
-        kernel=config.kernel,
+      rotate(q_BTNH, rope) * config.query_scale,
+      rotate(k_BTKH, rope),
+      v_BTKH,
+      stream,
+      stream,
+      causal=causal,
+      window=window,
+      softcap=config.attn_softcap,
+      softmax_dtype=config.softmax_dtype,
+      kernel=config.kernel,
     )
     return jnp.einsum("BTNH,NHD->BTD", o_BTNH, weight(self.out))
 
@@ -119,8 +120,9 @@ class MLP(nnx.Module):
   def __init__(self, config: GemmaConfig, rngs: nnx.Rngs):
     D, F = config.embed_dim, config.mlp_dim
     dtype = jnp.dtype(config.param_dtype)
-    project, back = _projection((0,), (1,)), _projection(
-        (0,), (1,), 1 / (2 * config.num_layers)
+    project, back = (
+      _projection((0,), (1,)),
+      _projection((0,), (1,), 1 / (2 * config.num_layers)),
     )
     self.gate = nnx.Param(project(rngs.params(), (D, F), dtype))
     self.up = nnx.Param(project(rngs.params(), (D, F), dtype))
@@ -148,11 +150,11 @@ class Block(nnx.Module):
       self.post_mlp_norm = RMSNorm(config)
 
   def __call__(
-      self, stream: Stream, rope, *, window: int | None, causal: bool
+    self, stream: Stream, rope, *, window: int | None, causal: bool
   ) -> Stream:
     x_BTD = stream.hidden_BTD
     branch_BTD = self.attn(
-        self.pre_attn_norm(x_BTD), stream, rope, window=window, causal=causal
+      self.pre_attn_norm(x_BTD), stream, rope, window=window, causal=causal
     )
     if self.post_norms:
       branch_BTD = self.post_attn_norm(branch_BTD)
@@ -175,6 +177,7 @@ class _Span:
 
   def layer(self, params, stream, rope, index):
     """Runs one layer, given its own parameters."""
+
     def call(params, stream):
       return nnx.merge(self.block, params)(
           stream, rope, window=self.config.window_of(index),
@@ -185,7 +188,7 @@ class _Span:
     match self.config.remat:
       case "dots":
         call = jax.checkpoint(
-            call, policy=policies.dots_with_no_batch_dims_saveable
+          call, policy=policies.dots_with_no_batch_dims_saveable
         )
       case "block":
         call = jax.checkpoint(call, policy=policies.nothing_saveable)
@@ -206,7 +209,7 @@ def _run(span: _Span, stacked_L, stream: Stream) -> Stream:
   of it would copy that part first, on every call.
   """
   return _run_with(
-      span, stream, lambda index: jax.tree.map(lambda p: p[index], stacked_L)
+    span, stream, lambda index: jax.tree.map(lambda p: p[index], stacked_L)
   )
 
 
@@ -214,14 +217,17 @@ def _run_with(span, stream, params_of):
   rope = rope_angles(stream.position_BT, span.config)
   repeats, period = span.scanned()
 
-  def step(stream, repeat):
+  def step(repeat, stream):
     for j in range(period):
       params = params_of(span.start + repeat * period + j)
       stream = span.layer(params, stream, rope, span.start + j)
-    return stream, None
+    return stream
 
   if repeats:
-    stream, _ = jax.lax.scan(step, stream, jnp.arange(repeats))
+    # The compiler must not know that a loop may run only once: it would take
+    # the body out of the loop, where XLA:CPU runs it a third slower.
+    stop = jax.lax.optimization_barrier(jnp.int32(repeats))
+    stream = jax.lax.fori_loop(0, stop, step, stream)
   for index in range(span.start + repeats * period, span.stop):
     stream = span.layer(params_of(index), stream, rope, index)
   return stream
@@ -245,10 +251,10 @@ def _run_sliced(span, stacked_L, stream):
 
   if repeats:
     periods = jax.tree.map(
-        lambda p: p[span.start : span.start + scanned].reshape(
-            repeats, period, *p.shape[1:]
-        ),
-        stacked_L,
+      lambda p: p[span.start : span.start + scanned].reshape(
+        repeats, period, *p.shape[1:]
+      ),
+      stacked_L,
     )
     stream, _ = jax.lax.scan(step, stream, periods)
   for index in range(span.start + scanned, span.stop):
@@ -258,9 +264,7 @@ def _run_sliced(span, stacked_L, stream):
 
 
 def _run_forward(span, stacked_L, stream):
-  return jax.vjp(
-      functools.partial(_run_sliced, span), stacked_L, stream
-  )
+  return jax.vjp(functools.partial(_run_sliced, span), stacked_L, stream)
 
 
 def _run_backward(span, vjp, cotangent):
@@ -280,11 +284,11 @@ class Gemma(nnx.Module):
   """
 
   def __init__(
-      self,
-      config: GemmaConfig,
-      funnel: FunnelConfig | str | None = None,
-      *,
-      rngs: nnx.Rngs,
+    self,
+    config: GemmaConfig,
+    funnel: FunnelConfig | str | None = None,
+    *,
+    rngs: nnx.Rngs,
   ):
     """Fresh parameters.
 
@@ -294,11 +298,11 @@ class Gemma(nnx.Module):
     self.config = config
     self.funnel = _resolve(funnel, config)
     self.embedding = nnx.Param(
-        nnx.initializers.normal(config.embed_dim**-0.5)(
-            rngs.params(),
-            (config.vocab_size, config.embed_dim),
-            jnp.dtype(config.param_dtype),
-        )
+      nnx.initializers.normal(config.embed_dim**-0.5)(
+        rngs.params(),
+        (config.vocab_size, config.embed_dim),
+        jnp.dtype(config.param_dtype),
+      )
     )
     stack = nnx.vmap(Block, in_axes=(None, 0))
     self.layers = stack(config, rngs.split(config.num_layers))
@@ -306,7 +310,7 @@ class Gemma(nnx.Module):
 
   @classmethod
   def abstract(
-      cls, config: GemmaConfig, funnel: FunnelConfig | str | None = None
+    cls, config: GemmaConfig, funnel: FunnelConfig | str | None = None
   ) -> "Gemma":
     """A model of shapes only: nothing is allocated."""
     return nnx.eval_shape(lambda: cls(config, funnel, rngs=nnx.Rngs(0)))
@@ -317,25 +321,25 @@ class Gemma(nnx.Module):
     return nnx.merge(graphdef, nnx.state(self))
 
   def __call__(
-      self,
-      tokens_BT: jax.Array,
-      segment_BT: jax.Array | None = None,
-      position_BT: jax.Array | None = None,
-      *,
-      causal: bool = True,
+    self,
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array | None = None,
+    position_BT: jax.Array | None = None,
+    *,
+    causal: bool = True,
   ) -> jax.Array:
     """Vocabulary logits, float32 [B, T, V]; arguments as for `encode`."""
     return self.logits(
-        self.encode(tokens_BT, segment_BT, position_BT, causal=causal)
+      self.encode(tokens_BT, segment_BT, position_BT, causal=causal)
     )
 
   def encode(
-      self,
-      tokens_BT: jax.Array,
-      segment_BT: jax.Array | None = None,
-      position_BT: jax.Array | None = None,
-      *,
-      causal: bool = False,
+    self,
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array | None = None,
+    position_BT: jax.Array | None = None,
+    *,
+    causal: bool = False,
   ) -> jax.Array:
     """Hidden states after the final norm, [B, T, D] in the compute dtype.
 
@@ -356,9 +360,7 @@ class Gemma(nnx.Module):
       tokens_BT = np.asarray(tokens_BT)
     self._check(tokens_BT, segment_BT)
     graphdef, params = nnx.split(self)
-    return _encode(
-        graphdef, causal, params, tokens_BT, segment_BT, position_BT
-    )
+    return _encode(graphdef, causal, params, tokens_BT, segment_BT, position_BT)
 
   def embed(self, tokens_BT: jax.Array) -> jax.Array:
     """Embeddings times sqrt(D), which is rounded to the compute dtype first."""
@@ -389,10 +391,10 @@ class Gemma(nnx.Module):
   def logits(self, hidden_BTD: jax.Array) -> jax.Array:
     """The tied head: softcapped float32 logits [B, T, V]."""
     logits_BTV = jnp.einsum(
-        "BTD,VD->BTV",
-        hidden_BTD,
-        self.embedding[...].astype(hidden_BTD.dtype),
-        preferred_element_type=jnp.float32,
+      "BTD,VD->BTV",
+      hidden_BTD,
+      self.embedding[...].astype(hidden_BTD.dtype),
+      preferred_element_type=jnp.float32,
     )
     cap = self.config.final_softcap
     return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
@@ -400,15 +402,15 @@ class Gemma(nnx.Module):
   def _check(self, tokens_BT, segment_BT):
     if tokens_BT.ndim != 2 or tokens_BT.size == 0:
       raise ValueError(
-          f"tokens have shape {tokens_BT.shape}: expected [batch, length], "
-          "neither of them 0"
+        f"tokens have shape {tokens_BT.shape}: expected [batch, length], "
+        "neither of them 0"
       )
     if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
       raise ValueError(f"tokens are {tokens_BT.dtype}: expected integers")
     length, longest = tokens_BT.shape[1], self.config.max_length
     if length > longest:
       raise ValueError(
-          f"the sequence has {length} tokens; model.max_length is {longest}"
+        f"the sequence has {length} tokens; model.max_length is {longest}"
       )
     if isinstance(tokens_BT, jax.core.Tracer):
       return
@@ -416,9 +418,9 @@ class Gemma(nnx.Module):
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= self.config.vocab_size:
       raise ValueError(
-          f"token ids from {low} to {high}: expected 0 to "
-          f"{self.config.vocab_size - 1} (model.vocab_size="
-          f"{self.config.vocab_size})"
+        f"token ids from {low} to {high}: expected 0 to "
+        f"{self.config.vocab_size - 1} (model.vocab_size="
+        f"{self.config.vocab_size})"
       )
     if segment_BT is not None and not isinstance(segment_BT, jax.core.Tracer):
       stride = self.funnel.stride if self.funnel else 1
@@ -429,7 +431,7 @@ class Gemma(nnx.Module):
 def _encode(graphdef, causal, params, tokens_BT, segment_BT, position_BT):
   model = nnx.merge(graphdef, params)
   stream = funnel_lib.make_stream(
-      model.embed(tokens_BT), segment_BT, position_BT
+    model.embed(tokens_BT), segment_BT, position_BT
   )
   return model.final_norm(model.trunk(stream, causal=causal).hidden_BTD)
 

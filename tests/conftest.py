@@ -5,10 +5,10 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    # Tests spend their time compiling: half of it with this.
-    + " --xla_backend_optimization_level=0"
+  os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=8"
+  # Tests spend their time compiling: half of it with this.
+  + " --xla_backend_optimization_level=0"
 )
 
 import jax  # noqa: E402

@@ -55,9 +55,7 @@ def run(tmp_path_factory):
       seed=0,
   )  # fmt: skip
   next(batches)
-  model = Gemma(
-      GemmaConfig.from_dict(config.model), TRAINED, rngs=nnx.Rngs(0)
-  )
+  model = Gemma(GemmaConfig.from_dict(config.model), TRAINED, rngs=nnx.Rngs(0))
   with checkpoint_lib.Checkpoints(folder) as checkpoints:
     checkpoints.save(
         7, nnx.to_pure_dict(nnx.state(model)), {"x": np.zeros(1)}, batches,
@@ -81,7 +79,7 @@ def naive(model, heldout):
   losses, hits = [], []
   for batch in heldout.batches:
     logits = np.asarray(
-        model(batch["tokens"], batch["segment"], batch["position"]), np.float64
+      model(batch["tokens"], batch["segment"], batch["position"]), np.float64
     )
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     rows, slots = np.nonzero(packing.predicted_mask(batch["segment"]))
@@ -92,7 +90,7 @@ def naive(model, heldout):
 
 
 @pytest.mark.parametrize(
-    "funnel, chunk", [("off", 512), (TRAINED, 512), (OTHER, 512), (OTHER, 7)]
+  "funnel, chunk", [("off", 512), (TRAINED, 512), (OTHER, 512), (OTHER, 7)]
 )
 def test_evaluate_equals_full_logits(run, heldout, funnel, chunk):
   model = run[1].with_funnel(funnel)
@@ -109,7 +107,7 @@ def test_evaluate_equals_full_logits(run, heldout, funnel, chunk):
 def test_measure_compares_funnels_on_the_same_tokens(run, heldout):
   model = run[1]
   rows = accuracy.measure(
-      model, ("trained", "off", TRAINED, OTHER), heldout, 512
+    model, ("trained", "off", TRAINED, OTHER), heldout, 512
   )
   assert [row["funnel"] for row in rows] == ["trained", "off", OTHER]
   assert rows[0]["resolved"] == str(model.funnel)
@@ -119,7 +117,7 @@ def test_measure_compares_funnels_on_the_same_tokens(run, heldout):
   for row in rows:
     assert row["unigram_bits_per_byte"] == unigram
     assert row["ideal_reduction"] == flops.ideal_reduction(
-        model.config, FunnelConfig.parse(row["resolved"]), 1, LENGTH
+      model.config, FunnelConfig.parse(row["resolved"]), 1, LENGTH
     )
   own = accuracy.evaluate(model, heldout)
   assert rows[0]["loss"] == pytest.approx(own["loss"], rel=1e-6)
@@ -183,9 +181,7 @@ def test_run_on_other_text(run, tmp_path):
 
 def test_run_of_a_folder_with_no_run(run, tmp_path, monkeypatch):
   folder, model, _ = run
-  monkeypatch.setattr(
-      convert, "load", lambda path: model.with_funnel("off")
-  )
+  monkeypatch.setattr(convert, "load", lambda path: model.with_funnel("off"))
   other = tmp_path / "converted"
   other.mkdir()
   config = get_config(
@@ -203,21 +199,21 @@ def test_run_of_a_folder_with_no_run(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(checkpoint=None), "checkpoint is missing: expected"),
-        (dict(checkpoint="/nowhere"), "checkpoint='/nowhere' is no folder"),
-        (dict(tokenizer="x.model"), "tokenizer='x.model': expected none"),
-        (dict(funnels=()), r"funnels=\(\): expected a tuple"),
-        (dict(funnels=("half",)), "funnels: 'half'"),
-        (dict(funnels=("start=2,stop=9",)), "stop=9 is past .* 4 layers"),
-        (dict(length=61), "length=61: expected a multiple of 2.* such as 60"),
-        (dict(length=258), "length=258: expected at most .*max_length=256"),
-        (dict(length=0), "length=0: expected an integer >= 1"),
-        (dict(batch_size=0), "batch_size=0: expected an integer >= 1"),
-        (dict(max_documents=0), "max_documents=0"),
-        (dict(chunk=0), "chunk=0: expected an integer >= 1"),
-    ],
+  "changes, message",
+  [
+    (dict(checkpoint=None), "checkpoint is missing: expected"),
+    (dict(checkpoint="/nowhere"), "checkpoint='/nowhere' is no folder"),
+    (dict(tokenizer="x.model"), "tokenizer='x.model': expected none"),
+    (dict(funnels=()), r"funnels=\(\): expected a tuple"),
+    (dict(funnels=("half",)), "funnels: 'half'"),
+    (dict(funnels=("start=2,stop=9",)), "stop=9 is past .* 4 layers"),
+    (dict(length=61), "length=61: expected a multiple of 2.* such as 60"),
+    (dict(length=258), "length=258: expected at most .*max_length=256"),
+    (dict(length=0), "length=0: expected an integer >= 1"),
+    (dict(batch_size=0), "batch_size=0: expected an integer >= 1"),
+    (dict(max_documents=0), "max_documents=0"),
+    (dict(chunk=0), "chunk=0: expected an integer >= 1"),
+  ],
 )
 def test_bad_configurations_are_named(run, changes, message):
   config = get_config(**(dict(checkpoint=str(run[0])) | changes))

@@ -33,8 +33,8 @@ def _qkv(length, dtype=jnp.float32, width=H):
   shapes = [(B, length, n, width) for n in (K * G, K, K)]
   # Logits well beyond the caps below.
   return [
-      3 * jax.random.normal(key, shape, dtype)
-      for key, shape in zip(keys, shapes, strict=True)
+    3 * jax.random.normal(key, shape, dtype)
+    for key, shape in zip(keys, shapes, strict=True)
   ]
 
 
@@ -57,16 +57,18 @@ def _brute_force(q, k, v, stream, causal, window, softcap):
       logit = softcap * np.tanh(logit / softcap)
     weight = np.exp(logit - logit.max())
     weight /= weight.sum()
-    out[b, t, n] = sum(w * v[b, s, n // G] for w, s in zip(weight, see))
+    out[b, t, n] = sum(
+      w * v[b, s, n // G] for w, s in zip(weight, see, strict=False)
+    )
   return out
 
 
 CASES = [
-    (segments, causal, window, softcap)
-    for segments in ("none", "packed", "padded")
-    for causal in (True, False)
-    for window in (None, 1, 5)
-    for softcap in (None, 4.0, 100.0)
+  (segments, causal, window, softcap)
+  for segments in ("none", "packed", "padded")
+  for causal in (True, False)
+  for window in (None, 1, 5)
+  for softcap in (None, 4.0, 100.0)
 ]
 
 
@@ -87,7 +89,7 @@ def _agree(call, length, segments, causal, window, softcap, width=H, tol=1e-4):
   qkv = _qkv(length, width=width)
   stream = _stream(length, segments)
   kw = dict(
-      causal=causal, window=window, softcap=softcap, softmax_dtype="float32"
+    causal=causal, window=window, softcap=softcap, softmax_dtype="float32"
   )
   weight = jax.random.normal(jax.random.key(1), qkv[0].shape)
 
@@ -96,7 +98,7 @@ def _agree(call, length, segments, causal, window, softcap, width=H, tol=1e-4):
     return fn(*qkv, stream, stream, **kw), jax.grad(loss, (0, 1, 2))(*qkv)
 
   got, want = map(
-      jax.jit(value_and_grads, static_argnums=0), (call, attention._reference)
+    jax.jit(value_and_grads, static_argnums=0), (call, attention._reference)
   )
   for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(x, y, atol=tol, rtol=tol)
@@ -106,20 +108,20 @@ def _agree(call, length, segments, causal, window, softcap, width=H, tol=1e-4):
 @pytest.mark.parametrize("spacing", [1, 3])
 @pytest.mark.parametrize("segments,causal,window,softcap", CASES)
 def test_blocked_is_the_reference(
-    segments, causal, window, softcap, spacing, monkeypatch
+  segments, causal, window, softcap, spacing, monkeypatch
 ):
   monkeypatch.setattr(attention, "_BLOCK", 4)
 
   def strided(fn, *args, **kw):
     *qkv, stream, _ = args
     stream = stream.replace(
-        position_BT=stream.position_BT * spacing + 7, spacing=spacing
+      position_BT=stream.position_BT * spacing + 7, spacing=spacing
     )
     return fn(*qkv, stream, stream, **kw)
 
   qkv, stream = _qkv(21), _stream(21, segments)
   kw = dict(
-      causal=causal, window=window, softcap=softcap, softmax_dtype="float32"
+    causal=causal, window=window, softcap=softcap, softmax_dtype="float32"
   )
   got = strided(attention._blocked, *qkv, stream, stream, **kw)
   want = strided(attention._reference, *qkv, stream, stream, **kw)
@@ -180,7 +182,9 @@ def test_softmax_dtype_is_used(dtype):
 
 
 @pytest.mark.parametrize("segments", ["none", "packed", "padded"])
-@pytest.mark.parametrize("causal,window", [(True, None), (True, 30), (False, 30)])
+@pytest.mark.parametrize(
+  "causal,window", [(True, None), (True, 30), (False, 30)]
+)
 def test_splash_is_the_reference(segments, causal, window):
   """The TPU kernel, interpreted; its gradients too."""
   call = functools.partial(attention._splash, interpret=True)
@@ -207,20 +211,20 @@ def _request(**changes):
 def test_auto_on_the_cpu_is_blocked():
   assert attention.choose_kernel("auto", **_request()) == "blocked"
   assert attention.choose_kernel("auto", **_request(unequal=True)) == (
-      "reference"
+    "reference"
   )
 
 
 @pytest.mark.parametrize(
-    "kernel,request_,message",
-    [
-        ("flash", {}, "expected 'auto' or one of"),
-        ("splash", {}, "runs on tpu, not on cpu"),
-        ("tokamax", {}, "runs on gpu, not on cpu"),
-        ("blocked", dict(unequal=True), "must be the same stream"),
-        ("splash", dict(softmax_dtype="bfloat16"), "softmax_dtype must be"),
-        ("splash", dict(length=130), "multiple of 128, not 130"),
-    ],
+  "kernel,request_,message",
+  [
+    ("flash", {}, "expected 'auto' or one of"),
+    ("splash", {}, "runs on tpu, not on cpu"),
+    ("tokamax", {}, "runs on gpu, not on cpu"),
+    ("blocked", dict(unequal=True), "must be the same stream"),
+    ("splash", dict(softmax_dtype="bfloat16"), "softmax_dtype must be"),
+    ("splash", dict(length=130), "multiple of 128, not 130"),
+  ],
 )
 def test_what_a_kernel_cannot_do_raises(kernel, request_, message):
   with pytest.raises(ValueError, match=message):

@@ -6,15 +6,16 @@ import pathlib
 import shutil
 
 from flax import nnx
-from gemma_funnel.config import GemmaConfig
-from gemma_funnel.model import Gemma
-from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import loop
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+
+from gemma_funnel.config import GemmaConfig
+from gemma_funnel.model import Gemma
+from gemma_funnel.training import checkpoint as checkpoint_lib
+from gemma_funnel.training import loop
 
 
 def _no_evaluator(corpus, setup):
@@ -29,8 +30,8 @@ def _params(model):
 def _same(tree, other):
   leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
   return len(leaves) == len(others) and all(
-      a.dtype == b.dtype and np.array_equal(a, b)
-      for a, b in zip(leaves, others, strict=True)
+    a.dtype == b.dtype and np.array_equal(a, b)
+    for a, b in zip(leaves, others, strict=True)
   )
 
 
@@ -92,7 +93,7 @@ def test_a_loaded_run_is_the_trained_model(trained, source):
 
 
 def test_checkpoints_hold_the_parameters_of_their_own_step(
-    by_step, source, tmp_path
+  by_step, source, tmp_path
 ):
   # Their buffers are donated while they are being written.
   for step in (4, 8):
@@ -141,7 +142,7 @@ def test_a_run_is_loaded_in_another_dtype(trained):
   model = checkpoint_lib.load_model(folder, dtype="bfloat16")
   assert model.config.dtype == model.config.param_dtype == "bfloat16"
   rounded = jax.tree.map(
-      lambda x: x.astype(jnp.bfloat16), _params(result.model)
+    lambda x: x.astype(jnp.bfloat16), _params(result.model)
   )
   assert _same(_params(model), rounded)
   exact = checkpoint_lib.load_model(folder)(_tokens())
@@ -149,12 +150,12 @@ def test_a_run_is_loaded_in_another_dtype(trained):
 
 
 @pytest.mark.parametrize(
-    "funnel, text",
-    [
-        ("start=2,stride=2", "funnel.start=2.*2 layers"),
-        ("start=0,stop=5", "funnel.stop=5 is past the model's 2 layers"),
-        ("begin=1", "start is missing"),
-    ],
+  "funnel, text",
+  [
+    ("start=2,stride=2", "funnel.start=2.*2 layers"),
+    ("start=0,stop=5", "funnel.stop=5 is past the model's 2 layers"),
+    ("begin=1", "start is missing"),
+  ],
 )
 def test_a_funnel_that_does_not_fit_is_refused(trained, funnel, text):
   with pytest.raises(ValueError, match=text):
@@ -179,7 +180,7 @@ def test_reading_a_run_changes_nothing_in_it(copy):
   _truncate(_newest_data_file(copy))
   (copy / "checkpoints" / "16.orbax-checkpoint-tmp").mkdir()  # Being saved.
   files = lambda: {
-      str(p): p.read_bytes() if p.is_file() else None for p in copy.rglob("*")
+    str(p): p.read_bytes() if p.is_file() else None for p in copy.rglob("*")
   }
   before = files()
   assert checkpoint_lib.load_run(copy).step == 8
@@ -221,7 +222,7 @@ def _newest_data_file(folder, step=12):
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
 def test_damage_of_any_file_never_changes_what_is_read(
-    damage, trained, by_step, tmp_path, capsys
+  damage, trained, by_step, tmp_path, capsys
 ):
   names = [p.relative_to(trained[0]) for p in _files(trained[0], 12)]
   names = [n for n in names if (trained[0] / n).stat().st_size > 0]
@@ -252,7 +253,7 @@ def _restore(folder, source):
   setup = loop.make_setup(config)
   corpus = loop.pipeline.load_corpus(config.data, 512, folder)
   data = loop.pipeline.train_iterator(
-      corpus.train, corpus.tokenizer, batch_size=8, length=32, align=2, seed=0
+    corpus.train, corpus.tokenizer, batch_size=8, length=32, align=2, seed=0
   )
   with checkpoint_lib.Checkpoints(folder, keep=3) as checkpoints:
     abstract = loop.make_init(setup)[1]
@@ -261,7 +262,7 @@ def _restore(folder, source):
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_saved_again(
-    copy, source, trained, by_step, capsys
+  copy, source, trained, by_step, capsys
 ):
   intact = _restore(copy, source)
   assert intact[0] == 12
@@ -285,10 +286,10 @@ def test_a_damaged_checkpoint_is_set_aside_and_saved_again(
 
 
 @pytest.mark.parametrize(
-    "name", ["data/process_0-of-1.json", "opt_state/_METADATA", "sums.json"]
+  "name", ["data/process_0-of-1.json", "opt_state/_METADATA", "sums.json"]
 )
 def test_a_resuming_run_needs_all_of_a_checkpoint(
-    name, copy, source, by_step, capsys
+  name, copy, source, by_step, capsys
 ):
   _zero(copy / "checkpoints" / "12" / name)
   step, params, _ = _restore(copy, source)
@@ -300,9 +301,9 @@ def test_nothing_intact_is_an_error_that_names_them(copy, source):
   for step in (4, 8, 12):
     _truncate(_newest_data_file(copy, step))
   for read in (
-      lambda: checkpoint_lib.load_run(copy),
-      lambda: _restore(copy, source),
-      lambda: loop.train(tiny_run.make_config(copy, source), _no_evaluator),
+    lambda: checkpoint_lib.load_run(copy),
+    lambda: _restore(copy, source),
+    lambda: loop.train(tiny_run.make_config(copy, source), _no_evaluator),
   ):
     with pytest.raises(ValueError, match="no checkpoint.*12: .*8: .*4: ") as e:
       read()
@@ -325,7 +326,7 @@ def test_what_a_killed_save_left_is_removed(copy, source):
 
 def test_old_checkpoints_are_dropped(source, tmp_path):
   config = tiny_run.make_config(
-      tmp_path / "run", source, steps=4, checkpoint_every=1, keep=2
+    tmp_path / "run", source, steps=4, checkpoint_every=1, keep=2
   )
   loop.train(config, _no_evaluator)
   assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["3", "4"]
@@ -406,8 +407,11 @@ def test_a_call_that_failed_early_may_be_corrected(tmp_path):
 
 
 def test_parameters_fit_any_funnel_of_the_same_sizes(trained):
-  config = GemmaConfig.from_dict(checkpoint_lib.load_run(trained[0]).config.model)
-  shapes = lambda funnel: jax.tree.map(
-      lambda x: x.shape, nnx.to_pure_dict(nnx.state(Gemma.abstract(config, funnel)))
-  )
+  run = checkpoint_lib.load_run(trained[0])
+  config = GemmaConfig.from_dict(run.config.model)
+
+  def shapes(funnel):
+    state = nnx.state(Gemma.abstract(config, funnel))
+    return jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(state))
+
   assert shapes(None) == shapes("start=1,stride=2")

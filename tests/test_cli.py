@@ -5,13 +5,15 @@ import subprocess
 import sys
 
 from absl import flags
-from gemma_funnel import cli
-from gemma_funnel import experiment
 import pytest
 import tiny_run
 
+from gemma_funnel import cli, experiment
+
 # How ml_collections loads a file.
-pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:.*load_module:DeprecationWarning"
+)
 CONFIG = str(tiny_run.ROOT / "configs" / "quickstart.py")
 
 
@@ -35,7 +37,7 @@ def run_main(monkeypatch, capsys):
         lambda name: flags._validators.mark_flag_as_required(name, values),
     )  # fmt: skip
     monkeypatch.setattr(
-        cli.app, "run", lambda main, flags_parser: main(flags_parser(sys.argv))
+      cli.app, "run", lambda main, flags_parser: main(flags_parser(sys.argv))
     )
     capsys.readouterr()
     try:
@@ -67,28 +69,28 @@ def _assert_refused(result, text):
 
 
 @pytest.mark.parametrize(
-    "argument, text",
-    [
-        ("--config.modle.num_layers=3", "no key 'modle'; .* mean 'model'"),
-        ("--config.model.num_layer=3", "'num_layer'; .* mean 'num_layers'"),
-        ("--config.xyzzy=3", "no key 'xyzzy'"),
-        ("--config.steps=abc", "config.steps=abc"),
-        ("--config.model.num_layers=1.5", "config.model.num_layers=1.5"),
-        ("--confg=x", "Unknown command line flag 'confg'"),
-        ("word", r"unexpected arguments \['word'\]"),
-        ("--config.funnel=start=2,stop=2", "funnel.start=2 .*funnel.stop=2"),
-        ("--config.funnel=start=1,stop=3", "funnel.stop=3 is past .* 2 layers"),
-        ("--config.funnel=start=1,stride=0", "funnel.stride=0"),
-        ("--config.funnel=start=1,stried=2", r"no field \['stried'\]"),
-        ("--config.funnel=2", "'2' is not key=value"),
-        ("--config.length=66", "length=66 is beyond model.max_length=64"),
-        ("--config.batch_size=12", "batch_size=12 must be a multiple of 8"),
-        ("--config.mesh.data=3", "does not divide 8 devices"),
-        ("--config.mesh.tensor=8", "tensor=8 does not divide 4"),
-        ("--config.data.source=/nowhere/*.txt", "no file matches"),
-        ("--config.data.tokenizer=/nowhere", "/nowhere: cannot be read"),
-        ("--config.optimizer.b1=2", "optimizer.b1=2"),
-    ],
+  "argument, text",
+  [
+    ("--config.modle.num_layers=3", "no key 'modle'; .* mean 'model'"),
+    ("--config.model.num_layer=3", "'num_layer'; .* mean 'num_layers'"),
+    ("--config.xyzzy=3", "no key 'xyzzy'"),
+    ("--config.steps=abc", "config.steps=abc"),
+    ("--config.model.num_layers=1.5", "config.model.num_layers=1.5"),
+    ("--confg=x", "Unknown command line flag 'confg'"),
+    ("word", r"unexpected arguments \['word'\]"),
+    ("--config.funnel=start=2,stop=2", "funnel.start=2 .*funnel.stop=2"),
+    ("--config.funnel=start=1,stop=3", "funnel.stop=3 is past .* 2 layers"),
+    ("--config.funnel=start=1,stride=0", "funnel.stride=0"),
+    ("--config.funnel=start=1,stried=2", r"no field \['stried'\]"),
+    ("--config.funnel=2", "'2' is not key=value"),
+    ("--config.length=66", "length=66 is beyond model.max_length=64"),
+    ("--config.batch_size=12", "batch_size=12 must be a multiple of 8"),
+    ("--config.mesh.data=3", "does not divide 8 devices"),
+    ("--config.mesh.tensor=8", "tensor=8 does not divide 4"),
+    ("--config.data.source=/nowhere/*.txt", "no file matches"),
+    ("--config.data.tokenizer=/nowhere", "/nowhere: cannot be read"),
+    ("--config.optimizer.b1=2", "optimizer.b1=2"),
+  ],
 )
 def test_a_mistake_is_one_line(argument, text, run_main, source, tmp_path):
   args = tiny_run.command(tmp_path / "run", source, argument)[2:]
@@ -110,7 +112,7 @@ def test_config_files_that_cannot_be_loaded(run_main, tmp_path):
   _assert_refused(run_main(run, f"--config={file}"), "too few")
   latency = tiny_run.ROOT / "configs" / "eval_latency.py"
   _assert_refused(
-      run_main(run, f"--config={latency}:gema"), "preset='gema': expected one"
+    run_main(run, f"--config={latency}:gema"), "preset='gema': expected one"
   )
 
 
@@ -144,7 +146,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(run_main, source, tmp_path):
       f"--config.data.tokenizer={tmp_path / 'tokenizer.model'}",
   )  # fmt: skip
   _assert_refused(
-      run_main(experiment.run, *args[2:]), "512 pieces.* vocab_size=400"
+    run_main(experiment.run, *args[2:]), "512 pieces.* vocab_size=400"
   )
 
 
@@ -190,17 +192,12 @@ def test_the_configuration_is_handed_on(run_main):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes, text",
-    [
-        (("--config.modle.num_layers=3",), "no key 'modle'"),
-        (("--config.optimizer.learning_rate=1e30",), "at step 3; the last"),
-    ],
-)
-def test_the_command_exits_with_status_two(changes, text, source, tmp_path):
-  args = tiny_run.command(tmp_path / "run", source, *changes)
+def test_a_loss_that_is_not_finite_exits_with_status_two(source, tmp_path):
+  args = tiny_run.command(
+    tmp_path / "run", source, "--config.optimizer.learning_rate=1e30"
+  )
   _, err = tiny_run.finish(tiny_run.start(args), 2)
-  assert re.fullmatch(rf"error: .*{text}.*\n", err), err
+  _assert_refused((2, err), "is (nan|inf) at step 3; the last good checkpoint")
 
 
 def test_eval_takes_the_same_flags():

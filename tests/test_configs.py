@@ -2,12 +2,13 @@
 
 import pathlib
 
-from gemma_funnel import evaluation
-from gemma_funnel.config import FunnelConfig, GemmaConfig
-from gemma_funnel.training import loop
 import jax
 import pytest
 import tiny_run
+
+from gemma_funnel import evaluation
+from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel.training import loop
 
 NAMES = sorted(p.stem for p in (tiny_run.ROOT / "configs").glob("*.py"))
 TRAINING = [name for name in NAMES if not name.startswith("eval_")]

@@ -34,29 +34,28 @@ GEMMA1 = dict(
 def random_tensors(raw, dtype=np.float32):
   """Tensors by the names and shapes of transformers."""
   shapes = {
-      "model.embed_tokens.weight": (V, D),
-      "model.norm.weight": (D,),
+    "model.embed_tokens.weight": (V, D),
+    "model.norm.weight": (D,),
   }
   norms = ["input_layernorm", "post_attention_layernorm"]
   if raw["model_type"] == "gemma2":
     norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
   for i in range(L):
     layer = {
-        "self_attn.q_proj": (N * H, D),
-        "self_attn.k_proj": (K * H, D),
-        "self_attn.v_proj": (K * H, D),
-        "self_attn.o_proj": (D, N * H),
-        "mlp.gate_proj": (F, D),
-        "mlp.up_proj": (F, D),
-        "mlp.down_proj": (D, F),
-        **{norm: (D,) for norm in norms},
+      "self_attn.q_proj": (N * H, D),
+      "self_attn.k_proj": (K * H, D),
+      "self_attn.v_proj": (K * H, D),
+      "self_attn.o_proj": (D, N * H),
+      "mlp.gate_proj": (F, D),
+      "mlp.up_proj": (F, D),
+      "mlp.down_proj": (D, F),
+      **{norm: (D,) for norm in norms},
     }
     for name, shape in layer.items():
       shapes[f"model.layers.{i}.{name}.weight"] = shape
   rng = np.random.default_rng(0)
   return {
-      name: rng.normal(size=shape).astype(dtype)
-      for name, shape in shapes.items()
+    name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()
   }
 
 
@@ -106,36 +105,36 @@ def test_every_value_lands_in_its_place(tmp_path):
     for n in range(N):
       rows = slice(n * H, (n + 1) * H)
       np.testing.assert_array_equal(
-          layers.attn.query[...][i, :, n], get("self_attn.q_proj")[rows].T
+        layers.attn.query[...][i, :, n], get("self_attn.q_proj")[rows].T
       )
       np.testing.assert_array_equal(
-          layers.attn.out[...][i, n], get("self_attn.o_proj")[:, rows].T
+        layers.attn.out[...][i, n], get("self_attn.o_proj")[:, rows].T
       )
     for n in range(K):
       rows = slice(n * H, (n + 1) * H)
       for ours, theirs in (("key", "k_proj"), ("value", "v_proj")):
         np.testing.assert_array_equal(
-            getattr(layers.attn, ours)[...][i, :, n],
-            get(f"self_attn.{theirs}")[rows].T,
+          getattr(layers.attn, ours)[...][i, :, n],
+          get(f"self_attn.{theirs}")[rows].T,
         )
     for name in ("gate", "up", "down"):
       np.testing.assert_array_equal(
-          getattr(layers.mlp, name)[...][i], get(f"mlp.{name}_proj").T
+        getattr(layers.mlp, name)[...][i], get(f"mlp.{name}_proj").T
       )
     for ours, theirs in {
-        "pre_attn_norm": "input_layernorm",
-        "post_attn_norm": "post_attention_layernorm",
-        "pre_mlp_norm": "pre_feedforward_layernorm",
-        "post_mlp_norm": "post_feedforward_layernorm",
+      "pre_attn_norm": "input_layernorm",
+      "post_attn_norm": "post_attention_layernorm",
+      "pre_mlp_norm": "pre_feedforward_layernorm",
+      "post_mlp_norm": "post_feedforward_layernorm",
     }.items():
       np.testing.assert_array_equal(
-          getattr(layers, ours).scale[...][i], get(theirs)
+        getattr(layers, ours).scale[...][i], get(theirs)
       )
   np.testing.assert_array_equal(
-      model.embedding[...], stored["model.embed_tokens.weight"]
+    model.embedding[...], stored["model.embed_tokens.weight"]
   )
   np.testing.assert_array_equal(
-      model.final_norm.scale[...], stored["model.norm.weight"]
+    model.final_norm.scale[...], stored["model.norm.weight"]
   )
 
 
@@ -143,8 +142,8 @@ def test_gemma1_norm_after_attention_is_the_one_before_the_mlp(tmp_path):
   stored = random_tensors(GEMMA1)
   model = gemma_funnel.load(write(tmp_path, GEMMA1, stored))
   np.testing.assert_array_equal(
-      model.layers.pre_mlp_norm.scale[...][1],
-      stored["model.layers.1.post_attention_layernorm.weight"],
+    model.layers.pre_mlp_norm.scale[...][1],
+    stored["model.layers.1.post_attention_layernorm.weight"],
   )
   assert not hasattr(model.layers, "post_attn_norm")
 
@@ -187,13 +186,13 @@ def test_a_bare_trunk_loads(tmp_path):
   (tmp_path / "bare").mkdir()
   bare = {k.removeprefix("model."): v for k, v in stored.items()}
   same(
-      gemma_funnel.load(write(tmp_path, GEMMA2, stored)),
-      gemma_funnel.load(write(tmp_path / "bare", GEMMA2, bare)),
+    gemma_funnel.load(write(tmp_path, GEMMA2, stored)),
+    gemma_funnel.load(write(tmp_path / "bare", GEMMA2, bare)),
   )
 
 
 @pytest.mark.parametrize(
-    "stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
+  "stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype(tmp_path, stored, dtype):
@@ -204,8 +203,8 @@ def test_dtype(tmp_path, stored, dtype):
   for param in jax.tree.leaves(nnx.state(model)):
     assert param.dtype == dtype
   np.testing.assert_array_equal(
-      np.asarray(model.embedding[...]),
-      tensors["model.embed_tokens.weight"].astype(jnp.dtype(dtype)),
+    np.asarray(model.embedding[...]),
+    tensors["model.embed_tokens.weight"].astype(jnp.dtype(dtype)),
   )
   hidden = model.encode(jnp.ones((1, 4), jnp.int32))
   assert hidden.dtype == dtype
@@ -257,11 +256,11 @@ def test_gemma1_config(tmp_path):
 
 # As published: without layer_types, and with the keys of their time.
 PUBLISHED = {
-    "gemma1_2b": (GEMMA1, 2048, 16_384, 18, 8, 1, 256, None),
-    "gemma1_7b": (GEMMA1, 3072, 24_576, 28, 16, 16, 256, None),
-    "gemma2_2b": (GEMMA2, 2304, 9216, 26, 8, 4, 256, 256),
-    "gemma2_9b": (GEMMA2, 3584, 14_336, 42, 16, 8, 256, 256),
-    "gemma2_27b": (GEMMA2, 4608, 36_864, 46, 32, 16, 128, 144),
+  "gemma1_2b": (GEMMA1, 2048, 16_384, 18, 8, 1, 256, None),
+  "gemma1_7b": (GEMMA1, 3072, 24_576, 28, 16, 16, 256, None),
+  "gemma2_2b": (GEMMA2, 2304, 9216, 26, 8, 4, 256, 256),
+  "gemma2_9b": (GEMMA2, 3584, 14_336, 42, 16, 8, 256, 256),
+  "gemma2_27b": (GEMMA2, 4608, 36_864, 46, 32, 16, 128, 144),
 }
 
 
@@ -287,19 +286,19 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 @pytest.mark.parametrize(
-    "types, pattern",
-    [
-        ([LOCAL, GLOBAL, LOCAL], ("local", "global")),
-        ([GLOBAL, LOCAL, GLOBAL], ("global", "local")),
-        ([LOCAL, LOCAL, LOCAL], ("local",)),
-        ([GLOBAL], ("global",)),
-        ([LOCAL, LOCAL, GLOBAL, LOCAL], ("local", "local", "global")),
-        ([LOCAL, GLOBAL, GLOBAL], ("local", "global", "global")),
-    ],
+  "types, pattern",
+  [
+    ([LOCAL, GLOBAL, LOCAL], ("local", "global")),
+    ([GLOBAL, LOCAL, GLOBAL], ("global", "local")),
+    ([LOCAL, LOCAL, LOCAL], ("local",)),
+    ([GLOBAL], ("global",)),
+    ([LOCAL, LOCAL, GLOBAL, LOCAL], ("local", "local", "global")),
+    ([LOCAL, GLOBAL, GLOBAL], ("local", "global", "global")),
+  ],
 )
 def test_layer_types_become_the_shortest_pattern(tmp_path, types, pattern):
   config = config_of(
-      tmp_path, GEMMA2, layer_types=types, num_hidden_layers=len(types)
+    tmp_path, GEMMA2, layer_types=types, num_hidden_layers=len(types)
   )
   assert config.attention_pattern == pattern
   assert [{"local": LOCAL, "global": GLOBAL}[kind]
@@ -323,29 +322,29 @@ def test_keys_of_other_versions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(model_type="llama"), "model_type='llama'"),
-        (dict(model_type="gemma3_text"), "model_type='gemma3_text'"),
-        (dict(hidden_activation="gelu"), "hidden_activation='gelu'"),
-        (dict(attention_bias=True), "attention_bias=True"),
-        (dict(tie_word_embeddings=False), "tie_word_embeddings=False"),
-        (dict(use_bidirectional_attention=True), "use_bidirectional"),
-        (dict(quantization_config={"bits": 4}), "quantization_config"),
-        (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling"),
-        (dict(rope_parameters={"rope_type": "yarn"}), "rope_parameters"),
-        (dict(rope_parameters=3), "rope_parameters=3"),
-        (dict(layer_types=[LOCAL]), "num_hidden_layers=3"),
-        (dict(layer_types="local"), "layer_types='local'"),
-        (dict(layer_types=[LOCAL, "chunked", GLOBAL]), "'chunked'"),
-        (dict(layer_types=[LOCAL, [], GLOBAL]), "layer_types has"),
-        (dict(num_hidden_layers="3"), "num_layers='3'"),
-        (dict(num_key_value_heads=3), "num_kv_heads=3"),
-        (dict(query_pre_attn_scalar="256"), "query_pre_attn_scalar='256'"),
-        (dict(query_pre_attn_scalar=None), "query_pre_attn_scalar=None"),
-        (dict(attn_logit_softcapping=0.0), "attn_softcap=0.0"),
-        (dict(sliding_window=None), "window=None"),
-    ],
+  "changes, message",
+  [
+    (dict(model_type="llama"), "model_type='llama'"),
+    (dict(model_type="gemma3_text"), "model_type='gemma3_text'"),
+    (dict(hidden_activation="gelu"), "hidden_activation='gelu'"),
+    (dict(attention_bias=True), "attention_bias=True"),
+    (dict(tie_word_embeddings=False), "tie_word_embeddings=False"),
+    (dict(use_bidirectional_attention=True), "use_bidirectional"),
+    (dict(quantization_config={"bits": 4}), "quantization_config"),
+    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling"),
+    (dict(rope_parameters={"rope_type": "yarn"}), "rope_parameters"),
+    (dict(rope_parameters=3), "rope_parameters=3"),
+    (dict(layer_types=[LOCAL]), "num_hidden_layers=3"),
+    (dict(layer_types="local"), "layer_types='local'"),
+    (dict(layer_types=[LOCAL, "chunked", GLOBAL]), "'chunked'"),
+    (dict(layer_types=[LOCAL, [], GLOBAL]), "layer_types has"),
+    (dict(num_hidden_layers="3"), "num_layers='3'"),
+    (dict(num_key_value_heads=3), "num_kv_heads=3"),
+    (dict(query_pre_attn_scalar="256"), "query_pre_attn_scalar='256'"),
+    (dict(query_pre_attn_scalar=None), "query_pre_attn_scalar=None"),
+    (dict(attn_logit_softcapping=0.0), "attn_softcap=0.0"),
+    (dict(sliding_window=None), "window=None"),
+  ],
 )
 def test_unsupported_configs_are_refused(tmp_path, changes, message):
   with pytest.raises(ValueError, match=message) as error:
@@ -433,15 +432,15 @@ def test_no_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "funnel, message",
-    [
-        ("start=1,stop=9", "funnel.stop=9 is past the model's 3 layers"),
-        ("start=3", "funnel.start=3 must be below"),
-        ("start=1,strid=2", "strid"),
-    ],
+  "funnel, message",
+  [
+    ("start=1,stop=9", "funnel.stop=9 is past the model's 3 layers"),
+    ("start=3", "funnel.start=3 must be below"),
+    ("start=1,strid=2", "strid"),
+  ],
 )
 def test_the_funnel_is_checked_before_any_weight_is_read(
-    tmp_path, funnel, message
+  tmp_path, funnel, message
 ):
   write_config(tmp_path, GEMMA2)
   (tmp_path / "model.safetensors").write_bytes(b"no safetensors")

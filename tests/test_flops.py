@@ -11,11 +11,11 @@ from gemma_funnel.model import Gemma
 
 # Parameters of the released checkpoints.
 PUBLISHED = {
-    "gemma1_2b": 2_506_172_416,
-    "gemma1_7b": 8_537_680_896,
-    "gemma2_2b": 2_614_341_888,
-    "gemma2_9b": 9_241_705_984,
-    "gemma2_27b": 27_227_128_320,
+  "gemma1_2b": 2_506_172_416,
+  "gemma1_7b": 8_537_680_896,
+  "gemma2_2b": 2_614_341_888,
+  "gemma2_9b": 9_241_705_984,
+  "gemma2_27b": 27_227_128_320,
 }
 
 
@@ -36,8 +36,8 @@ def test_parameters_are_the_model_s(name):
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_pairs_are_those_that_can_be_seen(length, reach, causal):
   t, s = np.mgrid[:length, :length]
-  see = np.ones((length, length), bool) if reach is None else (
-      abs(t - s) <= reach
+  see = (
+    np.ones((length, length), bool) if reach is None else (abs(t - s) <= reach)
   )
   if causal:
     see &= s <= t
@@ -45,7 +45,7 @@ def test_pairs_are_those_that_can_be_seen(length, reach, causal):
 
 
 @pytest.mark.parametrize(
-    "funnel", [None, FunnelConfig(1), FunnelConfig(1, 3, 3)], ids=str
+  "funnel", [None, FunnelConfig(1), FunnelConfig(1, 3, 3)], ids=str
 )
 @pytest.mark.parametrize("head", [True, False])
 def test_forward_is_the_compiler_s_count(funnel, head):

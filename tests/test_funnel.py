@@ -16,10 +16,10 @@ from gemma_funnel.model import Gemma
 # Odd starts, a stop before the last layer, strides that do not divide T.
 STAGES = [(0, None), (1, 4), (2, 3), (3, None)]
 GRID = [
-    FunnelConfig(start, stop, stride, recover=recover)
-    for (start, stop), stride, recover in itertools.product(
-        STAGES, (2, 3, 4), ("average", "add", "repeat")
-    )
+  FunnelConfig(start, stop, stride, recover=recover)
+  for (start, stop), stride, recover in itertools.product(
+    STAGES, (2, 3, 4), ("average", "add", "repeat")
+  )
 ]
 # Each stage, stride and recovery at least once, for what takes long.
 SOME = GRID[::7]
@@ -30,7 +30,7 @@ IDS = lambda value: str(value)
 def _model(**changes) -> Gemma:
   """A tiny model with nothing neutral; unrolled, since that compiles fast."""
   config = GemmaConfig.preset(
-      "tiny", num_layers=5, window=6, scan_layers=False, **changes
+    "tiny", num_layers=5, window=6, scan_layers=False, **changes
   )
   model = Gemma(config, rngs=nnx.Rngs(0))
   key = jax.random.key(1)
@@ -38,7 +38,9 @@ def _model(**changes) -> Gemma:
   def stir(path, x):
     """Norm scales away from 0, weights large enough for peaked attention."""
     name = jax.tree_util.keystr(path)
-    noise = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), x.shape)
+    noise = jax.random.normal(
+      jax.random.fold_in(key, zlib.crc32(name.encode())), x.shape
+    )
     return x + (0.3 if "scale" in name else 0.0) * noise
 
   graphdef, params = nnx.split(model)
@@ -58,7 +60,7 @@ def _tokens(batch=2, length=LENGTH, seed=0):
 def _stream(segment_BT, width=3):
   segment_BT = jnp.asarray(segment_BT)
   hidden_BTD = jax.random.normal(
-      jax.random.key(2), (*segment_BT.shape, width), jnp.float32
+    jax.random.key(2), (*segment_BT.shape, width), jnp.float32
   )
   return funnel_lib.make_stream(hidden_BTD, segment_BT)
 
@@ -67,7 +69,9 @@ def _groups(segment_T, stride, causal):
   """The groups of a row by the definition: (anchor, member slots)."""
   groups = []
   for t, segment in enumerate(segment_T):
-    start = next(s for s in range(t + 1) if set(segment_T[s : t + 1]) == {segment})
+    start = next(
+      s for s in range(t + 1) if set(segment_T[s : t + 1]) == {segment}
+    )
     if segment == 0 or (t - start) % stride:
       continue
     span = range(t - stride + 1, t + 1) if causal else range(t, t + stride)
@@ -77,9 +81,9 @@ def _groups(segment_T, stride, causal):
 
 
 ROWS = {
-    2: [[1] * 9, [0, 0, 0, 4, 4, 4, 4, 4, 0], [1, 1, 2, 2, 2, 2, 3, 0, 0]],
-    3: [[1] * 9, [0, 4, 4, 4, 4, 4, 0, 0, 0], [1, 1, 0, 2, 2, 2, 2, 0, 0]],
-    4: [[1] * 9, [0, 0, 0, 0, 0, 0, 0, 0, 7], [1, 1, 0, 0, 2, 2, 2, 2, 3]],
+  2: [[1] * 9, [0, 0, 0, 4, 4, 4, 4, 4, 0], [1, 1, 2, 2, 2, 2, 3, 0, 0]],
+  3: [[1] * 9, [0, 4, 4, 4, 4, 4, 0, 0, 0], [1, 1, 0, 2, 2, 2, 2, 0, 0]],
+  4: [[1] * 9, [0, 0, 0, 0, 0, 0, 0, 0, 7], [1, 1, 0, 0, 2, 2, 2, 2, 3]],
 }
 
 
@@ -88,7 +92,7 @@ ROWS = {
 def test_reduce_is_the_definition(stride, causal):
   stream = _stream(ROWS[stride])
   short, read_BT = funnel_lib.reduce(
-      stream, FunnelConfig(0, stride=stride), causal
+    stream, FunnelConfig(0, stride=stride), causal
   )
   assert short.hidden_BTD.shape[1] == -(-9 // stride)
   assert short.spacing == stride
@@ -98,7 +102,7 @@ def test_reduce_is_the_definition(stride, causal):
     position_T = np.asarray(stream.position_BT)[row]
     for g, (anchor, members) in enumerate(groups):
       np.testing.assert_allclose(
-          short.hidden_BTD[row, g], hidden_TD[members].mean(0), atol=1e-6
+        short.hidden_BTD[row, g], hidden_TD[members].mean(0), atol=1e-6
       )
       last = position_T[anchor] + (0 if causal else stride - 1)
       assert short.position_BT[row, g] == last
@@ -117,7 +121,7 @@ def test_restore_is_the_definition(recover):
   before, deep = _stream([[1, 1, 1, 1, 1]]), _stream([[1, 1]])
   read_BT = jnp.asarray([[0, 0, 0, 1, 1]])
   got = funnel_lib.restore(
-      deep, before, read_BT, FunnelConfig(0, stride=3, recover=recover)
+    deep, before, read_BT, FunnelConfig(0, stride=3, recover=recover)
   )
   u = np.asarray(deep.hidden_BTD)[:, [0, 0, 0, 1, 1]]
   h = np.asarray(before.hidden_BTD)
@@ -169,7 +173,9 @@ def test_perturbation_sees_a_planted_leak(model, monkeypatch):
   funnel = FunnelConfig(1, 4, 3)
   reduce = funnel_lib.reduce
   monkeypatch.setattr(
-      funnel_lib, "reduce", lambda stream, funnel, _: reduce(stream, funnel, False)
+    funnel_lib,
+    "reduce",
+    lambda stream, funnel, _: reduce(stream, funnel, False),
   )
   jax.clear_caches()
   leak = _future_leaks(model.with_funnel(funnel))
@@ -196,7 +202,7 @@ def test_causal_by_jacobian_and_prefixes(model, funnel):
   full = model(tokens)
   for length in (1, funnel.stride, funnel.stride + 1):
     np.testing.assert_allclose(
-        model(tokens[:, :length]), full[:, :length], atol=1e-5
+      model(tokens[:, :length]), full[:, :length], atol=1e-5
     )
 
 
@@ -230,9 +236,9 @@ def test_packed_equals_unpacked(model, funnel, causal):
   packed = model(tokens, segments, causal=causal)
   for number, document in enumerate(documents, 1):
     np.testing.assert_allclose(
-        packed[0, segments[0] == number],
-        model(document[None], causal=causal)[0],
-        atol=1e-5,
+      packed[0, segments[0] == number],
+      model(document[None], causal=causal)[0],
+      atol=1e-5,
     )
 
 
@@ -260,10 +266,10 @@ def test_rows_of_padding_alone_give_no_nan(model, causal):
   model = model.with_funnel(FunnelConfig(1, 4, 2))
   segments = np.array([[1] * 6, [0] * 6])
   loss = lambda params: jnp.sum(
-      nnx.merge(nnx.graphdef(model), params)(
-          _tokens(2, 6), segments, causal=causal
-      )
-      ** 2
+    nnx.merge(nnx.graphdef(model), params)(
+      _tokens(2, 6), segments, causal=causal
+    )
+    ** 2
   )
   value, grads = jax.value_and_grad(loss)(nnx.state(model))
   assert np.isfinite(value)
@@ -290,12 +296,12 @@ def test_gradients_reach_every_parameter(model, funnel, causal):
 
 
 @pytest.mark.parametrize(
-    "segments,stride,message",
-    [
-        ([[1, 2, 1, 0]], 1, "one contiguous run"),
-        ([[1, -2, 0, 0]], 1, "positive id"),
-        ([[1, 2, 3, 4]], 2, "row 0 needs 4 groups of 2 .* has room for 2"),
-    ],
+  "segments,stride,message",
+  [
+    ([[1, 2, 1, 0]], 1, "one contiguous run"),
+    ([[1, -2, 0, 0]], 1, "positive id"),
+    ([[1, 2, 3, 4]], 2, "row 0 needs 4 groups of 2 .* has room for 2"),
+  ],
 )
 def test_segments_that_cannot_be(model, segments, stride, message):
   model = model.with_funnel(FunnelConfig(1, 3, stride))

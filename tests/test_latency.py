@@ -60,7 +60,7 @@ class FakeDevice:
 
   def protocol(self, **kwargs):
     return timing.Protocol(
-        clock=lambda: self.now, log=lambda line: None, **kwargs
+      clock=lambda: self.now, log=lambda line: None, **kwargs
     )
 
 
@@ -75,10 +75,10 @@ def test_a_planted_clock_gives_its_rows(model, monkeypatch):
       protocol=device.protocol(repeats=3),
   )  # fmt: skip
   assert [(r["length"], r["head"], r["funnel"]) for r in rows] == [
-      (length, head, funnel)
-      for length in (12, 24)
-      for head in (False, True)
-      for funnel in ("off", *FUNNELS)
+    (length, head, funnel)
+    for length in (12, 24)
+    for head in (False, True)
+    for funnel in ("off", *FUNNELS)
   ]
   for row in rows:
     slots, head = 2 * row["length"], 100 if row["head"] else 0
@@ -97,9 +97,9 @@ def test_rows_agree_with_themselves_and_with_flops(model):
   )  # fmt: skip
   assert len(rows) == 2 * 2
   off = {
-      (r["batch"], r["length"], r["head"]): r
-      for r in rows
-      if r["funnel"] == "off"
+    (r["batch"], r["length"], r["head"]): r
+    for r in rows
+    if r["funnel"] == "off"
   }
   for row in rows:
     shape = row["batch"], row["length"], row["head"]
@@ -109,7 +109,7 @@ def test_rows_agree_with_themselves_and_with_flops(model):
     assert row["latency_s"] == pytest.approx(np.median(times))
     assert row["reduction"] == pytest.approx(1 - np.median(times / plain))
     assert row["reduction_of_medians"] == pytest.approx(
-        1 - row["latency_s"] / off[shape]["latency_s"]
+      1 - row["latency_s"] / off[shape]["latency_s"]
     )
     assert row["flops"] == flops.forward(TINY, funnel, *shape, False)
     assert row["flops_per_s"] == pytest.approx(row["flops"] / row["latency_s"])
@@ -122,7 +122,7 @@ def test_rows_agree_with_themselves_and_with_flops(model):
     else:
       assert FunnelConfig.parse(row["resolved"]) == funnel.resolve(4)
       assert row["measured_over_ideal"] == pytest.approx(
-          row["reduction"] / ideal
+        row["reduction"] / ideal
       )
     assert row["peak_bytes"] > 4 * flops.parameters(TINY).total
   json.dumps(rows, allow_nan=False)
@@ -135,15 +135,15 @@ def test_programs_are_forward_passes_of_the_model(model, monkeypatch):
       protocol=device.protocol(repeats=1),
   )  # fmt: skip
   for (function, args), (funnel, head) in zip(
-      device.functions,
-      [(None, False), (FUNNELS[0], False), (None, True), (FUNNELS[0], True)],
-      strict=True,
+    device.functions,
+    [(None, False), (FUNNELS[0], False), (None, True), (FUNNELS[0], True)],
+    strict=True,
   ):
     expected = model.with_funnel(funnel).encode(args[1], causal=True)
     if head:
       expected = nnx.jit(Gemma.logits)(model, expected)
     np.testing.assert_allclose(
-        jax.jit(function)(*args), expected, rtol=2e-5, atol=2e-5
+      jax.jit(function)(*args), expected, rtol=2e-5, atol=2e-5
     )
 
 
@@ -180,25 +180,25 @@ def test_a_variant_that_fails_has_its_error_in_its_row(model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(funnels=("stride=2",)), "funnels: 'stride=2'.*start is missing"),
-        (dict(funnels=("trained",)), "funnels: 'trained'.*not key=value"),
-        (dict(funnels=("start=1,speed=2",)), "no field .*speed"),
-        (dict(funnels=("start=3,stop=3",)), "start=3 must be below .*stop=3"),
-        (dict(funnels=("start=1,stop=5",)), "stop=5 is past .* 4 layers"),
-        (dict(funnels=("start=4",)), "start=4 must be below"),
-        (dict(funnels=()), r"funnels=\(\): expected a tuple"),
-        (dict(funnels="off"), "funnels='off': expected a tuple"),
-        (dict(lengths=(16, 257)), "found 257, expected at most .*=256"),
-        (dict(lengths=()), r"lengths=\(\): expected one value at least"),
-        (dict(lengths=(0,)), "lengths: found 0, expected integers >= 1"),
-        (dict(batch_sizes=()), r"batch_sizes=\(\)"),
-        (dict(batch_sizes=(1, -1)), "batch_sizes: found -1"),
-        (dict(batch_sizes=(True,)), "batch_sizes: found True"),
-        (dict(head=()), r"head=\(\): expected one or both"),
-        (dict(head=(1,)), r"head=\(1,\): expected one or both"),
-    ],
+  "changes, message",
+  [
+    (dict(funnels=("stride=2",)), "funnels: 'stride=2'.*start is missing"),
+    (dict(funnels=("trained",)), "funnels: 'trained'.*not key=value"),
+    (dict(funnels=("start=1,speed=2",)), "no field .*speed"),
+    (dict(funnels=("start=3,stop=3",)), "start=3 must be below .*stop=3"),
+    (dict(funnels=("start=1,stop=5",)), "stop=5 is past .* 4 layers"),
+    (dict(funnels=("start=4",)), "start=4 must be below"),
+    (dict(funnels=()), r"funnels=\(\): expected a tuple"),
+    (dict(funnels="off"), "funnels='off': expected a tuple"),
+    (dict(lengths=(16, 257)), "found 257, expected at most .*=256"),
+    (dict(lengths=()), r"lengths=\(\): expected one value at least"),
+    (dict(lengths=(0,)), "lengths: found 0, expected integers >= 1"),
+    (dict(batch_sizes=()), r"batch_sizes=\(\)"),
+    (dict(batch_sizes=(1, -1)), "batch_sizes: found -1"),
+    (dict(batch_sizes=(True,)), "batch_sizes: found True"),
+    (dict(head=()), r"head=\(\): expected one or both"),
+    (dict(head=(1,)), r"head=\(1,\): expected one or both"),
+  ],
 )
 def test_bad_arguments_are_named(model, changes, message):
   arguments = dict(funnels=FUNNELS, batch_sizes=(1,), lengths=(16,)) | changes
@@ -206,9 +206,7 @@ def test_bad_arguments_are_named(model, changes, message):
     latency.measure(model, arguments.pop("funnels"), **arguments)
 
 
-def test_a_kernel_that_cannot_is_found_before_anything_runs(
-    model, monkeypatch
-):
+def test_a_kernel_that_cannot_is_found_before_anything_runs(model, monkeypatch):
   config = GemmaConfig.preset("tiny", kernel="splash")
   model = nnx.merge(nnx.graphdef(Gemma.abstract(config)), nnx.state(model))
   device = FakeDevice(monkeypatch, lambda *_: 1.0)
@@ -244,10 +242,10 @@ def test_layer_kinds():
   for row in rows:
     assert row["latency_s"] == pytest.approx(np.median(row["times_s"]))
     one_layer = GemmaConfig.preset(
-        "tiny", num_layers=1, attention_pattern=(row["kind"],)
+      "tiny", num_layers=1, attention_pattern=(row["kind"],)
     )
     assert row["flops"] == flops.forward(
-        one_layer, None, 2, row["length"], head=False
+      one_layer, None, 2, row["length"], head=False
     )
     saved = 1 - row["flops"] / rows[0]["flops"]
     assert row["ideal_reduction"] == pytest.approx(saved)
@@ -268,9 +266,9 @@ def test_run_writes_what_it_returns(quick, tmp_path, capsys):
   rows = evaluation.run(config)
   written = {path.name for path in (tmp_path / "out").iterdir()}
   assert written == {
-      f"{name}.{kind}"
-      for name in ("latency", "layer_kinds")
-      for kind in ("json", "md", "png")
+    f"{name}.{kind}"
+    for name in ("latency", "layer_kinds")
+    for kind in ("json", "md", "png")
   }
   content = json.loads((tmp_path / "out" / "latency.json").read_text())
   assert content["rows"] == rows
@@ -299,9 +297,7 @@ def test_run_with_a_checkpoint(quick, monkeypatch, model):
   config.model.param_dtype = "bfloat16"
   evaluation.run(config)
   assert calls == [("somewhere", "off", "bfloat16")]
-  content = json.loads(
-      (pathlib.Path(config.out) / "latency.json").read_text()
-  )
+  content = json.loads((pathlib.Path(config.out) / "latency.json").read_text())
   used = content["settings"]["model"]
   assert used["num_layers"] == TINY.num_layers
   assert used["kernel"] == "reference"
@@ -352,7 +348,7 @@ def test_the_configuration_of_every_preset_is_valid(preset):
 def test_known_names_stand_for_funnels():
   known = {"trained": FunnelConfig(1, stride=3)}
   named = funnels.resolve(
-      ("trained", "off", "start=1,stride=3", "start=2"), 4, known
+    ("trained", "off", "start=1,stride=3", "start=2"), 4, known
   )
   assert named == {
       "trained": FunnelConfig(1, 4, 3), "off": None,
@@ -363,7 +359,7 @@ def test_known_names_stand_for_funnels():
 
 def test_plot_of_many_lengths_and_funnels(monkeypatch, model):
   device = FakeDevice(
-      monkeypatch, lambda funnel, head, shape: float(np.prod(shape))
+    monkeypatch, lambda funnel, head, shape: float(np.prod(shape))
   )
   rows = latency.measure(
       model, FUNNELS, batch_sizes=(1, 2), lengths=(16, 32, 64),

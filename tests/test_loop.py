@@ -8,12 +8,13 @@ import signal
 import time
 
 from flax import nnx
-from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import loop
 import jax
 import numpy as np
 import pytest
 import tiny_run
+
+from gemma_funnel.training import checkpoint as checkpoint_lib
+from gemma_funnel.training import loop
 
 # Long enough to be interrupted in the middle.
 STEPS = 120
@@ -74,7 +75,7 @@ def _assert_same_run(workdir, other):
 def test_an_interrupted_run_is_the_uninterrupted_one(source, tmp_path):
   whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
   out, _ = tiny_run.finish(
-      tiny_run.start(tiny_run.command(whole, source, *FLAGS))
+    tiny_run.start(tiny_run.command(whole, source, *FLAGS))
   )
   assert "resuming" not in out
   losses = tiny_run.train_losses(whole)
@@ -85,7 +86,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(source, tmp_path):
   # Killed while it saves for the first time, or a moment after.
   process = again()
   _interrupt(
-      process, signal.SIGKILL, lambda: any(checkpoints.glob("20.orbax*"))
+    process, signal.SIGKILL, lambda: any(checkpoints.glob("20.orbax*"))
   )
   tiny_run.finish(process, -signal.SIGKILL)
   # Asked to end.
@@ -100,7 +101,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(source, tmp_path):
   # Killed at some step between checkpoints.
   process = again()
   _interrupt(
-      process, signal.SIGKILL, lambda: _last_step(cut) > max(stopped, 60) + 5
+    process, signal.SIGKILL, lambda: _last_step(cut) > max(stopped, 60) + 5
   )
   out, _ = tiny_run.finish(process, -signal.SIGKILL)
   assert f"resuming {cut} at step {stopped}" in out
@@ -119,7 +120,7 @@ def test_worker_processes_resume_exactly(source, tmp_path):
   _interrupt(process, signal.SIGKILL, lambda: _last_step(cut) > 45)
   tiny_run.finish(process, -signal.SIGKILL)
   out, _ = tiny_run.finish(
-      tiny_run.start(tiny_run.command(cut, source, *flags))
+    tiny_run.start(tiny_run.command(cut, source, *flags))
   )
   assert f"resuming {cut} at step" in out
   _assert_same_run(cut, whole)
@@ -169,9 +170,9 @@ def test_a_finished_run_is_not_trained_again(source, tmp_path, capsys):
   assert "resuming" in capsys.readouterr().out
   assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
   jax.tree.map(
-      np.testing.assert_array_equal,
-      jax.device_get(nnx.to_pure_dict(nnx.state(first.model))),
-      jax.device_get(nnx.to_pure_dict(nnx.state(second.model))),
+    np.testing.assert_array_equal,
+    jax.device_get(nnx.to_pure_dict(nnx.state(first.model))),
+    jax.device_get(nnx.to_pure_dict(nnx.state(second.model))),
   )
 
 
@@ -196,9 +197,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(source, tmp_path):
   # loss is fine, and its parameters are not.
   text = str(error.value)
   assert re.fullmatch(
-      r"(loss|grad_norm) is (nan|inf) at step 3; the last good checkpoint is "
-      r"of step 2",
-      text,
+    r"(loss|grad_norm) is (nan|inf) at step 3; the last good checkpoint is "
+    r"of step 2",
+    text,
   )
   assert _last_step(tmp_path / "run") == 2
   assert checkpoint_lib.load_run(tmp_path / "run").step == 2
@@ -219,24 +220,24 @@ def test_a_mesh_that_does_not_fit_is_found_before_any_work(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, text",
-    [
-        ({"steps": 0}, "steps=0: expected at least 1"),
-        ({"checkpoint_every": 0}, "checkpoint_every=0"),
-        ({"length": 128}, "length=128 is beyond model.max_length=64"),
-        ({"funnel": "start=0,stride=3"}, "length=32 .*multiple .* stride 3"),
-        ({"funnel": "start=3"}, "funnel.start=3.*2 layers"),
-        ({"z_loss": -1.0}, "z_loss=-1.0"),
-        ({"z_loss": float("nan")}, "z_loss=nan"),
-        ({"batch_size": 12}, "batch_size=12 must be a multiple of 8"),
-        ({"seed": -1}, "seed=-1"),
-        ({"latency.repeats": -1}, "latency.repeats=-1"),
-        (
-            {"latency.length": 65, "latency.repeats": 3},
-            "latency.length=65 .*max_length=64",
-        ),
-    ],
-    ids=str,
+  "changes, text",
+  [
+    ({"steps": 0}, "steps=0: expected at least 1"),
+    ({"checkpoint_every": 0}, "checkpoint_every=0"),
+    ({"length": 128}, "length=128 is beyond model.max_length=64"),
+    ({"funnel": "start=0,stride=3"}, "length=32 .*multiple .* stride 3"),
+    ({"funnel": "start=3"}, "funnel.start=3.*2 layers"),
+    ({"z_loss": -1.0}, "z_loss=-1.0"),
+    ({"z_loss": float("nan")}, "z_loss=nan"),
+    ({"batch_size": 12}, "batch_size=12 must be a multiple of 8"),
+    ({"seed": -1}, "seed=-1"),
+    ({"latency.repeats": -1}, "latency.repeats=-1"),
+    (
+      {"latency.length": 65, "latency.repeats": 3},
+      "latency.length=65 .*max_length=64",
+    ),
+  ],
+  ids=str,
 )
 def test_a_configuration_that_cannot_be(changes, text):
   config = tiny_run.make_config("unused", "unused", **changes)

@@ -42,15 +42,15 @@ def model(request):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        dict(scan_layers=False),
-        dict(kernel="reference"),
-        dict(remat="dots"),
-        dict(remat="block"),
-        dict(scan_layers=False, remat="block"),
-    ],
-    ids=str,
+  "changes",
+  [
+    dict(scan_layers=False),
+    dict(kernel="reference"),
+    dict(remat="dots"),
+    dict(remat="block"),
+    dict(scan_layers=False, remat="block"),
+  ],
+  ids=str,
 )
 def test_switches_that_keep_the_numbers(model, changes):
   want, got = (_loss_and_grads(m) for m in (model, _variant(model, **changes)))
@@ -60,13 +60,14 @@ def test_switches_that_keep_the_numbers(model, changes):
 
 def test_remat_saves_memory():
   """The switch is not only accepted: fewer temporaries, in this order."""
+
   def temporaries(remat):
     config = GemmaConfig.preset(
-        "tiny", num_layers=8, embed_dim=64, mlp_dim=256, remat=remat
+      "tiny", num_layers=8, embed_dim=64, mlp_dim=256, remat=remat
     )
     graphdef, params = nnx.split(Gemma.abstract(config))
     loss = lambda params, tokens: jnp.sum(
-        nnx.merge(graphdef, params).encode(tokens, causal=True) ** 2
+      nnx.merge(graphdef, params).encode(tokens, causal=True) ** 2
     )
     tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32)
     compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
@@ -83,9 +84,7 @@ def test_dtypes_are_used(model):
   assert low(_tokens()).dtype == jnp.float32
   difference = np.abs(low(_tokens()) - model(_tokens()))
   assert 1e-4 < difference.mean() < 0.1
-  stored = Gemma.abstract(
-      dataclasses.replace(CONFIG, param_dtype="bfloat16")
-  )
+  stored = Gemma.abstract(dataclasses.replace(CONFIG, param_dtype="bfloat16"))
   dtypes = {x.dtype for x in jax.tree.leaves(nnx.state(stored))}
   assert dtypes == {jnp.dtype("bfloat16")}
 
@@ -93,7 +92,7 @@ def test_dtypes_are_used(model):
 def test_embedding_scale_is_rounded_to_the_compute_dtype():
   """sqrt(3072) = 55.43 is 55.5 in bfloat16."""
   config = dataclasses.replace(
-      CONFIG, embed_dim=3072, num_layers=1, dtype="bfloat16"
+    CONFIG, embed_dim=3072, num_layers=1, dtype="bfloat16"
   )
   model = Gemma(config, rngs=nnx.Rngs(0))
   token = jnp.asarray([[7]])
@@ -107,8 +106,10 @@ def test_norm_works_in_float32_and_adds_one():
   norm = RMSNorm(config)
   norm.scale[...] = jnp.asarray([0.0, 1.0, -1.0, 0.5])
   x = jnp.asarray([[[1e-3, 2e-3, 3e-3, 4e-3]]])
-  want = x / np.sqrt(np.mean(np.square(x)) + 1e-6) * np.array(
-      [[[1.0, 2.0, 0.0, 1.5]]]
+  want = (
+    x
+    / np.sqrt(np.mean(np.square(x)) + 1e-6)
+    * np.array([[[1.0, 2.0, 0.0, 1.5]]])
   )
   np.testing.assert_allclose(norm(x), want, rtol=1e-5)
   assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
@@ -139,7 +140,7 @@ def test_positions_can_be_given(model):
   position = np.broadcast_to(np.arange(21, dtype=np.int32), tokens.shape)
   want = model(tokens)
   np.testing.assert_allclose(
-      model(tokens, None, position + 50), want, atol=1e-4
+    model(tokens, None, position + 50), want, atol=1e-4
   )
   assert np.abs(model(tokens, None, position * 2) - want).max() > 1e-2
 
@@ -170,7 +171,7 @@ def test_full_sizes_run_by_shape(name):
   graphdef, params = nnx.split(Gemma.abstract(config, "start=3,stride=2"))
   tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
   logits = jax.eval_shape(
-      lambda p, t: nnx.merge(graphdef, p)(t), params, tokens
+    lambda p, t: nnx.merge(graphdef, p)(t), params, tokens
   )
   assert logits.shape == (1, 512, 256_000)
   assert logits.dtype == jnp.float32
@@ -178,21 +179,22 @@ def test_full_sizes_run_by_shape(name):
 
 def test_the_parameter_tree_does_not_depend_on_the_funnel():
   shapes = lambda funnel: jax.tree.map(
-      lambda x: x.shape, nnx.to_pure_dict(nnx.state(Gemma.abstract(CONFIG, funnel)))
+    lambda x: x.shape,
+    nnx.to_pure_dict(nnx.state(Gemma.abstract(CONFIG, funnel))),
   )
   assert shapes("off") == shapes(FUNNEL) == shapes("start=0,stride=2")
 
 
 @pytest.mark.parametrize(
-    "tokens,message",
-    [
-        (np.full((1, 4), 97), "token ids from 97 to 97: expected 0 to 96"),
-        (np.full((1, 4), -1), "token ids from -1 to -1"),
-        (np.zeros((1, 257), int), "257 tokens; model.max_length is 256"),
-        (np.zeros((0, 4), int), r"shape \(0, 4\)"),
-        (np.zeros(4, int), r"shape \(4,\): expected \[batch, length\]"),
-        (np.zeros((1, 4)), "float64: expected integers"),
-    ],
+  "tokens,message",
+  [
+    (np.full((1, 4), 97), "token ids from 97 to 97: expected 0 to 96"),
+    (np.full((1, 4), -1), "token ids from -1 to -1"),
+    (np.zeros((1, 257), int), "257 tokens; model.max_length is 256"),
+    (np.zeros((0, 4), int), r"shape \(0, 4\)"),
+    (np.zeros(4, int), r"shape \(4,\): expected \[batch, length\]"),
+    (np.zeros((1, 4)), "float64: expected integers"),
+  ],
 )
 def test_bad_tokens(model, tokens, message):
   with pytest.raises(ValueError, match=message):

@@ -3,13 +3,14 @@
 import math
 
 from flax import nnx
-from gemma_funnel.config import GemmaConfig
-from gemma_funnel.model import Gemma
-from gemma_funnel.training import objectives
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from gemma_funnel.config import GemmaConfig
+from gemma_funnel.model import Gemma
+from gemma_funnel.training import objectives
 
 FUNNELS = (None, "start=1,stop=3,stride=2,recover=average")
 
@@ -33,16 +34,16 @@ def _batch(length=24, packed=True, vocab=97):
         position[row, t] = position[row, t - 1] + 1
   tokens = rng.integers(5, vocab, segment.shape) * (segment > 0)
   return {
-      "tokens": jnp.asarray(tokens, jnp.int32),
-      "segment": jnp.asarray(segment),
-      "position": jnp.asarray(position),
+    "tokens": jnp.asarray(tokens, jnp.int32),
+    "segment": jnp.asarray(segment),
+    "position": jnp.asarray(position),
   }
 
 
 def _naive(model, batch):
   """The same sums, one predicted token after the other."""
   logits = np.asarray(
-      model(batch["tokens"], batch["segment"], batch["position"]), np.float64
+    model(batch["tokens"], batch["segment"], batch["position"]), np.float64
   )
   sums = dict.fromkeys(("nll", "square_log_z", "correct", "tokens"), 0.0)
   tokens, segment = np.asarray(batch["tokens"]), np.asarray(batch["segment"])
@@ -75,10 +76,9 @@ def _named(batch):
   return {f"{name}_BT": value for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("chunk", [7, 8])
-def test_gradients_are_those_of_full_logits(chunk):
+def test_gradients_are_those_of_full_logits():
   graphdef, params = nnx.split(_model(FUNNELS[1]))
-  batch, z_loss = _batch(), 0.3
+  batch, z_loss, chunk = _batch(), 0.3, 7  # 7 does not divide 24.
 
   def naive(params):
     model = nnx.merge(graphdef, params)
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_full_logits(chunk):
     want = _at(expected, path)
     assert jnp.any(want != 0), path
     np.testing.assert_allclose(
-        grad, want, rtol=1e-4, atol=1e-6, err_msg=jax.tree_util.keystr(path)
+      grad, want, rtol=1e-4, atol=1e-6, err_msg=jax.tree_util.keystr(path)
     )
 
 
@@ -117,8 +117,8 @@ def test_targets_of_padding_do_not_matter():
   tokens = batch["tokens"].at[1, -4:].set(50).at[1, 7].set(50)
   other = {**batch, "tokens": tokens}
   first, second = (
-      objectives.next_token(model, b, chunk=8, z_loss=0.1)[0]
-      for b in (batch, other)
+    objectives.next_token(model, b, chunk=8, z_loss=0.1)[0]
+    for b in (batch, other)
   )
   assert first == second
 
@@ -155,15 +155,13 @@ def _avals(jaxpr):
 def _elements_by_vocab(function, *args, vocab):
   """Most elements of any array with a dimension of the vocabulary's size."""
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-  return max(
-      math.prod(shape) for shape in _avals(jaxpr) if vocab in shape
-  )
+  return max(math.prod(shape) for shape in _avals(jaxpr) if vocab in shape)
 
 
 def test_full_logits_never_exist():
   vocab, length, chunk = 10_007, 48, 4
   graphdef, params = nnx.split(
-      _model("start=1,stride=2", vocab_size=vocab, embed_dim=8, num_layers=2)
+    _model("start=1,stride=2", vocab_size=vocab, embed_dim=8, num_layers=2)
   )
   batch = _batch(length, packed=False, vocab=vocab)
 

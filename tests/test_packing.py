@@ -2,12 +2,12 @@
 
 import collections
 
-from gemma_funnel.data import packing
-from gemma_funnel.data import sources
-from gemma_funnel.data import tokenizer as tokenizer_lib
 import grain
 import numpy as np
 import pytest
+
+from gemma_funnel.data import packing, sources
+from gemma_funnel.data import tokenizer as tokenizer_lib
 
 LENGTH = 24
 
@@ -22,8 +22,8 @@ class FakeTokenizer:
 def _documents(count=60):
   rng = np.random.default_rng(0)
   return [
-      sources.Document(str(i), chr(1000 + i) * int(rng.integers(1, 70)))
-      for i in range(count)
+    sources.Document(str(i), chr(1000 + i) * int(rng.integers(1, 70)))
+    for i in range(count)
   ]
 
 
@@ -60,7 +60,7 @@ def test_rows(align, shuffle_seed):
   rows = _pack(_documents(), align=align, shuffle_seed=shuffle_seed)
   for row in rows:
     assert {k: (v.shape, v.dtype) for k, v in row.items()} == {
-        key: ((LENGTH,), np.int32) for key in ("tokens", "segment", "position")
+      key: ((LENGTH,), np.int32) for key in ("tokens", "segment", "position")
     }
     padding = row["segment"] == 0
     assert np.array_equal(padding, row["tokens"] == 0)
@@ -75,9 +75,9 @@ def test_rows(align, shuffle_seed):
 
 def test_alignment_is_not_there_by_chance():
   rows = _pack(_documents(), align=1)
-  starts = np.concatenate([
-      np.nonzero((r["position"] == 0) & (r["segment"] > 0))[0] for r in rows
-  ])
+  starts = np.concatenate(
+    [np.nonzero((r["position"] == 0) & (r["segment"] > 0))[0] for r in rows]
+  )
   assert any(starts % 2) and any(starts % 3)
 
 
@@ -85,12 +85,12 @@ def test_alignment_is_not_there_by_chance():
 def test_every_token_is_in_exactly_one_segment(align):
   documents = _documents()
   found = collections.Counter(
-      tuple(s.tolist()) for s in _segments(_pack(documents, align=align))
+    tuple(s.tolist()) for s in _segments(_pack(documents, align=align))
   )
   expected = collections.Counter(
-      tuple(c.tolist())
-      for d in documents
-      for c in packing.chunk(FakeTokenizer().encode(d.text), LENGTH)
+    tuple(c.tolist())
+    for d in documents
+    for c in packing.chunk(FakeTokenizer().encode(d.text), LENGTH)
   )
   assert found == expected
 
@@ -125,13 +125,13 @@ def test_predicted_mask():
 
 
 @pytest.mark.parametrize(
-    ("length", "align", "message"),
-    [
-        (10, 4, "length=10: expected a multiple of align=4"),
-        (2, 4, "length=2: expected a multiple of align=4"),
-        (1, 1, "length=1: expected at least 2"),
-        (8, 0, "align=0: expected an integer >= 1"),
-    ],
+  ("length", "align", "message"),
+  [
+    (10, 4, "length=10: expected a multiple of align=4"),
+    (2, 4, "length=2: expected a multiple of align=4"),
+    (1, 1, "length=1: expected at least 2"),
+    (8, 0, "align=0: expected an integer >= 1"),
+  ],
 )
 def test_lengths(length, align, message):
   with pytest.raises(ValueError, match=message):

@@ -43,11 +43,15 @@ def _common(**changes):
 
 def _gemma2(**changes):
   return transformers.Gemma2Config(
-      **_common(
-          num_hidden_layers=5, num_key_value_heads=2, query_pre_attn_scalar=5,
-          sliding_window=8, attn_logit_softcapping=3.0,
-          final_logit_softcapping=4.0,
-      ) | changes  # fmt: skip
+    **_common(
+      num_hidden_layers=5,
+      num_key_value_heads=2,
+      query_pre_attn_scalar=5,
+      sliding_window=8,
+      attn_logit_softcapping=3.0,
+      final_logit_softcapping=4.0,
+    )
+    | changes  # fmt: skip
   )
 
 
@@ -57,12 +61,12 @@ def _gemma1(**changes):
 
 # Depths are odd, and more than one period of the pattern.
 CONFIGS = {
-    "gemma2": lambda: _gemma2(),
-    "gemma2_period3": lambda: _gemma2(
-        num_hidden_layers=7, layer_types=([LOCAL, LOCAL, GLOBAL] * 3)[:7]
-    ),
-    "gemma1_mqa": lambda: _gemma1(num_key_value_heads=1),
-    "gemma1_mha": lambda: _gemma1(num_key_value_heads=HEADS),
+  "gemma2": lambda: _gemma2(),
+  "gemma2_period3": lambda: _gemma2(
+    num_hidden_layers=7, layer_types=([LOCAL, LOCAL, GLOBAL] * 3)[:7]
+  ),
+  "gemma1_mqa": lambda: _gemma1(num_key_value_heads=1),
+  "gemma1_mha": lambda: _gemma1(num_key_value_heads=HEADS),
 }
 
 
@@ -152,7 +156,7 @@ def test_bfloat16_files_agree(tmp_path):
   tokens = _tokens(2, 24)
   copy.deepcopy(theirs("gemma2")).to(torch.bfloat16).save_pretrained(tmp_path)
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      tmp_path, dtype=torch.float32, attn_implementation="eager"
+    tmp_path, dtype=torch.float32, attn_implementation="eager"
   )
   with torch.no_grad():
     expected = model(torch.tensor(tokens), use_cache=False).logits.numpy()
@@ -207,7 +211,7 @@ def _heads_in_turn(attend):
   def wrong(q, k, v, *args, **kwargs):
     repeats = (1, 1, q.shape[2] // k.shape[2], 1)
     return attend(
-        q, jnp.tile(k, repeats), jnp.tile(v, repeats), *args, **kwargs
+      q, jnp.tile(k, repeats), jnp.tile(v, repeats), *args, **kwargs
     )
 
   return wrong
@@ -232,26 +236,24 @@ def _swap_norms(model, _):
 
 
 FAULTS = {
-    "window + 1": _by_config(window=9),
-    "window - 1": _by_config(window=7),
-    "global layer first": _by_config(attention_pattern=("global", "local")),
-    "no window at all": _by_config(attention_pattern=("global",)),
-    "query scale of head_dim": _by_config(
-        query_pre_attn_scalar=float(HEAD_DIM)
-    ),
-    "query scale of D / N": _by_config(query_pre_attn_scalar=WIDTH / HEADS),
-    "no attention softcap": _by_config(attn_softcap=None),
-    "no final softcap": _by_config(final_softcap=None),
-    "another rope base": _by_config(rope_base=10_000.0),
-    "another epsilon": _by_config(norm_eps=1e-2),
-    "norm w for 1 + w": _by_code(
-        model_lib.RMSNorm, "__call__", _norm_without_one
-    ),
-    "embedding not scaled": _by_code(Gemma, "embed", _embed_without_scale),
-    "gelu by erf": _by_code(jax.nn, "gelu", _gelu_by_erf),
-    "key heads in turn": _by_code(model_lib, "attend", _heads_in_turn),
-    "rope of neighbours": _by_code(model_lib, "rotate", _rotate_neighbours),
-    "norms swapped": _swap_norms,
+  "window + 1": _by_config(window=9),
+  "window - 1": _by_config(window=7),
+  "global layer first": _by_config(attention_pattern=("global", "local")),
+  "no window at all": _by_config(attention_pattern=("global",)),
+  "query scale of head_dim": _by_config(query_pre_attn_scalar=float(HEAD_DIM)),
+  "query scale of D / N": _by_config(query_pre_attn_scalar=WIDTH / HEADS),
+  "no attention softcap": _by_config(attn_softcap=None),
+  "no final softcap": _by_config(final_softcap=None),
+  "another rope base": _by_config(rope_base=10_000.0),
+  "another epsilon": _by_config(norm_eps=1e-2),
+  "norm w for 1 + w": _by_code(
+    model_lib.RMSNorm, "__call__", _norm_without_one
+  ),
+  "embedding not scaled": _by_code(Gemma, "embed", _embed_without_scale),
+  "gelu by erf": _by_code(jax.nn, "gelu", _gelu_by_erf),
+  "key heads in turn": _by_code(model_lib, "attend", _heads_in_turn),
+  "rope of neighbours": _by_code(model_lib, "rotate", _rotate_neighbours),
+  "norms swapped": _swap_norms,
 }
 
 
@@ -280,11 +282,11 @@ def test_without_a_fault_nothing_is_seen(load_ours, retrace):
 # Sizes.
 
 PUBLISHED = {
-    "gemma1_2b": 2_506_172_416,
-    "gemma1_7b": 8_537_680_896,
-    "gemma2_2b": 2_614_341_888,
-    "gemma2_9b": 9_241_705_984,
-    "gemma2_27b": 27_227_128_320,
+  "gemma1_2b": 2_506_172_416,
+  "gemma1_7b": 8_537_680_896,
+  "gemma2_2b": 2_614_341_888,
+  "gemma2_9b": 9_241_705_984,
+  "gemma2_27b": 27_227_128_320,
 }
 
 
@@ -299,15 +301,15 @@ def test_presets_have_the_published_parameter_counts(name):
   )  # fmt: skip
   with torch.device("meta"):
     model = transformers.AutoModelForCausalLM.from_config(
-        kind(
-            vocab_size=config.vocab_size,
-            num_hidden_layers=config.num_layers,
-            hidden_size=config.embed_dim,
-            intermediate_size=config.mlp_dim,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-        )
+      kind(
+        vocab_size=config.vocab_size,
+        num_hidden_layers=config.num_layers,
+        hidden_size=config.embed_dim,
+        intermediate_size=config.mlp_dim,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+      )
     )
   assert model.num_parameters() == PUBLISHED[name]
 

@@ -4,21 +4,20 @@ import collections
 import json
 import math
 
-from gemma_funnel.data import packing
-from gemma_funnel.data import pipeline
-from gemma_funnel.data import sources
-from gemma_funnel.data import tokenizer as tokenizer_lib
 import grain
 import numpy as np
 import pytest
+
+from gemma_funnel.data import packing, pipeline, sources
+from gemma_funnel.data import tokenizer as tokenizer_lib
 
 SHAPE = dict(batch_size=4, length=24, align=2)
 
 
 def _documents(count=50):
   return [
-      sources.Document(f"{i}.py", f"document {i}: " + f"word{i}\n" * (i % 9))
-      for i in range(count)
+    sources.Document(f"{i}.py", f"document {i}: " + f"word{i}\n" * (i % 9))
+    for i in range(count)
   ]
 
 
@@ -50,8 +49,8 @@ def _take(iterator, count):
 
 def _equal(batches, others):
   return len(batches) == len(others) and all(
-      a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
-      for a, b in zip(batches, others, strict=True)
+    a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+    for a, b in zip(batches, others, strict=True)
   )
 
 
@@ -63,14 +62,13 @@ def _segments(batch):
 
 def _chunks(documents, tokenizer):
   return collections.Counter(
-      tuple(c.tolist())
-      for d in documents
-      for c in packing.chunk(tokenizer.encode(d.text), SHAPE["length"])
+    tuple(c.tolist())
+    for d in documents
+    for c in packing.chunk(tokenizer.encode(d.text), SHAPE["length"])
   )
 
 
 class TestTrain:
-
   @pytest.mark.parametrize("align", [1, 2, 3, 4])
   def test_batches(self, make_iterator, align):
     iterator = make_iterator(align=align)
@@ -89,7 +87,7 @@ class TestTrain:
 
   def test_determined_by_the_seed(self, make_iterator):
     first, again, other = (
-        _take(make_iterator(seed=seed), 20) for seed in (1, 1, 2)
+      _take(make_iterator(seed=seed), 20) for seed in (1, 1, 2)
     )
     assert _equal(first, again)
     assert not _equal(first, other)
@@ -98,7 +96,7 @@ class TestTrain:
     # One open row and documents of a row each: rows are in document order.
     monkeypatch.setattr(packing, "_NUM_OPEN_ROWS", 1)
     documents = [
-        sources.Document(str(i), chr(0x4E00 + i) * 5) for i in range(12)
+      sources.Document(str(i), chr(0x4E00 + i) * 5) for i in range(12)
     ]
 
     def order(seed):
@@ -115,14 +113,12 @@ class TestTrain:
 
   @pytest.mark.parametrize("process_count", [1, 3])
   def test_processes_share_all_documents(
-      self, make_iterator, tokenizer, process_count
+    self, make_iterator, tokenizer, process_count
   ):
     documents = _documents()
     seen = []
     for index in range(process_count):
-      iterator = make_iterator(
-          process_index=index, process_count=process_count
-      )
+      iterator = make_iterator(process_index=index, process_count=process_count)
       chunks = set()
       # Several epochs of the largest shard.
       for batch in _take(iterator, 96):
@@ -132,7 +128,7 @@ class TestTrain:
     assert sum(map(len, seen)) == len(set.union(*seen))
 
   def test_an_epoch_has_every_chunk_once(
-      self, make_iterator, tokenizer, monkeypatch
+    self, make_iterator, tokenizer, monkeypatch
   ):
     # With one open row, chunks come out in the order they are read in.
     monkeypatch.setattr(packing, "_NUM_OPEN_ROWS", 1)
@@ -142,14 +138,12 @@ class TestTrain:
     while len(seen) < 2 * expected.total():
       seen += _segments(next(iterator))
     epochs = [
-        seen[i * expected.total() : (i + 1) * expected.total()]
-        for i in range(2)
+      seen[i * expected.total() : (i + 1) * expected.total()] for i in range(2)
     ]
     assert [collections.Counter(e) for e in epochs] == [expected, expected]
 
 
 class TestResume:
-
   @pytest.mark.parametrize("taken", [0, 1, 5, 16, 17, 40])
   def test_in_process(self, make_iterator, taken):
     iterator = make_iterator()
@@ -200,20 +194,20 @@ class TestResume:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(length=25), "length=25: expected a multiple of align=2"),
-        (dict(batch_size=0), "batch_size=0: expected an integer >= 1"),
-        (dict(seed=-1), "seed=-1: expected an integer >= 0"),
-        (dict(seed=2**32), "seed=4294967296: .* < 4294967296"),
-        (dict(num_workers=-1), "num_workers=-1: expected an integer >= 0"),
-        (dict(process_count=0), "process_count=0: expected"),
-        (
-            dict(process_index=2, process_count=2),
-            "process_index=2: expected an integer >= 0 and < 2",
-        ),
-        (dict(process_count=51), "50 training documents for process_count=51"),
-    ],
+  ("changes", "message"),
+  [
+    (dict(length=25), "length=25: expected a multiple of align=2"),
+    (dict(batch_size=0), "batch_size=0: expected an integer >= 1"),
+    (dict(seed=-1), "seed=-1: expected an integer >= 0"),
+    (dict(seed=2**32), "seed=4294967296: .* < 4294967296"),
+    (dict(num_workers=-1), "num_workers=-1: expected an integer >= 0"),
+    (dict(process_count=0), "process_count=0: expected"),
+    (
+      dict(process_index=2, process_count=2),
+      "process_index=2: expected an integer >= 0 and < 2",
+    ),
+    (dict(process_count=51), "50 training documents for process_count=51"),
+  ],
 )
 def test_train_errors(make_iterator, changes, message):
   with pytest.raises(ValueError, match=message):
@@ -221,18 +215,17 @@ def test_train_errors(make_iterator, changes, message):
 
 
 class TestHeldOut:
-
   @pytest.mark.parametrize("batch_size", [1, 3, 64])
   @pytest.mark.parametrize("align", [1, 2, 3, 4])
   def test_accounting(self, tokenizer, align, batch_size):
     documents = _documents()
     heldout = pipeline.heldout_batches(
-        documents, tokenizer, batch_size=batch_size, length=24, align=align
+      documents, tokenizer, batch_size=batch_size, length=24, align=align
     )
     assert all(
-        value.shape == (batch_size, 24) and value.dtype == np.int32
-        for batch in heldout.batches
-        for value in batch.values()
+      value.shape == (batch_size, 24) and value.dtype == np.int32
+      for batch in heldout.batches
+      for value in batch.values()
     )
     # One EOS a document and every text token; BOS is not predicted.
     expected = sum(len(tokenizer.encode(d.text)) + 1 for d in documents)
@@ -256,7 +249,7 @@ class TestHeldOut:
 
   def test_last_batch_is_filled_up(self, tokenizer):
     heldout = pipeline.heldout_batches(
-        _documents(1), tokenizer, **{**SHAPE, "batch_size": 5}
+      _documents(1), tokenizer, **{**SHAPE, "batch_size": 5}
     )
     (batch,) = heldout.batches
     assert batch["segment"][0].any()
@@ -265,15 +258,15 @@ class TestHeldOut:
 
   def test_same_every_time(self, tokenizer):
     first, second = (
-        pipeline.heldout_batches(_documents(), tokenizer, **SHAPE)
-        for _ in range(2)
+      pipeline.heldout_batches(_documents(), tokenizer, **SHAPE)
+      for _ in range(2)
     )
     assert _equal(first.batches, second.batches)
 
   @pytest.mark.parametrize("count", [1, 7, 50, 80])
   def test_max_documents(self, tokenizer, count):
     heldout = pipeline.heldout_batches(
-        _documents(), tokenizer, max_documents=count, **SHAPE
+      _documents(), tokenizer, max_documents=count, **SHAPE
     )
     expected = min(count, 50)
     assert heldout.num_documents == expected
@@ -285,24 +278,22 @@ class TestHeldOut:
     all_chunks = _chunks(_documents(), tokenizer)
     assert not chunks - all_chunks
     assert heldout.num_bytes == sum(
-        len(d.text.encode())
-        for d in _documents()
-        if not _chunks([d], tokenizer) - chunks
+      len(d.text.encode())
+      for d in _documents()
+      if not _chunks([d], tokenizer) - chunks
     )
 
   @pytest.mark.parametrize(
-      ("changes", "message"),
-      [
-          (dict(length=25), "multiple of align=2"),
-          (dict(batch_size=0), "batch_size=0"),
-          (dict(max_documents=0), "max_documents=0: expected an integer >= 1"),
-      ],
+    ("changes", "message"),
+    [
+      (dict(length=25), "multiple of align=2"),
+      (dict(batch_size=0), "batch_size=0"),
+      (dict(max_documents=0), "max_documents=0: expected an integer >= 1"),
+    ],
   )
   def test_errors(self, tokenizer, changes, message):
     with pytest.raises(ValueError, match=message):
-      pipeline.heldout_batches(
-          _documents(), tokenizer, **{**SHAPE, **changes}
-      )
+      pipeline.heldout_batches(_documents(), tokenizer, **{**SHAPE, **changes})
 
   def test_no_documents(self, tokenizer):
     with pytest.raises(ValueError, match="no held-out documents"):
@@ -310,7 +301,6 @@ class TestHeldOut:
 
 
 class TestUnigram:
-
   def test_by_hand(self):
     # Predicted: 7, 7, 8, 1 and 8, 7, 9, 1 = 7 x3, 8 x2, 1 x2, 9 x1.
     batch = {
@@ -335,12 +325,11 @@ class TestUnigram:
       counts.update([*tokenizer.encode(document.text), tokenizer_lib.EOS_ID])
     bits = -sum(n * math.log2(n / counts.total()) for n in counts.values())
     assert pipeline.unigram_bits_per_byte(heldout) == pytest.approx(
-        bits / heldout.num_bytes, rel=1e-9
+      bits / heldout.num_bytes, rel=1e-9
     )
 
 
 class TestLoadCorpus:
-
   def _config(self, tmp_path, **changes):
     for document in _documents():
       (tmp_path / f"{document.key}.txt").write_text(document.text)
@@ -386,14 +375,14 @@ class TestLoadCorpus:
     assert not (tmp_path / "workdir").exists()
 
   @pytest.mark.parametrize(
-      ("changes", "message"),
-      [
-          (dict(num_workers=-1), "num_workers=-1: expected"),
-          (dict(seed=-1), "seed=-1: expected"),
-          (dict(heldout_fraction=2.0), "heldout_fraction=2.0: expected"),
-          (dict(source="none*"), "'none\\*': no file matches"),
-          (dict(tokenizer="none.model"), "none.model: cannot be read"),
-      ],
+    ("changes", "message"),
+    [
+      (dict(num_workers=-1), "num_workers=-1: expected"),
+      (dict(seed=-1), "seed=-1: expected"),
+      (dict(heldout_fraction=2.0), "heldout_fraction=2.0: expected"),
+      (dict(source="none*"), "'none\\*': no file matches"),
+      (dict(tokenizer="none.model"), "none.model: cannot be read"),
+    ],
   )
   def test_errors(self, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -8,15 +8,15 @@ import pytest
 from gemma_funnel.evaluation import report
 
 COLUMNS = (
-    report.Column("name", "name"),
-    report.Column("seconds", "ms", ".1f", 1e3),
-    report.Column("count", "count", "d"),
-    report.Column("on", "on"),
-    report.Column("error", "error"),
+  report.Column("name", "name"),
+  report.Column("seconds", "ms", ".1f", 1e3),
+  report.Column("count", "count", "d"),
+  report.Column("on", "on"),
+  report.Column("error", "error"),
 )
 ROWS = [
-    {"name": "a|b", "seconds": 0.5, "count": 12, "on": True, "hidden": [1, 2]},
-    {"name": "second", "seconds": None, "count": 3, "on": False},
+  {"name": "a|b", "seconds": 0.5, "count": 12, "on": True, "hidden": [1, 2]},
+  {"name": "second", "seconds": None, "count": 3, "on": False},
 ]
 
 
@@ -29,10 +29,10 @@ def plot(rows):
 
 def test_table():
   assert report.table(ROWS, COLUMNS).splitlines() == [
-      "| name   |    ms | count | on  |",
-      "|--------|------:|------:|-----|",
-      "| a\\|b   | 500.0 |    12 | yes |",
-      "| second |     - |     3 | no  |",
+    "| name   |    ms | count | on  |",
+    "|--------|------:|------:|-----|",
+    "| a\\|b   | 500.0 |    12 | yes |",
+    "| second |     - |     3 | no  |",
   ]
 
 

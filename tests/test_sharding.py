@@ -3,9 +3,6 @@
 import dataclasses
 
 from flax import nnx
-from gemma_funnel.training import loop
-from gemma_funnel.training import sharding
-from gemma_funnel.training.optimizer import path_of
 import jax
 from jax.sharding import PartitionSpec as P
 from ml_collections import config_dict
@@ -13,21 +10,24 @@ import numpy as np
 import pytest
 import tiny_run
 
+from gemma_funnel.training import loop, sharding
+from gemma_funnel.training.optimizer import path_of
+
 MESHES = (
-    dict(data=2, fsdp=2, tensor=2),
-    dict(data=8, fsdp=1, tensor=1),
-    dict(data=1, fsdp=8, tensor=1),
-    dict(data=1, fsdp=1, tensor=8),
+  dict(data=2, fsdp=2, tensor=2),
+  dict(data=8, fsdp=1, tensor=1),
+  dict(data=1, fsdp=8, tensor=1),
+  dict(data=1, fsdp=1, tensor=8),
 )
 # Eight query heads for tensor=8; the fewer key and value heads stay whole.
 WIDE = {
-    "model.num_heads": 8,
-    "model.num_kv_heads": 2,
-    "optimizer.warmup_steps": 0,
-    "optimizer.learning_rate": 0.01,
-    # Of a gradient near zero, Adam's step would be its sign, which is noise.
-    "optimizer.eps": 1e-3,
-    "z_loss": 1e-3,
+  "model.num_heads": 8,
+  "model.num_kv_heads": 2,
+  "optimizer.warmup_steps": 0,
+  "optimizer.learning_rate": 0.01,
+  # Of a gradient near zero, Adam's step would be its sign, which is noise.
+  "optimizer.eps": 1e-3,
+  "z_loss": 1e-3,
 }
 
 
@@ -47,10 +47,9 @@ def _batch():
   segment = np.repeat([[1, 2, 0]], 8, 0).repeat([12, 18, 2], axis=1)
   position = np.concatenate([np.arange(12), np.arange(18), [0, 0]])
   return {
-      "tokens": rng.integers(5, 512, (8, 32)).astype(np.int32)
-      * (segment > 0),
-      "segment": segment.astype(np.int32),
-      "position": np.tile(position, (8, 1)).astype(np.int32),
+    "tokens": rng.integers(5, 512, (8, 32)).astype(np.int32) * (segment > 0),
+    "segment": segment.astype(np.int32),
+    "position": np.tile(position, (8, 1)).astype(np.int32),
   }
 
 
@@ -84,18 +83,16 @@ def test_a_step_is_the_same_on_any_mesh(mesh, on_one_device):
   jax.tree.map(np.testing.assert_array_equal, before, expected_before)
   for got, want in zip(metrics, expected_metrics, strict=True):
     for name in ("loss", "grad_norm", "tokens", "accuracy"):
-      np.testing.assert_allclose(
-          got[name], want[name], rtol=2e-5, err_msg=name
-      )
+      np.testing.assert_allclose(got[name], want[name], rtol=2e-5, err_msg=name)
   for (path, got), want, start in zip(
-      jax.tree_util.tree_leaves_with_path(params),
-      jax.tree.leaves(expected),
-      jax.tree.leaves(before),
-      strict=True,
+    jax.tree_util.tree_leaves_with_path(params),
+    jax.tree.leaves(expected),
+    jax.tree.leaves(before),
+    strict=True,
   ):
     assert np.max(np.abs(want - start)) > 1e-4, path_of(path)  # It moved.
     np.testing.assert_allclose(
-        got, want, rtol=2e-5, atol=2e-5, err_msg=path_of(path)
+      got, want, rtol=2e-5, atol=2e-5, err_msg=path_of(path)
     )
 
 
@@ -104,13 +101,13 @@ def test_parameters_and_moments_are_split():
   with jax.set_mesh(setup.mesh):
     params, opt_state = loop.make_init(setup)[0](0)
   expected = {
-      "embedding": (256, 16),
-      "layers/attn/query": (2, 16, 4, 8),
-      "layers/attn/key": (2, 16, 1, 8),
-      "layers/attn/out": (2, 4, 8, 16),
-      "layers/mlp/gate": (2, 16, 32),
-      "layers/mlp/down": (2, 32, 16),
-      "final_norm/scale": (32,),
+    "embedding": (256, 16),
+    "layers/attn/query": (2, 16, 4, 8),
+    "layers/attn/key": (2, 16, 1, 8),
+    "layers/attn/out": (2, 4, 8, 16),
+    "layers/mlp/gate": (2, 16, 32),
+    "layers/mlp/down": (2, 32, 16),
+    "final_norm/scale": (32,),
   }
   found = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path((params, opt_state)):
@@ -135,7 +132,7 @@ def test_the_batch_is_split_by_rows():
 def test_key_heads_that_the_axis_does_not_divide_stay_whole():
   mesh = _mesh(fsdp=2, tensor=4)
   spec = lambda heads: sharding.spec_of(
-      "layers/attn/key", (2, 32, heads, 8), mesh
+    "layers/attn/key", (2, 32, heads, 8), mesh
   )
   assert spec(1) == P(None, "fsdp", None, None)
   assert spec(2) == P(None, "fsdp", None, None)
@@ -186,11 +183,9 @@ def test_meshes_that_cannot_be(sizes):
 
 
 def test_one_axis_takes_what_is_left():
-  assert dict(_mesh(data=-1, tensor=2).shape) == dict(
-      data=4, fsdp=1, tensor=2
-  )
+  assert dict(_mesh(data=-1, tensor=2).shape) == dict(data=4, fsdp=1, tensor=2)
   assert dict(_mesh(jax.devices()[:4], fsdp=-1).shape) == dict(
-      data=1, fsdp=4, tensor=1
+    data=1, fsdp=4, tensor=1
   )
 
 

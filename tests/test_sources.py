@@ -3,25 +3,26 @@
 import json
 import sys
 
-from gemma_funnel.data import sources
 import pytest
+
+from gemma_funnel.data import sources
 
 
 @pytest.mark.parametrize(
-    ("key", "fraction", "expected"),
-    [
-        ("asyncio/events.py", 0.1, False),
-        ("calendar.py", 0.1, True),
-        ("enum.py", 0.1, True),
-        ("html/parser.py", 0.1, True),
-        ("json/decoder.py", 0.1, False),
-        ("json/decoder.py", 0.5, True),
-        ("json/encoder.py", 0.1, True),
-        ("os.py", 0.5, False),
-        ("notes.txt:1", 0.1, True),
-        ("notes.txt:3", 0.1, False),
-        ("notes.txt:3", 0.5, True),
-    ],
+  ("key", "fraction", "expected"),
+  [
+    ("asyncio/events.py", 0.1, False),
+    ("calendar.py", 0.1, True),
+    ("enum.py", 0.1, True),
+    ("html/parser.py", 0.1, True),
+    ("json/decoder.py", 0.1, False),
+    ("json/decoder.py", 0.5, True),
+    ("json/encoder.py", 0.1, True),
+    ("os.py", 0.5, False),
+    ("notes.txt:1", 0.1, True),
+    ("notes.txt:3", 0.1, False),
+    ("notes.txt:3", 0.5, True),
+  ],
 )
 def test_hash_split_is_the_same_everywhere(key, fraction, expected):
   assert sources.is_heldout(key, fraction) is expected
@@ -34,7 +35,6 @@ def test_hash_split_has_its_share(fraction):
 
 
 class TestStdlib:
-
   def test_the_interpreters_own(self):
     documents = sources.stdlib_documents()
     keys = [d.key for d in documents]
@@ -72,7 +72,6 @@ class TestStdlib:
 
 
 class TestFiles:
-
   @pytest.mark.parametrize("end", ["", "\n", "\n\n", "no line end"])
   def test_text_is_cut_at_line_ends(self, tmp_path, end):
     text = "".join(f"line {i} \x0c\x85é\u2028\r\n" for i in range(5000)) + end
@@ -81,7 +80,7 @@ class TestFiles:
     documents = sources.file_documents([str(path)], "text")
     assert "".join(d.text for d in documents) == text
     assert [d.key for d in documents] == [
-        f"big.txt:{i}" for i in range(len(documents))
+      f"big.txt:{i}" for i in range(len(documents))
     ]
     for document in documents[:-1]:
       assert document.text.endswith("\n")
@@ -123,7 +122,7 @@ class TestFiles:
     (tmp_path / "train.txt").write_text("to train on")
     (tmp_path / "valid.txt").write_text("held out")
     train, held = sources.load_split(
-        f"{tmp_path}/train*", heldout=f"{tmp_path}/valid*"
+      f"{tmp_path}/train*", heldout=f"{tmp_path}/valid*"
     )
     assert [d.text for d in train] == ["to train on"]
     assert [d.text for d in held] == ["held out"]
@@ -136,7 +135,6 @@ class TestFiles:
 
 
 class TestErrors:
-
   @pytest.mark.parametrize("globs", ["{}/none*.txt", "{}/a.txt,{}/none*.txt"])
   def test_no_file_matches(self, tmp_path, globs):
     (tmp_path / "a.txt").write_text("a")
@@ -149,17 +147,17 @@ class TestErrors:
       sources.load_split(globs)
 
   @pytest.mark.parametrize(
-      ("line", "message"),
-      [
-          (b'{"text": "a"', "malformed JSON: Expecting ',' delimiter"),
-          (b"text", "malformed JSON: Expecting value"),
-          (b'{"txt": "a", "id": 3}', r"no key 'text'; found .*'id', 'txt'"),
-          (b'{"text": 3}', "value of 'text' is a int; expected a string"),
-          (b'{"text": null}', "is a NoneType; expected a string"),
-          (b'["text"]', "found a JSON list; expected an object"),
-          (b'{"text": "\xe9"}', "not UTF-8"),
-          (b'{"text": "\\ud800"}', "not Unicode text"),
-      ],
+    ("line", "message"),
+    [
+      (b'{"text": "a"', "malformed JSON: Expecting ',' delimiter"),
+      (b"text", "malformed JSON: Expecting value"),
+      (b'{"txt": "a", "id": 3}', r"no key 'text'; found .*'id', 'txt'"),
+      (b'{"text": 3}', "value of 'text' is a int; expected a string"),
+      (b'{"text": null}', "is a NoneType; expected a string"),
+      (b'["text"]', "found a JSON list; expected an object"),
+      (b'{"text": "\xe9"}', "not UTF-8"),
+      (b'{"text": "\\ud800"}', "not Unicode text"),
+    ],
   )
   def test_jsonl_line(self, tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
@@ -174,11 +172,11 @@ class TestErrors:
       sources.load_split(str(path))
 
   @pytest.mark.parametrize(
-      ("fraction", "message"),
-      [
-          (1e-9, "held-out split is empty; of 5 .* name heldout files"),
-          (1 - 1e-9, "train split is empty; of 5 .* lower the fraction"),
-      ],
+    ("fraction", "message"),
+    [
+      (1e-9, "held-out split is empty; of 5 .* name heldout files"),
+      (1 - 1e-9, "train split is empty; of 5 .* lower the fraction"),
+    ],
   )
   def test_empty_split(self, tmp_path, fraction, message):
     for i in range(5):

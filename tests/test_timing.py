@@ -37,7 +37,7 @@ def test_planted_times_give_exact_medians_and_reductions():
   machine = Machine()
   calls = {"off": machine.program("off", 2.0), "f": machine.program("f", 0.5)}
   times, errors = timing.time_interleaved(
-      calls, machine.protocol(repeats=5, warmup=1)
+    calls, machine.protocol(repeats=5, warmup=1)
   )
   assert not errors
   row = timing.summarize(times["f"], times["off"])
@@ -78,7 +78,7 @@ def test_a_machine_that_slows_down_does_not_move_the_reduction():
 
   calls = {"off": slowing("off", 2.0), "f": slowing("f", 1.0)}
   times, _ = timing.time_interleaved(
-      calls, machine.protocol(repeats=8, warmup=0)
+    calls, machine.protocol(repeats=8, warmup=0)
   )
   row = timing.summarize(times["f"], times["off"])
   assert row["reduction"] == pytest.approx(0.5)
@@ -90,7 +90,7 @@ def test_every_round_runs_each_once_in_an_order_of_its_own():
   names = ["a", "b", "c", "d"]
   calls = {name: machine.program(name, 1.0) for name in names}
   times, _ = timing.time_interleaved(
-      calls, machine.protocol(repeats=20, warmup=3)
+    calls, machine.protocol(repeats=20, warmup=3)
   )
   assert all(len(t) == 20 for t in times.values())
   rounds = np.reshape(machine.calls, (23, 4)).tolist()
@@ -121,7 +121,7 @@ def test_warm_up_is_not_counted():
     return first()
 
   times, _ = timing.time_interleaved(
-      {"a": call}, machine.protocol(repeats=3, warmup=2)
+    {"a": call}, machine.protocol(repeats=3, warmup=2)
   )
   assert times == {"a": [1.0, 1.0, 1.0]}
 
@@ -129,28 +129,28 @@ def test_warm_up_is_not_counted():
 def test_a_failure_stops_one_program_only():
   machine = Machine()
   programs = {
-      "off": machine.program("off", 2.0),
-      "bad": machine.program("bad", 1.0, fails_at=2),
-      "f": machine.program("f", 1.0),
+    "off": machine.program("off", 2.0),
+    "bad": machine.program("bad", 1.0, fails_at=2),
+    "f": machine.program("f", 1.0),
   }
 
   def broken():
     raise MemoryError("while compiling")
 
   builders = {
-      name: lambda call=call: timing.Program(call, 0.25, 10)
-      for name, call in programs.items()
+    name: lambda call=call: timing.Program(call, 0.25, 10)
+    for name, call in programs.items()
   }
   rows = timing.measure_together(
-      builders | {"broken": broken},
-      dict.fromkeys([*builders, "broken"], "off"),
-      machine.protocol(repeats=5, warmup=1),
+    builders | {"broken": broken},
+    dict.fromkeys([*builders, "broken"], "off"),
+    machine.protocol(repeats=5, warmup=1),
   )
   assert list(rows) == ["off", "bad", "f", "broken"]
   assert rows["f"]["error"] is None and rows["f"]["reduction"] == 0.5
   assert rows["f"]["peak_bytes"] == 10 and rows["f"]["compile_s"] == 0.25
   assert rows["bad"]["error"] == (
-      "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
+    "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
   )
   assert "latency_s" not in rows["bad"]
   assert machine.calls.count("bad") == 3
@@ -160,11 +160,11 @@ def test_a_failure_stops_one_program_only():
 def test_without_a_baseline_others_still_have_times():
   machine = Machine()
   builders = {
-      "off": lambda: timing.Program(machine.program("off", 1.0, 0), 0.0, None),
-      "f": lambda: timing.Program(machine.program("f", 1.0), 0.0, None),
+    "off": lambda: timing.Program(machine.program("off", 1.0, 0), 0.0, None),
+    "f": lambda: timing.Program(machine.program("f", 1.0), 0.0, None),
   }
   rows = timing.measure_together(
-      builders, {"off": "off", "f": "off"}, machine.protocol(repeats=2)
+    builders, {"off": "off", "f": "off"}, machine.protocol(repeats=2)
   )
   assert rows["off"]["error"]
   assert rows["f"]["latency_s"] == 1 and rows["f"]["reduction"] is None
@@ -174,7 +174,7 @@ def test_arguments_of_a_program_are_no_constants():
   weights = jax.random.normal(jax.random.key(0), (256, 256))
   program = timing.compile_program(lambda w, x: x @ w, weights, weights[:2])
   np.testing.assert_allclose(
-      program.call(), weights[:2] @ weights, rtol=1e-4, atol=1e-4
+    program.call(), weights[:2] @ weights, rtol=1e-4, atol=1e-4
   )
   assert program.compile_s > 0
   assert program.peak_bytes >= weights.nbytes + 2 * weights[:2].nbytes
@@ -189,19 +189,19 @@ def test_progress_says_how_long_it_takes():
     progress.cell(key, f"cell {key}")
     machine.now += seconds
   assert lines == [
-      "[1/3] cell a",
-      "[2/3] cell b (about 30 s left)",
-      "[3/3] cell c (about 10 s left)",
+    "[1/3] cell a",
+    "[2/3] cell b (about 30 s left)",
+    "[3/3] cell c (about 10 s left)",
   ]
 
 
 @pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(repeats=0), "repeats: found 0, expected integers >= 1"),
-        (dict(warmup=-1), "warmup: found -1, expected integers >= 0"),
-        (dict(seed=1.5), "seed: found 1.5, expected integers >= 0"),
-    ],
+  "changes, message",
+  [
+    (dict(repeats=0), "repeats: found 0, expected integers >= 1"),
+    (dict(warmup=-1), "warmup: found -1, expected integers >= 0"),
+    (dict(seed=1.5), "seed: found 1.5, expected integers >= 0"),
+  ],
 )
 def test_protocol_errors(changes, message):
   with pytest.raises(ValueError, match=message):

@@ -3,11 +3,12 @@
 import pickle
 import random
 
-from gemma_funnel.data import sources
-from gemma_funnel.data import tokenizer as tokenizer_lib
 import numpy as np
 import pytest
 import sentencepiece
+
+from gemma_funnel.data import sources
+from gemma_funnel.data import tokenizer as tokenizer_lib
 
 VOCAB = 320
 
@@ -15,8 +16,8 @@ VOCAB = 320
 def _documents():
   text = "def f(x):\n    return x + 12\n\n\nclass Long:\n\tpass  # the end\n"
   return [
-      sources.Document(f"{i}.py", text.replace("f(x)", f"f{i}(name_{i % 7})"))
-      for i in range(40)
+    sources.Document(f"{i}.py", text.replace("f(x)", f"f{i}(name_{i % 7})"))
+    for i in range(40)
   ]
 
 
@@ -33,20 +34,20 @@ def tokenizer(model_path):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        " ",
-        "   lead, trail   ",
-        "a\n\n\n\tb\t\t c\r\nd\r",
-        "\x00\x01\x0b\x0c\x1c\x85\u2028\xa0",
-        "naïve façade é e\u0301 ﬁ Ａ",
-        "漢字 עברית 🎉👩‍👩‍👧 \U0010ffff \ufffd \ufeff",
-        "\u2581 \u2581\u2581x\u2581",
-        "<mask><pad><s></s><bos><unk> <0x0A> ⁇",
-        "0123456789" * 5,
-        "x" * 10_000,
-    ],
+  "text",
+  [
+    "",
+    " ",
+    "   lead, trail   ",
+    "a\n\n\n\tb\t\t c\r\nd\r",
+    "\x00\x01\x0b\x0c\x1c\x85\u2028\xa0",
+    "naïve façade é e\u0301 ﬁ Ａ",
+    "漢字 עברית 🎉👩‍👩‍👧 \U0010ffff \ufffd \ufeff",
+    "\u2581 \u2581\u2581x\u2581",
+    "<mask><pad><s></s><bos><unk> <0x0A> ⁇",
+    "0123456789" * 5,
+    "x" * 10_000,
+  ],
 )
 def test_round_trip(tokenizer, text):
   ids = tokenizer.encode(text)
@@ -101,7 +102,7 @@ def test_training_does_not_depend_on_order(tmp_path, sample_bytes):
   paths = [tmp_path / "new" / name for name in ("a.model", "b.model")]
   for path, step in zip(paths, (1, -1), strict=True):
     tokenizer_lib.train(
-        _documents()[::step], 300, path, sample_bytes=sample_bytes
+      _documents()[::step], 300, path, sample_bytes=sample_bytes
     )
   assert paths[0].read_bytes() == paths[1].read_bytes()
   # Nothing temporary is left.
@@ -111,11 +112,11 @@ def test_training_does_not_depend_on_order(tmp_path, sample_bytes):
 def test_training_sample_is_bounded(tmp_path):
   # The rare characters of all but one document are outside of the sample.
   documents = [
-      sources.Document(str(i), (chr(0x4E00 + i) + " some words here\n") * 99)
-      for i in range(20)
+    sources.Document(str(i), (chr(0x4E00 + i) + " some words here\n") * 99)
+    for i in range(20)
   ]
   small = tokenizer_lib.train(
-      documents, 290, tmp_path / "small.model", sample_bytes=1000
+    documents, 290, tmp_path / "small.model", sample_bytes=1000
   )
   known = [len(small.encode(chr(0x4E00 + i))) == 1 for i in range(20)]
   assert sum(known) == 1
@@ -145,7 +146,7 @@ def test_damaged_file(model_path, tmp_path, kept):
   model = model_path.read_bytes()
   path = tmp_path / "damaged.model"
   path.write_bytes(
-      b"this is text" if kept is None else model[: int(kept * len(model))]
+    b"this is text" if kept is None else model[: int(kept * len(model))]
   )
   with pytest.raises(ValueError, match="damaged.model: (not a|its special)"):
     tokenizer_lib.Tokenizer.load(path)
@@ -177,7 +178,6 @@ def test_other_special_ids(tmp_path):
 
 
 class TestGetTokenizer:
-
   def test_trains_then_reads_the_cache(self, tmp_path):
     cache = tmp_path / "cache.model"
     trained = tokenizer_lib.get_tokenizer(None, cache, _documents(), VOCAB)
@@ -194,12 +194,12 @@ class TestGetTokenizer:
   def test_more_pieces_than_the_model(self, model_path, tmp_path):
     with pytest.raises(ValueError, match="320 pieces.*vocab_size=319"):
       tokenizer_lib.get_tokenizer(
-          model_path, tmp_path / "cache.model", [], VOCAB - 1
+        model_path, tmp_path / "cache.model", [], VOCAB - 1
       )
 
   @pytest.mark.parametrize("vocab_size", [300, 400])
   def test_cache_of_another_size(self, model_path, vocab_size):
     with pytest.raises(
-        ValueError, match=f"trained.model.*320 pieces.*={vocab_size}; delete"
+      ValueError, match=f"trained.model.*320 pieces.*={vocab_size}; delete"
     ):
       tokenizer_lib.get_tokenizer(None, model_path, _documents(), vocab_size)

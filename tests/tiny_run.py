@@ -14,30 +14,30 @@ ROOT = pathlib.Path(__file__).parents[1]
 VOCAB = 512
 # What configs/quickstart.py is changed by; sizes that 8 devices divide.
 CHANGES = {
-    "steps": 12,
-    "batch_size": 8,
-    "length": 32,
-    "model.vocab_size": VOCAB,
-    "model.num_layers": 2,
-    "model.embed_dim": 32,
-    "model.mlp_dim": 64,
-    "model.num_heads": 4,
-    "model.num_kv_heads": 2,
-    "model.head_dim": 8,
-    "model.window": 8,
-    "model.max_length": 64,
-    "model.kernel": "reference",
-    "funnel": "start=1,stride=2",
-    "optimizer.warmup_steps": 2,
-    "loss_chunk": 16,
-    "log_every": 1,
-    "eval_every": 1000,
-    "eval_documents": 1,
-    "heldout_documents": 2,
-    "checkpoint_every": 4,
-    "keep": 3,
-    "tensorboard": False,
-    "latency.repeats": 0,
+  "steps": 12,
+  "batch_size": 8,
+  "length": 32,
+  "model.vocab_size": VOCAB,
+  "model.num_layers": 2,
+  "model.embed_dim": 32,
+  "model.mlp_dim": 64,
+  "model.num_heads": 4,
+  "model.num_kv_heads": 2,
+  "model.head_dim": 8,
+  "model.window": 8,
+  "model.max_length": 64,
+  "model.kernel": "reference",
+  "funnel": "start=1,stride=2",
+  "optimizer.warmup_steps": 2,
+  "loss_chunk": 16,
+  "log_every": 1,
+  "eval_every": 1000,
+  "eval_documents": 1,
+  "heldout_documents": 2,
+  "checkpoint_every": 4,
+  "keep": 3,
+  "tensorboard": False,
+  "latency.repeats": 0,
 }
 
 
@@ -54,8 +54,8 @@ def write_corpus(folder: pathlib.Path) -> str:
   """Some text in which words follow words; returns its path."""
   draw = random.Random(0)
   words = [
-      "".join(draw.choices("abcdefghijklm", k=draw.randint(2, 7)))
-      for _ in range(200)
+    "".join(draw.choices("abcdefghijklm", k=draw.randint(2, 7)))
+    for _ in range(200)
   ]
   path = folder / "corpus.jsonl"
   with path.open("w") as f:
@@ -129,7 +129,8 @@ def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
 def train_losses(workdir) -> dict[int, float]:
   """Losses by step in metrics.jsonl, in which each step is once."""
   losses = {}
-  for line in (pathlib.Path(workdir) / "metrics.jsonl").open():
+  text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
+  for line in text.splitlines():
     entry = json.loads(line)
     if entry["kind"] == "train":
       assert entry["step"] not in losses

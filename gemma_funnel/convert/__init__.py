@@ -24,9 +24,9 @@ Piece = tuple[tuple[str, ...], int | None, np.ndarray]
 
 
 def load(
-    path: str | os.PathLike[str],
-    funnel: FunnelConfig | str | None = None,
-    dtype: str = "float32",
+  path: str | os.PathLike[str],
+  funnel: FunnelConfig | str | None = None,
+  dtype: str = "float32",
 ) -> Gemma:
   """Loads a checkpoint, whatever its format.
 
@@ -53,13 +53,13 @@ def load(
     return checkpoint.load_model(folder, funnel, dtype)
   if not huggingface.is_checkpoint(folder):
     raise ValueError(
-        f"{folder} is no checkpoint that is known: {_describe(folder)}. "
-        "Expected a Hugging Face folder (config.json with a model_type, and "
-        "model.safetensors or model.safetensors.index.json) or the folder of "
-        "a training run (with checkpoints/ in it)"
+      f"{folder} is no checkpoint that is known: {_describe(folder)}. "
+      "Expected a Hugging Face folder (config.json with a model_type, and "
+      "model.safetensors or model.safetensors.index.json) or the folder of "
+      "a training run (with checkpoints/ in it)"
     )
   config = dataclasses.replace(
-      huggingface.read_config(folder), param_dtype=dtype, dtype=dtype
+    huggingface.read_config(folder), param_dtype=dtype, dtype=dtype
   )
   # The funnel is checked here, before any weight is read.
   model = Gemma.abstract(config, funnel)

@@ -24,13 +24,13 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _SIZES = {
-    "vocab_size": "vocab_size",
-    "num_hidden_layers": "num_layers",
-    "hidden_size": "embed_dim",
-    "intermediate_size": "mlp_dim",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
+  "vocab_size": "vocab_size",
+  "num_hidden_layers": "num_layers",
+  "hidden_size": "embed_dim",
+  "intermediate_size": "mlp_dim",
+  "num_attention_heads": "num_heads",
+  "num_key_value_heads": "num_kv_heads",
+  "head_dim": "head_dim",
 }
 _LAYER_TYPES = {"sliding_attention": "local", "full_attention": "global"}
 _EMBEDDING = "model.embed_tokens.weight"
@@ -69,40 +69,40 @@ def _norm(name: str) -> _Layout:
 
 
 _MODEL = {
-    "embed_tokens": _Layout(("embedding",), "V D", "VD"),
-    "norm": _norm("final_norm"),
+  "embed_tokens": _Layout(("embedding",), "V D", "VD"),
+  "norm": _norm("final_norm"),
 }
 _LAYER = {
-    "input_layernorm": _norm("pre_attn_norm"),
-    "self_attn.q_proj": _Layout(("attn", "query"), "NH D", "DNH"),
-    "self_attn.k_proj": _Layout(("attn", "key"), "KH D", "DKH"),
-    "self_attn.v_proj": _Layout(("attn", "value"), "KH D", "DKH"),
-    "self_attn.o_proj": _Layout(("attn", "out"), "D NH", "NHD"),
-    "mlp.gate_proj": _Layout(("mlp", "gate"), "F D", "DF"),
-    "mlp.up_proj": _Layout(("mlp", "up"), "F D", "DF"),
-    "mlp.down_proj": _Layout(("mlp", "down"), "D F", "FD"),
+  "input_layernorm": _norm("pre_attn_norm"),
+  "self_attn.q_proj": _Layout(("attn", "query"), "NH D", "DNH"),
+  "self_attn.k_proj": _Layout(("attn", "key"), "KH D", "DKH"),
+  "self_attn.v_proj": _Layout(("attn", "value"), "KH D", "DKH"),
+  "self_attn.o_proj": _Layout(("attn", "out"), "D NH", "NHD"),
+  "mlp.gate_proj": _Layout(("mlp", "gate"), "F D", "DF"),
+  "mlp.up_proj": _Layout(("mlp", "up"), "F D", "DF"),
+  "mlp.down_proj": _Layout(("mlp", "down"), "D F", "FD"),
 }
 _GEMMA1_LAYER = {
-    **_LAYER,
-    "post_attention_layernorm": _norm("pre_mlp_norm"),
+  **_LAYER,
+  "post_attention_layernorm": _norm("pre_mlp_norm"),
 }
 _GEMMA2_LAYER = {
-    **_LAYER,
-    "post_attention_layernorm": _norm("post_attn_norm"),
-    "pre_feedforward_layernorm": _norm("pre_mlp_norm"),
-    "post_feedforward_layernorm": _norm("post_mlp_norm"),
+  **_LAYER,
+  "post_attention_layernorm": _norm("post_attn_norm"),
+  "pre_feedforward_layernorm": _norm("pre_mlp_norm"),
+  "post_feedforward_layernorm": _norm("post_mlp_norm"),
 }
 
 
 def tensor_table(
-    config: GemmaConfig,
+  config: GemmaConfig,
 ) -> dict[str, tuple[int | None, _Layout]]:
   """Every tensor of a causal language model: its layer, and its layout.
 
   The layer is None outside the stack; paths are of our whole tree.
   """
   table: dict[str, tuple[int | None, _Layout]] = {
-      f"model.{name}.weight": (None, layout) for name, layout in _MODEL.items()
+    f"model.{name}.weight": (None, layout) for name, layout in _MODEL.items()
   }
   names = _GEMMA2_LAYER if config.post_norms else _GEMMA1_LAYER
   for layer in range(config.num_layers):
@@ -149,7 +149,7 @@ def read_config(folder: pathlib.Path) -> GemmaConfig:
 
 
 def read_pieces(
-    folder: pathlib.Path, config: GemmaConfig
+  folder: pathlib.Path, config: GemmaConfig
 ) -> Iterator[tuple[tuple[str, ...], int | None, np.ndarray]]:
   """Yields (path, layer, array in our layout) for all parameters of `config`.
 
@@ -165,8 +165,8 @@ def read_pieces(
   names = {name for header in headers.values() for name in header}
   strip = "model." if "embed_tokens.weight" in names else ""
   table = {
-      name.removeprefix(strip): entry
-      for name, entry in tensor_table(config).items()
+    name.removeprefix(strip): entry
+    for name, entry in tensor_table(config).items()
   }
   sizes = _sizes(config)
   problems = _find_problems(headers, table, sizes)
@@ -175,7 +175,7 @@ def read_pieces(
   if problems:
     source = files[0] if len(files) == 1 else folder / _INDEX
     raise ValueError(
-        f"{source} does not fit its {_CONFIG}:\n  " + "\n  ".join(problems)
+      f"{source} does not fit its {_CONFIG}:\n  " + "\n  ".join(problems)
     )
   for file, header in headers.items():
     with _open(file) as tensors:
@@ -200,7 +200,7 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     raise ValueError(f"{file} cannot be read: {error}") from error
   if not isinstance(values, dict):
     raise ValueError(
-        f"{file} holds a {type(values).__name__}: expected an object"
+      f"{file} holds a {type(values).__name__}: expected an object"
     )
   return values
 
@@ -213,27 +213,27 @@ def _to_config(raw: dict[str, Any]) -> GemmaConfig:
   model_type = raw.get("model_type")
   if model_type not in ("gemma", "gemma2"):
     raise ValueError(
-        f"model_type={model_type!r} is not supported: expected 'gemma' or "
-        "'gemma2'"
+      f"model_type={model_type!r} is not supported: expected 'gemma' or "
+      "'gemma2'"
     )
   missing = [key for key in _SIZES if key not in raw]
   if missing:
     raise ValueError(f"no {missing}")
   _check_supported(raw, model_type)
   common = dict(
-      {ours: raw[theirs] for theirs, ours in _SIZES.items()},
-      rope_base=_rope_base(raw),
-      norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-      max_length=raw.get("max_position_embeddings", 8192),
+    {ours: raw[theirs] for theirs, ours in _SIZES.items()},
+    rope_base=_rope_base(raw),
+    norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+    max_length=raw.get("max_position_embeddings", 8192),
   )
   if model_type == "gemma":
     return GemmaConfig(
-        **common,
-        query_pre_attn_scalar=_number(raw, "head_dim", 256.0),
-        attention_pattern=("global",),
-        attn_softcap=None,
-        final_softcap=None,
-        post_norms=False,
+      **common,
+      query_pre_attn_scalar=_number(raw, "head_dim", 256.0),
+      attention_pattern=("global",),
+      attn_softcap=None,
+      final_softcap=None,
+      post_norms=False,
     )
   pattern = _attention_pattern(raw)
   # A model of global layers alone may come without a window.
@@ -241,32 +241,32 @@ def _to_config(raw: dict[str, Any]) -> GemmaConfig:
   if window is None and "local" not in pattern:
     window = common["max_length"]
   return GemmaConfig(
-      **common,
-      query_pre_attn_scalar=_number(raw, "query_pre_attn_scalar", 256.0),
-      attention_pattern=pattern,
-      window=window,
-      attn_softcap=_softcap(raw, "attn_logit_softcapping", 50.0),
-      final_softcap=_softcap(raw, "final_logit_softcapping", 30.0),
-      post_norms=True,
+    **common,
+    query_pre_attn_scalar=_number(raw, "query_pre_attn_scalar", 256.0),
+    attention_pattern=pattern,
+    window=window,
+    attn_softcap=_softcap(raw, "attn_logit_softcapping", 50.0),
+    final_softcap=_softcap(raw, "final_logit_softcapping", 30.0),
+    post_norms=True,
   )
 
 
 def _check_supported(raw: dict[str, Any], model_type: str) -> None:
   """Raises on whatever would make it another function than ours."""
   allowed = {
-      "attention_bias": (False, None),
-      "tie_word_embeddings": (True,),
-      "use_bidirectional_attention": (False, None),
-      "quantization_config": (None,),
-      "hidden_activation": ("gelu_pytorch_tanh", None),
+    "attention_bias": (False, None),
+    "tie_word_embeddings": (True,),
+    "use_bidirectional_attention": (False, None),
+    "quantization_config": (None,),
+    "hidden_activation": ("gelu_pytorch_tanh", None),
   }
   if model_type == "gemma":
     # The first configurations of Gemma 1 say "gelu" and mean this one.
     allowed["hidden_act"] = ("gelu_pytorch_tanh", "gelu", None)
   wrong = [
-      f"{key}={raw[key]!r}: expected one of {list(values)}"
-      for key, values in allowed.items()
-      if key in raw and raw[key] not in values
+    f"{key}={raw[key]!r}: expected one of {list(values)}"
+    for key, values in allowed.items()
+    if key in raw and raw[key] not in values
   ]
   if wrong:
     raise ValueError("not supported: " + "; ".join(wrong))
@@ -296,8 +296,8 @@ def _rope_base(raw: dict[str, Any]) -> float:
     unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
     if kind != "default" or unknown:
       raise ValueError(
-          f"{key}={rope!r}: expected rope_type 'default' and at most a "
-          "rope_theta beside it"
+        f"{key}={rope!r}: expected rope_type 'default' and at most a "
+        "rope_theta beside it"
       )
     if "rope_theta" in rope:
       return _number(rope, "rope_theta", 10_000.0)
@@ -312,13 +312,13 @@ def _attention_pattern(raw: dict[str, Any]) -> tuple[str, ...]:
     return ("local", "global")
   if not isinstance(types, list) or len(types) != depth:
     raise ValueError(
-        f"layer_types={types!r}: expected a list of num_hidden_layers="
-        f"{depth!r} kinds"
+      f"layer_types={types!r}: expected a list of num_hidden_layers="
+      f"{depth!r} kinds"
     )
   unknown = sorted({str(t) for t in types} - set(_LAYER_TYPES))
   if unknown:
     raise ValueError(
-        f"layer_types has {unknown}: expected {sorted(_LAYER_TYPES)}"
+      f"layer_types has {unknown}: expected {sorted(_LAYER_TYPES)}"
     )
   kinds = tuple(_LAYER_TYPES[t] for t in types)
   for period in range(1, depth):
@@ -335,8 +335,8 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   if not index.is_file():
     names = sorted(entry.name for entry in folder.iterdir())
     raise ValueError(
-        f"{folder} has no weights that can be read: expected {_WEIGHTS} or "
-        f"{_INDEX} beside {_CONFIG}, found {names}"
+      f"{folder} has no weights that can be read: expected {_WEIGHTS} or "
+      f"{_INDEX} beside {_CONFIG}, found {names}"
     )
   weight_map = _read_json(index).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
@@ -357,12 +357,12 @@ def _open(file: pathlib.Path):
       yield tensors
   except (OSError, safetensors.SafetensorError) as error:
     raise ValueError(
-        f"{file} cannot be read, it may be damaged or cut off: {error}"
+      f"{file} cannot be read, it may be damaged or cut off: {error}"
     ) from error
 
 
 def _read_headers(
-    files: list[pathlib.Path],
+  files: list[pathlib.Path],
 ) -> dict[pathlib.Path, dict[str, tuple[tuple[int, ...], str]]]:
   """For each file, the shape and dtype of each of its tensors."""
   headers = {}
@@ -370,8 +370,8 @@ def _read_headers(
     with _open(file) as tensors:
       slices = {name: tensors.get_slice(name) for name in tensors.keys()}
       headers[file] = {
-          name: (tuple(s.get_shape()), s.get_dtype())
-          for name, s in slices.items()
+        name: (tuple(s.get_shape()), s.get_dtype())
+        for name, s in slices.items()
       }
   return headers
 
@@ -383,9 +383,9 @@ def _find_problems(headers, table, sizes) -> list[str]:
   ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
   known = {*table, *ignored, _TIED_HEAD}
   groups = {
-      "missing": [name for name in table if name not in stored],
-      "unexpected": [name for name in stored if name not in known],
-      "in two files": [name for name in table if stored[name] > 1],
+    "missing": [name for name in table if name not in stored],
+    "unexpected": [name for name in stored if name not in known],
+    "in two files": [name for name in table if stored[name] > 1],
   }
   problems = [f"{what}: {names}" for what, names in groups.items() if names]
   for header in headers.values():
@@ -411,6 +411,6 @@ def _check_tied(headers, embedding: str) -> list[str]:
   if np.array_equal(arrays[_TIED_HEAD], arrays[embedding]):
     return []
   return [
-      f"{_TIED_HEAD} differs from {embedding}: expected a tied head, equal to "
-      "the embedding"
+    f"{_TIED_HEAD} differs from {embedding}: expected a tied head, equal to "
+    "the embedding"
   ]

@@ -8,10 +8,11 @@ starts with its BOS.
 
 from collections.abc import Sequence
 
-from gemma_funnel.data import sources
-from gemma_funnel.data import tokenizer as tokenizer_lib
 import grain
 import numpy as np
+
+from gemma_funnel.data import sources
+from gemma_funnel.data import tokenizer as tokenizer_lib
 
 # Rows that are filled at the same time; more of them waste less padding. Rows
 # come out in a random order among these, so that the parts of one document do
@@ -32,8 +33,8 @@ def check_lengths(length: int, align: int) -> None:
     raise ValueError(f"length={length}: expected at least 2, BOS and a token")
   if length % align:
     raise ValueError(
-        f"length={length}: expected a multiple of align={align}, the total "
-        "stride of the funnel"
+      f"length={length}: expected a multiple of align={align}, the total "
+      "stride of the funnel"
     )
 
 
@@ -61,7 +62,7 @@ class ChunkDocuments(grain.experimental.FlatMapTransform):
   """
 
   def __init__(
-      self, tokenizer: tokenizer_lib.Tokenizer, length: int, align: int
+    self, tokenizer: tokenizer_lib.Tokenizer, length: int, align: int
   ):
     check_lengths(length, align)
     self._tokenizer = tokenizer
@@ -70,9 +71,7 @@ class ChunkDocuments(grain.experimental.FlatMapTransform):
 
   def flat_map(self, element: sources.Document) -> list[dict[str, np.ndarray]]:
     chunks = chunk(self._tokenizer.encode(element.text), self._length)
-    return [
-        {"tokens": np.pad(c, (0, -len(c) % self._align))} for c in chunks
-    ]
+    return [{"tokens": np.pad(c, (0, -len(c) % self._align))} for c in chunks]
 
 
 def _to_row(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -81,19 +80,19 @@ def _to_row(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   # Text never encodes to PAD, so PAD is padding wherever it stands.
   is_token_T = tokens_T != tokenizer_lib.PAD_ID
   return {
-      "tokens": tokens_T,
-      "segment": packed["tokens_segment_ids"] * is_token_T,
-      "position": packed["tokens_positions"] * is_token_T,
+    "tokens": tokens_T,
+    "segment": packed["tokens_segment_ids"] * is_token_T,
+    "position": packed["tokens_positions"] * is_token_T,
   }
 
 
 def pack(
-    documents: grain.IterDataset,
-    tokenizer: tokenizer_lib.Tokenizer,
-    *,
-    length: int,
-    align: int,
-    shuffle_seed: int | None = None,
+  documents: grain.IterDataset,
+  tokenizer: tokenizer_lib.Tokenizer,
+  *,
+  length: int,
+  align: int,
+  shuffle_seed: int | None = None,
 ) -> grain.IterDataset:
   """Packs documents into rows.
 
@@ -114,15 +113,15 @@ def pack(
     ValueError: see `check_lengths`.
   """
   chunks = grain.experimental.FlatMapIterDataset(
-      documents, ChunkDocuments(tokenizer, length, align)
+    documents, ChunkDocuments(tokenizer, length, align)
   )
   # First fit is a choice by age: early chunks leave early, little is held back.
   rows = grain.experimental.FirstFitPackIterDataset(
-      chunks,
-      length_struct={"tokens": length},
-      num_packing_bins=_NUM_OPEN_ROWS,
-      seed=shuffle_seed or 0,
-      shuffle_bins=shuffle_seed is not None,
+    chunks,
+    length_struct={"tokens": length},
+    num_packing_bins=_NUM_OPEN_ROWS,
+    seed=shuffle_seed or 0,
+    shuffle_bins=shuffle_seed is not None,
   )
   return rows.map(_to_row)
 

@@ -7,12 +7,12 @@ import os
 from typing import Any
 
 from absl import flags
-from gemma_funnel.data import packing
-from gemma_funnel.data import sources
-from gemma_funnel.data import tokenizer as tokenizer_lib
 import grain
 from ml_collections import config_dict
 import numpy as np
+
+from gemma_funnel.data import packing, sources
+from gemma_funnel.data import tokenizer as tokenizer_lib
 
 Batch = dict[str, np.ndarray]
 
@@ -65,40 +65,38 @@ def default_config() -> config_dict.ConfigDict:
     seed: of the order of the training data.
   """
   return config_dict.create(
-      source=sources.STDLIB,
-      heldout=config_dict.placeholder(str),
-      heldout_fraction=0.1,
-      text_key="text",
-      tokenizer=config_dict.placeholder(str),
-      num_workers=0,
-      seed=0,
+    source=sources.STDLIB,
+    heldout=config_dict.placeholder(str),
+    heldout_fraction=0.1,
+    text_key="text",
+    tokenizer=config_dict.placeholder(str),
+    num_workers=0,
+    seed=0,
   )
 
 
 def _require_int(
-    name: str, value: Any, least: int, below: int | None = None
+  name: str, value: Any, least: int, below: int | None = None
 ) -> None:
   ok = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
   if not ok or value < least or (below is not None and value >= below):
     upper = "" if below is None else f" and < {below}"
-    raise ValueError(
-        f"{name}={value!r}: expected an integer >= {least}{upper}"
-    )
+    raise ValueError(f"{name}={value!r}: expected an integer >= {least}{upper}")
 
 
 def _check_config(cfg: Any) -> None:
   missing = [key for key in default_config() if not hasattr(cfg, key)]
   if missing:
     raise ValueError(
-        f"the data configuration lacks {missing}; expected the keys "
-        f"{sorted(default_config())}"
+      f"the data configuration lacks {missing}; expected the keys "
+      f"{sorted(default_config())}"
     )
   _require_int("num_workers", cfg.num_workers, 0)
   _require_int("seed", cfg.seed, 0, 2**32)
 
 
 def load_corpus(
-    cfg: Any, vocab_size: int, workdir: str | os.PathLike
+  cfg: Any, vocab_size: int, workdir: str | os.PathLike
 ) -> Corpus:
   """Reads both splits, and loads or trains their tokenizer.
 
@@ -121,13 +119,13 @@ def load_corpus(
   cache_path = os.path.join(workdir, TOKENIZER_FILE)
   # Before the corpus: a wrong tokenizer is found without reading it.
   tokenizer = tokenizer_lib.find_tokenizer(
-      cfg.tokenizer, cache_path, vocab_size
+    cfg.tokenizer, cache_path, vocab_size
   )
   train, heldout = sources.load_split(
-      cfg.source,
-      heldout=cfg.heldout,
-      heldout_fraction=cfg.heldout_fraction,
-      text_key=cfg.text_key,
+    cfg.source,
+    heldout=cfg.heldout,
+    heldout_fraction=cfg.heldout_fraction,
+    text_key=cfg.text_key,
   )
   if tokenizer is None:
     tokenizer = tokenizer_lib.train(train, vocab_size, cache_path)
@@ -140,17 +138,17 @@ def _read(documents: grain.MapDataset) -> grain.IterDataset:
 
 
 def _shard(
-    documents: Sequence[sources.Document],
-    process_index: int,
-    process_count: int,
+  documents: Sequence[sources.Document],
+  process_index: int,
+  process_count: int,
 ) -> grain.MapDataset:
   """The documents of one process."""
   _require_int("process_count", process_count, 1)
   _require_int("process_index", process_index, 0, process_count)
   if len(documents) < process_count:
     raise ValueError(
-        f"{len(documents)} training documents for process_count="
-        f"{process_count} processes: expected at least one each"
+      f"{len(documents)} training documents for process_count="
+      f"{process_count} processes: expected at least one each"
     )
   return grain.MapDataset.source(documents)[process_index::process_count]
 
@@ -160,21 +158,21 @@ def _prefetch(batches: grain.IterDataset, num_workers: int):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   return batches.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=num_workers)
+    grain.MultiprocessingOptions(num_workers=num_workers)
   )
 
 
 def train_iterator(
-    documents: Sequence[sources.Document],
-    tokenizer: tokenizer_lib.Tokenizer,
-    *,
-    batch_size: int,
-    length: int,
-    align: int,
-    seed: int,
-    num_workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+  documents: Sequence[sources.Document],
+  tokenizer: tokenizer_lib.Tokenizer,
+  *,
+  batch_size: int,
+  length: int,
+  align: int,
+  seed: int,
+  num_workers: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> grain.DatasetIterator:
   """An endless iterator of packed batches for one process.
 
@@ -216,7 +214,7 @@ def train_iterator(
   # the order of epoch 0 of seed 1.
   shuffled = shard.seed(seed).shuffle().repeat()
   rows = packing.pack(
-      _read(shuffled), tokenizer, length=length, align=align, shuffle_seed=seed
+    _read(shuffled), tokenizer, length=length, align=align, shuffle_seed=seed
   )
   batches = rows.batch(batch_size, drop_remainder=True)
   if num_workers:
@@ -225,7 +223,7 @@ def train_iterator(
 
 
 def _spread(
-    documents: Sequence[sources.Document], count: int | None
+  documents: Sequence[sources.Document], count: int | None
 ) -> list[sources.Document]:
   """All documents, or `count` of them, evenly spaced in the order given."""
   if count is None or count >= len(documents):
@@ -234,13 +232,13 @@ def _spread(
 
 
 def heldout_batches(
-    documents: Sequence[sources.Document],
-    tokenizer: tokenizer_lib.Tokenizer,
-    *,
-    batch_size: int,
-    length: int,
-    align: int,
-    max_documents: int | None = None,
+  documents: Sequence[sources.Document],
+  tokenizer: tokenizer_lib.Tokenizer,
+  *,
+  batch_size: int,
+  length: int,
+  align: int,
+  max_documents: int | None = None,
 ) -> HeldOut:
   """Packs held-out documents into batches, the same ones every time.
 
@@ -267,22 +265,22 @@ def heldout_batches(
     raise ValueError("no held-out documents: expected at least one")
   chosen = _spread(documents, max_documents)
   rows = packing.pack(
-      _read(grain.MapDataset.source(chosen)),
-      tokenizer,
-      length=length,
-      align=align,
+    _read(grain.MapDataset.source(chosen)),
+    tokenizer,
+    length=length,
+    align=align,
   )
   fill_up = functools.partial(
-      grain.experimental.batch_and_pad, batch_size=batch_size
+    grain.experimental.batch_and_pad, batch_size=batch_size
   )
   batches = tuple(rows.batch(batch_size, batch_fn=fill_up))
   return HeldOut(
-      batches=batches,
-      num_bytes=sum(len(d.text.encode()) for d in chosen),
-      num_tokens=sum(
-          int(packing.predicted_mask(b["segment"]).sum()) for b in batches
-      ),
-      num_documents=len(chosen),
+    batches=batches,
+    num_bytes=sum(len(d.text.encode()) for d in chosen),
+    num_tokens=sum(
+      int(packing.predicted_mask(b["segment"]).sum()) for b in batches
+    ),
+    num_documents=len(chosen),
   )
 
 
@@ -292,10 +290,12 @@ def unigram_bits_per_byte(heldout: HeldOut) -> float:
   That is the entropy of the distribution of the predicted tokens themselves,
   times predicted tokens per byte.
   """
-  targets = np.concatenate([
+  targets = np.concatenate(
+    [
       batch["tokens"][:, 1:][packing.predicted_mask(batch["segment"])]
       for batch in heldout.batches
-  ])
+    ]
+  )
   counts = np.bincount(targets)
   p = counts[counts > 0] / len(targets)
   entropy_bits = -float(np.sum(p * np.log2(p)))

@@ -79,8 +79,8 @@ def stdlib_documents(root: str | os.PathLike | None = None) -> list[Document]:
         documents.append(Document(key, text))
   if not documents:
     raise ValueError(
-        f"source 'stdlib': no .py file below {root}; expected the sources of "
-        "the standard library. Name text or JSONL files as the source instead"
+      f"source 'stdlib': no .py file below {root}; expected the sources of "
+      "the standard library. Name text or JSONL files as the source instead"
     )
   return sorted(documents, key=lambda d: d.key)
 
@@ -107,7 +107,7 @@ def _match(globs: str) -> list[str]:
     files = [path for path in matches if os.path.isfile(path)]
     if not files:
       raise ValueError(
-          f"source {pattern!r}: no file matches; expected text or JSONL files"
+        f"source {pattern!r}: no file matches; expected text or JSONL files"
       )
     paths.update(files)
   return sorted(paths)
@@ -136,18 +136,18 @@ def _jsonl_text(line: bytes, place: str, text_key: str) -> str:
     raise ValueError(f"{place}: malformed JSON: {e}") from e
   if not isinstance(record, dict):
     raise ValueError(
-        f"{place}: found a JSON {type(record).__name__}; expected an object "
-        f"with the key {text_key!r}"
+      f"{place}: found a JSON {type(record).__name__}; expected an object "
+      f"with the key {text_key!r}"
     )
   if text_key not in record:
     raise ValueError(
-        f"{place}: no key {text_key!r}; found the keys {sorted(record)}"
+      f"{place}: no key {text_key!r}; found the keys {sorted(record)}"
     )
   text = record[text_key]
   if not isinstance(text, str):
     raise ValueError(
-        f"{place}: the value of {text_key!r} is a {type(text).__name__}; "
-        "expected a string"
+      f"{place}: the value of {text_key!r} is a {type(text).__name__}; "
+      "expected a string"
     )
   try:
     text.encode("utf-8")
@@ -190,20 +190,20 @@ def file_documents(paths: Iterable[str], text_key: str) -> list[Document]:
     # The name alone, not the folder: the split is the same elsewhere.
     name = os.path.basename(path)
     documents += [
-        Document(f"{name}:{i}", text) for i, text in enumerate(texts) if text
+      Document(f"{name}:{i}", text) for i, text in enumerate(texts) if text
     ]
   return documents
 
 
 def _require_nonempty(
-    documents: list[Document], split: str, source: str, remedy: str
+  documents: list[Document], split: str, source: str, remedy: str
 ) -> None:
   if not documents:
     raise ValueError(f"source {source!r}: the {split} split is empty; {remedy}")
 
 
 def _explicit_split(
-    source: str, heldout: str, text_key: str
+  source: str, heldout: str, text_key: str
 ) -> tuple[list[Document], list[Document]]:
   """All of `source` to train on, all of `heldout` held out."""
   heldout_paths = _match(heldout)
@@ -212,12 +212,12 @@ def _explicit_split(
   else:
     train_paths = _match(source)
     shared = {os.path.realpath(p) for p in train_paths} & {
-        os.path.realpath(p) for p in heldout_paths
+      os.path.realpath(p) for p in heldout_paths
     }
     if shared:
       raise ValueError(
-          f"source {source!r} and heldout {heldout!r} share {len(shared)} "
-          f"files, such as {min(shared)}; expected none in both"
+        f"source {source!r} and heldout {heldout!r} share {len(shared)} "
+        f"files, such as {min(shared)}; expected none in both"
       )
     train = file_documents(train_paths, text_key)
   _require_nonempty(train, "train", source, "give files that are not empty")
@@ -227,11 +227,11 @@ def _explicit_split(
 
 
 def load_split(
-    source: str = STDLIB,
-    *,
-    heldout: str | None = None,
-    heldout_fraction: float = 0.1,
-    text_key: str = "text",
+  source: str = STDLIB,
+  *,
+  heldout: str | None = None,
+  heldout_fraction: float = 0.1,
+  text_key: str = "text",
 ) -> tuple[list[Document], list[Document]]:
   """Reads a corpus and splits it.
 
@@ -257,8 +257,8 @@ def load_split(
   is_number = isinstance(heldout_fraction, (int, float))
   if not is_number or not 0 < heldout_fraction < 1:
     raise ValueError(
-        f"heldout_fraction={heldout_fraction!r}: expected a number between 0 "
-        "and 1, both excluded"
+      f"heldout_fraction={heldout_fraction!r}: expected a number between 0 "
+      "and 1, both excluded"
     )
   if source == STDLIB:
     documents = stdlib_documents()
@@ -270,7 +270,7 @@ def load_split(
     target.append(document)
   found = f"of {len(documents)} documents, {heldout_fraction=}"
   _require_nonempty(
-      train, "train", source, f"{found}: give more text, or lower the fraction"
+    train, "train", source, f"{found}: give more text, or lower the fraction"
   )
   _require_nonempty(
       held, "held-out", source,

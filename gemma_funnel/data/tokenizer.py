@@ -10,8 +10,9 @@ import io
 import os
 import uuid
 
-from gemma_funnel.data import sources
 import sentencepiece
+
+from gemma_funnel.data import sources
 
 PAD_ID = 0
 EOS_ID = 1
@@ -49,13 +50,13 @@ class Tokenizer:
       self._processor.LoadFromSerializedProto(self._model)
     except (RuntimeError, OSError) as e:
       raise ValueError(
-          f"tokenizer {name}: not a SentencePiece model of "
-          f"{len(self._model)} bytes, or a damaged one: {e}"
+        f"tokenizer {name}: not a SentencePiece model of "
+        f"{len(self._model)} bytes, or a damaged one: {e}"
       ) from e
     self._check_special_ids()
     self._space_symbol_ids = [
-        self._processor.piece_to_id(f"<0x{byte:02X}>")
-        for byte in _SPACE_SYMBOL.encode()
+      self._processor.piece_to_id(f"<0x{byte:02X}>")
+      for byte in _SPACE_SYMBOL.encode()
     ]
     self._has_bytes = UNK_ID not in self._space_symbol_ids
 
@@ -66,12 +67,12 @@ class Tokenizer:
         mask=sp.piece_to_id(MASK_PIECE),
     )  # fmt: skip
     expected = dict(
-        pad=PAD_ID, eos=EOS_ID, bos=BOS_ID, unk=UNK_ID, mask=MASK_ID
+      pad=PAD_ID, eos=EOS_ID, bos=BOS_ID, unk=UNK_ID, mask=MASK_ID
     )
     if found != expected:
       raise ValueError(
-          f"tokenizer {self._name}: its special ids are {found}; "
-          f"expected Gemma's, {expected}"
+        f"tokenizer {self._name}: its special ids are {found}; "
+        f"expected Gemma's, {expected}"
       )
 
   @classmethod
@@ -87,8 +88,8 @@ class Tokenizer:
         model = f.read()
     except OSError as e:
       raise ValueError(
-          f"tokenizer {os.fspath(path)}: cannot be read: {e.strerror}; "
-          "expected a SentencePiece model"
+        f"tokenizer {os.fspath(path)}: cannot be read: {e.strerror}; "
+        "expected a SentencePiece model"
       ) from e
     return cls(model, os.fspath(path))
 
@@ -133,8 +134,8 @@ class Tokenizer:
     for i in map(int, ids):
       if not 0 <= i < self.vocab_size:
         raise ValueError(
-            f"token id {i}: tokenizer {self._name} has ids 0 to "
-            f"{self.vocab_size - 1}"
+          f"token id {i}: tokenizer {self._name} has ids 0 to "
+          f"{self.vocab_size - 1}"
         )
       if i >= NUM_SPECIAL and not sp.is_control(i):
         kept.append(i)
@@ -142,11 +143,11 @@ class Tokenizer:
 
 
 def _sample(
-    documents: Sequence[sources.Document], max_bytes: int
+  documents: Sequence[sources.Document], max_bytes: int
 ) -> Iterator[str]:
   """Sentences of whole documents in the order of their keys' hashes."""
   by_hash = sorted(
-      documents, key=lambda d: hashlib.sha256(d.key.encode()).digest()
+    documents, key=lambda d: hashlib.sha256(d.key.encode()).digest()
   )
   size = 0
   for document in by_hash:
@@ -175,36 +176,36 @@ def _train_model(sentences: Iterator[str], vocab_size: int) -> bytes:
   """A serialised SentencePiece model with Gemma's special ids."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=sentences,
-      model_writer=model,
-      vocab_size=vocab_size,
-      model_type="bpe",
-      byte_fallback=True,
-      normalization_rule_name="identity",
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      allow_whitespace_only_pieces=True,
-      split_digits=True,
-      # A character has at most 4 bytes of UTF-8.
-      max_sentence_length=4 * _SENTENCE_CHARS + 1,
-      pad_id=PAD_ID,
-      eos_id=EOS_ID,
-      bos_id=BOS_ID,
-      unk_id=UNK_ID,
-      # A control symbol never matches text, so "<mask>" in text is kept.
-      control_symbols=[MASK_PIECE],
-      num_threads=os.cpu_count() or 1,
-      minloglevel=2,
+    sentence_iterator=sentences,
+    model_writer=model,
+    vocab_size=vocab_size,
+    model_type="bpe",
+    byte_fallback=True,
+    normalization_rule_name="identity",
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True,
+    split_digits=True,
+    # A character has at most 4 bytes of UTF-8.
+    max_sentence_length=4 * _SENTENCE_CHARS + 1,
+    pad_id=PAD_ID,
+    eos_id=EOS_ID,
+    bos_id=BOS_ID,
+    unk_id=UNK_ID,
+    # A control symbol never matches text, so "<mask>" in text is kept.
+    control_symbols=[MASK_PIECE],
+    num_threads=os.cpu_count() or 1,
+    minloglevel=2,
   )
   return model.getvalue()
 
 
 def train(
-    documents: Sequence[sources.Document],
-    vocab_size: int,
-    path: str | os.PathLike,
-    *,
-    sample_bytes: int = _SAMPLE_BYTES,
+  documents: Sequence[sources.Document],
+  vocab_size: int,
+  path: str | os.PathLike,
+  *,
+  sample_bytes: int = _SAMPLE_BYTES,
 ) -> Tokenizer:
   """Trains a lossless byte-pair tokenizer and writes it to `path`.
 
@@ -233,17 +234,17 @@ def train(
     model = _train_model(_sample(documents, sample_bytes), vocab_size)
   except (RuntimeError, OSError) as e:
     raise ValueError(
-        f"vocab_size={vocab_size}: cannot train a tokenizer of that size on "
-        f"{len(documents)} documents: {e}"
+      f"vocab_size={vocab_size}: cannot train a tokenizer of that size on "
+      f"{len(documents)} documents: {e}"
     ) from e
   _write_atomically(os.fspath(path), model)
   return Tokenizer(model, os.fspath(path))
 
 
 def find_tokenizer(
-    path: str | os.PathLike | None,
-    cache_path: str | os.PathLike,
-    vocab_size: int,
+  path: str | os.PathLike | None,
+  cache_path: str | os.PathLike,
+  vocab_size: int,
 ) -> Tokenizer | None:
   """The tokenizer at `path`, else the one at `cache_path`, else None.
 
@@ -260,8 +261,8 @@ def find_tokenizer(
     found = Tokenizer.load(path)
     if found.vocab_size > vocab_size:
       raise ValueError(
-          f"tokenizer {found.name} has {found.vocab_size} pieces, the model "
-          f"has vocab_size={vocab_size}; expected at least as many"
+        f"tokenizer {found.name} has {found.vocab_size} pieces, the model "
+        f"has vocab_size={vocab_size}; expected at least as many"
       )
     return found
   if not os.path.exists(cache_path):
@@ -269,18 +270,18 @@ def find_tokenizer(
   found = Tokenizer.load(cache_path)
   if found.vocab_size != vocab_size:
     raise ValueError(
-        f"tokenizer {found.name} was trained with {found.vocab_size} pieces, "
-        f"the model has vocab_size={vocab_size}; delete the file, or use "
-        f"vocab_size={found.vocab_size}"
+      f"tokenizer {found.name} was trained with {found.vocab_size} pieces, "
+      f"the model has vocab_size={vocab_size}; delete the file, or use "
+      f"vocab_size={found.vocab_size}"
     )
   return found
 
 
 def get_tokenizer(
-    path: str | os.PathLike | None,
-    cache_path: str | os.PathLike,
-    train_documents: Sequence[sources.Document],
-    vocab_size: int,
+  path: str | os.PathLike | None,
+  cache_path: str | os.PathLike,
+  train_documents: Sequence[sources.Document],
+  vocab_size: int,
 ) -> Tokenizer:
   """Loads the tokenizer at `path` or `cache_path`, or trains the latter.
 

@@ -31,6 +31,6 @@ def run(config: Any) -> list[dict[str, Any]]:
       from gemma_funnel.evaluation import latency as evaluator
     case other:
       raise ValueError(
-          f"evaluator={other!r}: expected one of {list(_EVALUATORS)}"
+        f"evaluator={other!r}: expected one of {list(_EVALUATORS)}"
       )
   return evaluator.run(config)

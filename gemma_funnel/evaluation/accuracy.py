@@ -34,7 +34,7 @@ Row = dict[str, Any]
 def _sums(graphdef, chunk, params, batch):
   model = nnx.merge(graphdef, params)
   return objectives.next_token_sums(
-      model, batch["tokens"], batch["segment"], batch["position"], chunk=chunk
+    model, batch["tokens"], batch["segment"], batch["position"], chunk=chunk
   )
 
 
@@ -68,11 +68,11 @@ def evaluate(model: Gemma, heldout: pipeline.HeldOut, chunk: int = 512) -> Row:
   if not math.isfinite(loss):
     raise FloatingPointError(f"the loss on held-out text is {loss}")
   return {
-      "loss": loss,
-      "perplexity": math.exp(loss) if loss < _MAX_EXPONENT else None,
-      "bits_per_byte": totals["nll"] / math.log(2) / heldout.num_bytes,
-      "accuracy": totals["correct"] / totals["tokens"],
-      "num_tokens": int(totals["tokens"]),
+    "loss": loss,
+    "perplexity": math.exp(loss) if loss < _MAX_EXPONENT else None,
+    "bits_per_byte": totals["nll"] / math.log(2) / heldout.num_bytes,
+    "accuracy": totals["correct"] / totals["tokens"],
+    "num_tokens": int(totals["tokens"]),
   }
 
 
@@ -99,16 +99,16 @@ def _load(config: Any) -> _Subject:
   path = config.checkpoint
   if path is None:
     raise ValueError(
-        "checkpoint is missing: expected --config.checkpoint=FOLDER, of a "
-        "training run or of a Hugging Face model"
+      "checkpoint is missing: expected --config.checkpoint=FOLDER, of a "
+      "training run or of a Hugging Face model"
     )
   if not os.path.isdir(path):
     raise ValueError(f"checkpoint={path!r} is no folder")
   if os.path.isdir(os.path.join(path, checkpoint_lib.FOLDER)):
     if config.tokenizer is not None:
       raise ValueError(
-          f"tokenizer={config.tokenizer!r}: expected none, {path} is a "
-          "training run with a tokenizer of its own"
+        f"tokenizer={config.tokenizer!r}: expected none, {path} is a "
+        "training run with a tokenizer of its own"
       )
     run_ = checkpoint_lib.load_run(path)
     return _Subject(
@@ -120,8 +120,8 @@ def _load(config: Any) -> _Subject:
   for key in ("tokenizer", "length"):
     if config[key] is None:
       raise ValueError(
-          f"{key} is missing: {path} is no training run, so that "
-          f"--config.{key} is expected"
+        f"{key} is missing: {path} is no training run, so that "
+        f"--config.{key} is expected"
       )
   return _Subject(
       load(path), config.tokenizer, pipeline.default_config(), _BATCH_SIZE,
@@ -130,24 +130,24 @@ def _load(config: Any) -> _Subject:
 
 
 def _heldout(
-    config: Any, subject: _Subject, align: int
+  config: Any, subject: _Subject, align: int
 ) -> tuple[pipeline.HeldOut, dict[str, Any]]:
   """The batches, and the settings that they follow from."""
   length = subject.length if config.length is None else config.length
   batch_size = (
-      subject.batch_size if config.batch_size is None else config.batch_size
+    subject.batch_size if config.batch_size is None else config.batch_size
   )
   _require_int("length", length)
   _require_int("batch_size", batch_size)
   longest = subject.model.config.max_length
   if length > longest:
     raise ValueError(
-        f"length={length}: expected at most model.max_length={longest}"
+      f"length={length}: expected at most model.max_length={longest}"
     )
   if length % align:
     raise ValueError(
-        f"length={length}: expected a multiple of {align}, which all strides "
-        f"divide, such as {max(1, length // align) * align}"
+      f"length={length}: expected a multiple of {align}, which all strides "
+      f"divide, such as {max(1, length // align) * align}"
     )
   data = config_dict.ConfigDict(subject.data.to_dict())
   with data.unlocked():
@@ -158,7 +158,7 @@ def _heldout(
       data.heldout = config.data.heldout
     data.tokenizer = subject.tokenizer_path
   corpus = pipeline.load_corpus(
-      data, subject.model.config.vocab_size, config.checkpoint
+    data, subject.model.config.vocab_size, config.checkpoint
   )
   heldout = pipeline.heldout_batches(
       corpus.heldout, corpus.tokenizer, batch_size=batch_size, length=length,
@@ -172,14 +172,14 @@ def _heldout(
 
 
 COLUMNS = (
-    report.Column("funnel", "funnel"),
-    report.Column("resolved", "in full"),
-    report.Column("loss", "loss (nats/token)", ".4f"),
-    report.Column("perplexity", "perplexity", ".3f"),
-    report.Column("bits_per_byte", "bits/byte", ".4f"),
-    report.Column("unigram_bits_per_byte", "unigram bits/byte", ".4f"),
-    report.Column("accuracy", "top-1 %", ".2f", 100),
-    report.Column("ideal_reduction", "FLOPs saved %", ".1f", 100),
+  report.Column("funnel", "funnel"),
+  report.Column("resolved", "in full"),
+  report.Column("loss", "loss (nats/token)", ".4f"),
+  report.Column("perplexity", "perplexity", ".3f"),
+  report.Column("bits_per_byte", "bits/byte", ".4f"),
+  report.Column("unigram_bits_per_byte", "unigram bits/byte", ".4f"),
+  report.Column("accuracy", "top-1 %", ".2f", 100),
+  report.Column("ideal_reduction", "FLOPs saved %", ".1f", 100),
 )
 KEYS = (
     "checkpoint", "tokenizer", "funnels", "batch_size", "length",
@@ -188,10 +188,10 @@ KEYS = (
 
 
 def measure(
-    model: Gemma,
-    funnels: Sequence[Any],
-    heldout: pipeline.HeldOut,
-    chunk: int = 512,
+  model: Gemma,
+  funnels: Sequence[Any],
+  heldout: pipeline.HeldOut,
+  chunk: int = 512,
 ) -> list[Row]:
   """Evaluates a model with each of several funnels.
 
@@ -216,21 +216,23 @@ def measure(
   rows = []
   for name, funnel in named.items():
     print(f"evaluating {name} on {len(heldout.batches)} batches", flush=True)
-    rows.append({
+    rows.append(
+      {
         "funnel": name,
         "resolved": funnels_lib.label(funnel),
         **evaluate(model.with_funnel(funnel), heldout, chunk),
         "unigram_bits_per_byte": unigram,
         "ideal_reduction": flops.ideal_reduction(
-            model.config, funnel, 1, length
+          model.config, funnel, 1, length
         ),
-    })
+      }
+    )
   return rows
 
 
 def _resolve(model, funnels):
   return funnels_lib.resolve(
-      funnels, model.config.num_layers, {TRAINED: model.funnel}
+    funnels, model.config.num_layers, {TRAINED: model.funnel}
   )
 
 
@@ -264,9 +266,9 @@ def run(config: Any) -> list[Row]:
   )  # fmt: skip
   step = "" if subject.step is None else f", step {subject.step}"
   note = (
-      f"{rows[0]['num_tokens']} tokens, {heldout.num_bytes} bytes, "
-      f"{heldout.num_documents} documents, in rows of {settings['length']}. "
-      "Unigram: the least that token frequencies alone allow."
+    f"{rows[0]['num_tokens']} tokens, {heldout.num_bytes} bytes, "
+    f"{heldout.num_documents} documents, in rows of {settings['length']}. "
+    "Unigram: the least that token frequencies alone allow."
   )
   report.write(
       config.out or os.path.join(config.checkpoint, "eval"), "accuracy", rows,

@@ -8,9 +8,9 @@ OFF = "off"
 
 
 def resolve(
-    funnels: Sequence[FunnelConfig | str],
-    num_layers: int,
-    known: Mapping[str, FunnelConfig | None] | None = None,
+  funnels: Sequence[FunnelConfig | str],
+  num_layers: int,
+  known: Mapping[str, FunnelConfig | None] | None = None,
 ) -> dict[str, FunnelConfig | None]:
   """Names funnels and checks that they fit.
 
@@ -28,7 +28,7 @@ def resolve(
   """
   if isinstance(funnels, str) or not funnels:
     raise ValueError(
-        f"funnels={funnels!r}: expected a tuple such as ('start=2,stride=2',)"
+      f"funnels={funnels!r}: expected a tuple such as ('start=2,stride=2',)"
     )
   named = {}
   for funnel in funnels:

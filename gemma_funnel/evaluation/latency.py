@@ -32,8 +32,8 @@ def _check_sweep(config, batch_sizes, lengths) -> None:
   timing.require_ints("lengths", lengths, 1)
   if max(lengths) > config.max_length:
     raise ValueError(
-        f"lengths: found {max(lengths)}, expected at most model.max_length="
-        f"{config.max_length}"
+      f"lengths: found {max(lengths)}, expected at most model.max_length="
+      f"{config.max_length}"
     )
 
 
@@ -56,14 +56,14 @@ def _forward(graphdef, head, causal, params, tokens_BT):
 
 
 def measure(
-    model: Gemma,
-    funnels: Sequence[FunnelConfig | str],
-    *,
-    batch_sizes: Sequence[int],
-    lengths: Sequence[int],
-    head: Sequence[bool] = (False, True),
-    causal: bool = True,
-    protocol: timing.Protocol = timing.DEFAULT_PROTOCOL,
+  model: Gemma,
+  funnels: Sequence[FunnelConfig | str],
+  *,
+  batch_sizes: Sequence[int],
+  lengths: Sequence[int],
+  head: Sequence[bool] = (False, True),
+  causal: bool = True,
+  protocol: timing.Protocol = timing.DEFAULT_PROTOCOL,
 ) -> list[Row]:
   """Measures forward passes with each funnel, and with none.
 
@@ -135,7 +135,7 @@ class _Sweep:
 
   def flops(self, cell, name, head) -> int:
     return flops.forward(
-        self.config, self.funnels[name], *cell, head, self.causal
+      self.config, self.funnels[name], *cell, head, self.causal
     )
 
   def work(self, cell) -> int:
@@ -144,22 +144,22 @@ class _Sweep:
   def build(self, tokens_BT, name, head) -> timing.Program:
     self.protocol.log(f"  compiling {_variant(name, head)}")
     forward = functools.partial(
-        _forward, self.graphdefs[name], head, self.causal
+      _forward, self.graphdefs[name], head, self.causal
     )
     return timing.compile_program(
-        forward, self.params, tokens_BT, clock=self.protocol.clock
+      forward, self.params, tokens_BT, clock=self.protocol.clock
     )
 
   def measure(self, cell) -> list[Row]:
     rng = np.random.default_rng(self.protocol.seed)
     tokens_BT = jnp.asarray(
-        rng.integers(0, self.config.vocab_size, cell), jnp.int32
+      rng.integers(0, self.config.vocab_size, cell), jnp.int32
     )
     build = functools.partial(self.build, tokens_BT)
     measured = timing.measure_together(
-        {v: functools.partial(build, *v) for v in self.variants},
-        {(name, h): (funnels_lib.OFF, h) for name, h in self.variants},
-        self.protocol,
+      {v: functools.partial(build, *v) for v in self.variants},
+      {(name, h): (funnels_lib.OFF, h) for name, h in self.variants},
+      self.protocol,
     )
     rows = []
     for (name, h), row in measured.items():
@@ -168,7 +168,7 @@ class _Sweep:
           "resolved": funnels_lib.label(self.funnels[name]),
       }  # fmt: skip
       ideal = flops.ideal_reduction(
-          self.config, self.funnels[name], *cell, h, self.causal
+        self.config, self.funnels[name], *cell, h, self.causal
       )
       row = _with_rates(row, ideal, self.flops(cell, name, h), cell)
       rows.append(about | row)
@@ -181,11 +181,11 @@ def _with_rates(row: Row, ideal: float, count: int, cell) -> Row:
   latency_s, reduction = row.get("latency_s"), row.get("reduction")
   comparable = reduction is not None and ideal > 0
   return row | {
-      "ideal_reduction": ideal,
-      "measured_over_ideal": reduction / ideal if comparable else None,
-      "flops": count,
-      "flops_per_s": count / latency_s if latency_s else None,
-      "tokens_per_s": cell[0] * cell[1] / latency_s if latency_s else None,
+    "ideal_reduction": ideal,
+    "measured_over_ideal": reduction / ideal if comparable else None,
+    "flops": count,
+    "flops_per_s": count / latency_s if latency_s else None,
+    "tokens_per_s": cell[0] * cell[1] / latency_s if latency_s else None,
   }
 
 
@@ -200,7 +200,7 @@ def _result_line(row: Row) -> str:
   line = f"{name}: {row['latency_s'] * 1e3:.2f} ms"
   if row["funnel"] != funnels_lib.OFF and row["reduction"] is not None:
     line += (
-        f", {row['reduction']:.1%} less (ideal {row['ideal_reduction']:.1%})"
+      f", {row['reduction']:.1%} less (ideal {row['ideal_reduction']:.1%})"
     )
   return line
 
@@ -211,12 +211,12 @@ def _trunk(graphdef, causal, params, hidden_BTD):
 
 
 def measure_layer_kinds(
-    config: GemmaConfig,
-    *,
-    batch_sizes: Sequence[int],
-    lengths: Sequence[int],
-    causal: bool = True,
-    protocol: timing.Protocol = timing.DEFAULT_PROTOCOL,
+  config: GemmaConfig,
+  *,
+  batch_sizes: Sequence[int],
+  lengths: Sequence[int],
+  causal: bool = True,
+  protocol: timing.Protocol = timing.DEFAULT_PROTOCOL,
 ) -> list[Row]:
   """Measures a layer of each kind of attention, all else being equal.
 
@@ -238,15 +238,15 @@ def measure_layer_kinds(
   """
   _check_sweep(config, batch_sizes, lengths)
   short = {
-      kind: dataclasses.replace(
-          config, num_layers=_LAYERS, attention_pattern=(kind,), vocab_size=1
-      )
-      for kind in (_BASE_KIND, *set(ATTENTION_KINDS) - {_BASE_KIND})
+    kind: dataclasses.replace(
+      config, num_layers=_LAYERS, attention_pattern=(kind,), vocab_size=1
+    )
+    for kind in (_BASE_KIND, *set(ATTENTION_KINDS) - {_BASE_KIND})
   }
   # Parameters know no window: all kinds run with the same.
   params = nnx.state(random_model(short[_BASE_KIND], protocol.seed))
   cost = lambda kind, cell: flops.forward(
-      short[kind], None, *cell, False, causal
+    short[kind], None, *cell, False, causal
   )
   cells = [(batch, length) for batch in batch_sizes for length in lengths]
   work = {cell: sum(cost(kind, cell) for kind in short) for cell in cells}
@@ -256,20 +256,20 @@ def measure_layer_kinds(
   for cell in cells:
     progress.cell(cell, f"kinds of layers: batch {cell[0]}, length {cell[1]}")
     hidden_BTD = jax.random.normal(
-        key, (*cell, config.embed_dim), jnp.dtype(config.dtype)
+      key, (*cell, config.embed_dim), jnp.dtype(config.dtype)
     )
 
     def build(kind, hidden_BTD=hidden_BTD):
       graphdef = nnx.graphdef(Gemma.abstract(short[kind]))
       trunk = functools.partial(_trunk, graphdef, causal)
       return timing.compile_program(
-          trunk, params, hidden_BTD, clock=protocol.clock
+        trunk, params, hidden_BTD, clock=protocol.clock
       )
 
     measured = timing.measure_together(
-        {kind: functools.partial(build, kind) for kind in short},
-        dict.fromkeys(short, _BASE_KIND),
-        protocol,
+      {kind: functools.partial(build, kind) for kind in short},
+      dict.fromkeys(short, _BASE_KIND),
+      protocol,
     )
     for kind, row in measured.items():
       row = _per_layer(row)
@@ -287,8 +287,8 @@ def _per_layer(row: Row) -> Row:
   if row["error"]:
     return row
   return row | {
-      "latency_s": row["latency_s"] / _LAYERS,
-      "times_s": [seconds / _LAYERS for seconds in row["times_s"]],
+    "latency_s": row["latency_s"] / _LAYERS,
+    "times_s": [seconds / _LAYERS for seconds in row["times_s"]],
   }
 
 
@@ -297,31 +297,31 @@ def _percent(key: str, header: str) -> report.Column:
 
 
 _SHAPE = (
-    report.Column("batch", "batch", "d"),
-    report.Column("length", "length", "d"),
+  report.Column("batch", "batch", "d"),
+  report.Column("length", "length", "d"),
 )
 _TIMES = (
-    report.Column("latency_s", "latency ms", ".3f", 1e3),
-    _percent("spread", "spread"),
-    _percent("reduction", "reduction"),
-    _percent("ideal_reduction", "ideal"),
-    report.Column("measured_over_ideal", "measured / ideal", ".2f"),
-    report.Column("tokens_per_s", "tokens/s", ",.0f"),
-    report.Column("flops_per_s", "TFLOP/s", ".3f", 1e-12),
-    report.Column("peak_bytes", "memory MiB", ",.1f", 2**-20),
-    report.Column("error", "error"),
+  report.Column("latency_s", "latency ms", ".3f", 1e3),
+  _percent("spread", "spread"),
+  _percent("reduction", "reduction"),
+  _percent("ideal_reduction", "ideal"),
+  report.Column("measured_over_ideal", "measured / ideal", ".2f"),
+  report.Column("tokens_per_s", "tokens/s", ",.0f"),
+  report.Column("flops_per_s", "TFLOP/s", ".3f", 1e-12),
+  report.Column("peak_bytes", "memory MiB", ",.1f", 2**-20),
+  report.Column("error", "error"),
 )
 COLUMNS = (
-    *_SHAPE,
-    report.Column("head", "head"),
-    report.Column("funnel", "funnel"),
-    *_TIMES,
+  *_SHAPE,
+  report.Column("head", "head"),
+  report.Column("funnel", "funnel"),
+  *_TIMES,
 )
 LAYER_KIND_COLUMNS = (
-    *_SHAPE,
-    report.Column("kind", "layer"),
-    report.Column("window", "window", "d"),
-    *_TIMES,
+  *_SHAPE,
+  report.Column("kind", "layer"),
+  report.Column("window", "window", "d"),
+  *_TIMES,
 )
 
 
@@ -392,22 +392,22 @@ def _get_model(config: Any) -> Gemma:
   model = load(config.checkpoint, funnels_lib.OFF, wanted.param_dtype)
   how = {name: getattr(wanted, name) for name in _HOW}
   graphdef = nnx.graphdef(
-      Gemma.abstract(dataclasses.replace(model.config, **how))
+    Gemma.abstract(dataclasses.replace(model.config, **how))
   )
   return nnx.merge(graphdef, nnx.state(model))
 
 
 def _title(what: str, config: GemmaConfig) -> str:
   return (
-      f"{what}: width {config.embed_dim}, {config.dtype} (parameters "
-      f"{config.param_dtype}), attention kernel {config.kernel}"
+    f"{what}: width {config.embed_dim}, {config.dtype} (parameters "
+    f"{config.param_dtype}), attention kernel {config.kernel}"
   )
 
 
 def _notes(protocol: timing.Protocol) -> list[str]:
   return [
-      f"Medians of {protocol.repeats} interleaved rounds after "
-      f"{protocol.warmup} of warm-up. Spread: interquartile range / median. "
-      "Reduction: 1 - median of the rounds' time / baseline.",
-      "Ideal: the same of FLOPs, counting what masks let through.",
+    f"Medians of {protocol.repeats} interleaved rounds after "
+    f"{protocol.warmup} of warm-up. Spread: interquartile range / median. "
+    "Reduction: 1 - median of the rounds' time / baseline.",
+    "Ideal: the same of FLOPs, counting what masks let through.",
   ]

@@ -44,9 +44,9 @@ def _plot_reductions(axes, rows, names, title) -> None:
   width = 0.8 / max(1, len(names))
   for n, name in enumerate(names):
     at = {
-        lengths.index(r["length"]) + (n + 0.5) * width - 0.4: r
-        for r in rows
-        if r["funnel"] == name
+      lengths.index(r["length"]) + (n + 0.5) * width - 0.4: r
+      for r in rows
+      if r["funnel"] == name
     }
     drawn = {x: r for x, r in at.items() if r.get("reduction") is not None}
     values = [100 * r["reduction"] for r in drawn.values()]

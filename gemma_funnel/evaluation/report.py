@@ -58,14 +58,14 @@ def environment() -> dict[str, Any]:
   device = jax.devices()[0]
   stats = device.memory_stats() or {}
   return {
-      "platform": device.platform,
-      "device_kind": device.device_kind,
-      "num_devices": jax.device_count(),
-      "num_host_cores": os.cpu_count(),
-      "device_peak_bytes": stats.get("peak_bytes_in_use"),
-      "jax": jax.__version__,
-      "python": platform.python_version(),
-      "xla_flags": os.environ.get("XLA_FLAGS"),
+    "platform": device.platform,
+    "device_kind": device.device_kind,
+    "num_devices": jax.device_count(),
+    "num_host_cores": os.cpu_count(),
+    "device_peak_bytes": stats.get("peak_bytes_in_use"),
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+    "xla_flags": os.environ.get("XLA_FLAGS"),
   }
 
 
@@ -82,30 +82,30 @@ def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
   def line(texts):
     padded = [
-        text.rjust(width) if column.format else text.ljust(width)
-        for text, width, column in zip(texts, widths, columns, strict=True)
+      text.rjust(width) if column.format else text.ljust(width)
+      for text, width, column in zip(texts, widths, columns, strict=True)
     ]
     return "| " + " | ".join(padded) + " |"
 
   rule = [
-      "-" * (width + 1) + (":" if column.format else "-")
-      for width, column in zip(widths, columns, strict=True)
+    "-" * (width + 1) + (":" if column.format else "-")
+    for width, column in zip(widths, columns, strict=True)
   ]
   return "\n".join(
-      [line(cells[0]), "|" + "|".join(rule) + "|", *map(line, cells[1:])]
+    [line(cells[0]), "|" + "|".join(rule) + "|", *map(line, cells[1:])]
   )
 
 
 def write(
-    out_dir: str | os.PathLike,
-    name: str,
-    rows: Sequence[Row],
-    columns: Sequence[Column],
-    title: str,
-    plot_fn: Callable[[Sequence[Row]], Any] | None = None,
-    *,
-    settings: Mapping[str, Any] | None = None,
-    notes: Sequence[str] = (),
+  out_dir: str | os.PathLike,
+  name: str,
+  rows: Sequence[Row],
+  columns: Sequence[Column],
+  title: str,
+  plot_fn: Callable[[Sequence[Row]], Any] | None = None,
+  *,
+  settings: Mapping[str, Any] | None = None,
+  notes: Sequence[str] = (),
 ) -> dict[str, str]:
   """Writes a result and prints its table.
 
@@ -131,22 +131,22 @@ def write(
   os.makedirs(out_dir, exist_ok=True)
   place = environment()
   where = (
-      f"{place['num_devices']} x {place['device_kind']} ({place['platform']}, "
-      f"{place['num_host_cores']} host cores), jax {place['jax']}"
+    f"{place['num_devices']} x {place['device_kind']} ({place['platform']}, "
+    f"{place['num_host_cores']} host cores), jax {place['jax']}"
   )
   text = "\n\n".join(
-      [f"# {title}", table(rows, columns), "\n".join([*notes, where])]
+    [f"# {title}", table(rows, columns), "\n".join([*notes, where])]
   )
   content = {
-      "title": title,
-      "environment": place,
-      "settings": dict(settings or {}),
-      "notes": list(notes),
-      "rows": [dict(row) for row in rows],
+    "title": title,
+    "environment": place,
+    "settings": dict(settings or {}),
+    "notes": list(notes),
+    "rows": [dict(row) for row in rows],
   }
   paths = {
-      extension: os.path.join(out_dir, f"{name}.{extension}")
-      for extension in ("json", "md", "png")[: 3 if plot_fn else 2]
+    extension: os.path.join(out_dir, f"{name}.{extension}")
+    for extension in ("json", "md", "png")[: 3 if plot_fn else 2]
   }
   encoded = json.dumps(content, indent=1, allow_nan=False) + "\n"
   _write_atomically(paths["json"], encoded.encode())

@@ -78,7 +78,7 @@ class Program:
 
 
 def compile_program(
-    function: Callable[..., Any], *args: Any, clock: Clock = time.perf_counter
+  function: Callable[..., Any], *args: Any, clock: Clock = time.perf_counter
 ) -> Program:
   """Compiles `function` for `args`, of which none becomes a constant.
 
@@ -94,16 +94,16 @@ def compile_program(
   peak_bytes = None
   if memory is not None:
     peak_bytes = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      + memory.temp_size_in_bytes
+      - memory.alias_size_in_bytes
     )
   return Program(functools.partial(compiled, *args), compile_s, peak_bytes)
 
 
 def time_interleaved(
-    calls: Mapping[Hashable, Callable[[], Any]], protocol: Protocol
+  calls: Mapping[Hashable, Callable[[], Any]], protocol: Protocol
 ) -> tuple[dict[Hashable, list[float]], dict[Hashable, str]]:
   """Times calls in rounds, each call once a round, in a random order.
 
@@ -151,12 +151,12 @@ def summarize(times: Sequence[float], baseline: Sequence[float] | None) -> Row:
   """
   low, median, high = (float(q) for q in np.quantile(times, (0.25, 0.5, 0.75)))
   row = {
-      "latency_s": median,
-      "spread": (high - low) / median,
-      "reduction": None,
-      "reduction_quartiles": None,
-      "reduction_of_medians": None,
-      "times_s": list(times),
+    "latency_s": median,
+    "spread": (high - low) / median,
+    "reduction": None,
+    "reduction_quartiles": None,
+    "reduction_of_medians": None,
+    "times_s": list(times),
   }
   if baseline is not None:
     saved = 1 - np.asarray(times) / np.asarray(baseline)
@@ -173,9 +173,9 @@ def _one_line(error: Exception) -> str:
 
 
 def measure_together(
-    builders: Mapping[Hashable, Callable[[], Program]],
-    baselines: Mapping[Hashable, Hashable],
-    protocol: Protocol,
+  builders: Mapping[Hashable, Callable[[], Program]],
+  baselines: Mapping[Hashable, Hashable],
+  protocol: Protocol,
 ) -> dict[Hashable, Row]:
   """Compiles and times programs that are to be compared with each other.
 
@@ -195,7 +195,7 @@ def measure_together(
     except Exception as e:  # Such as out of memory: the others go on.
       errors[key] = _one_line(e)
   times, failed = time_interleaved(
-      {key: program.call for key, program in programs.items()}, protocol
+    {key: program.call for key, program in programs.items()}, protocol
   )
   errors.update(failed)
   for key, error in errors.items():

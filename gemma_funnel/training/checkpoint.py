@@ -62,10 +62,10 @@ class Checkpoints:
   """The checkpoints of one run, written asynchronously."""
 
   def __init__(
-      self,
-      workdir: str | os.PathLike,
-      keep: int | None = None,
-      read_only: bool = False,
+    self,
+    workdir: str | os.PathLike,
+    keep: int | None = None,
+    read_only: bool = False,
   ):
     """Opens the run in `workdir`.
 
@@ -81,19 +81,19 @@ class Checkpoints:
     self._read_only = read_only
     self._saving = None
     writes = dict(
-        max_to_keep=keep,
-        cleanup_tmp_directories=True,  # Of a save that was killed.
-        enable_async_checkpointing=True,
-        # Called when the files are complete and not yet renamed.
-        async_options=ocp.AsyncOptions(
-            post_finalization_callback=self._write_sums
-        ),
+      max_to_keep=keep,
+      cleanup_tmp_directories=True,  # Of a save that was killed.
+      enable_async_checkpointing=True,
+      # Called when the files are complete and not yet renamed.
+      async_options=ocp.AsyncOptions(
+        post_finalization_callback=self._write_sums
+      ),
     )
     self._manager = ocp.CheckpointManager(
-        self._folder,
-        options=ocp.CheckpointManagerOptions(
-            **(dict(read_only=True) if read_only else writes)
-        ),
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        **(dict(create=False) if read_only else writes)
+      ),
     )
 
   def __enter__(self) -> "Checkpoints":
@@ -129,13 +129,13 @@ class Checkpoints:
     self._saving = step
     args = self._ocp.args
     self._manager.save(
-        step,
-        args=args.Composite(
-            params=args.StandardSave(params),
-            opt_state=args.StandardSave(opt_state),
-            data=grain.checkpoint.CheckpointSave(data),
-            config=args.JsonSave(json.loads(config.to_json())),
-        ),
+      step,
+      args=args.Composite(
+        params=args.StandardSave(params),
+        opt_state=args.StandardSave(opt_state),
+        data=grain.checkpoint.CheckpointSave(data),
+        config=args.JsonSave(json.loads(config.to_json())),
+      ),
     )
 
   def wait(self) -> None:
@@ -144,9 +144,9 @@ class Checkpoints:
 
   def _write_sums(self) -> None:
     (folder,) = (
-        path
-        for path in self._folder.iterdir()
-        if path.name.split(".orbax-checkpoint-tmp")[0] == str(self._saving)
+      path
+      for path in self._folder.iterdir()
+      if path.name.split(".orbax-checkpoint-tmp")[0] == str(self._saving)
     )
     (folder / SUMS).write_text(json.dumps(_sums(folder), indent=1))
 
@@ -170,12 +170,12 @@ class Checkpoints:
 
     step, args = self._newest_intact(), self._ocp.args
     restored = self._manager.restore(
-        step,
-        args=args.Composite(
-            params=args.StandardRestore(params),
-            opt_state=args.StandardRestore(opt_state),
-            data=grain.checkpoint.CheckpointRestore(data),
-        ),
+      step,
+      args=args.Composite(
+        params=args.StandardRestore(params),
+        opt_state=args.StandardRestore(opt_state),
+        data=grain.checkpoint.CheckpointRestore(data),
+      ),
     )
     return step, restored["params"], restored["opt_state"]
 
@@ -193,7 +193,7 @@ class Checkpoints:
     """
     step, args = self._newest_intact(), self._ocp.args
     restore = lambda **items: self._manager.restore(
-        step, args=args.Composite(**items)
+      step, args=args.Composite(**items)
     )
     config = restore(config=args.JsonRestore())["config"]
     params = args.StandardRestore(abstract_of(config))
@@ -207,15 +207,16 @@ class Checkpoints:
         break
       damages[step] = damage
     else:
+      listed = "; ".join(f"{step}: {what}" for step, what in damages.items())
       raise ValueError(
-          f"no checkpoint in {self._folder} can be read: "
-          + ("; ".join(f"{s}: {d}" for s, d in damages.items()) or "it is empty")
+        f"no checkpoint in {self._folder} can be read: "
+        + (listed or "it is empty")
       )
     for broken, damage in damages.items():
       if jax.process_index() == 0:
         print(
-            f"checkpoint {broken} is damaged ({damage}); using {step} instead",
-            flush=True,
+          f"checkpoint {broken} is damaged ({damage}); using {step} instead",
+          flush=True,
         )
         if not self._read_only:
           _set_aside(self._folder / str(broken))
@@ -228,9 +229,9 @@ class Checkpoints:
 def _sums(folder: pathlib.Path) -> dict[str, list[int]]:
   """Size and CRC-32 of each file that Orbax will not touch again."""
   return {
-      str(path.relative_to(folder)): [path.stat().st_size, _crc32(path)]
-      for path in sorted(folder.rglob("*"))
-      if path.is_file() and path.parent != folder
+    str(path.relative_to(folder)): [path.stat().st_size, _crc32(path)]
+    for path in sorted(folder.rglob("*"))
+    if path.is_file() and path.parent != folder
   }
 
 
@@ -258,7 +259,7 @@ def _damage_of(folder: pathlib.Path) -> str | None:
     if found[name] != sums:
       size, was = found[name][0], sums[0]
       return f"{name} has " + (
-          f"{size} bytes of {was}" if size != was else "other content"
+        f"{size} bytes of {was}" if size != was else "other content"
       )
   return None
 
@@ -284,22 +285,20 @@ def claim_workdir(config: ml_collections.ConfigDict) -> None:
   # corrected.
   begun = (folder / FOLDER).exists() or (folder / TOKENIZER).exists()
   if path.exists():
-    differences = _differences(
-        _read_config(path), json.loads(config.to_json())
-    )
+    differences = _differences(_read_config(path), json.loads(config.to_json()))
     if differences and begun:
       raise ValueError(
-          f"workdir={config.workdir} holds a run of another configuration "
-          "(there / here): "
-          + "; ".join(f"{k}: {a!r} / {b!r}" for k, a, b in differences)
-          + ". Name another workdir, or remove that one."
+        f"workdir={config.workdir} holds a run of another configuration "
+        "(there / here): "
+        + "; ".join(f"{k}: {a!r} / {b!r}" for k, a, b in differences)
+        + ". Name another workdir, or remove that one."
       )
     if not differences:
       return
   elif begun:
     raise ValueError(
-        f"{folder} has {FOLDER} or {TOKENIZER}, but no {CONFIG}: whose they "
-        "are is not known. Name another workdir, or remove that one."
+      f"{folder} has {FOLDER} or {TOKENIZER}, but no {CONFIG}: whose they "
+      "are is not known. Name another workdir, or remove that one."
     )
   temporary = path.with_suffix(".tmp")
   try:
@@ -307,7 +306,7 @@ def claim_workdir(config: ml_collections.ConfigDict) -> None:
     temporary.write_text(config.to_json(indent=2) + "\n")
   except OSError as error:
     raise ValueError(
-        f"workdir={config.workdir} cannot be written to: {error.strerror}"
+      f"workdir={config.workdir} cannot be written to: {error.strerror}"
     ) from error
   os.replace(temporary, path)
 
@@ -334,16 +333,16 @@ def _differences(there: dict, here: dict) -> list[tuple[str, Any, Any]]:
 
   there, here = dict(flat(there)), dict(flat(here))
   return [
-      (key, there.get(key), here.get(key))
-      for key in sorted(there.keys() | here.keys())
-      if there.get(key) != here.get(key)
+    (key, there.get(key), here.get(key))
+    for key in sorted(there.keys() | here.keys())
+    if there.get(key) != here.get(key)
   ]
 
 
 def load_run(
-    path: str | os.PathLike,
-    funnel: FunnelConfig | str | None = None,
-    dtype: str | None = None,
+  path: str | os.PathLike,
+  funnel: FunnelConfig | str | None = None,
+  dtype: str | None = None,
 ) -> Run:
   """Reads the newest readable checkpoint of a run.
 
@@ -365,13 +364,13 @@ def load_run(
   def abstract_model(config: dict) -> Gemma:
     model_config = GemmaConfig.from_dict({**config["model"], **dtypes})
     return Gemma.abstract(
-        model_config, config["funnel"] if funnel is None else funnel
+      model_config, config["funnel"] if funnel is None else funnel
     )
 
   def abstract_params(config: dict):
     return jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=device),
-        nnx.to_pure_dict(nnx.state(abstract_model(config))),
+      lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=device),
+      nnx.to_pure_dict(nnx.state(abstract_model(config))),
     )
 
   with Checkpoints(path, read_only=True) as checkpoints:
@@ -381,17 +380,17 @@ def load_run(
   model = nnx.merge(nnx.graphdef(abstract_model(config)), params)
   given = config["data"]["tokenizer"]
   return Run(
-      model=model,
-      config=ml_collections.ConfigDict(config),
-      tokenizer_path=given or str(path / TOKENIZER),
-      step=step,
+    model=model,
+    config=ml_collections.ConfigDict(config),
+    tokenizer_path=given or str(path / TOKENIZER),
+    step=step,
   )
 
 
 def load_model(
-    path: str | os.PathLike,
-    funnel: FunnelConfig | str | None = None,
-    dtype: str = "float32",
+  path: str | os.PathLike,
+  funnel: FunnelConfig | str | None = None,
+  dtype: str = "float32",
 ) -> Gemma:
   """The model of `load_run`."""
   return load_run(path, funnel, dtype).model

@@ -21,9 +21,8 @@ from gemma_funnel.config import FunnelConfig, GemmaConfig
 from gemma_funnel.data import pipeline
 from gemma_funnel.model import Gemma
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import objectives
+from gemma_funnel.training import objectives, sharding
 from gemma_funnel.training import optimizer as optimizer_lib
-from gemma_funnel.training import sharding
 
 # Gives at least "loss" and "bits_per_byte".
 Evaluator = Callable[[Gemma], dict[str, float]]
@@ -89,23 +88,22 @@ def make_setup(config: ml_collections.ConfigDict) -> Setup:
     used = name == "length" or config.latency.repeats
     if used and value > model_config.max_length:
       raise ValueError(
-          f"{name}={value} is beyond model.max_length="
-          f"{model_config.max_length}"
+        f"{name}={value} is beyond model.max_length={model_config.max_length}"
       )
   if funnel is not None and config.length % funnel.stride:
     raise ValueError(
-        f"length={config.length} must be a multiple of the funnel's stride "
-        f"{funnel.stride}, for packing"
+      f"length={config.length} must be a multiple of the funnel's stride "
+      f"{funnel.stride}, for packing"
     )
   mesh = sharding.make_mesh(config.mesh)
   rows = mesh.shape["data"] * mesh.shape["fsdp"]
   if config.batch_size % rows:
     raise ValueError(
-        f"batch_size={config.batch_size} must be a multiple of {rows}, the "
-        "mesh's data x fsdp"
+      f"batch_size={config.batch_size} must be a multiple of {rows}, the "
+      "mesh's data x fsdp"
     )
   optimizer, schedule = optimizer_lib.make_optimizer(
-      config.optimizer, config.steps
+    config.optimizer, config.steps
   )
   return Setup(config, model_config, funnel, mesh, optimizer, schedule)
 
@@ -131,9 +129,9 @@ def make_init(setup: Setup):
   shapes = jax.eval_shape(init, 0)
   shardings = sharding.shardings_of(shapes, setup.mesh)
   abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes,
-      shardings,
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
   )
   return jax.jit(init, out_shardings=shardings), abstract
 
@@ -145,10 +143,10 @@ def make_train_step(setup: Setup, abstract):
 
   def loss_of(params, batch):
     return objectives.next_token(
-        nnx.merge(graphdef, params),
-        batch,
-        chunk=config.loss_chunk,
-        z_loss=config.z_loss,
+      nnx.merge(graphdef, params),
+      batch,
+      chunk=config.loss_chunk,
+      z_loss=config.z_loss,
     )
 
   def train_step(params, opt_state, batch):
@@ -161,16 +159,16 @@ def make_train_step(setup: Setup, abstract):
   batch = jax.sharding.NamedSharding(setup.mesh, sharding.BATCH)
   whole = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
   return jax.jit(
-      train_step,
-      in_shardings=(*state, batch),
-      out_shardings=(*state, whole),
-      donate_argnums=(0, 1),
+    train_step,
+    in_shardings=(*state, batch),
+    out_shardings=(*state, whole),
+    donate_argnums=(0, 1),
   )
 
 
 def train(
-    config: ml_collections.ConfigDict,
-    make_evaluator: Callable[[pipeline.Corpus, Setup], Evaluator],
+  config: ml_collections.ConfigDict,
+  make_evaluator: Callable[[pipeline.Corpus, Setup], Evaluator],
 ) -> Result:
   """Trains, or goes on training, the run in `config.workdir`.
 
@@ -189,24 +187,24 @@ def train(
   init, abstract = make_init(setup)  # Fails if the mesh does not fit.
   checkpoint_lib.claim_workdir(config)
   corpus = pipeline.load_corpus(
-      config.data, setup.model_config.vocab_size, config.workdir
+    config.data, setup.model_config.vocab_size, config.workdir
   )
   data = pipeline.train_iterator(
-      corpus.train,
-      corpus.tokenizer,
-      batch_size=config.batch_size // jax.process_count(),
-      length=config.length,
-      align=setup.align,
-      seed=config.data.seed,
-      num_workers=config.data.num_workers,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+    corpus.train,
+    corpus.tokenizer,
+    batch_size=config.batch_size // jax.process_count(),
+    length=config.length,
+    align=setup.align,
+    seed=config.data.seed,
+    num_workers=config.data.num_workers,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
   )
   with (
-      contextlib.closing(data),  # It may have worker processes.
-      jax.set_mesh(setup.mesh),
-      checkpoint_lib.Checkpoints(config.workdir, config.keep) as checkpoints,
-      _Terminated() as terminated,
+    contextlib.closing(data),  # It may have worker processes.
+    jax.set_mesh(setup.mesh),
+    checkpoint_lib.Checkpoints(config.workdir, config.keep) as checkpoints,
+    _Terminated() as terminated,
   ):
     loop = _Loop(setup, init, abstract, data, checkpoints)
     loop.run(terminated, make_evaluator(corpus, setup))
@@ -223,7 +221,7 @@ class _Loop:
     workdir = setup.config.workdir
     if checkpoints.latest() is not None:
       self.step, self.params, self.opt_state = checkpoints.restore(
-          *abstract, data
+        *abstract, data
       )
       print(f"resuming {workdir} at step {self.step}", flush=True)
     else:
@@ -231,9 +229,9 @@ class _Loop:
       self.params, self.opt_state = init(setup.config.seed)
     count = sum(x.size for x in jax.tree.leaves(self.params))
     print(
-        f"{workdir}: {count:,} parameters, funnel {setup.funnel or 'off'}, "
-        f"mesh {dict(setup.mesh.shape)}",
-        flush=True,
+      f"{workdir}: {count:,} parameters, funnel {setup.funnel or 'off'}, "
+      f"mesh {dict(setup.mesh.shape)}",
+      flush=True,
     )
 
   def model(self) -> Gemma:
@@ -242,7 +240,7 @@ class _Loop:
 
   def save(self) -> None:
     self.checkpoints.save(
-        self.step, self.params, self.opt_state, self.data, self.setup.config
+      self.step, self.params, self.opt_state, self.data, self.setup.config
     )
 
   def run(self, terminated: "_Terminated", evaluate: Evaluator) -> None:
@@ -255,7 +253,7 @@ class _Loop:
       while self.step < config.steps and not terminated:
         batch = sharding.put_batch(next(self.data), self.setup.mesh)
         self.params, self.opt_state, values = self.train_step(
-            self.params, self.opt_state, batch
+          self.params, self.opt_state, batch
         )
         self.step += 1
         self._read(metrics, pending)
@@ -275,9 +273,9 @@ class _Loop:
       self.checkpoints.wait()
     if self.step < config.steps:
       print(
-          f"SIGTERM: saved {config.workdir} at step {self.step}; the same "
-          "command goes on from there",
-          flush=True,
+        f"SIGTERM: saved {config.workdir} at step {self.step}; the same "
+        "command goes on from there",
+        flush=True,
       )
 
   def _read(self, metrics: "_Metrics", pending) -> None:
@@ -290,8 +288,8 @@ class _Loop:
         self.checkpoints.wait()
         good = self.checkpoints.latest()
         raise FloatingPointError(
-            f"{name} is {values[name]} at step {step}; the last good "
-            f"checkpoint is {'none' if good is None else f'of step {good}'}"
+          f"{name} is {values[name]} at step {step}; the last good "
+          f"checkpoint is {'none' if good is None else f'of step {good}'}"
         )
     values["learning_rate"] = float(self.setup.schedule(step - 1))
     metrics.trained(step, values)
@@ -311,7 +309,7 @@ class _Metrics:
         import tensorboardX
 
         self._board = tensorboardX.SummaryWriter(
-            os.path.join(config.workdir, "tensorboard"), purge_step=step + 1
+          os.path.join(config.workdir, "tensorboard"), purge_step=step + 1
         )
 
   def __enter__(self) -> "_Metrics":
@@ -333,20 +331,20 @@ class _Metrics:
     left = self._config.steps - step
     mean_seconds = (now - self._first[1]) / (step - self._first[0])
     self._say(
-        step,
-        f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-        f"grad {values['grad_norm']:.2f}  "
-        f"{steps * slots / max(seconds, 1e-9):,.0f} tokens/s  "
-        f"ETA {_duration(left * mean_seconds)}",
+      step,
+      f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+      f"grad {values['grad_norm']:.2f}  "
+      f"{steps * slots / max(seconds, 1e-9):,.0f} tokens/s  "
+      f"ETA {_duration(left * mean_seconds)}",
     )
 
   def evaluated(self, step: int, values: dict[str, float]) -> None:
     """Takes held-out metrics, and tells of them."""
     self._write(step, "heldout", values)
     self._say(
-        step,
-        f"held out: loss {values['loss']:.4f}  bits per byte "
-        f"{values['bits_per_byte']:.4f}",
+      step,
+      f"held out: loss {values['loss']:.4f}  bits per byte "
+      f"{values['bits_per_byte']:.4f}",
     )
 
   def _say(self, step: int, text: str) -> None:

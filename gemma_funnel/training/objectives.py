@@ -9,12 +9,12 @@ from gemma_funnel.model import Gemma
 
 
 def next_token_sums(
-    model: Gemma,
-    tokens_BT: jax.Array,
-    segment_BT: jax.Array,
-    position_BT: jax.Array,
-    *,
-    chunk: int,
+  model: Gemma,
+  tokens_BT: jax.Array,
+  segment_BT: jax.Array,
+  position_BT: jax.Array,
+  *,
+  chunk: int,
 ) -> dict[str, jax.Array]:
   """Sums over the tokens that follow another within their segment.
 
@@ -36,7 +36,7 @@ def next_token_sums(
   hidden_BTD = model.encode(tokens_BT, segment_BT, position_BT, causal=True)
   target_BT = jnp.roll(tokens_BT, -1, axis=1)
   follows_BT = (segment_BT == jnp.roll(segment_BT, -1, axis=1)) & (
-      segment_BT != 0
+    segment_BT != 0
   )
   follows_BT = follows_BT.at[:, -1].set(False)
 
@@ -51,39 +51,39 @@ def next_token_sums(
     return jnp.moveaxis(x_BT.reshape(batch, pieces, chunk, *rest), 1, 0)
 
   @functools.partial(
-      jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable
+    jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable
   )
   def piece(sums, inputs):
     hidden_BCD, target_BC, follows_BC = inputs
     logits_BCV = model.logits(hidden_BCD)
     log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     chosen_BC = jnp.take_along_axis(
-        logits_BCV, target_BC[..., None], axis=-1
+      logits_BCV, target_BC[..., None], axis=-1
     ).squeeze(-1)
     weight_BC = follows_BC.astype(jnp.float32)
     hit_BC = jnp.argmax(logits_BCV, axis=-1) == target_BC
     new = {
-        "nll": jnp.sum((log_z_BC - chosen_BC) * weight_BC),
-        "square_log_z": jnp.sum(jnp.square(log_z_BC) * weight_BC),
-        "correct": jnp.sum(hit_BC * weight_BC),
-        "tokens": jnp.sum(weight_BC),
+      "nll": jnp.sum((log_z_BC - chosen_BC) * weight_BC),
+      "square_log_z": jnp.sum(jnp.square(log_z_BC) * weight_BC),
+      "correct": jnp.sum(hit_BC * weight_BC),
+      "tokens": jnp.sum(weight_BC),
     }
     return jax.tree.map(jnp.add, sums, new), None
 
   names = ("nll", "square_log_z", "correct", "tokens")
   zeros = {name: jnp.zeros((), jnp.float32) for name in names}
   sums, _ = jax.lax.scan(
-      piece, zeros, (cut(hidden_BTD), cut(target_BT), cut(follows_BT))
+    piece, zeros, (cut(hidden_BTD), cut(target_BT), cut(follows_BT))
   )
   return sums
 
 
 def next_token(
-    model: Gemma,
-    batch: dict[str, jax.Array],
-    *,
-    chunk: int,
-    z_loss: float = 0.0,
+  model: Gemma,
+  batch: dict[str, jax.Array],
+  *,
+  chunk: int,
+  z_loss: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Mean next-token cross-entropy in nats, and its metrics.
 
@@ -98,13 +98,13 @@ def next_token(
     The loss, and {"loss": the cross-entropy alone, "accuracy", "tokens"}.
   """
   sums = next_token_sums(
-      model, batch["tokens"], batch["segment"], batch["position"], chunk=chunk
+    model, batch["tokens"], batch["segment"], batch["position"], chunk=chunk
   )
   count = jnp.maximum(sums["tokens"], 1)
   loss = sums["nll"] / count
   metrics = {
-      "loss": loss,
-      "accuracy": sums["correct"] / count,
-      "tokens": sums["tokens"],
+    "loss": loss,
+    "accuracy": sums["correct"] / count,
+    "tokens": sums["tokens"],
   }
   return loss + z_loss * sums["square_log_z"] / count, metrics

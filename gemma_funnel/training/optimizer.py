@@ -16,7 +16,7 @@ def path_of(key_path: tuple) -> str:
 
 
 def schedule_of(
-    config: ml_collections.ConfigDict, steps: int
+  config: ml_collections.ConfigDict, steps: int
 ) -> optax.Schedule:
   """Linear from 0 over `warmup_steps`, then a cosine to `final_fraction`.
 
@@ -33,24 +33,24 @@ def schedule_of(
   for name in ("b1", "b2"):
     if not 0 <= config[name] < 1:
       raise ValueError(
-          f"optimizer.{name}={config[name]}: expected >= 0 and < 1"
+        f"optimizer.{name}={config[name]}: expected >= 0 and < 1"
       )
   if not 0 <= config.warmup_steps < steps:
     raise ValueError(
-        f"optimizer.warmup_steps={config.warmup_steps}: expected at least 0 "
-        f"and below steps={steps}"
+      f"optimizer.warmup_steps={config.warmup_steps}: expected at least 0 "
+      f"and below steps={steps}"
     )
   return optax.warmup_cosine_decay_schedule(
-      init_value=0.0,
-      peak_value=config.learning_rate,
-      warmup_steps=config.warmup_steps,
-      decay_steps=steps,
-      end_value=config.learning_rate * config.final_fraction,
+    init_value=0.0,
+    peak_value=config.learning_rate,
+    warmup_steps=config.warmup_steps,
+    decay_steps=steps,
+    end_value=config.learning_rate * config.final_fraction,
   )
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, steps: int
+  config: ml_collections.ConfigDict, steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The optimizer and its learning rate by step.
 
@@ -66,20 +66,20 @@ def make_optimizer(
 
   def decayed(params):
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not re.search(_UNDECAYED, path_of(path)), params
+      lambda path, _: not re.search(_UNDECAYED, path_of(path)), params
     )
 
   return (
-      optax.chain(
-          optax.clip_by_global_norm(config.clip_norm),
-          optax.adamw(
-              schedule,
-              b1=config.b1,
-              b2=config.b2,
-              eps=config.eps,
-              weight_decay=config.weight_decay,
-              mask=decayed,
-          ),
+    optax.chain(
+      optax.clip_by_global_norm(config.clip_norm),
+      optax.adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decayed,
       ),
-      schedule,
+    ),
+    schedule,
   )

@@ -22,19 +22,19 @@ BATCH = P(("data", "fsdp"))
 # are split over "tensor"; the model width over "fsdp". The leading axis of
 # layers is the depth.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"embedding$", P("tensor", "fsdp")),
-    (r"attn/(query|key|value)$", P(None, "fsdp", "tensor", None)),
-    (r"attn/out$", P(None, "tensor", None, "fsdp")),
-    (r"mlp/(gate|up)$", P(None, "fsdp", "tensor")),
-    (r"mlp/down$", P(None, "tensor", "fsdp")),
-    (r"scale$", P()),
-    (r"(count|step)$", P()),
+  (r"embedding$", P("tensor", "fsdp")),
+  (r"attn/(query|key|value)$", P(None, "fsdp", "tensor", None)),
+  (r"attn/out$", P(None, "tensor", None, "fsdp")),
+  (r"mlp/(gate|up)$", P(None, "fsdp", "tensor")),
+  (r"mlp/down$", P(None, "tensor", "fsdp")),
+  (r"scale$", P()),
+  (r"(count|step)$", P()),
 )
 
 
 def make_mesh(
-    config: ml_collections.ConfigDict,
-    devices: Sequence[jax.Device] | None = None,
+  config: ml_collections.ConfigDict,
+  devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
   """A mesh with the axes "data", "fsdp" and "tensor".
 
@@ -51,17 +51,17 @@ def make_mesh(
   known = math.prod(size for size in sizes.values() if size != -1)
   if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
     raise ValueError(
-        f"mesh {sizes}: expected sizes >= 1, and -1 for one axis at most"
+      f"mesh {sizes}: expected sizes >= 1, and -1 for one axis at most"
     )
   if free and len(devices) % known == 0:
     sizes[free[0]] = len(devices) // known
   if math.prod(sizes.values()) != len(devices):
     raise ValueError(f"mesh {sizes} does not divide {len(devices)} devices")
   return jax.make_mesh(
-      tuple(sizes.values()),
-      AXES,
-      (jax.sharding.AxisType.Auto,) * len(AXES),
-      devices=devices,
+    tuple(sizes.values()),
+    AXES,
+    (jax.sharding.AxisType.Auto,) * len(AXES),
+    devices=devices,
   )
 
 
@@ -73,19 +73,17 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
   Raises:
     ValueError: no rule, or a dimension that the mesh does not divide.
   """
-  for pattern, spec in RULES:
-    if re.search(pattern, path):
-      break
-  else:
+  spec = next((spec for rule, spec in RULES if re.search(rule, path)), None)
+  if spec is None:
     raise ValueError(f"no sharding rule for parameter {path!r}")
   spec = P(*spec, *[None] * (len(shape) - len(spec)))
   if re.search(r"attn/(key|value)$", path) and shape[2] % mesh.shape["tensor"]:
     spec = P(*spec[:2], None, None)
-  for size, axis in zip(shape, spec):
+  for size, axis in zip(shape, spec, strict=True):
     if axis is not None and size % mesh.shape[axis]:
       raise ValueError(
-          f"mesh axis {axis}={mesh.shape[axis]} does not divide {size}, a "
-          f"dimension of {path} {shape}"
+        f"mesh axis {axis}={mesh.shape[axis]} does not divide {size}, a "
+        f"dimension of {path} {shape}"
       )
   return spec
 
@@ -97,19 +95,19 @@ def shardings_of(tree, mesh: jax.sharding.Mesh):
     ValueError: see `spec_of`.
   """
   return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: NamedSharding(
-          mesh, spec_of(path_of(path), leaf.shape, mesh)
-      ),
-      tree,
+    lambda path, leaf: NamedSharding(
+      mesh, spec_of(path_of(path), leaf.shape, mesh)
+    ),
+    tree,
   )
 
 
 def put_batch(
-    batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
+  batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
   """Makes this process's rows its part of the global batch."""
   sharding = NamedSharding(mesh, BATCH)
   return {
-      name: jax.make_array_from_process_local_data(sharding, rows)
-      for name, rows in batch.items()
+    name: jax.make_array_from_process_local_data(sharding, rows)
+    for name, rows in batch.items()
   }
