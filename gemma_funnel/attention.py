@@ -358,7 +358,7 @@ def _splash(
     q_BTNH, k_BSKH, v_BSKH, queries, keys,
     *, causal, window, softcap, softmax_dtype, interpret=False,
 ):  # fmt: skip
-  """jax's splash (flash) attention for TPUs; `interpret` runs it on any host."""
+  """jax's splash (flash) attention for TPUs; `interpret` runs it anywhere."""
   del keys, softmax_dtype  # The same stream, and float32, as the table says.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

@@ -194,11 +194,31 @@ class _Span:
         call = jax.checkpoint(call, policy=policies.nothing_saveable)
     return call(params, stream)
 
-  def scanned(self) -> tuple[int, int]:
-    """(repeats, period): whole periods of attention kinds make one scan."""
-    period = len(self.config.attention_pattern)
-    scan = self.config.scan_layers
-    return ((self.stop - self.start) // period if scan else 0), period
+  def parts(self) -> list[tuple[int, int, int]]:
+    """(first layer, repeats, period) of the loops that make up the span.
+
+    A loop's body is a whole period of the attention pattern; what is left of
+    the span is a loop of its own. Unrolled, all of it is one body.
+    """
+    count, period = self.stop - self.start, len(self.config.attention_pattern)
+    if not self.config.scan_layers:
+      return [(self.start, 1, count)]
+    whole = count - count % period
+    parts = [
+      (self.start, count // period, period),
+      (self.start + whole, 1, count % period),
+    ]
+    return [part for part in parts if part[1] * part[2]]
+
+  def body(self, first, period, params_of, stream, rope) -> Stream:
+    """Runs layers like `first` and the `period` - 1 after it."""
+    for j in range(period):
+      stream = self.layer(params_of(j), stream, rope, first + j)
+    return stream
+
+
+def _pick(params, index):
+  return jax.tree.map(lambda p: p[index], params)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -208,58 +228,44 @@ def _run(span: _Span, stacked_L, stream: Stream) -> Stream:
   Parameters are read out of the whole stack where they lie. A scan over a part
   of it would copy that part first, on every call.
   """
-  return _run_with(
-    span, stream, lambda index: jax.tree.map(lambda p: p[index], stacked_L)
-  )
-
-
-def _run_with(span, stream, params_of):
   rope = rope_angles(stream.position_BT, span.config)
-  repeats, period = span.scanned()
+  for first, repeats, period in span.parts():
 
-  def step(repeat, stream):
-    for j in range(period):
-      params = params_of(span.start + repeat * period + j)
-      stream = span.layer(params, stream, rope, span.start + j)
-    return stream
+    def body(repeat, stream):
+      at = first + repeat * period
+      params_of = lambda j: _pick(stacked_L, at + j)
+      return span.body(first, period, params_of, stream, rope)
 
-  if repeats:
-    # The compiler must not know that a loop may run only once: it would take
-    # the body out of the loop, where XLA:CPU runs it a third slower.
-    stop = jax.lax.optimization_barrier(jnp.int32(repeats))
-    stream = jax.lax.fori_loop(0, stop, step, stream)
-  for index in range(span.start + repeats * period, span.stop):
-    stream = span.layer(params_of(index), stream, rope, index)
+    if span.config.scan_layers:
+      # The compiler must not know that a loop may run only once: it would take
+      # the body out of the loop, where XLA:CPU runs it a third slower.
+      stop = jax.lax.optimization_barrier(jnp.int32(repeats))
+      stream = jax.lax.fori_loop(0, stop, body, stream)
+    else:
+      stream = body(0, stream)
   return stream
 
 
 def _run_sliced(span, stacked_L, stream):
-  """As `_run`, with the scanned parameters as the scan's own inputs.
+  """As `_run`, with the parameters of each loop as a scan's own inputs.
 
   Their gradients are then stacked by the scan; gradients of reads from the
   whole stack would be summed into all of it, layer after layer.
   """
   rope = rope_angles(stream.position_BT, span.config)
-  repeats, period = span.scanned()
-  scanned = repeats * period
+  for first, repeats, period in span.parts():
 
-  def step(stream, params_P):
-    for j in range(period):
-      params = jax.tree.map(lambda p: p[j], params_P)
-      stream = span.layer(params, stream, rope, span.start + j)
-    return stream, None
+    def body(stream, params_P):
+      params_of = lambda j: _pick(params_P, j)
+      return span.body(first, period, params_of, stream, rope), None
 
-  if repeats:
     periods = jax.tree.map(
-      lambda p: p[span.start : span.start + scanned].reshape(
+      lambda p: p[first : first + repeats * period].reshape(
         repeats, period, *p.shape[1:]
       ),
       stacked_L,
     )
-    stream, _ = jax.lax.scan(step, stream, periods)
-  for index in range(span.start + scanned, span.stop):
-    params = jax.tree.map(lambda p: p[index], stacked_L)
-    stream = span.layer(params, stream, rope, index)
+    stream, _ = jax.lax.scan(body, stream, periods)
   return stream
 
 

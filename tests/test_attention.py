@@ -201,6 +201,39 @@ def test_tokamax_is_the_reference(segments, causal, window):
   _agree(call, 24, segments, causal, window, 4.0)
 
 
+@pytest.mark.slow
+def test_auto_on_a_tpu_compiles_to_its_kernel():
+  """Ahead of time, forward and backward, on a mesh of a described slice."""
+  pytest.importorskip("libtpu")
+  from jax.experimental import topologies
+
+  slice_ = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+  mesh = jax.sharding.Mesh(
+    np.array(slice_.devices).reshape(2, 1, 2), ("data", "fsdp", "tensor")
+  )
+  P = jax.sharding.PartitionSpec
+  place = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=jax.sharding.NamedSharding(mesh, P(*spec))
+  )
+  heads = lambda n: place(
+    (4, 256, n, 256), jnp.bfloat16, "data", None, "tensor"
+  )
+
+  def loss(q, k, v, segment_BT):
+    stream = make_stream(jnp.zeros((4, 256, 1)), segment_BT)
+    out = attention.attend(
+      q, k, v, stream, stream, causal=True, window=100, softcap=50.0
+    )
+    return jnp.sum(out.astype(jnp.float32) ** 2)
+
+  with jax.set_mesh(mesh):
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(
+      heads(8), heads(4), heads(4), place((4, 256), jnp.int32, "data")
+    )
+  assert lowered.as_text().count("tpu_custom_call") == 3
+  lowered.compile()
+
+
 def _request(**changes):
   return dict(
       softcap=50.0, window=None, packed=False, unequal=False, length=128,
