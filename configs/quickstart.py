@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
   return config_dict.create(
     workdir="runs/quickstart",
     seed=0,
-    steps=600,
+    steps=280,
     batch_size=8,
     length=256,
     model=GemmaConfig.preset("quickstart").to_dict(),
@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     data=pipeline.default_config(),
     optimizer=dict(
       learning_rate=3e-3,
-      warmup_steps=50,
+      warmup_steps=30,
       final_fraction=0.1,
       b1=0.9,
       b2=0.95,
@@ -40,11 +40,11 @@ def get_config() -> ml_collections.ConfigDict:
     # Axes of the device mesh; -1 is what is left.
     mesh=dict(data=-1, fsdp=1, tensor=1),
     log_every=20,
-    eval_every=200,
+    eval_every=140,
     # Held-out documents measured while training, and at the end.
-    eval_documents=4,
-    heldout_documents=24,
-    checkpoint_every=100,
+    eval_documents=2,
+    heldout_documents=16,
+    checkpoint_every=70,
     keep=2,
     tensorboard=True,
     # The latency report at the end; 0 repeats is none.
