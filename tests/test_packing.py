@@ -109,8 +109,8 @@ def test_rows_are_full():
 
 def test_shuffle_seed():
   def order(shuffle_seed):
-    rows = _pack(_documents(), shuffle_seed=shuffle_seed)
-    return [r["tokens"].tolist() for r in rows]
+    segments = _segments(_pack(_documents(), shuffle_seed=shuffle_seed))
+    return [tuple(map(int, segment)) for segment in segments]
 
   plain, first, second = order(None), order(1), order(2)
   assert first != second != plain != first

@@ -95,6 +95,7 @@ class TestTrain:
   def test_shuffled_anew_each_epoch(self, make_iterator, monkeypatch):
     # One open row and documents of a row each: rows are in document order.
     monkeypatch.setattr(packing, "_NUM_OPEN_ROWS", 1)
+    monkeypatch.setattr(packing, "_SHUFFLE_WINDOW", 1)
     documents = [
       sources.Document(str(i), chr(0x4E00 + i) * 5) for i in range(12)
     ]
@@ -127,11 +128,23 @@ class TestTrain:
     assert set.union(*seen) == set(_chunks(documents, tokenizer))
     assert sum(map(len, seen)) == len(set.union(*seen))
 
+  def test_chunks_of_a_document_are_spread(self, make_iterator, monkeypatch):
+    """Over batches: side by side without the window, apart with it."""
+    long = [sources.Document(str(i), f"{i} " * 2000) for i in range(8)]
+
+    def mixed(window):
+      monkeypatch.setattr(packing, "_SHUFFLE_WINDOW", window)
+      batches = _take(make_iterator(long, batch_size=8), 10)
+      return np.mean([len(np.unique(b["tokens"][:, 3])) for b in batches])
+
+    assert mixed(512) > mixed(1) + 1
+
   def test_an_epoch_has_every_chunk_once(
     self, make_iterator, tokenizer, monkeypatch
   ):
     # With one open row, chunks come out in the order they are read in.
     monkeypatch.setattr(packing, "_NUM_OPEN_ROWS", 1)
+    monkeypatch.setattr(packing, "_SHUFFLE_WINDOW", 1)
     expected = _chunks(_documents(), tokenizer)
     iterator = make_iterator(batch_size=1)
     seen = []

@@ -14,9 +14,9 @@ import numpy as np
 from gemma_funnel.data import sources
 from gemma_funnel.data import tokenizer as tokenizer_lib
 
-# Rows that are filled at the same time; more of them waste less padding. Rows
-# come out in a random order among these, so that the parts of one document do
-# not all land in one batch.
+# Chunks that are shuffled together in training.
+_SHUFFLE_WINDOW = 1024
+# Rows that are filled at the same time; more of them waste less padding.
 _NUM_OPEN_ROWS = 64
 
 
@@ -101,8 +101,8 @@ def pack(
     tokenizer: what they are encoded with.
     length: T, tokens of a row; a multiple of `align`.
     align: segments start at multiples of it.
-    shuffle_seed: seeds the order of rows within groups of them; None keeps the
-      order in which they were begun.
+    shuffle_seed: seeds the order of chunks within windows of them, and of
+      rows; None keeps the documents' order.
 
   Returns:
     A dataset of int32 arrays [T]: "tokens" (0 is padding), "segment" (1, 2, ..
@@ -115,6 +115,11 @@ def pack(
   chunks = grain.experimental.FlatMapIterDataset(
     documents, ChunkDocuments(tokenizer, length, align)
   )
+  if shuffle_seed is not None:
+    # A long document's chunks would otherwise make up a batch of their own.
+    chunks = grain.experimental.WindowShuffleIterDataset(
+      chunks, window_size=_SHUFFLE_WINDOW, seed=shuffle_seed
+    )
   # First fit is a choice by age: early chunks leave early, little is held back.
   rows = grain.experimental.FirstFitPackIterDataset(
     chunks,
