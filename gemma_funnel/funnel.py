@@ -124,52 +124,61 @@ def reduce(
     mean is over the group's slots of that segment.
   """
   stride = funnel.stride
-  batch, length, width = stream.hidden_BTD.shape
-  slots = -(-length // stride)
+  anchor_BR, read_BT = _anchors(stream, stride)
+  take = functools.partial(_take, index=anchor_BR)
+  # Groups that do not exist are past the end.
+  exists_BR = anchor_BR < stream.segment_BT.shape[1]
+  position_BR = take(stream.position_BT)
+  if not causal:
+    position_BR += (stride - 1) * stream.spacing
+  short = stream.replace(
+    hidden_BTD=_group_means(stream, anchor_BR, stride, causal),
+    position_BT=position_BR,
+    segment_BT=jnp.where(exists_BR, take(stream.segment_BT), 0),
+    spacing=stream.spacing * stride,
+  )
+  return short, read_BT
+
+
+def _anchors(stream: Stream, stride: int) -> tuple[jax.Array, jax.Array]:
+  """(anchor_BR, read_BT): the groups' anchor slots, and who reads which group.
+
+  Anchors are in order; T, past the end, stands for a group that does not exist.
+  """
+  length = stream.segment_BT.shape[1]
   slot_1T = jnp.arange(length, dtype=jnp.int32)[None]
   is_anchor_BT = (rank(stream.segment_BT) % stride == 0) & (
     stream.segment_BT != 0
   )
   read_BT = jnp.maximum(jnp.cumsum(is_anchor_BT, axis=1) - 1, 0)
+  anchor_BT = jnp.sort(jnp.where(is_anchor_BT, slot_1T, length), axis=1)
+  return anchor_BT[:, : -(-length // stride)], read_BT
 
-  # The anchors' slots in order; `length` marks the groups that do not exist.
-  anchor_BR = jnp.sort(jnp.where(is_anchor_BT, slot_1T, length), axis=1)
-  anchor_BR = anchor_BR[:, :slots]
-  take = functools.partial(_take, index=jnp.minimum(anchor_BR, length - 1))
-  segment_BR = jnp.where(anchor_BR < length, take(stream.segment_BT), 0)
-  position_BR = take(stream.position_BT)
-  if not causal:
-    position_BR += (stride - 1) * stream.spacing
 
+def _group_means(
+  stream: Stream, anchor_BR: jax.Array, stride: int, causal: bool
+) -> jax.Array:
+  """Means [B, R, D] over the slots of a group that are of its segment."""
+  batch, length, width = stream.hidden_BTD.shape
   offset_k = jnp.arange(stride) - (stride - 1 if causal else 0)
   member_BRk = anchor_BR[..., None] + offset_k[None, None]
-  inside_BRk = (member_BRk >= 0) & (member_BRk < length)
-  member_BX = jnp.clip(member_BRk, 0, length - 1).reshape(batch, -1)
-  same_BRk = (
-    _take(stream.segment_BT, member_BX).reshape(member_BRk.shape)
-    == segment_BR[..., None]
-  )
-  weight_BRk = (inside_BRk & same_BRk & (segment_BR != 0)[..., None]).astype(
-    jnp.float32
+  member_BX = member_BRk.reshape(batch, -1)
+  segment_BRk = _take(stream.segment_BT, member_BX).reshape(member_BRk.shape)
+  segment_BR = _take(stream.segment_BT, anchor_BR)
+  counts_BRk = (
+    (member_BRk >= 0)
+    & (member_BRk < length)
+    & (anchor_BR < length)[..., None]
+    & (segment_BRk == segment_BR[..., None])
   )
   member_BRkD = _take(stream.hidden_BTD, member_BX).reshape(
-    batch, slots, stride, width
+    *member_BRk.shape, width
   )
   total_BRD = jnp.sum(
-    jnp.where(weight_BRk[..., None] > 0, member_BRkD, 0),
-    axis=2,
-    dtype=jnp.float32,
+    jnp.where(counts_BRk[..., None], member_BRkD, 0), axis=2, dtype=jnp.float32
   )
-  count_BR = jnp.sum(weight_BRk, axis=2)
-  mean_BRD = total_BRD / jnp.maximum(count_BR, 1)[..., None]
-  short = Stream(
-    mean_BRD.astype(stream.hidden_BTD.dtype),
-    position_BR,
-    segment_BR,
-    spacing=stream.spacing * stride,
-    packed=stream.packed,
-  )
-  return short, read_BT
+  count_BR1 = jnp.maximum(jnp.sum(counts_BRk, axis=2), 1)[..., None]
+  return (total_BRD / count_BR1).astype(stream.hidden_BTD.dtype)
 
 
 def restore(
@@ -201,6 +210,6 @@ def restore(
 
 
 def _take(x_BT: jax.Array, index: jax.Array) -> jax.Array:
-  """x_BT[..., ] at `index` along axis 1, row by row; trailing axes kept."""
+  """x_BT at `index` along axis 1, row by row; beyond an end is that end."""
   expand = (...,) + (None,) * (x_BT.ndim - 2)
   return jnp.take_along_axis(x_BT, index[expand], axis=1, mode="clip")
