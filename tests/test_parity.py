@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_funnel import convert
+from gemma_funnel import convert, flops
 from gemma_funnel import model as model_lib
 from gemma_funnel.config import PRESETS, GemmaConfig
 from gemma_funnel.model import Gemma
@@ -281,21 +281,11 @@ def test_without_a_fault_nothing_is_seen(load_ours, retrace):
 
 # Sizes.
 
-PUBLISHED = {
-  "gemma1_2b": 2_506_172_416,
-  "gemma1_7b": 8_537_680_896,
-  "gemma2_2b": 2_614_341_888,
-  "gemma2_9b": 9_241_705_984,
-  "gemma2_27b": 27_227_128_320,
-}
 
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_presets_have_the_published_parameter_counts(name):
-  """Ours, and those of transformers at the same sizes, with no memory."""
+@pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith("gemma")])
+def test_parameter_counts_are_those_of_transformers(name):
+  """Of models of the same sizes, made without memory."""
   config = GemmaConfig.preset(name)
-  state = nnx.state(Gemma.abstract(config))
-  assert sum(x.size for x in jax.tree.leaves(state)) == PUBLISHED[name]
   kind = transformers.Gemma2Config if config.post_norms else (
       transformers.GemmaConfig
   )  # fmt: skip
@@ -311,8 +301,4 @@ def test_presets_have_the_published_parameter_counts(name):
         head_dim=config.head_dim,
       )
     )
-  assert model.num_parameters() == PUBLISHED[name]
-
-
-def test_every_published_size_is_counted():
-  assert {n for n in PRESETS if n.startswith("gemma")} == set(PUBLISHED)
+  assert model.num_parameters() == flops.parameters(config).total
