@@ -184,6 +184,7 @@ def test_perturbation_sees_a_planted_leak(model, monkeypatch):
   assert leak > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("funnel", SOME, ids=IDS)
 def test_causal_by_jacobian_and_prefixes(model, funnel):
   model = model.with_funnel(funnel)
