@@ -27,7 +27,7 @@ def get_config() -> config_dict.ConfigDict:
   config.funnels = ("trained", "off")
 
   # Unset is as in the training run. All funnels see the same batches, so the
-  # length has to be a multiple of every stride.
+  # length has to be a multiple of every total stride.
   config.batch_size = config_dict.placeholder(int)
   config.length = config_dict.placeholder(int)
   config.max_documents = config_dict.placeholder(int)  # Unset is all of them.

@@ -8,6 +8,8 @@ What follows the colon is a preset of gemma_funnel/config.py; "bench" without.
 Weights are random unless a checkpoint is named: time does not depend on them.
 Expect the measured reduction near the ideal one without the head, and lower
 where memory and not arithmetic is the limit (small batches on an accelerator).
+Generating, a funnel saves reading weights too: tokens cost less at any batch
+size.
 """
 
 from ml_collections import config_dict
@@ -37,6 +39,13 @@ def get_config(preset: str = "bench") -> config_dict.ConfigDict:
   config.head = (False, True)
   # Whether local and global layers are compared too, in a table of their own.
   config.layer_kinds = len(set(model.attention_pattern)) > 1
+
+  # Generation: prompts of these lengths, and tokens one by one after them, all
+  # rows in step. new_tokens=0 leaves it out; an encoder (causal=False) must.
+  config.decode = config_dict.ConfigDict()
+  config.decode.batch_sizes = (1, 8) if full_size else (1,)
+  config.decode.prompts = (min(256, model.max_length // 2),)
+  config.decode.new_tokens = min(128, model.max_length // 2 - 1)
 
   # How. Each round runs every variant once, in an order of its own.
   config.warmup = 2

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     batch_size=8,
     length=256,
     model=GemmaConfig.preset("quickstart").to_dict(),
-    # "off" is no funnel.
+    # Several stages are joined by "+"; "off" is no funnel.
     funnel="start=2,stride=2,recover=average",
     data=pipeline.default_config(),
     optimizer=dict(

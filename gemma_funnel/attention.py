@@ -5,11 +5,16 @@ Every kernel computes, for query t and the keys s that it may see,
   softmax_s(softcap * tanh(q_t . k_s / softcap)) . v_s
 
 (without the cap where `softcap` is None). Key s is visible to query t if both
-are in one segment, p_s <= p_t (causal), and |p_t - p_s| < window. A query that
-sees nothing (padding) gets zeros. Positions are those of the original text, so
-a window means the same in a funnel; as slots of a segment are `spacing`
-positions apart, a window of W positions is one of (W-1) // spacing slots to
-each side, and that is all that the index-based kernels need.
+are in one segment, e_s <= e_t (causal; e is the last token of a slot), and
+|p_t - p_s| < window (p is its position). A query that sees nothing (padding)
+gets zeros. Positions are those of the original text, so a window means the same
+in a funnel.
+
+A mask of these rules makes a kernel exact; the order and the spacing of slots,
+known when a program is traced, let it skip what no mask would show. Of one
+stream with itself: a key in a later slot is in the future, and a window of W
+positions is one of (W-1) // spacing slots to each side, two more where slots
+are not evenly spaced. Of one stream with another: `_bounds`.
 """
 
 from collections.abc import Callable
@@ -19,8 +24,9 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gemma_funnel.funnel import Stream
+from gemma_funnel.stream import Stream
 
 # Logits within +-this can be exponentiated and summed in float32 as they are.
 _MAX_UNSHIFTED_SOFTCAP = 60.0
@@ -34,13 +40,15 @@ class Capability:
   """What a kernel can do. `platforms` is where it runs, () is anywhere.
 
   `packed` covers packing and padding; `unequal` is a query stream that is not
-  the key stream; `skips` is what it does not spend time on.
+  the key stream; `uneven`, slots that are not evenly spaced, where there is a
+  window; `skips` is what it does not spend time on.
   """
 
   softcap: bool
   window: bool
   packed: bool
   unequal: bool
+  uneven: bool
   any_length: bool
   softmax_dtypes: tuple[str, ...]
   platforms: tuple[str, ...]
@@ -50,25 +58,27 @@ class Capability:
 
 CAPABILITIES: dict[str, Capability] = {
     "reference": Capability(
-        softcap=True, window=True, packed=True, unequal=True, any_length=True,
-        softmax_dtypes=("float32", "bfloat16", "float16"), platforms=(),
-        module=None, skips="nothing",
+        softcap=True, window=True, packed=True, unequal=True, uneven=True,
+        any_length=True, softmax_dtypes=("float32", "bfloat16", "float16"),
+        platforms=(), module=None, skips="nothing",
     ),
+    # Unequal streams: skips only where neither is packed.
     "blocked": Capability(
-        softcap=True, window=True, packed=True, unequal=False,
+        softcap=True, window=True, packed=True, unequal=True, uneven=True,
         any_length=True, softmax_dtypes=("float32", "bfloat16", "float16"),
         platforms=(), module=None, skips="the future, outside the window",
     ),
     # tokamax's Triton backward has no softcap: Hopper and later have one.
+    # Unequal streams go by a mask alone: nothing is skipped.
     "tokamax": Capability(
-        softcap=True, window=True, packed=True, unequal=False,
+        softcap=True, window=True, packed=True, unequal=True, uneven=True,
         any_length=True, softmax_dtypes=("float32",), platforms=("gpu",),
         module="tokamax", skips="the future, outside the window",
     ),
     # jax's own: tokamax's TPU kernel takes neither a window nor a mask that
     # differs from row to row.
     "splash": Capability(
-        softcap=True, window=True, packed=True, unequal=False,
+        softcap=True, window=True, packed=True, unequal=False, uneven=False,
         any_length=False, softmax_dtypes=("float32",), platforms=("tpu",),
         module="jax.experimental.pallas.ops.tpu.splash_attention",
         skips="the future, outside the window",
@@ -96,7 +106,9 @@ def attend(
     k_BSKH: keys; query head n reads key head n // (N / K).
     v_BSKH: values.
     queries, keys: where the T queries and the S keys stand. Kernels that take
-      no `unequal` streams want one and the same object.
+      no `unequal` streams want one and the same object. Two streams that are
+      not `packed` must both cover the whole of the same rows, as those from
+      before and after a reduction do; a part of a row, or a cache, is packed.
     causal: whether the future is hidden.
     window: positions that a query sees, itself included; None is all.
     softcap: cap of the logits; None is none.
@@ -115,6 +127,7 @@ def attend(
     window=window,
     packed=queries.packed or keys.packed,
     unequal=queries is not keys,
+    uneven=not (queries.even and keys.even),
     length=q_BTNH.shape[1],
     softmax_dtype=softmax_dtype,
   )
@@ -166,7 +179,7 @@ def choose_kernel(kernel: str, **request) -> str:
 
 
 def _lacks(
-  name, *, softcap, window, packed, unequal, length, softmax_dtype
+  name, *, softcap, window, packed, unequal, uneven, length, softmax_dtype
 ) -> list[str]:
   """What kernel `name` lacks for a request; empty if it can do it."""
   can = CAPABILITIES[name]
@@ -184,6 +197,8 @@ def _lacks(
     lacks.append("it has no segments or padding")
   if unequal and not can.unequal:
     lacks.append("queries and keys must be the same stream")
+  if uneven and window is not None and not can.uneven:
+    lacks.append("with a window, slots must be evenly spaced")
   if length % 128 and not can.any_length:
     lacks.append(f"the length must be a multiple of 128, not {length}")
   if softmax_dtype not in can.softmax_dtypes:
@@ -201,19 +216,77 @@ def visible(
   queries: Stream, keys: Stream, *, causal: bool, window: int | None
 ) -> jax.Array:
   """Which keys each query may see: bool [B, T, S]."""
-  distance_BTS = queries.position_BT[:, :, None] - keys.position_BT[:, None]
   segment_BT1 = queries.segment_BT[:, :, None]
   see_BTS = (segment_BT1 == keys.segment_BT[:, None]) & (segment_BT1 != 0)
   if causal:
-    see_BTS &= distance_BTS >= 0
+    see_BTS &= keys.end_BT[:, None] <= queries.end_BT[:, :, None]
   if window is not None:
+    distance_BTS = queries.position_BT[:, :, None] - keys.position_BT[:, None]
     see_BTS &= jnp.abs(distance_BTS) < window
   return see_BTS
 
 
 def _slots_in_window(window: int | None, stream: Stream) -> int | None:
-  """How many slots away the farthest visible key can be; None is any."""
-  return None if window is None else (window - 1) // stream.spacing
+  """How many slots away in `stream` a window can reach; None is any."""
+  if window is None:
+    return None
+  # Two gaps, a segment's first and last, may be shorter than `spacing`.
+  return (window - 1) // stream.spacing + (0 if stream.even else 2)
+
+
+def _bounds(stream: Stream, other: Stream) -> tuple[np.ndarray, np.ndarray]:
+  """Where each slot of a full row must stand: its first and last position, [T].
+
+  Of its position and, in causal streams, of its end; positions count from the
+  row's first token here. An even stream's slot i holds tokens of
+  [i * spacing, (i+1) * spacing), or ends with the first of them. Of another we
+  know gaps, from below: they bound it from the row's start, and from the row's
+  end, which `other` tells if it is even.
+  """
+  slot_T, spacing = np.arange(stream.segment_BT.shape[1]), stream.spacing
+  if stream.even:
+    return slot_T * spacing, slot_T * spacing + spacing - 1
+  short = 2 * (spacing - 1)  # By how much two gaps can fall short.
+  from_start_T = np.maximum(slot_T * spacing - short, 0)
+  end = other.segment_BT.shape[1] * other.spacing - 1 if other.even else np.inf
+  return from_start_T, end - from_start_T[::-1]
+
+
+def _key_slots(
+    lo: int, hi: int, queries: Stream, keys: Stream,
+    *, causal: bool, window: int | None,
+) -> tuple[int, int]:  # fmt: skip
+  """[first, last) of the keys that no rule hides from all queries [lo, hi)."""
+  length = keys.segment_BT.shape[1]
+  first, last = 0, length
+  if queries is keys:
+    reach = _slots_in_window(window, keys)
+    if reach is not None:
+      first, last = max(0, lo - reach), min(length, hi + reach)
+    return first, hi if causal else last
+  if queries.packed or keys.packed:
+    return first, last
+  query_from_T, query_to_T = _bounds(queries, keys)
+  key_from_S, key_to_S = _bounds(keys, queries)
+  if causal:
+    last = np.searchsorted(key_from_S, query_to_T[hi - 1], side="right")
+  if window is not None:
+    first = np.searchsorted(key_to_S, query_from_T[lo] - window, side="right")
+    outside = np.searchsorted(key_from_S, query_to_T[hi - 1] + window)
+    last = min(last, outside)
+  # One key at least: a softmax over none has no shape.
+  first = min(int(first), length - 1)
+  return first, max(int(last), first + 1)
+
+
+def _slots(stream: Stream, lo: int = 0, hi: int | None = None) -> Stream:
+  """Where slots [lo, hi) stand; no hidden states."""
+  return stream.replace(
+    hidden_BTD=None,
+    position_BT=stream.position_BT[:, lo:hi],
+    end_BT=stream.end_BT[:, lo:hi],
+    segment_BT=stream.segment_BT[:, lo:hi],
+  )
 
 
 def _softmax_values(s_BKXS, v_BKSH, see, softcap, softmax_dtype):
@@ -255,6 +328,25 @@ def _block(
   return o_BKXH.reshape(q_BKTGH.shape).astype(q_BKTGH.dtype)
 
 
+def attend_cache(
+    q_BTNH, k_BKSH, v_BKSH, queries, keys,
+    *, window, softcap, softmax_dtype="float32",
+):  # fmt: skip
+  """Causal attention of a few queries to a cache, in any order of slots.
+
+  As `attend` by "reference", with keys and values that already lie as the
+  product wants them: a step would otherwise copy the whole cache.
+  """
+  batch, length, heads, width = q_BTNH.shape
+  kv_heads = k_BKSH.shape[1]
+  q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
+  o_BKTGH = _block(
+      q_BTKGH.transpose(0, 2, 1, 3, 4), k_BKSH, v_BKSH, queries, keys,
+      causal=True, window=window, softcap=softcap, softmax_dtype=softmax_dtype,
+  )  # fmt: skip
+  return _token_major(o_BKTGH)
+
+
 def _head_major(q_BTNH, k_BSKH, v_BSKH):
   batch, length, heads, width = q_BTNH.shape
   kv_heads = k_BSKH.shape[2]
@@ -288,29 +380,22 @@ def _blocked(q_BTNH, k_BSKH, v_BSKH, queries, keys, *, causal, window, **kw):
   q, k, v = _head_major(q_BTNH, k_BSKH, v_BSKH)
   length = q.shape[2]
   block = max(_BLOCK, -(-length // (_MAX_BLOCKS * _BLOCK)) * _BLOCK)
-  reach = _slots_in_window(window, keys)
-  part = lambda stream, lo, hi: stream.replace(
-    hidden_BTD=None,
-    position_BT=stream.position_BT[:, lo:hi],
-    segment_BT=stream.segment_BT[:, lo:hi],
-  )
   attend_block = jax.checkpoint(
     functools.partial(_block, causal=causal, window=window, **kw)
   )
   out = []
   for lo in range(0, length, block):
     hi = min(lo + block, length)
-    first = 0 if reach is None else max(0, lo - reach)
-    last = hi if causal else length
-    if not causal and reach is not None:
-      last = min(length, hi + reach)
+    first, last = _key_slots(
+      lo, hi, queries, keys, causal=causal, window=window
+    )
     out.append(
       attend_block(
         q[:, :, lo:hi],
         k[:, :, first:last],
         v[:, :, first:last],
-        part(queries, lo, hi),
-        part(keys, first, last),
+        _slots(queries, lo, hi),
+        _slots(keys, first, last),
       )  # fmt: skip
     )
   return _token_major(jnp.concatenate(out, axis=2))
@@ -324,7 +409,7 @@ def _tokamax(
   """tokamax's flash attention for GPUs.
 
   The order and window in slots let it skip; the mask that it is given besides,
-  where there is more than one segment, is exact.
+  where these are not the whole rule, is exact.
   """
   del softmax_dtype  # float32, as the table says.
   from absl import flags
@@ -334,24 +419,25 @@ def _tokamax(
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
-  reach = _slots_in_window(window, keys)
+  unequal = queries is not keys
+  uneven = window is not None and not keys.even
+  reach = None if unequal else _slots_in_window(window, keys)
   local = None if reach is None else (reach, 0 if causal else reach)
 
-  def call(q, k, v, position_BT, segment_BT):
-    mask = None
-    if keys.packed:
-      at = Stream(None, position_BT, segment_BT, keys.spacing)
-      mask = visible(at, at, causal=causal, window=window)[:, None]
+  def call(q, k, v, queries, keys):
+    mask_BTS, seen_BT = None, queries.segment_BT != 0
+    if unequal or uneven or keys.packed:
+      mask_BTS = visible(queries, keys, causal=causal, window=window)
+    if unequal:  # A real query may see none of the keys.
+      seen_BT = jnp.any(mask_BTS, axis=-1)
     o_BTNH = tokamax.dot_product_attention(
-        q, k, v, mask=mask, scale=1.0, is_causal=causal,
-        local_window_size=local, logits_soft_cap=softcap,
-        implementation=implementation,
+        q, k, v, mask=None if mask_BTS is None else mask_BTS[:, None],
+        scale=1.0, is_causal=causal and not unequal, local_window_size=local,
+        logits_soft_cap=softcap, implementation=implementation,
     )  # fmt: skip
-    return jnp.where((segment_BT != 0)[:, :, None, None], o_BTNH, 0)
+    return jnp.where(seen_BT[:, :, None, None], o_BTNH, 0)
 
-  return _per_shard(call)(
-    q_BTNH, k_BSKH, v_BSKH, queries.position_BT, queries.segment_BT
-  )
+  return _per_shard(call)(q_BTNH, k_BSKH, v_BSKH, _slots(queries), _slots(keys))
 
 
 def _splash(
@@ -359,13 +445,14 @@ def _splash(
     *, causal, window, softcap, softmax_dtype, interpret=False,
 ):  # fmt: skip
   """jax's splash (flash) attention for TPUs; `interpret` runs it anywhere."""
-  del keys, softmax_dtype  # The same stream, and float32, as the table says.
+  del softmax_dtype  # float32, as the table says.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   reach = _slots_in_window(window, queries)
 
-  def call(q_BTNH, k_BSKH, v_BSKH, position_BT, segment_BT):
-    del position_BT  # Implied by the order of slots.
+  def call(q_BTNH, k_BSKH, v_BSKH, queries, keys):
+    del keys  # The same stream, as the table says.
+    segment_BT = queries.segment_BT  # Positions: implied by the order.
     _, length, heads, _ = q_BTNH.shape
     shape = (length, length)
     if reach is not None:
@@ -387,9 +474,7 @@ def _splash(
     seen = (segment_BT != 0)[:, :, None, None]
     return jnp.where(seen, heads_first(o_BNTH), 0).astype(q_BTNH.dtype)
 
-  return _per_shard(call)(
-    q_BTNH, k_BSKH, v_BSKH, queries.position_BT, queries.segment_BT
-  )
+  return _per_shard(call)(q_BTNH, k_BSKH, v_BSKH, _slots(queries), _slots(keys))
 
 
 def _splash_blocks(splash, length: int):
@@ -405,7 +490,7 @@ def _per_shard(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
   The compiler cannot partition such a kernel, so where the ambient mesh has
   several devices it is mapped over the mesh: rows over "data" and "fsdp", heads
-  over "tensor".
+  over "tensor". `call` takes q, k, v and two streams without hidden states.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:

@@ -4,14 +4,15 @@ Every mistake of configuration is found here, as a `ValueError` that names the
 field, what was found and what was expected, before anything is computed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
 
 ATTENTION_KINDS = ("local", "global")
-POOLS = ("mean",)
-RECOVERIES = ("average", "add", "repeat")
+POOLS = ("mean", "max", "first", "last", "attention", "every")
+RECOVERIES = ("average", "add", "repeat", "gate", "attend", "none")
+POSITIONS = ("last", "first", "mean")
 KERNELS = ("auto", "reference", "blocked", "tokamax", "splash")
 REMATS = ("none", "dots", "block")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,21 +49,33 @@ def _from_mapping(cls, values: Mapping[str, Any]):
 
 @dataclasses.dataclass(frozen=True)
 class FunnelConfig:
-  """One stage `[start, stop)` of layers that sees a pooled sequence.
+  """One stage `[start, stop)` of layers that sees a shortened sequence.
 
-  Layers before `start` and from `stop` on see all T tokens; the layers between
-  see one vector for every `stride` tokens. Written and read as the string
-  "start=2,stop=8,stride=2,pool=mean,recover=average", in which all but `start`
-  and `stride` may be left out; "off" is no funnel.
+  Layers before `start` and from `stop` on see the sequence as it came; the
+  layers between see one vector for every `stride` of its slots. Written and
+  read as the string "start=2,stop=8,stride=2,pool=mean,recover=average", in
+  which all but `start` may be left out.
 
   Attributes:
     start: the first layer of the stage, >= 0.
     stop: the first layer after it; None is the model's depth (recover after
       the last block, before the final norm).
-    stride: tokens a group, >= 1.
-    pool: how a group becomes one vector: "mean".
-    recover: how the full length returns from the deep state u and the state h
-      from before the pooling: "average" (u+h)/2, "add" u+h, "repeat" u.
+    stride: slots a group, >= 1.
+    pool: how a group becomes one vector: "mean", "max", "first" or "last" of
+      its slots; "attention", weighted by a learned query that starts as the
+      mean; "every" selects each stride-th slot, and the others bypass the stage
+      (as in token dropping, Hou et al. 2022).
+    recover: how the full length returns from the deep state u of a group and
+      the state h from before: "average" (u+h)/2; "add" u+h; "repeat" u; "gate"
+      s*u + (1-s)*h with a learned s that starts at 1/2; "attend" the average
+      and a learned attention of h to the deep states, which starts at zero;
+      "none" leaves the sequence short, for heads that read a whole sequence.
+    pool_query_only: the first layer of the stage has pooled queries, and the
+      keys and values of the sequence before pooling (Dai et al. 2020).
+    keep_first: the first slot (BOS, CLS) is a group of its own. In a causal
+      model it always is.
+    position: that of a group is its "last" slot's, its "first" one's or their
+      "mean".
   """
 
   start: int
@@ -70,6 +83,9 @@ class FunnelConfig:
   stride: int = 2
   pool: str = "mean"
   recover: str = "average"
+  pool_query_only: bool = False
+  keep_first: bool = False
+  position: str = "last"
 
   def __post_init__(self):
     _require_int("funnel.start", self.start, 0)
@@ -82,38 +98,35 @@ class FunnelConfig:
     _require_int("funnel.stride", self.stride, 1)
     _require_choice("funnel.pool", self.pool, POOLS)
     _require_choice("funnel.recover", self.recover, RECOVERIES)
-
-  def resolve(self, num_layers: int) -> "FunnelConfig":
-    """The same funnel with `stop` filled in, checked against the depth.
-
-    Raises:
-      ValueError: the stage does not fit into `num_layers` layers.
-    """
-    stop = num_layers if self.stop is None else self.stop
+    _require_choice("funnel.position", self.position, POSITIONS)
+    for name in ("pool_query_only", "keep_first"):
+      value = getattr(self, name)
+      _require(
+        isinstance(value, bool), f"funnel.{name}={value!r}: expected a bool"
+      )
     _require(
-      stop <= num_layers,
-      f"funnel.stop={stop} is past the model's {num_layers} layers",
+      self.pool != "every" or self.position == "last",
+      f"funnel.position={self.position!r} has no effect with pool='every', "
+      "whose slots keep their own positions",
     )
-    _require(
-      self.start < stop,
-      f"funnel.start={self.start} must be below funnel.stop={stop} "
-      f"(the model has {num_layers} layers)",
-    )
-    return dataclasses.replace(self, stop=stop)
 
   def __str__(self) -> str:
-    fields = dataclasses.asdict(self)
-    return ",".join(f"{k}={v}" for k, v in fields.items() if v is not None)
+    always = ("start", "stop", "stride", "pool", "recover")
+    shown = {
+      f.name: getattr(self, f.name)
+      for f in dataclasses.fields(self)
+      if f.name in always or getattr(self, f.name) != f.default
+    }
+    text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
+    return ",".join(f"{k}={text(v)}" for k, v in shown.items() if v is not None)
 
   @classmethod
-  def parse(cls, text: str | None) -> "FunnelConfig | None":
-    """Reads the string form; None, "" and "off" are no funnel.
+  def parse(cls, text: str) -> "FunnelConfig":
+    """Reads the string form.
 
     Raises:
       ValueError: a key or value that is none, named.
     """
-    if text is None or text.strip() in ("", "off"):
-      return None
     values = {}
     for item in text.split(","):
       key, equals, value = (part.strip() for part in item.partition("="))
@@ -123,16 +136,130 @@ class FunnelConfig:
         "e.g. 'start=2,stride=2,recover=average'",
       )
       _require(key not in values, f"funnel {text!r}: {key} is given twice")
-      values[key] = _int_or_text(value)
+      values[key] = _from_text(value)
     _require("start" in values, f"funnel {text!r}: start is missing")
     return _from_mapping(cls, values)
 
 
-def _int_or_text(value: str) -> int | str:
+def _from_text(value: str) -> int | bool | str:
+  if value in ("true", "false"):
+    return value == "true"
   try:
     return int(value)
   except ValueError:
     return value
+
+
+# What is taken for a funnel: one stage, several of them, or a string. None,
+# () and "off" are no funnel.
+Funnel = FunnelConfig | Sequence[FunnelConfig] | str | None
+OFF = "off"
+_AND = "+"
+
+
+def parse_funnel(funnel: Funnel) -> tuple[FunnelConfig, ...]:
+  """The stages of a funnel, as they are written; () is no funnel.
+
+  Stages of a string are separated by "+": "start=6,stride=2+start=12,stride=2".
+
+  Raises:
+    ValueError: see `FunnelConfig.parse`.
+  """
+  if funnel is None:
+    return ()
+  if isinstance(funnel, FunnelConfig):
+    return (funnel,)
+  if isinstance(funnel, str):
+    if funnel.strip() in ("", OFF):
+      return ()
+    return tuple(FunnelConfig.parse(part) for part in funnel.split(_AND))
+  for stage in funnel:
+    _require(
+      isinstance(stage, FunnelConfig),
+      f"funnel stage {stage!r}: expected a FunnelConfig",
+    )
+  return tuple(funnel)
+
+
+def resolve_funnel(funnel: Funnel, num_layers: int) -> tuple[FunnelConfig, ...]:
+  """The stages of a funnel in a model of that depth.
+
+  Returns:
+    Stages in the order of their starts, each with its `stop`; () is no funnel.
+
+  Raises:
+    ValueError: a stage that does not fit the depth; two that cross each other
+      or start at one layer; a "none" recovery before the end of the model.
+  """
+  stages = []
+  for stage in parse_funnel(funnel):
+    stop = num_layers if stage.stop is None else stage.stop
+    _require(
+      stop <= num_layers,
+      f"funnel.stop={stop} is past the model's {num_layers} layers",
+    )
+    _require(
+      stage.start < stop,
+      f"funnel.start={stage.start} must be below funnel.stop={stop} "
+      f"(the model has {num_layers} layers)",
+    )
+    stages.append(dataclasses.replace(stage, stop=stop))
+  stages.sort(key=lambda stage: stage.start)
+  for n, inner in enumerate(stages):
+    for outer in stages[:n]:
+      _require(
+        outer.start < inner.start,
+        f"two funnel stages start at layer {inner.start}: expected one of a "
+        "larger stride",
+      )
+      _require(
+        inner.start >= outer.stop or inner.stop <= outer.stop,
+        f"funnel stages [{outer.start}, {outer.stop}) and [{inner.start}, "
+        f"{inner.stop}) cross: expected one within the other, or apart",
+      )
+    if inner.recover == "none":
+      _require(
+        inner.stop == num_layers,
+        f"funnel.recover='none' with stop={inner.stop}: layers after it need "
+        f"a recovery; expected stop={num_layers}, or another recovery",
+      )
+      _require(
+        all(o.recover == "none" for o in stages[:n] if o.stop == num_layers),
+        f"funnel.recover='none' at layer {inner.start} is within a stage that "
+        "recovers: expected 'none' there too, or another recovery here",
+      )
+  return tuple(stages)
+
+
+def check_recovers(stages: Sequence[FunnelConfig], what: str) -> None:
+  """Checks that every token gets a state back.
+
+  Raises:
+    ValueError: a "none" recovery; it names `what` needs more.
+  """
+  for stage in stages:
+    _require(
+      stage.recover != "none",
+      f"funnel.recover='none' leaves the sequence short, but {what} needs a "
+      "state for every token: expected another recovery",
+    )
+
+
+def format_funnel(stages: Sequence[FunnelConfig]) -> str:
+  """The string that `parse_funnel` reads; "off" is no funnel."""
+  return _AND.join(map(str, stages)) or OFF
+
+
+def total_stride(stages: Sequence[FunnelConfig]) -> int:
+  """Tokens after which all stages' groups begin anew; 1 without a funnel.
+
+  Segments of packed rows start at multiples of it. Stages are resolved.
+  """
+  strides = [1]
+  for stage in stages:
+    around = [s for s in stages if s.start <= stage.start < s.stop]
+    strides.append(math.prod(s.stride for s in around))
+  return math.lcm(*strides)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import ml_collections
 
+from gemma_funnel.config import total_stride
 from gemma_funnel.data import pipeline
 from gemma_funnel.evaluation import accuracy, latency, plots, report, timing
 from gemma_funnel.model import Gemma
@@ -25,17 +26,17 @@ def run(config: ml_collections.ConfigDict) -> None:
   if not result.finished or jax.process_index() != 0:
     return
   _report_heldout(config, result)
-  if config.latency.repeats and result.model.funnel is not None:
+  if config.latency.repeats and result.model.stages:
     _report_latency(config, result.model)
 
 
-def _heldout(config, corpus, funnel, max_documents=None) -> pipeline.HeldOut:
+def _heldout(config, corpus, stages, max_documents=None) -> pipeline.HeldOut:
   return pipeline.heldout_batches(
     corpus.heldout,
     corpus.tokenizer,
     batch_size=config.batch_size,
     length=config.length,
-    align=funnel.stride if funnel else 1,
+    align=total_stride(stages),
     max_documents=max_documents,
   )
 
@@ -43,7 +44,7 @@ def _heldout(config, corpus, funnel, max_documents=None) -> pipeline.HeldOut:
 def _sampled_evaluator(corpus: pipeline.Corpus, setup: loop.Setup):
   """Measures a sample of the held-out documents while training."""
   config = setup.config
-  heldout = _heldout(config, corpus, setup.funnel, config.eval_documents)
+  heldout = _heldout(config, corpus, setup.stages, config.eval_documents)
   return functools.partial(
     accuracy.evaluate, heldout=heldout, chunk=config.loss_chunk
   )
@@ -51,7 +52,7 @@ def _sampled_evaluator(corpus: pipeline.Corpus, setup: loop.Setup):
 
 def _report_heldout(config, result: loop.Result) -> None:
   heldout = _heldout(
-    config, result.corpus, result.model.funnel, config.heldout_documents
+    config, result.corpus, result.model.stages, config.heldout_documents
   )
   rows = accuracy.measure(
     result.model, (accuracy.TRAINED,), heldout, config.loss_chunk

@@ -1,15 +1,30 @@
-"""What a forward pass costs: FLOPs, bytes, parameters, and what a funnel saves.
+"""What a model costs: FLOPs, bytes, parameters, and what a funnel saves.
 
 FLOPs are two for every multiply-add of a matrix product. Attention counts the
 (query, key) pairs that the mask lets through and not T x T: it is what must be
-computed, and what "ideal" means beside a measured latency.
+computed, and what "ideal" means beside a measured latency. A learned pool
+counts the product of its query with each slot, once; weighted sums of slots,
+norms, gates and the averages of pools and recoveries are no matrix products.
+
+Costs are of rows full of one text. Decoding is causal, and its costs are
+averages over the tokens that make up a group: a layer that runs on one slot
+in s tokens costs 1/s of a run.
 """
 
+from collections.abc import Sequence
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
-from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel import funnel as funnel_lib
+from gemma_funnel.config import (
+  Funnel,
+  FunnelConfig,
+  GemmaConfig,
+  check_recovers,
+  resolve_funnel,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,64 +34,155 @@ class Parameters:
   embedding: int
   layers: int
   final_norm: int
+  funnel: int = 0
 
   @property
   def total(self) -> int:
-    return self.embedding + self.layers + self.final_norm
+    return self.embedding + self.layers + self.final_norm + self.funnel
 
 
-def _matmul_parameters(config: GemmaConfig) -> int:
-  """Weights of one layer's matrices."""
-  attention = (
-    config.embed_dim
-    * config.head_dim
-    * (2 * config.num_heads + 2 * config.num_kv_heads)
-  )
-  return attention + 3 * config.embed_dim * config.mlp_dim
+def parameters(config: GemmaConfig, funnel: Funnel = None) -> Parameters:
+  """Counts parameters; of a funnel those that its stages learn.
 
-
-def parameters(config: GemmaConfig) -> Parameters:
-  """Counts parameters; no funnel built from means adds any."""
-  norms = (4 if config.post_norms else 2) * config.embed_dim
-  return Parameters(
-    embedding=config.vocab_size * config.embed_dim,
-    layers=config.num_layers * (_matmul_parameters(config) + norms),
-    final_norm=config.embed_dim,
-  )
-
-
-def attention_pairs(length: int, reach: int | None, causal: bool) -> int:
-  """(query, key) pairs that a mask lets through.
-
-  Args:
-    length: slots.
-    reach: how many slots away the farthest visible key is; None is any.
-    causal: whether the slots after a query are hidden.
+  Raises:
+    ValueError: the funnel does not fit the model.
   """
-  reach = length - 1 if reach is None else min(reach, length - 1)
-  # Query i sees min(i, reach) slots before it, and itself.
-  before = reach * (reach + 1) // 2 + (length - 1 - reach) * reach
-  return length + before * (1 if causal else 2)
+  D = config.embed_dim
+  query_weights, key_weights = _attention_weights(config)
+  attention = query_weights + key_weights
+  norms = (4 if config.post_norms else 2) * D
+  learned = 0
+  for stage in resolve_funnel(funnel, config.num_layers):
+    learned += D * (stage.pool == "attention") + D * (stage.recover == "gate")
+    learned += (attention + 2 * D) * (stage.recover == "attend")
+  return Parameters(
+    embedding=config.vocab_size * D,
+    layers=config.num_layers * (attention + 3 * D * config.mlp_dim + norms),
+    final_norm=D,
+    funnel=learned,
+  )
 
 
-def _stage_of(
-  config: GemmaConfig, funnel: FunnelConfig | None, length: int
-) -> list[tuple[int, int]]:
-  """(slots, spacing) of the stream that each layer sees."""
-  plain = (length, 1)
-  if funnel is None:
-    return [plain] * config.num_layers
-  funnel = funnel.resolve(config.num_layers)
-  short = (-(-length // funnel.stride), funnel.stride)
-  return [
-    short if funnel.start <= layer < funnel.stop else plain
-    for layer in range(config.num_layers)
-  ]
+def _attention_weights(config: GemmaConfig) -> tuple[int, int]:
+  """Weights that queries go through (q, o), and keys do (k, v)."""
+  per_head = 2 * config.embed_dim * config.head_dim
+  return per_head * config.num_heads, per_head * config.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slots:
+  """A full row of a `Stream`: where its slots stand, as far as costs go."""
+
+  position: np.ndarray
+  end: np.ndarray
+  spacing: int = 1
+  even: bool = True
+
+  def __len__(self) -> int:
+    return len(self.end)
+
+  def reduce(self, stage: FunnelConfig, causal: bool) -> "_Slots":
+    """As `funnel.Stage.reduce`."""
+    stride, length = stage.stride, len(self)
+    alone = stage.keep_first and not causal
+    anchor = np.arange(0, length, stride)
+    if alone:
+      anchor = np.concatenate([[0], np.arange(1, length, stride)])
+    first = np.maximum(anchor - stride + 1, 0) if causal else anchor
+    last = anchor if causal else anchor + stride - 1
+    if alone:
+      last[0] = 0
+    beyond = np.maximum(last - (length - 1), 0)  # Of a group cut short.
+    last = last - beyond
+    even = self.even and stage.position == "last"
+    if stage.pool == "every":
+      position, even = self.position[anchor], even and not alone
+    elif stage.position == "last":
+      position = self.position[last] + even * beyond * self.spacing
+    elif stage.position == "first":
+      position = self.position[first]
+    else:
+      sums = np.concatenate([[0], np.cumsum(self.position)])
+      position = (sums[last + 1] - sums[first]) / (last + 1 - first)
+    return _Slots(position, self.end[anchor], self.spacing * stride, even)
+
+  def num_visible(
+    self, keys: "_Slots", window: int | None, causal: bool
+  ) -> np.ndarray:
+    """How many of `keys` each slot sees, as `attention.visible`."""
+    low, high = np.zeros(len(self), int), np.full(len(self), len(keys))
+    if window is not None:
+      low = np.searchsorted(keys.position, self.position - window, "right")
+      high = np.searchsorted(keys.position, self.position + window, "left")
+    if causal:
+      high = np.minimum(high, np.searchsorted(keys.end, self.end, "right"))
+    return np.maximum(high - low, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """A layer, or what a stage learns, and the slots that it runs on.
+
+  Attributes:
+    queries, keys: one row's.
+    query_weights, key_weights: of the matrices that each goes through.
+    vectors: weights that are in no matrix.
+    visible: how many keys each query sees; None where nothing attends.
+  """
+
+  queries: _Slots
+  keys: _Slots
+  query_weights: int = 0
+  key_weights: int = 0
+  vectors: int = 0
+  visible: np.ndarray | None = None
+
+
+def _parts(
+  config: GemmaConfig, stages: Sequence[FunnelConfig], length: int, causal: bool
+) -> list[_Part]:
+  """All that runs between the embedding and the final norm, in order."""
+  D, parts = config.embed_dim, []
+  query_weights, key_weights = _attention_weights(config)
+  norms = (4 if config.post_norms else 2) * D
+
+  def run(step, slots, keys):
+    keys = keys or slots
+    for layer in range(step.start, step.stop):
+      visible = slots.num_visible(keys, config.window_of(layer), causal)
+      parts.append(
+        _Part(
+            slots, keys, query_weights + 3 * D * config.mlp_dim, key_weights,
+            norms, visible,
+        )
+      )  # fmt: skip
+    return slots
+
+  def reduce(stage, slots):
+    if stages[stage].pool == "attention":
+      parts.append(_Part(slots, slots, query_weights=D))
+    return slots.reduce(stages[stage], causal), None
+
+  def restore(stage, deep, before, _):
+    match stages[stage].recover:
+      case "gate":
+        parts.append(_Part(before, before, vectors=D))
+      case "attend":
+        visible = before.num_visible(deep, None, causal)
+        parts.append(
+          _Part(before, deep, query_weights, key_weights, 2 * D, visible)
+        )
+    return before
+
+  token = np.arange(length)
+  steps = funnel_lib.schedule(stages, config.num_layers)
+  funnel_lib.walk(steps, _Slots(token, token), run, reduce, restore)
+  return parts
 
 
 def forward(
   config: GemmaConfig,
-  funnel: FunnelConfig | None,
+  funnel: Funnel,
   batch: int,
   length: int,
   head: bool = True,
@@ -86,7 +192,7 @@ def forward(
 
   Args:
     config: the model.
-    funnel: the funnel, or None.
+    funnel: one, or none.
     batch: rows B.
     length: tokens T in each.
     head: whether the vocabulary head runs, on all T positions.
@@ -96,61 +202,175 @@ def forward(
     FLOPs, 2 for a multiply-add.
 
   Raises:
-    ValueError: the funnel does not fit the model.
+    ValueError: the funnel does not fit the model, or does not recover what the
+      head needs.
   """
-  total = 0
-  per_pair = 4 * config.num_heads * config.head_dim
-  for layer, (slots, spacing) in enumerate(_stage_of(config, funnel, length)):
-    window = config.window_of(layer)
-    reach = None if window is None else (window - 1) // spacing
-    total += 2 * slots * _matmul_parameters(config)
-    total += per_pair * attention_pairs(slots, reach, causal)
-  if head:
-    total += 2 * length * config.embed_dim * config.vocab_size
+  stages = _check(config, funnel, head)
+  total = head * 2 * length * config.embed_dim * config.vocab_size
+  for part in _parts(config, stages, length, causal):
+    total += 2 * len(part.queries) * part.query_weights
+    total += 2 * len(part.keys) * part.key_weights
+    if part.visible is not None:
+      total += _flops_of_pairs(config, int(part.visible.sum()))
   return batch * total
+
+
+def _check(config: GemmaConfig, funnel: Funnel, head: bool):
+  """The stages of a funnel, which recover if there is a head."""
+  stages = resolve_funnel(funnel, config.num_layers)
+  if head:
+    check_recovers(stages, "the vocabulary head")
+  return stages
+
+
+def _flops_of_pairs(config: GemmaConfig, pairs: int) -> int:
+  """Of the logit of each (query, key) pair, and of its weighted value."""
+  return 4 * config.num_heads * config.head_dim * pairs
 
 
 def forward_bytes(
   config: GemmaConfig,
-  funnel: FunnelConfig | None,
+  funnel: Funnel,
   batch: int,
   length: int,
   head: bool = True,
+  causal: bool = True,
 ) -> int:
   """Least bytes that a forward pass moves to and from memory.
 
-  Every matrix is read once in the compute dtype; the residual stream is read
+  Every weight is read once in the compute dtype; the residual stream is read
   and written, and keys and values written and read, once a layer; logits are
   written in float32. It is the memory side of a roofline: a small batch cannot
   take less time than this, with or without a funnel.
 
   Raises:
-    ValueError: the funnel does not fit the model.
+    ValueError: see `forward`.
   """
+  stages = _check(config, funnel, head)
+  count = parameters(config, stages)
+  numbers = length * config.embed_dim  # embedding rows
+  for part in _parts(config, stages, length, causal):
+    if part.visible is not None:
+      numbers += 2 * len(part.queries) * config.embed_dim
+      numbers += 2 * len(part.keys) * _key_width(config)
+      if part.keys is not part.queries:
+        numbers += len(part.keys) * config.embed_dim
+  numbers = batch * numbers + count.layers + count.funnel
+  numbers += head * count.embedding
   size = jnp.dtype(config.dtype).itemsize
-  weights = parameters(config).layers
-  slots = sum(slots for slots, _ in _stage_of(config, funnel, length))
-  kv_width = 2 * config.num_kv_heads * config.head_dim
-  total = size * (weights + batch * slots * 2 * (config.embed_dim + kv_width))
-  total += size * batch * length * config.embed_dim  # embedding rows
-  if head:
-    total += size * parameters(config).embedding
-    total += 4 * batch * length * config.vocab_size
-  return total
+  return size * numbers + head * 4 * batch * length * config.vocab_size
+
+
+def _key_width(config: GemmaConfig) -> int:
+  """Numbers that a slot's key and value are made of, in one layer."""
+  return 2 * config.num_kv_heads * config.head_dim
 
 
 def ideal_reduction(
   config: GemmaConfig,
-  funnel: FunnelConfig | None,
+  funnel: Funnel,
   batch: int,
   length: int,
   head: bool = True,
   causal: bool = True,
 ) -> float:
-  """The part of the plain forward's FLOPs that the funnel saves, in [0, 1).
+  """The part of the plain forward's FLOPs that the funnel saves, below 1.
+
+  What a funnel learns costs too: it may save less than nothing.
 
   Raises:
-    ValueError: the funnel does not fit the model.
+    ValueError: see `forward`.
   """
   plain = forward(config, None, batch, length, head, causal)
   return 1 - forward(config, funnel, batch, length, head, causal) / plain
+
+
+def _decoding_parts(config: GemmaConfig, funnel: Funnel, context: int):
+  """The parts of a decoder, by a cache of `context` tokens."""
+  stages = resolve_funnel(funnel, config.num_layers)
+  check_recovers(stages, "decoding")
+  if context < 1:
+    raise ValueError(f"{context} tokens: expected at least 1")
+  return _parts(config, stages, context, causal=True)
+
+
+def decode_flops(
+  config: GemmaConfig, funnel: Funnel, context: int, head: bool = True
+) -> float:
+  """FLOPs of one row for one generated token, on average.
+
+  Args:
+    config: the model.
+    funnel: one, or none.
+    context: tokens that the cache holds, the new one's included.
+    head: whether the vocabulary head runs.
+
+  Raises:
+    ValueError: the funnel does not fit the model, or does not recover; no
+      tokens.
+  """
+  total = 0.0
+  for part in _decoding_parts(config, funnel, context):
+    total += 2 * part.key_weights / part.keys.spacing
+    per_run = 2 * part.query_weights
+    if part.visible is not None:
+      per_run += _flops_of_pairs(config, int(part.visible[-1]))
+    total += per_run / part.queries.spacing
+  return total + 2 * head * config.embed_dim * config.vocab_size
+
+
+def decode_bytes(
+  config: GemmaConfig,
+  funnel: Funnel,
+  batch: int,
+  context: int,
+  head: bool = True,
+) -> float:
+  """Least bytes that a step of decoding moves, on average.
+
+  Rows are in one phase: a step that runs a stage runs it for all of them, and
+  others do not read its weights. A step reads the weights that it runs and the
+  visible entries of caches, writes one entry of each, and reads embedding rows,
+  all in the compute dtype; logits are written in float32.
+
+  Args:
+    config: the model.
+    funnel: one, or none.
+    batch: rows B.
+    context: tokens that the cache holds, the new one's included.
+    head: whether the vocabulary head runs.
+
+  Raises:
+    ValueError: see `decode_flops`.
+  """
+  numbers = batch * config.embed_dim  # embedding rows
+  for part in _decoding_parts(config, funnel, context):
+    often, key_often = 1 / part.queries.spacing, 1 / part.keys.spacing
+    numbers += often * (part.query_weights + part.vectors)
+    numbers += key_often * part.key_weights
+    if part.visible is not None:
+      entries = often * int(part.visible[-1]) + key_often
+      numbers += batch * entries * _key_width(config)
+  numbers += head * parameters(config).embedding
+  size = jnp.dtype(config.dtype).itemsize
+  return float(size * numbers + head * 4 * batch * config.vocab_size)
+
+
+def cache_bytes(
+  config: GemmaConfig, funnel: Funnel, batch: int, length: int
+) -> int:
+  """The least that keys and values of `length` tokens take, compute dtype.
+
+  A layer keeps an entry for each slot of its keys, but never more than a query
+  sees; a recovery that attends keeps one for each group.
+
+  Raises:
+    ValueError: see `decode_flops`.
+  """
+  entries = sum(
+    int(part.visible.max())
+    for part in _decoding_parts(config, funnel, length)
+    if part.visible is not None
+  )
+  size = jnp.dtype(config.dtype).itemsize
+  return size * batch * entries * _key_width(config)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gemma_funnel import convert, evaluation, flops
-from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel.config import GemmaConfig, format_funnel
 from gemma_funnel.data import packing, pipeline
 from gemma_funnel.evaluation import accuracy
 from gemma_funnel.model import Gemma
@@ -25,6 +25,8 @@ VOCAB = 400
 LENGTH = 60
 TRAINED = "start=1,stride=2"
 OTHER = "start=1,stop=3,stride=3,recover=add"
+# Groups of 6 tokens, and within them of 12.
+NESTED = "start=1,stride=6+start=2,stop=3,stride=2"
 
 
 def get_config(**changes):
@@ -110,14 +112,14 @@ def test_measure_compares_funnels_on_the_same_tokens(run, heldout):
     model, ("trained", "off", TRAINED, OTHER), heldout, 512
   )
   assert [row["funnel"] for row in rows] == ["trained", "off", OTHER]
-  assert rows[0]["resolved"] == str(model.funnel)
+  assert rows[0]["resolved"] == format_funnel(model.stages)
   assert len({row["num_tokens"] for row in rows}) == 1
   assert len({row["loss"] for row in rows}) == 3
   unigram = pipeline.unigram_bits_per_byte(heldout)
   for row in rows:
     assert row["unigram_bits_per_byte"] == unigram
     assert row["ideal_reduction"] == flops.ideal_reduction(
-      model.config, FunnelConfig.parse(row["resolved"]), 1, LENGTH
+      model.config, row["resolved"], 1, LENGTH
     )
   own = accuracy.evaluate(model, heldout)
   assert rows[0]["loss"] == pytest.approx(own["loss"], rel=1e-6)
@@ -141,19 +143,19 @@ def test_evaluate_errors(run, heldout):
 def test_run_of_a_training_run(run, capsys):
   folder, model, corpus = run
   config = get_config(
-      checkpoint=str(folder), funnels=("trained", "off", OTHER),
+      checkpoint=str(folder), funnels=("trained", "off", NESTED),
       max_documents=2,
   )  # fmt: skip
   rows = evaluation.run(config)
   expected = pipeline.heldout_batches(
-      corpus.heldout, corpus.tokenizer, batch_size=4, length=LENGTH, align=6,
+      corpus.heldout, corpus.tokenizer, batch_size=4, length=LENGTH, align=12,
       max_documents=2,
   )  # fmt: skip
   assert rows == accuracy.measure(model, config.funnels, expected, 512)
   content = json.loads((folder / "eval" / "accuracy.json").read_text())
   assert content["rows"] == rows
   assert content["settings"]["step"] == 7
-  assert content["settings"]["align"] == 6
+  assert content["settings"]["align"] == 12
   assert content["settings"]["length"] == LENGTH
   assert content["settings"]["num_documents"] == 2
   png = (folder / "eval" / "accuracy.png").read_bytes()
@@ -192,7 +194,7 @@ def test_run_of_a_folder_with_no_run(run, tmp_path, monkeypatch):
   rows = evaluation.run(config)
   # A checkpoint without a funnel of its own was trained with none.
   assert [(r["funnel"], r["resolved"]) for r in rows] == [
-      ("trained", "off"), (TRAINED, str(model.funnel)),
+      ("trained", "off"), (TRAINED, format_funnel(model.stages)),
   ]  # fmt: skip
   content = json.loads((other / "eval" / "accuracy.json").read_text())
   assert content["settings"]["step"] is None
@@ -207,6 +209,8 @@ def test_run_of_a_folder_with_no_run(run, tmp_path, monkeypatch):
     (dict(funnels=()), r"funnels=\(\): expected a tuple"),
     (dict(funnels=("half",)), "funnels: 'half'"),
     (dict(funnels=("start=2,stop=9",)), "stop=9 is past .* 4 layers"),
+    (dict(funnels=("start=1,recover=none",)), "recover='none' .*tokens"),
+    (dict(funnels=(NESTED,), length=42), "length=42: .*12.* such as 36"),
     (dict(length=61), "length=61: expected a multiple of 2.* such as 60"),
     (dict(length=258), "length=258: expected at most .*max_length=256"),
     (dict(length=0), "length=0: expected an integer >= 1"),
@@ -219,6 +223,14 @@ def test_bad_configurations_are_named(run, changes, message):
   config = get_config(**(dict(checkpoint=str(run[0])) | changes))
   with pytest.raises(ValueError, match=message):
     evaluation.run(config)
+
+
+def test_a_funnel_that_cannot_be_is_said_before_a_run_is_read(run, monkeypatch):
+  monkeypatch.setattr(checkpoint_lib, "load_run", None)
+  for funnel in ("start=1,recover=none", "half"):
+    config = get_config(checkpoint=str(run[0]), funnels=(funnel,))
+    with pytest.raises(ValueError, match="recover='none'|funnels: 'half'"):
+      evaluation.run(config)
 
 
 def test_other_folders_need_a_tokenizer_and_a_length(tmp_path):

@@ -1,6 +1,7 @@
 """Every kernel against the reference, and what each refuses."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma_funnel import attention
-from gemma_funnel.funnel import make_stream, rank
+from gemma_funnel.stream import Stream, make_stream
 
 B, K, G, H = 2, 2, 2, 8
 
@@ -28,9 +29,77 @@ def _stream(length, segments):
   return make_stream(jnp.zeros((B, length, 1)), jnp.asarray(segment_BT, int))
 
 
-def _qkv(length, dtype=jnp.float32, width=H):
+def _groups(size, stride, causal, keep_first):
+  """[(first, last), ...] of the groups of a segment of `size` slots."""
+  if causal:
+    return [(max(0, g - stride + 1), g) for g in range(0, size, stride)]
+  starts = list(range(0, size, stride))
+  if keep_first:
+    starts = [0, *range(1, size, stride)]
+  return [(a, b - 1) for a, b in zip(starts, [*starts[1:], size], strict=True)]
+
+
+def _pooled(base, stride, causal, rule, keep_first=False, room=None):
+  """`base` in groups, by the definition; hidden states aside.
+
+  `room`: slots in a row; by default what the fullest row needs.
+  """
+  position, end, segment = map(
+    np.asarray, (base.position_BT, base.end_BT, base.segment_BT)
+  )
+  rows = []
+  for row, ids in enumerate(segment):
+    slots = []
+    for id_ in sorted(set(ids) - {0}, key=list(ids).index):
+      inside = np.flatnonzero(ids == id_)
+      for a, b in _groups(len(inside), stride, causal, keep_first):
+        p = position[row, inside[a : b + 1]]
+        at = {"last": p[-1], "first": p[0], "mean": p.mean()}[rule]
+        alone = keep_first and a == 0
+        if rule == "last" and base.even and not causal and not alone:
+          at = p[0] + (stride - 1) * base.spacing
+        slots.append((at, end[row, inside[b]], id_))
+    rows.append(slots)
+  room = room or max(map(len, rows))
+  at, end, segment = np.moveaxis(
+    np.array([slots + [(0, 0, 0)] * (room - len(slots)) for slots in rows]),
+    2,
+    0,
+  )
+  even = rule == "last" and base.even
+  return Stream(
+      None, at.astype(np.int32 if even else np.float32), end.astype(np.int32),
+      segment.astype(np.int32), base.spacing * stride, even, base.packed,
+  )  # fmt: skip
+
+
+def _chosen(base, count):
+  """`count` slots of each row, at random, as token selection leaves them."""
+  random = np.random.default_rng(count)
+  length = base.segment_BT.shape[1]
+  keep_BR = np.stack(
+    [np.sort(random.permutation(length)[:count]) for _ in range(B)]
+  )
+  take = lambda x: np.take_along_axis(np.asarray(x), keep_BR, 1)
+  return Stream(
+      None, take(base.position_BT), take(base.end_BT), take(base.segment_BT),
+      1, even=False, packed=base.packed,
+  )  # fmt: skip
+
+
+def _moved(stream, by=7):
+  """Rows need not begin at position 0."""
+  return stream.replace(
+    position_BT=stream.position_BT + by, end_BT=stream.end_BT + by
+  )
+
+
+def _qkv(length, keys_length=None, dtype=jnp.float32, width=H):
   keys = jax.random.split(jax.random.key(0), 3)
-  shapes = [(B, length, n, width) for n in (K * G, K, K)]
+  keys_length = keys_length or length
+  shapes = [
+    (B, length, K * G, width), *[(B, keys_length, K, width)] * 2
+  ]  # fmt: skip
   # Logits well beyond the caps below.
   return [
     3 * jax.random.normal(key, shape, dtype)
@@ -38,28 +107,34 @@ def _qkv(length, dtype=jnp.float32, width=H):
   ]
 
 
-def _brute_force(q, k, v, stream, causal, window, softcap):
+def _sees(queries, keys, causal, window):
+  """Which keys each query may see, [B, T, S]: the definition, in numpy."""
+  column = lambda x: np.asarray(x)[:, :, None]
+  row = lambda x: np.asarray(x)[:, None]
+  see = column(queries.segment_BT) == row(keys.segment_BT)
+  see &= column(queries.segment_BT) != 0
+  if causal:
+    see &= row(keys.end_BT) <= column(queries.end_BT)
+  if window is not None:
+    distance = column(queries.position_BT) - row(keys.position_BT)
+    see &= np.abs(distance) < window
+  return see
+
+
+def _brute_force(q, k, v, queries, keys, causal, window, softcap):
   """The definition, in numpy loops."""
+  q, k, v = map(np.asarray, (q, k, v))
   out = np.zeros(q.shape)
-  position, segment = map(np.asarray, (stream.position_BT, stream.segment_BT))
-  length = q.shape[1]
+  sees = _sees(queries, keys, causal, window)
   for b, t, n in np.ndindex(q.shape[:3]):
-    see = [
-        s for s in range(length)
-        if segment[b, s] == segment[b, t] != 0
-        and (not causal or position[b, s] <= position[b, t])
-        and (window is None or abs(position[b, s] - position[b, t]) < window)
-    ]  # fmt: skip
-    if not see:
+    see = sees[b, t]
+    if not see.any():
       continue
-    logit = np.array([q[b, t, n] @ k[b, s, n // G] for s in see], np.float64)
+    logit = k[b, see, n // G].astype(np.float64) @ q[b, t, n]
     if softcap:
       logit = softcap * np.tanh(logit / softcap)
     weight = np.exp(logit - logit.max())
-    weight /= weight.sum()
-    out[b, t, n] = sum(
-      w * v[b, s, n // G] for w, s in zip(weight, see, strict=False)
-    )
+    out[b, t, n] = weight / weight.sum() @ v[b, see, n // G]
   return out
 
 
@@ -74,28 +149,28 @@ CASES = [
 
 @pytest.mark.parametrize("segments,causal,window,softcap", CASES)
 def test_reference_is_the_definition(segments, causal, window, softcap):
-  q, k, v = map(np.asarray, _qkv(13))
+  q, k, v = _qkv(13)
   stream = _stream(13, segments)
   got = attention.attend(
       q, k, v, stream, stream, causal=causal, window=window, softcap=softcap,
       kernel="reference",
   )  # fmt: skip
-  want = _brute_force(q, k, v, stream, causal, window, softcap)
+  want = _brute_force(q, k, v, stream, stream, causal, window, softcap)
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def _agree(call, length, segments, causal, window, softcap, width=H, tol=1e-4):
+def _agree(call, queries, keys, causal, window, softcap, width=H, tol=1e-4):
   """Values and gradients of `call` are those of the reference."""
-  qkv = _qkv(length, width=width)
-  stream = _stream(length, segments)
+  lengths = [stream.segment_BT.shape[1] for stream in (queries, keys)]
+  qkv = _qkv(*lengths, width=width)
   kw = dict(
     causal=causal, window=window, softcap=softcap, softmax_dtype="float32"
   )
   weight = jax.random.normal(jax.random.key(1), qkv[0].shape)
 
   def value_and_grads(fn):
-    loss = lambda *qkv: jnp.sum(weight * fn(*qkv, stream, stream, **kw))
-    return fn(*qkv, stream, stream, **kw), jax.grad(loss, (0, 1, 2))(*qkv)
+    loss = lambda *qkv: jnp.sum(weight * fn(*qkv, queries, keys, **kw))
+    return fn(*qkv, queries, keys, **kw), jax.grad(loss, (0, 1, 2))(*qkv)
 
   got, want = map(
     jax.jit(value_and_grads, static_argnums=0), (call, attention._reference)
@@ -114,8 +189,9 @@ def test_blocked_is_the_reference(
 
   def strided(fn, *args, **kw):
     *qkv, stream, _ = args
+    position_BT = stream.position_BT * spacing + 7
     stream = stream.replace(
-      position_BT=stream.position_BT * spacing + 7, spacing=spacing
+      position_BT=position_BT, end_BT=position_BT, spacing=spacing
     )
     return fn(*qkv, stream, stream, **kw)
 
@@ -127,7 +203,144 @@ def test_blocked_is_the_reference(
   want = strided(attention._reference, *qkv, stream, stream, **kw)
   np.testing.assert_allclose(got, want, atol=1e-4)
   if spacing == 1 and window != 1 and softcap != 100.0:
-    _agree(attention._blocked, 21, segments, causal, window, softcap)
+    _agree(attention._blocked, stream, stream, causal, window, softcap)
+
+
+def _streams(who, stride, causal, rule, segments, length=25):
+  """(queries, keys): "pooled" to full, full to "short", pooled to "same"."""
+  base = _moved(_stream(length, segments))
+  room = None if segments == "none" else length // stride + 3
+  pooled = _pooled(base, stride, causal, rule, room=room)
+  return {
+    "pooled": (pooled, base),
+    "short": (base, pooled),
+    "same": (pooled, pooled),
+  }[who]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("kw",))
+def _jitted(fn, same, q, k, v, queries, keys, *, kw):
+  return fn(q, k, v, queries, queries if same else keys, **dict(kw))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+  "stride,window,softcap", [(2, None, 4.0), (3, 4, None)]
+)
+@pytest.mark.parametrize("who", ["pooled", "short", "same"])
+def test_blocked_and_reference_of_pooled_streams(
+  who, stride, window, softcap, causal, monkeypatch
+):
+  """They are the definition; programs are compiled once for several rules."""
+  monkeypatch.setattr(attention, "_BLOCK", 8)
+  kw = dict(causal=causal, window=window, softcap=softcap)
+  for segments, rule in itertools.product(
+    ("none", "packed", "padded"), ("last", "first", "mean")
+  ):
+    queries, keys = _streams(who, stride, causal, rule, segments)
+    bare = lambda stream: stream.replace(hidden_BTD=None)
+    qkv = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
+    want = _brute_force(*qkv, queries, keys, **kw)
+    plain = [attention._reference] if segments == "packed" else []
+    for fn in (attention._blocked, *plain):
+      got = _jitted(
+          fn, who == "same", *qkv, bare(queries), bare(keys),
+          kw=(*kw.items(), ("softmax_dtype", "float32")),
+      )  # fmt: skip
+      np.testing.assert_allclose(
+        got, want, atol=1e-4, err_msg=f"{segments} {rule} {fn.__name__}"
+      )
+
+
+@pytest.mark.parametrize(
+  "who,segments", [("pooled", "packed"), ("short", "none")]
+)
+def test_gradients_of_blocked_unequal_streams(who, segments, monkeypatch):
+  monkeypatch.setattr(attention, "_BLOCK", 8)
+  queries, keys = _streams(who, 2, True, "mean", segments)
+  _agree(attention._blocked, queries, keys, True, 5, 4.0)
+
+
+def test_slots_of_packed_keys_may_stand_in_any_order():
+  """As in a cache that is a ring, where it is said to be packed."""
+  queries = _stream(9, "none").replace(packed=True)
+  kw = dict(causal=True, window=4, softcap=4.0)
+  order = np.random.default_rng(0).permutation(9)
+  keys = attention._slots(queries)
+  keys = jax.tree.map(lambda x: x[:, order], keys)
+  q, k, v = _qkv(9)
+  want = _brute_force(q, k, v, queries, queries, **kw)
+  k, v = k[:, order], v[:, order]
+  for kernel in ("reference", "blocked"):
+    got = attention.attend(q, k, v, queries, keys, kernel=kernel, **kw)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+  head_major = [x.transpose(0, 2, 1, 3) for x in (k, v)]
+  del kw["causal"]  # A cache always is.
+  got = attention.attend_cache(q, *head_major, queries, keys, **kw)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def _families(length, causal):
+  """Streams of one row of `length` tokens, each before those made of it."""
+  base = _moved(_stream(length, "none"))
+  short = [
+    _pooled(base, stride, causal, rule, keep_first)
+    for stride, rule, keep_first in itertools.product(
+      (1, 2, 3, 5), ("last", "first", "mean"), {False, not causal}
+    )
+  ]
+  yield from ([base, pooled] for pooled in short)
+  for first in short[3:]:
+    for rule, keep_first in itertools.product(
+      ("last", "first", "mean"), {False, not causal}
+    ):
+      yield [first, _pooled(first, 3, causal, rule, keep_first)]
+  chosen = _chosen(base, -(-length // 3))
+  yield [base, chosen]
+  yield [chosen, _pooled(chosen, 2, causal, "last")]
+  yield [chosen, _pooled(chosen, 2, causal, "mean")]
+  yield [_chosen(base, -(-length // 2)), chosen]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_visible_key_is_skipped(causal):
+  """By the indices alone: for every rule, both ways, nested, and selected."""
+  families = [f for n in (1, 7, 21, 24) for f in _families(n, causal)]
+  for (long, short), window in itertools.product(families, (None, 1, 2, 5, 9)):
+    for queries, keys in ((long, short), (short, long), (short, short)):
+      sees = _sees(queries, keys, causal, window).any(0)
+      for lo in range(0, len(sees), 4):
+        hi = min(lo + 4, len(sees))
+        first, last = attention._key_slots(
+          lo, hi, queries, keys, causal=causal, window=window
+        )
+        assert 0 <= first < last <= sees.shape[1]
+        assert not sees[lo:hi, :first].any(), (queries, keys, lo, window)
+        assert not sees[lo:hi, last:].any(), (queries, keys, lo, window)
+
+
+@pytest.mark.parametrize("rule", ["last", "first", "mean"])
+@pytest.mark.parametrize("who", ["pooled", "short"])
+def test_blocked_unequal_skips_the_future_and_what_the_window_hides(who, rule):
+  """FLOPs of the program, against those of all pairs; only unpacked."""
+  queries, keys = _streams(who, 2, True, rule, "none", length=1024)
+  qkv = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
+
+  def flops(fn, window, causal=True, packed=False):
+    lowered = jax.jit(
+        functools.partial(
+            fn, queries=queries, keys=keys.replace(packed=packed),
+            causal=causal, window=window, softcap=4.0, softmax_dtype="float32",
+        )
+    ).lower(*qkv)  # fmt: skip
+    return lowered.cost_analysis()["flops"]
+
+  dense = flops(attention._reference, None)
+  # Blocks of 128 queries: of 4, or of 8.
+  assert flops(attention._blocked, None) < 0.65 * dense
+  assert flops(attention._blocked, 128) < 0.4 * dense
+  assert flops(attention._blocked, 128, causal=False) < 0.5 * dense
+  assert flops(attention._blocked, 128, packed=True) > 0.95 * dense
 
 
 def test_blocked_skips_the_future_and_what_the_window_hides():
@@ -188,7 +401,8 @@ def test_softmax_dtype_is_used(dtype):
 def test_splash_is_the_reference(segments, causal, window):
   """The TPU kernel, interpreted; its gradients too."""
   call = functools.partial(attention._splash, interpret=True)
-  _agree(call, 128, segments, causal, window, 4.0, width=128, tol=2e-3)
+  stream = _stream(128, segments)
+  _agree(call, stream, stream, causal, window, 4.0, width=128, tol=2e-3)
 
 
 @pytest.mark.parametrize("segments", ["none", "packed", "padded"])
@@ -198,8 +412,52 @@ def test_tokamax_is_the_reference(segments, causal, window):
   """What we ask of tokamax, by its own XLA implementation."""
   pytest.importorskip("tokamax")
   call = functools.partial(attention._tokamax, implementation="xla")
+  stream = _stream(24, segments)
   with jax.numpy_rank_promotion("allow"):  # tokamax's own code promotes.
-    _agree(call, 24, segments, causal, window, 4.0)
+    _agree(call, stream, stream, causal, window, 4.0)
+
+
+def _tokamax_xla(*args, **kw):
+  pytest.importorskip("tokamax")
+  with jax.numpy_rank_promotion("allow"):  # tokamax's own code promotes.
+    return attention._tokamax(*args, **kw, implementation="xla")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+  "who,segments,window",
+  [("same", "none", 4), ("pooled", "packed", None), ("short", "none", 4)],
+)
+def test_tokamax_of_pooled_streams(who, segments, window, causal):
+  queries, keys = _streams(who, 3, causal, "mean", segments)
+  with jax.numpy_rank_promotion("allow"):
+    _agree(_tokamax_xla, queries, keys, causal, window, 4.0)
+
+
+def test_tokamax_gives_zeros_to_queries_that_see_no_key():
+  """Real ones, before the first key that a selection has kept."""
+  queries = _stream(12, "none")
+  keys = jax.tree.map(lambda x: x[:, 5:8], attention._slots(queries))
+  keys = keys.replace(even=False)
+  with jax.numpy_rank_promotion("allow"):
+    _agree(_tokamax_xla, queries, keys, True, None, 4.0)
+
+
+def test_a_hand_written_kernel_gets_its_own_rows_of_both_streams():
+  """On a mesh: the rows differ in their segments."""
+  queries, keys = _streams("short", 3, True, "last", "padded")
+  qkv = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
+  kw = dict(causal=True, window=5, softcap=4.0)
+  mesh = jax.make_mesh(
+    (2, 1, 2),
+    ("data", "fsdp", "tensor"),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  )
+  call = functools.partial(_tokamax_xla, softmax_dtype="float32", **kw)
+  with jax.set_mesh(mesh), jax.numpy_rank_promotion("allow"):
+    got = jax.jit(lambda *qkv: call(*qkv, queries, keys))(*qkv)
+  want = _brute_force(*qkv, queries, keys, **kw)
+  np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -237,16 +495,51 @@ def test_auto_on_a_tpu_compiles_to_its_kernel():
 
 def _request(**changes):
   return dict(
-      softcap=50.0, window=None, packed=False, unequal=False, length=128,
-      softmax_dtype="float32",
+      softcap=50.0, window=None, packed=False, unequal=False, uneven=False,
+      length=128, softmax_dtype="float32",
   ) | changes  # fmt: skip
 
 
-def test_auto_on_the_cpu_is_blocked():
-  assert attention.choose_kernel("auto", **_request()) == "blocked"
-  assert attention.choose_kernel("auto", **_request(unequal=True)) == (
-    "reference"
-  )
+@pytest.mark.parametrize("platform,skips", [("tpu", "splash"), ("cpu", None)])
+@pytest.mark.parametrize(
+  "request_,by_order",
+  [
+    ({}, True),
+    (dict(packed=True, window=8), True),
+    (dict(uneven=True), True),
+    (dict(uneven=True, window=8), False),
+    (dict(unequal=True), False),
+    (dict(unequal=True, uneven=True, window=8, packed=True), False),
+  ],
+)
+def test_auto_takes_blocked_where_the_platforms_kernel_cannot(
+  platform, skips, request_, by_order, monkeypatch
+):
+  monkeypatch.setattr(attention, "target_platform", lambda: platform)
+  want = skips if skips and by_order else "blocked"
+  assert attention.choose_kernel("auto", **_request(**request_)) == want
+
+
+def test_auto_on_a_gpu_is_tokamax_for_any_streams(monkeypatch):
+  pytest.importorskip("tokamax")
+  monkeypatch.setattr(attention, "target_platform", lambda: "gpu")
+  monkeypatch.setattr(attention, "_has_capped_backward", lambda: True)
+  request = _request(unequal=True, uneven=True, window=8, packed=True)
+  assert attention.choose_kernel("auto", **request) == "tokamax"
+
+
+@pytest.mark.parametrize(
+  "who,message", [("same", "evenly spaced"), ("short", "same stream.*evenly")]
+)
+def test_attend_tells_what_its_streams_are(who, message):
+  queries, keys = _streams(who, 3, True, "mean", "none")
+  qkv = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
+  kw = dict(causal=True, window=5, softcap=None)
+  with pytest.raises(ValueError, match=message):
+    attention.attend(*qkv, queries, keys, kernel="splash", **kw)
+  got = attention.attend(*qkv, queries, keys, **kw)
+  want = _brute_force(*qkv, queries, keys, **kw)
+  np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +548,8 @@ def test_auto_on_the_cpu_is_blocked():
     ("flash", {}, "expected 'auto' or one of"),
     ("splash", {}, "runs on tpu, not on cpu"),
     ("tokamax", {}, "runs on gpu, not on cpu"),
-    ("blocked", dict(unequal=True), "must be the same stream"),
+    ("splash", dict(unequal=True), "must be the same stream"),
+    ("splash", dict(uneven=True, window=8), "slots must be evenly spaced"),
     ("splash", dict(softmax_dtype="bfloat16"), "softmax_dtype must be"),
     ("splash", dict(length=130), "multiple of 128, not 130"),
   ],
@@ -263,9 +557,3 @@ def test_auto_on_the_cpu_is_blocked():
 def test_what_a_kernel_cannot_do_raises(kernel, request_, message):
   with pytest.raises(ValueError, match=message):
     attention.choose_kernel(kernel, **_request(**request_))
-
-
-def test_rank_counts_within_segments():
-  segment_BT = jnp.asarray([[0, 0, 3, 3, 3, 1, 1, 0], [1, 2, 2, 2, 2, 5, 5, 5]])
-  want = [[0, 1, 0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 0, 1, 2]]
-  np.testing.assert_array_equal(rank(segment_BT), want)

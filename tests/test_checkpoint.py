@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.config import FunnelConfig, GemmaConfig
 from gemma_funnel.model import Gemma
 from gemma_funnel.training import checkpoint as checkpoint_lib
 from gemma_funnel.training import loop
@@ -84,8 +84,7 @@ def test_a_loaded_run_is_the_trained_model(trained, source):
   assert run.step == 12 == result.steps
   assert run.tokenizer_path == str(folder / "tokenizer.model")
   assert run.config.data.source == source
-  assert str(run.model.funnel) == str(result.model.funnel)
-  assert "start=1,stop=2,stride=2" in str(run.model.funnel)
+  assert run.model.stages == result.model.stages == (FunnelConfig(1, 2, 2),)
   assert _same(_params(run.model), _params(result.model))
   params = jax.device_put(nnx.state(result.model), jax.devices()[0])
   model = nnx.merge(nnx.graphdef(result.model), params)
@@ -126,8 +125,8 @@ def test_a_run_is_loaded_with_another_funnel(trained):
   off = checkpoint_lib.load_model(folder, "off")
   other = checkpoint_lib.load_model(folder, "start=0,stride=3,recover=add")
   trained_with = checkpoint_lib.load_model(folder)
-  assert off.funnel is None
-  assert (other.funnel.start, other.funnel.stride) == (0, 3)
+  assert off.stages == ()
+  assert other.stages == (FunnelConfig(0, 2, 3, recover="add"),)
   for model in (off, other, trained_with):
     assert _same(_params(model), _params(result.model))
   logits = [m(_tokens()) for m in (off, other, trained_with)]
@@ -135,6 +134,70 @@ def test_a_run_is_loaded_with_another_funnel(trained):
   assert np.max(np.abs(logits[0] - logits[2])) > 1e-3
   with_funnel = off.with_funnel("start=1,stride=2")
   np.testing.assert_array_equal(with_funnel(_tokens()), logits[2])
+
+
+LEARNED = (
+  "start=0,stop=1,stride=4,recover=gate"
+  "+start=1,stride=2,pool=attention,recover=attend"
+)
+
+
+@pytest.fixture(scope="module")
+def learned(source, tmp_path_factory):
+  """(folder, result) of a run that has learned something of a funnel."""
+  folder = tmp_path_factory.mktemp("learned") / "run"
+  config = tiny_run.make_config(
+      folder, source, steps=3, checkpoint_every=3, funnel=LEARNED,
+      optimizer__warmup_steps=0,
+  )  # fmt: skip
+  return folder, loop.train(config, _no_evaluator)
+
+
+def test_what_a_funnel_learned_is_read_back(learned, capsys):
+  folder, result = learned
+  params = _params(result.model)
+  for leaf in jax.tree.leaves(params["funnel"]):
+    assert np.max(np.abs(leaf)) > 1e-3  # Those that start at zero too.
+  model = checkpoint_lib.load_model(folder)
+  assert _same(_params(model), params)
+  graphdef, _ = nnx.split(result.model)
+  whole = nnx.merge(graphdef, jax.device_put(params, jax.devices()[0]))
+  np.testing.assert_array_equal(model(_tokens()), whole(_tokens()))
+  off = checkpoint_lib.load_model(folder, "off")
+  assert "funnel" not in _params(off)
+  assert _same(_params(off)["layers"], params["layers"])
+  assert "fresh" not in capsys.readouterr().out
+  assert np.max(np.abs(off(_tokens()) - model(_tokens()))) > 1e-3
+
+
+def test_another_funnel_keeps_what_its_stages_learned(learned, capsys):
+  folder, result = learned
+  params = _params(result.model)["funnel"]
+  other = checkpoint_lib.load_model(
+    folder, "start=0,recover=gate,pool=attention+start=1,recover=gate"
+  )
+  said = capsys.readouterr().out
+  assert said == (
+    "funnel stage 0: freshly initialised pool_query\n"
+    "funnel stage 1: freshly initialised gate\n"
+  )
+  found = _params(other)["funnel"]
+  np.testing.assert_array_equal(found[0]["gate"], params[0]["gate"])
+  assert not np.any(found[0]["pool_query"]) and not np.any(found[1]["gate"])
+  back = checkpoint_lib.load_model(folder, LEARNED)
+  assert _same(_params(back)["funnel"], params)
+
+
+def test_a_run_that_learns_a_funnel_resumes(learned, source, tmp_path):
+  changes = dict(
+      steps=3, funnel=LEARNED, optimizer__warmup_steps=0, checkpoint_every=100
+  )  # fmt: skip
+  config = tiny_run.make_config(tmp_path / "run", source, **changes)
+  assert not _stop_at(config, 1).finished
+  config.eval_every = 1000
+  result = loop.train(config, _no_evaluator)
+  assert result.finished
+  assert _same(_params(result.model), _params(learned[1].model))
 
 
 def test_a_run_is_loaded_in_another_dtype(trained):

@@ -82,6 +82,8 @@ def _assert_refused(result, text):
     ("--config.funnel=start=1,stop=3", "funnel.stop=3 is past .* 2 layers"),
     ("--config.funnel=start=1,stride=0", "funnel.stride=0"),
     ("--config.funnel=start=1,stried=2", r"no field \['stried'\]"),
+    ("--config.funnel=start=0+start=0", "two funnel stages start at layer 0"),
+    ("--config.funnel=start=1,recover=none", "recover='none' leaves .* short"),
     ("--config.funnel=2", "'2' is not key=value"),
     ("--config.length=66", "length=66 is beyond model.max_length=64"),
     ("--config.batch_size=12", "batch_size=12 must be a multiple of 8"),

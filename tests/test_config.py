@@ -1,10 +1,21 @@
 """Every mistake of configuration is a ValueError that names the field."""
 
 import dataclasses
+import math
 
+import ml_collections
 import pytest
 
-from gemma_funnel.config import PRESETS, FunnelConfig, GemmaConfig
+from gemma_funnel.config import (
+  PRESETS,
+  FunnelConfig,
+  GemmaConfig,
+  check_recovers,
+  format_funnel,
+  parse_funnel,
+  resolve_funnel,
+  total_stride,
+)
 
 
 @pytest.mark.parametrize(
@@ -12,12 +23,19 @@ from gemma_funnel.config import PRESETS, FunnelConfig, GemmaConfig
   [
     (dict(start=-1), r"funnel.start=-1: expected an integer >= 0"),
     (dict(start=1.5), r"funnel.start=1.5"),
+    (dict(start=True), r"funnel.start=True: expected an integer"),
     (dict(start=3, stop=3), r"funnel.start=3 must be below funnel.stop=3"),
     (dict(start=4, stop=2), r"funnel.start=4 must be below funnel.stop=2"),
+    (dict(start=1, stop=2.5), r"funnel.stop=2.5: expected an integer >= 0"),
     (dict(start=1, stride=0), r"funnel.stride=0: expected an integer >= 1"),
     (dict(start=1, stride=True), r"funnel.stride=True"),
-    (dict(start=1, pool="median"), r"funnel.pool='median': expected one"),
-    (dict(start=1, recover="avg"), r"funnel.recover='avg': expected one"),
+    (dict(start=1, pool="median"), r"funnel.pool='median': expected one of"),
+    (dict(start=1, recover="avg"), r"funnel.recover='avg': expected one of"),
+    (dict(start=1, position="end"), r"funnel.position='end': expected one of"),
+    (dict(start=1, pool_query_only=1), r"funnel.pool_query_only=1: .* a bool"),
+    (dict(start=1, keep_first="no"), r"funnel.keep_first='no': .* a bool"),
+    (dict(start=1, pool="every", position="first"), r"'first' has no effect"),
+    (dict(start=1, pool="every", position="mean"), r"'mean' has no effect"),
   ],
 )
 def test_funnel_fields(fields, message):
@@ -25,30 +43,118 @@ def test_funnel_fields(fields, message):
     FunnelConfig(**fields)
 
 
-def test_funnel_must_fit_the_depth():
-  assert FunnelConfig(1).resolve(4) == FunnelConfig(1, 4)
-  assert FunnelConfig(1, 3).resolve(4) == FunnelConfig(1, 3)
-  with pytest.raises(ValueError, match="funnel.stop=5 is past the model's 4"):
-    FunnelConfig(1, 5).resolve(4)
-  with pytest.raises(ValueError, match="must be below funnel.stop=4"):
-    FunnelConfig(4).resolve(4)
+# Stages as strings, and what is wrong with them in a model of 6 layers.
+@pytest.mark.parametrize(
+  "funnel,message",
+  [
+    ("start=1,stop=7", "funnel.stop=7 is past the model's 6 layers"),
+    (
+      "start=6",
+      r"funnel.start=6 must be below funnel.stop=6 \(the model has 6",
+    ),
+    (
+      "start=0,stop=3+start=2,stop=4",
+      r"funnel stages \[0, 3\) and \[2, 4\) cross: expected one within",
+    ),
+    (
+      "start=3,stop=5+start=0,stop=4",  # In whatever order they are written.
+      r"funnel stages \[0, 4\) and \[3, 5\) cross",
+    ),
+    (
+      "start=0,stop=6+start=1,stop=3+start=2,stop=4",
+      r"funnel stages \[1, 3\) and \[2, 4\) cross",
+    ),
+    (
+      "start=2,stop=4+start=2",
+      "two funnel stages start at layer 2: expected one of a larger stride",
+    ),
+    (
+      "start=1,stop=5,recover=none",
+      "funnel.recover='none' with stop=5: .* expected stop=6, or another",
+    ),
+    (
+      "start=1+start=2,recover=none",
+      "funnel.recover='none' at layer 2 is within a stage that recovers",
+    ),
+    (
+      "start=0,recover=none+start=1+start=2,recover=none",
+      "funnel.recover='none' at layer 2 is within a stage that recovers",
+    ),
+  ],
+)
+def test_stages_that_do_not_fit(funnel, message):
+  with pytest.raises(ValueError, match=message):
+    resolve_funnel(funnel, 6)
 
 
 @pytest.mark.parametrize(
-  "funnel",
+  "funnel,spans",
   [
-    FunnelConfig(2),
-    FunnelConfig(0, 3, 4),
-    FunnelConfig(1, 7, 3, "mean", "add"),
+    ("off", []),
+    (None, []),
+    ((), []),
+    ("start=1", [(1, 6)]),
+    ("start=1,stop=3", [(1, 3)]),
+    (FunnelConfig(5), [(5, 6)]),
+    ("start=4+start=1,stop=3", [(1, 3), (4, 6)]),
+    ("start=0,stop=2+start=2,stop=4+start=4", [(0, 2), (2, 4), (4, 6)]),
+    ([FunnelConfig(1), FunnelConfig(0)], [(0, 6), (1, 6)]),
+    ("start=0,recover=none+start=3,recover=none", [(0, 6), (3, 6)]),
+    ("start=0,recover=none+start=1+start=2,stop=4", [(0, 6), (1, 6), (2, 4)]),
+    ("start=0,stop=2+start=3,recover=none", [(0, 2), (3, 6)]),
   ],
+  ids=str,
 )
-def test_funnel_strings_round_trip(funnel):
-  assert FunnelConfig.parse(str(funnel)) == funnel
+def test_stages_that_fit_are_in_order(funnel, spans):
+  stages = resolve_funnel(funnel, 6)
+  assert [(stage.start, stage.stop) for stage in stages] == spans
+  assert resolve_funnel(stages, 6) == stages
 
 
-@pytest.mark.parametrize("text", ["off", "", " off ", None])
-def test_off_is_no_funnel(text):
-  assert FunnelConfig.parse(text) is None
+STAGES = [
+  FunnelConfig(2),
+  FunnelConfig(0, 3, 4),
+  FunnelConfig(1, 7, 3, "max", "add"),
+  FunnelConfig(0, None, 2, "attention", "gate", True, True, "mean"),
+  FunnelConfig(3, 9, 1, "every", "attend", keep_first=True),
+  FunnelConfig(3, pool="first", recover="none", position="first"),
+]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=str)
+def test_a_stage_round_trips(stage):
+  assert FunnelConfig.parse(str(stage)) == stage
+  assert parse_funnel(stage) == (stage,)
+
+
+@pytest.mark.parametrize("count", range(len(STAGES) + 1))
+def test_funnels_round_trip(count):
+  stages = tuple(STAGES[:count])
+  text = format_funnel(stages)
+  assert parse_funnel(text) == stages
+  assert parse_funnel(list(stages)) == stages
+  assert text.count("+") == max(count - 1, 0)
+
+
+def test_strings_say_what_differs_from_the_defaults():
+  assert str(FunnelConfig(2, 8)) == (
+    "start=2,stop=8,stride=2,pool=mean,recover=average"
+  )
+  assert str(FunnelConfig(2, pool_query_only=True)) == (
+    "start=2,stride=2,pool=mean,recover=average,pool_query_only=true"
+  )
+  spaced = " start = 2 , keep_first = true + start=3 "
+  assert parse_funnel(spaced) == (
+    FunnelConfig(2, keep_first=True),
+    FunnelConfig(3),
+  )
+  assert FunnelConfig.parse("start=2,keep_first=false") == FunnelConfig(2)
+
+
+@pytest.mark.parametrize("funnel", ["off", "", " off ", None, (), []])
+def test_off_is_no_funnel(funnel):
+  assert parse_funnel(funnel) == ()
+  assert format_funnel(parse_funnel(funnel)) == "off"
 
 
 @pytest.mark.parametrize(
@@ -60,11 +166,55 @@ def test_off_is_no_funnel(text):
     ("start=1,start=2", "start is given twice"),
     ("start=1,strid=2", r"has no field \['strid'\]"),
     ("start=one", "funnel.start='one': expected an integer"),
+    ("start=1,keep_first=yes", "funnel.keep_first='yes': expected a bool"),
+    ("start=1,stride=true", "funnel.stride=True: expected an integer"),
+    ("start=1,pool=1", "funnel.pool=1: expected one of"),
+    ("start=1+", "'' is not key=value"),
+    ("start=1+off", "'off' is not key=value"),
+    ("start=1+stride=2", "'stride=2': start is missing"),
   ],
 )
 def test_funnel_strings_that_are_none(text, message):
   with pytest.raises(ValueError, match=message):
-    FunnelConfig.parse(text)
+    parse_funnel(text)
+
+
+@pytest.mark.parametrize("funnel", [["start=1"], [None], (FunnelConfig(1), 2)])
+def test_stages_that_are_none(funnel):
+  with pytest.raises(ValueError, match="expected a FunnelConfig"):
+    parse_funnel(funnel)
+
+
+@pytest.mark.parametrize(
+  "funnel,stride",
+  [
+    ("off", 1),
+    ("start=1,stride=3", 3),
+    ("start=0,stride=3+start=2,stride=4", 12),
+    ("start=0,stride=3+start=2,stop=4,stride=4+start=4,stride=2", 12),
+    ("start=0,stop=2,stride=4+start=2,stride=6", 12),
+    ("start=0,stop=2,stride=4+start=1,stop=2,stride=2+start=3,stride=3", 24),
+    ("start=0,stride=2+start=1,stride=2+start=2,stride=2", 8),
+  ],
+)
+def test_total_stride(funnel, stride):
+  stages = resolve_funnel(funnel, 6)
+  assert total_stride(stages) == stride
+  # By its definition: every stage's groups begin anew, whatever is around it.
+  for stage in stages:
+    around = [s for s in stages if s.start <= stage.start < s.stop]
+    assert stride % math.prod(s.stride for s in around) == 0
+
+
+def test_what_needs_every_token_back():
+  check_recovers(resolve_funnel("start=1", 6), "a tagger")
+  check_recovers((), "a tagger")
+  with pytest.raises(
+    ValueError, match="recover='none' leaves .* but a tagger needs a state"
+  ):
+    check_recovers(
+      resolve_funnel("start=1,stop=2+start=3,recover=none", 6), "a tagger"
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,6 +237,11 @@ def test_funnel_strings_that_are_none(text, message):
 def test_model_fields(changes, message):
   with pytest.raises(ValueError, match=message):
     GemmaConfig.preset("tiny", **changes)
+
+
+def test_models_are_read_from_config_dicts():
+  values = ml_collections.ConfigDict(GemmaConfig.preset("tiny").to_dict())
+  assert GemmaConfig.from_dict(values) == GemmaConfig.preset("tiny")
 
 
 def test_unknown_preset():
@@ -119,5 +274,7 @@ def test_query_scales_that_others_get_wrong():
 
 
 def test_configs_are_frozen():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    FunnelConfig(1).start = 2
   with pytest.raises(dataclasses.FrozenInstanceError):
     GemmaConfig.preset("tiny").window = 3

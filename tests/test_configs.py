@@ -7,7 +7,7 @@ import pytest
 import tiny_run
 
 from gemma_funnel import evaluation
-from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel.config import GemmaConfig, format_funnel, parse_funnel
 from gemma_funnel.training import loop
 
 NAMES = sorted(p.stem for p in (tiny_run.ROOT / "configs").glob("*.py"))
@@ -38,7 +38,7 @@ def test_an_evaluation_config_names_its_evaluator(name):
   assert name == f"eval_{config.evaluator}"
   for funnel in config.funnels:
     if funnel != "trained":
-      FunnelConfig.parse(funnel)
+      assert format_funnel(parse_funnel(funnel))
   config.evaluator = "none"
   with pytest.raises(ValueError, match="evaluator='none'"):
     evaluation.run(config)

@@ -213,11 +213,33 @@ def test_dtype(tmp_path, stored, dtype):
 def test_funnel_does_not_change_what_is_loaded(tmp_path):
   folder = write(tmp_path, GEMMA2, random_tensors(GEMMA2))
   plain = gemma_funnel.load(folder)
-  assert plain.funnel is None
+  assert plain.stages == ()
   for funnel in ("start=1,stride=2", FunnelConfig(1, stride=2)):
     model = gemma_funnel.load(folder, funnel)
-    assert model.funnel == FunnelConfig(1, L, 2)
+    assert model.stages == (FunnelConfig(1, L, 2),)
     same(plain, model)
+
+
+def test_what_a_funnel_learns_is_made_afresh(tmp_path, capsys):
+  folder = write(tmp_path, GEMMA2, random_tensors(GEMMA2))
+  learned = "start=0,recover=gate+start=1,pool=attention,recover=attend"
+  model = gemma_funnel.load(folder, learned, dtype="bfloat16")
+  first, second = capsys.readouterr().out.splitlines()
+  assert first == "funnel stage 0: freshly initialised gate"
+  assert "attend/attn/key, " in second and ", pool_query" in second
+  assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {
+      jnp.dtype("bfloat16")
+  }  # fmt: skip
+  # It starts as what learns nothing.
+  average = gemma_funnel.load(folder, "start=0+start=1", dtype="bfloat16")
+  assert capsys.readouterr().out == ""
+  same(average, model.with_funnel("off"))
+  tokens = jnp.arange(12, dtype=jnp.int32)[None]
+  np.testing.assert_allclose(
+    model.encode(tokens).astype(jnp.float32),
+    average.encode(tokens).astype(jnp.float32),
+    atol=0.1,
+  )
 
 
 def test_ignored_buffers_and_a_tied_head(tmp_path):

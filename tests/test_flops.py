@@ -1,13 +1,25 @@
-"""Costs against published counts, the compiler's, and brute force."""
+"""Costs against published counts, the compiler's, hand's, and brute force."""
+
+import dataclasses
+import itertools
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gemma_funnel import flops
-from gemma_funnel.config import PRESETS, FunnelConfig, GemmaConfig
+from gemma_funnel import funnel as funnel_lib
+from gemma_funnel.attention import visible
+from gemma_funnel.config import (
+  PRESETS,
+  FunnelConfig,
+  GemmaConfig,
+  resolve_funnel,
+)
 from gemma_funnel.model import Gemma
+from gemma_funnel.stream import make_stream
 
 # Parameters of the released checkpoints.
 PUBLISHED = {
@@ -29,19 +41,6 @@ def test_parameters_are_the_model_s(name):
   config = GemmaConfig.preset(name)
   leaves = jax.tree.leaves(nnx.state(Gemma.abstract(config)))
   assert flops.parameters(config).total == sum(x.size for x in leaves)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("reach", [None, 0, 1, 4, 50])
-@pytest.mark.parametrize("length", [1, 2, 9])
-def test_pairs_are_those_that_can_be_seen(length, reach, causal):
-  t, s = np.mgrid[:length, :length]
-  see = (
-    np.ones((length, length), bool) if reach is None else (abs(t - s) <= reach)
-  )
-  if causal:
-    see &= s <= t
-  assert flops.attention_pairs(length, reach, causal) == see.sum()
 
 
 @pytest.mark.parametrize(
@@ -71,17 +70,225 @@ def test_forward_is_the_compiler_s_count(funnel, head):
   assert ours == pytest.approx(counted, rel=0.02)
 
 
-def test_windows_keep_their_meaning_in_a_funnel():
-  """By brute force over the positions of pooled tokens."""
-  config = GemmaConfig.preset("tiny", attention_pattern=("local",), window=8)
-  funnel = FunnelConfig(0, stride=3)
-  position = np.arange(0, 40, 3)
-  distance = position[:, None] - position[None]
-  pairs = ((distance >= 0) & (distance < 8)).sum()
-  per_pair = 4 * config.num_heads * config.head_dim * config.num_layers
-  matmuls = flops.forward(config, funnel, 1, 40, head=False) - per_pair * pairs
-  weights = flops.parameters(config).layers - 4 * 4 * config.embed_dim
-  assert matmuls == 2 * len(position) * weights
+LEARNED = (
+  "start=0,stop=1,stride=4,recover=gate"
+  "+start=1,stride=2,pool=attention,recover=attend"
+)
+
+
+@pytest.mark.parametrize(
+  "funnel", ["start=1", "start=1,pool=attention", "start=1,recover=attend",
+             "start=0,pool=attention,recover=gate", LEARNED]
+)  # fmt: skip
+def test_what_a_funnel_learns_is_counted(funnel):
+  config = GemmaConfig.preset("tiny")
+  state = nnx.to_pure_dict(nnx.state(Gemma.abstract(config, funnel)))
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  counted = flops.parameters(config, funnel)
+  assert counted.funnel == size(state.get("funnel", {}))
+  assert counted.layers == size(state["layers"])
+  assert counted.total == size(state)
+
+
+# Six layers, of which 1 and 4 are local in a cycle of three; the window bites.
+CONFIG = GemmaConfig.preset(
+  "tiny", num_layers=6, attention_pattern=("global", "local", "global")
+)
+D, F, N, K, H = 32, 48, 4, 2, 6
+Q_O, K_V, MLP = 2 * D * N * H, 2 * D * K * H, 3 * D * F
+NORMS, VOCAB = 4 * D, 97
+ENTRY = 2 * K * H
+
+
+def by_hand(config, funnel, length, causal):
+  """What runs: (name, queries, keys, bool [R, S]), with real streams and masks.
+
+  Streams are those that the model itself would have.
+  """
+  stages = resolve_funnel(funnel, config.num_layers)
+  # How it recovers does not matter to how it reduces.
+  made = [
+    funnel_lib.Stage(config, dataclasses.replace(s, recover="add"), nnx.Rngs(0))
+    for s in stages
+  ]
+  found = []
+
+  def add(name, queries, keys, window):
+    see = visible(queries, keys, causal=causal, window=window)
+    found.append((name, queries, keys, np.asarray(see[0])))
+
+  def run(step, stream, keys):
+    assert step.query_only == (keys is not None)
+    for layer in range(step.start, step.stop):
+      add("layer", stream, keys or stream, config.window_of(layer))
+    return stream
+
+  def reduce(stage, stream):
+    if stages[stage].pool == "attention":
+      found.append(("pool", stream, stream, None))
+    return made[stage].reduce(stream, causal)
+
+  def restore(stage, deep, before, _):
+    if stages[stage].recover == "attend":
+      add("attend", before, deep, None)
+    if stages[stage].recover == "gate":
+      found.append(("gate", before, before, None))
+    return before
+
+  stream = make_stream(jnp.zeros((1, length, config.embed_dim)))
+  steps = funnel_lib.schedule(stages, config.num_layers)
+  funnel_lib.walk(steps, stream, run, reduce, restore)
+  return found
+
+
+def slots(stream):
+  return stream.segment_BT.shape[1]
+
+
+GRID = [
+  FunnelConfig(
+      1, 5, stride, pool, "gate" if query_only else "attend",
+      pool_query_only=query_only, keep_first=keep_first, position=position,
+  )
+  for stride, pool, query_only, keep_first, position in itertools.product(
+    (2, 3), ("mean", "attention", "every"), (False, True), (False, True),
+    ("last", "first", "mean"),
+  )
+  if position == "last" or (pool == "mean" and stride == 3)
+]  # fmt: skip
+# Stages one within another, and apart; a query-only layer of both kinds.
+NESTED = [
+  (outer, FunnelConfig(2, 4, 2, pool_query_only=True, recover="attend"))
+  for outer in GRID[::2]
+] + [
+  (FunnelConfig(0, 2, 3), FunnelConfig(3, 6, 2, pool_query_only=True)),
+  (FunnelConfig(0, 6, 2), FunnelConfig(1, 5, 2), FunnelConfig(4, 5, 2)),
+  (FunnelConfig(1, stride=40), FunnelConfig(2, 4, 3, "every")),
+]
+FUNNELS = [None, *GRID[::5], *NESTED[::5], *NESTED[-3:]]
+ENCODER = FunnelConfig(1, stride=4, recover="none")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [1, 26])
+def test_forward_is_what_real_streams_make_visible(length, causal):
+  funnels = FUNNELS if length == 1 else (None, *GRID, *NESTED)
+  for funnel in (*funnels, ENCODER):
+    expected = 0
+    for name, queries, keys, see in by_hand(CONFIG, funnel, length, causal):
+      if name in ("layer", "attend"):
+        mlp = MLP if name == "layer" else 0
+        expected += 2 * slots(queries) * (Q_O + mlp) + 2 * slots(keys) * K_V
+        expected += 4 * N * H * see.sum()
+      elif name == "pool":
+        expected += 2 * slots(queries) * D
+    found = flops.forward(CONFIG, funnel, 3, length, False, causal)
+    assert found == 3 * expected, funnel
+
+
+@pytest.mark.parametrize("funnel", [FunnelConfig(1, 5), NESTED[-2]])
+def test_the_head_is_that_of_all_tokens(funnel):
+  arguments = CONFIG, funnel, 3, 20
+  head = 2 * 3 * 20 * D * VOCAB
+  assert flops.forward(*arguments) == flops.forward(*arguments, False) + head
+
+
+def test_bytes_of_a_forward_pass():
+  for funnel in FUNNELS:
+    slots_, weights = 26 * D, 0
+    for name, queries, keys, see in by_hand(CONFIG, funnel, 26, True):
+      if name == "layer":
+        weights += Q_O + K_V + MLP + NORMS
+      elif name == "attend":
+        weights += Q_O + K_V + 2 * D
+      else:
+        weights += D
+      if see is not None:
+        slots_ += 2 * D * slots(queries) + 2 * ENTRY * slots(keys)
+        slots_ += 0 if keys is queries else D * slots(keys)
+    found = flops.forward_bytes(CONFIG, funnel, 3, 26, head=False)
+    assert found == 4 * (weights + 3 * slots_), funnel
+
+
+@pytest.mark.parametrize("context", [1, 23])
+def test_decoding_is_what_real_streams_make_visible(context):
+  for funnel in FUNNELS:
+    cost, moved, entries = 0, 3 * D, 0
+    for name, queries, keys, see in by_hand(CONFIG, funnel, context, True):
+      often, key_often = 1 / queries.spacing, 1 / keys.spacing
+      if name in ("layer", "attend"):
+        weights = Q_O + (MLP if name == "layer" else 0)
+        cost += often * (2 * weights + 4 * N * H * see[-1].sum())
+        cost += key_often * 2 * K_V
+        moved += often * (weights + (NORMS if name == "layer" else 2 * D))
+        moved += key_often * K_V
+        moved += 3 * ENTRY * (often * see[-1].sum() + key_often)
+        entries += see.sum(1).max()
+      elif name == "pool":
+        cost += often * 2 * D
+        moved += often * D
+      else:
+        moved += often * D
+    found = flops.decode_flops(CONFIG, funnel, context, head=False)
+    assert found == pytest.approx(cost, rel=1e-12), funnel
+    found = flops.decode_bytes(CONFIG, funnel, 3, context, head=False)
+    assert found == pytest.approx(4 * moved, rel=1e-12), funnel
+    found = flops.cache_bytes(CONFIG, funnel, 3, context)
+    assert found == 4 * 3 * ENTRY * entries, funnel
+
+
+def test_decoding_by_hand():
+  """Layers 0 g, 1 l, 2 g, 3 g, 4 l, 5 g, window 8, and 24 tokens."""
+  layer = 2 * (Q_O + K_V + MLP)
+  pair = 4 * N * H
+  head = 2 * D * VOCAB
+  plain = 6 * layer + (4 * 24 + 2 * 8) * pair + head
+  assert flops.decode_flops(CONFIG, None, 24) == plain
+  entries = 4 * 24 + 2 * 8
+  assert flops.cache_bytes(CONFIG, None, 2, 24) == 4 * 2 * ENTRY * entries
+  # Every other token runs layers 1 to 4, that hold 12 groups and a window's 4.
+  funnel = FunnelConfig(1, 5, 2)
+  short = (2 + 4 / 2) * layer + (2 * 24 + (2 * 12 + 2 * 4) / 2) * pair + head
+  assert flops.decode_flops(CONFIG, funnel, 24) == short
+  entries = 2 * 24 + 2 * 12 + 2 * 4
+  assert flops.cache_bytes(CONFIG, funnel, 2, 24) == 4 * 2 * ENTRY * entries
+  weights = 4 * (Q_O + K_V + MLP + NORMS)
+  moved = weights + 2 * (D + ENTRY * (2 * 24 + 16 + 2 + 4 / 2)) + VOCAB * D
+  found = flops.decode_bytes(CONFIG, funnel, 2, 24)
+  assert found == 4 * moved + 4 * 2 * VOCAB
+  # In it, every sixth runs layers 2 and 3, of 4 groups and 24 tokens.
+  funnel = (funnel, FunnelConfig(2, 4, 3))
+  short = (2 + 2 / 2 + 2 / 6) * layer + head
+  short += (2 * 24 + 2 * 4 / 2 + 2 * 4 / 6) * pair
+  assert flops.decode_flops(CONFIG, funnel, 24) == pytest.approx(short)
+
+
+def test_decoding_with_pooled_queries_alone_by_hand():
+  """Layer 1 has a key for every token, of which it sees a window's 8."""
+  funnel = FunnelConfig(1, 5, 2, pool_query_only=True)
+  layer, pair = 2 * (Q_O + K_V + MLP), 4 * N * H
+  cost = (2 + 4 / 2) * layer + 2 * K_V / 2
+  cost += (2 * 24 + (2 * 12 + 8 + 4) / 2) * pair
+  assert flops.decode_flops(CONFIG, funnel, 24, head=False) == cost
+  entries = 2 * 24 + 2 * 12 + 8 + 4
+  assert flops.cache_bytes(CONFIG, funnel, 1, 24) == 4 * ENTRY * entries
+
+
+def test_decoding_needs_a_token_and_a_recovery():
+  for count in (flops.decode_flops, flops.cache_bytes, flops.decode_bytes):
+    rows = () if count is flops.decode_flops else (1,)
+    with pytest.raises(ValueError, match="0 tokens: expected at least 1"):
+      count(CONFIG, None, *rows, 0)
+    with pytest.raises(ValueError, match="recover='none'.*decoding"):
+      count(CONFIG, "start=1,recover=none", *rows, 8)
+
+
+def test_without_recovery_there_is_no_head():
+  funnel = "start=1,recover=none"
+  for count in (flops.forward, flops.forward_bytes, flops.ideal_reduction):
+    with pytest.raises(ValueError, match="recover='none'.*vocabulary head"):
+      count(CONFIG, funnel, 1, 8)
+    assert count(CONFIG, funnel, 1, 8, head=False) > 0
 
 
 def test_what_a_funnel_saves():

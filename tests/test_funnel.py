@@ -1,7 +1,9 @@
-"""Reducing and restoring, and the invariants of every funnel."""
+"""Reducing and restoring, each against its definition.
+
+What holds for whole models is in test_invariants.py.
+"""
 
 import itertools
-import zlib
 
 from flax import nnx
 import jax
@@ -10,301 +12,495 @@ import numpy as np
 import pytest
 
 from gemma_funnel import funnel as funnel_lib
-from gemma_funnel.config import FunnelConfig, GemmaConfig
-from gemma_funnel.model import Gemma
+from gemma_funnel.config import (
+  POOLS,
+  POSITIONS,
+  RECOVERIES,
+  FunnelConfig,
+  GemmaConfig,
+  resolve_funnel,
+)
+from gemma_funnel.funnel import BYPASS, Reduce, Restore, Run, Stage
+from gemma_funnel.stream import Stream, make_stream
 
-# Odd starts, a stop before the last layer, strides that do not divide T.
-STAGES = [(0, None), (1, 4), (2, 3), (3, None)]
-GRID = [
-  FunnelConfig(start, stop, stride, recover=recover)
-  for (start, stop), stride, recover in itertools.product(
-    STAGES, (2, 3, 4), ("average", "add", "repeat")
-  )
-]
-# Each stage, stride and recovery at least once, for what takes long.
-SOME = GRID[::7]
-LENGTH = 13  # The last token ends a group, whatever the stride.
-IDS = lambda value: str(value)
+CONFIG = GemmaConfig.preset("tiny", kernel="reference")
+LENGTH = 29
 
 
-def _model(**changes) -> Gemma:
-  """A tiny model with nothing neutral; unrolled, since that compiles fast."""
-  config = GemmaConfig.preset(
-    "tiny", num_layers=5, window=6, scan_layers=False, **changes
-  )
-  model = Gemma(config, rngs=nnx.Rngs(0))
-  key = jax.random.key(1)
-
-  def stir(path, x):
-    """Norm scales away from 0, weights large enough for peaked attention."""
-    name = jax.tree_util.keystr(path)
-    noise = jax.random.normal(
-      jax.random.fold_in(key, zlib.crc32(name.encode())), x.shape
-    )
-    return x + (0.3 if "scale" in name else 0.0) * noise
-
-  graphdef, params = nnx.split(model)
-  return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(stir, params))
+def _stage(funnel: FunnelConfig, seed=0) -> Stage:
+  """A stage whose learned parts are away from where they start."""
+  stage = Stage(CONFIG, funnel, nnx.Rngs(seed))
+  graphdef, params = nnx.split(stage)
+  noise = lambda n, x: jax.random.normal(jax.random.key(n), x.shape)
+  leaves, tree = jax.tree.flatten(params)
+  leaves = [x + 0.5 * noise(n + 9, x) for n, x in enumerate(leaves)]
+  return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
 
 
-@pytest.fixture(scope="module")
-def model():
-  return _model()
-
-
-def _tokens(batch=2, length=LENGTH, seed=0):
-  rng = np.random.default_rng(seed)
-  return rng.integers(5, 97, (batch, length)).astype(np.int32)
-
-
-def _stream(segment_BT, width=3):
-  segment_BT = jnp.asarray(segment_BT)
+def _stream(segment_BT) -> Stream:
+  """Random states; what padding holds would be noticed."""
+  segment_BT = jnp.asarray(segment_BT, jnp.int32)
   hidden_BTD = jax.random.normal(
-    jax.random.key(2), (*segment_BT.shape, width), jnp.float32
+    jax.random.key(2), (*segment_BT.shape, CONFIG.embed_dim)
   )
-  return funnel_lib.make_stream(hidden_BTD, segment_BT)
+  hidden_BTD = jnp.where(segment_BT[..., None] == 0, jnp.nan, hidden_BTD)
+  return make_stream(hidden_BTD, segment_BT)
 
 
-def _groups(segment_T, stride, causal):
-  """The groups of a row by the definition: (anchor, member slots)."""
-  groups = []
-  for t, segment in enumerate(segment_T):
-    start = next(
-      s for s in range(t + 1) if set(segment_T[s : t + 1]) == {segment}
-    )
-    if segment == 0 or (t - start) % stride:
-      continue
-    span = range(t - stride + 1, t + 1) if causal else range(t, t + stride)
-    inside = [s for s in span if 0 <= s < len(segment_T)]
-    groups.append((t, [s for s in inside if segment_T[s] == segment]))
-  return groups
+def _host(tree):
+  return jax.tree.map(np.asarray, tree)
 
 
-ROWS = {
-  2: [[1] * 9, [0, 0, 0, 4, 4, 4, 4, 4, 0], [1, 1, 2, 2, 2, 2, 3, 0, 0]],
-  3: [[1] * 9, [0, 4, 4, 4, 4, 4, 0, 0, 0], [1, 1, 0, 2, 2, 2, 2, 0, 0]],
-  4: [[1] * 9, [0, 0, 0, 0, 0, 0, 0, 0, 7], [1, 1, 0, 0, 2, 2, 2, 2, 3]],
-}
+def _segments(align: int) -> np.ndarray:
+  """Rows full, padded on both sides, packed at multiples of `align`, empty."""
+  rows = np.zeros((5, LENGTH), np.int32)
+  rows[0] = 1
+  rows[1, 3:20] = 4
+  rows[2, 28:] = 7
+  starts = range(0, LENGTH, align)
+  sizes = zip(starts, (5, 1, 7, 2, 3), strict=False)
+  for number, (start, size) in enumerate(sizes):
+    # The last group of a segment is not full, if a segment fills it at all.
+    rows[3, start : min(start + size, start + align, LENGTH)] = number + 1
+  return rows
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("stride", [2, 3, 4])
-def test_reduce_is_the_definition(stride, causal):
-  stream = _stream(ROWS[stride])
-  short, read_BT = funnel_lib.reduce(
-    stream, FunnelConfig(0, stride=stride), causal
-  )
-  assert short.hidden_BTD.shape[1] == -(-9 // stride)
-  assert short.spacing == stride
-  for row, segment_T in enumerate(ROWS[stride]):
-    groups = _groups(segment_T, stride, causal)
-    hidden_TD = np.asarray(stream.hidden_BTD)[row]
-    position_T = np.asarray(stream.position_BT)[row]
-    for g, (anchor, members) in enumerate(groups):
-      np.testing.assert_allclose(
-        short.hidden_BTD[row, g], hidden_TD[members].mean(0), atol=1e-6
+# --- The definition -------------------------------------------------------
+
+
+def _groups(size: int, funnel: FunnelConfig, causal: bool):
+  """The groups of a segment of `size` slots: (anchor, members)."""
+  k = funnel.stride
+  if causal:
+    return [(a, range(max(a - k + 1, 0), a + 1)) for a in range(0, size, k)]
+  if funnel.keep_first:
+    rest = [(a, range(a, min(a + k, size))) for a in range(1, size, k)]
+    return [(0, range(1)), *rest]
+  return [(a, range(a, min(a + k, size))) for a in range(0, size, k)]
+
+
+def _pooled(x_kD: np.ndarray, stage: Stage) -> np.ndarray:
+  match stage.funnel.pool:
+    case "mean":
+      return x_kD.mean(axis=0)
+    case "max":
+      return x_kD.max(axis=0)
+    case "first" | "every":  # `every` has one member.
+      return x_kD[0]
+    case "last":
+      return x_kD[-1]
+  rms_k1 = np.sqrt(np.square(x_kD).mean(axis=1, keepdims=True) + 1e-6)
+  weight_k = np.exp((x_kD / rms_k1) @ np.asarray(stage.pool_query[...]))
+  return (weight_k / weight_k.sum()) @ x_kD
+
+
+def _position(position_k, anchor, stream: Stream, stage: Stage, causal: bool):
+  funnel = stage.funnel
+  match funnel.position:
+    case "first":
+      return position_k[0]
+    case "mean":
+      return np.mean(position_k)
+  whole = stream.even and not (causal or funnel.pool == "every")
+  if whole and not (funnel.keep_first and anchor == 0):
+    return position_k[0] + (funnel.stride - 1) * stream.spacing
+  return position_k[-1]
+
+
+def _check_reduction(stage: Stage, stream: Stream, causal: bool):
+  """That `stage` reduces as defined; what it made, for another to reduce."""
+  result, read_BT = stage.reduce(stream, causal)
+  stream, short, read_BT = _host((stream, result, read_BT))
+  every = stage.funnel.pool == "every"
+  for row, segment_T in enumerate(stream.segment_BT):
+    at = lambda x_BT, slots: x_BT[row][list(slots)]
+    made = 0
+    for segment in dict.fromkeys(segment_T[segment_T != 0]):
+      (slots,) = np.nonzero(segment_T == segment)
+      groups = _groups(len(slots), stage.funnel, causal)
+      for g, (anchor, members) in enumerate(groups):
+        members = slots[[anchor]] if every else slots[list(members)]
+        np.testing.assert_allclose(
+          short.hidden_BTD[row, made],
+          _pooled(at(stream.hidden_BTD, members), stage),
+          atol=1e-5,
+        )
+        position = _position(
+          at(stream.position_BT, members), anchor, stream, stage, causal
+        )
+        np.testing.assert_allclose(short.position_BT[row, made], position)
+        assert short.segment_BT[row, made] == segment
+        if causal:
+          assert short.end_BT[row, made] == at(stream.end_BT, members).max()
+        stop = groups[g + 1][0] if g + 1 < len(groups) else len(slots)
+        want = np.full(stop - anchor, BYPASS if every else made)
+        want[0] = made
+        np.testing.assert_array_equal(
+          at(read_BT, slots[anchor:stop]), want, err_msg=str((row, segment))
+        )
+        made += 1
+    assert np.all(short.segment_BT[row, made:] == 0)
+  _check_promises(short)
+  return result
+
+
+def _check_promises(stream: Stream):
+  """What `Stream` says of the gaps between slots, which kernels rely on."""
+  for row, segment_T in enumerate(stream.segment_BT):
+    for segment in set(segment_T[segment_T != 0]):
+      (slots,) = np.nonzero(segment_T == segment)
+      assert np.all(np.diff(slots) == 1)
+      gap_T = np.diff(stream.position_BT[row, slots])
+      assert np.all(np.diff(stream.end_BT[row, slots]) > 0)
+      if stream.even:
+        assert np.all(gap_T == stream.spacing)
+      assert np.all(gap_T >= 1)
+      assert np.all(gap_T[1:-1] >= stream.spacing)
+
+
+def _rules(stride, pool):
+  """Funnels of that stride and pool with every other choice of reduction."""
+  for keep_first, position in itertools.product((False, True), POSITIONS):
+    if pool != "every" or position == "last":
+      yield FunnelConfig(
+        0, stride=stride, pool=pool, keep_first=keep_first, position=position
       )
-      last = position_T[anchor] + (0 if causal else stride - 1)
-      assert short.position_BT[row, g] == last
-      assert short.segment_BT[row, g] == segment_T[anchor]
-    np.testing.assert_array_equal(short.segment_BT[row, len(groups) :], 0)
-    np.testing.assert_array_equal(short.hidden_BTD[row, len(groups) :], 0)
-    anchors = [anchor for anchor, _ in groups]
-    for t, segment in enumerate(segment_T):
-      if segment:
-        newest = max(g for g, anchor in enumerate(anchors) if anchor <= t)
-        assert read_BT[row, t] == newest
-
-
-@pytest.mark.parametrize("recover", ["average", "add", "repeat"])
-def test_restore_is_the_definition(recover):
-  before, deep = _stream([[1, 1, 1, 1, 1]]), _stream([[1, 1]])
-  read_BT = jnp.asarray([[0, 0, 0, 1, 1]])
-  got = funnel_lib.restore(
-    deep, before, read_BT, FunnelConfig(0, stride=3, recover=recover)
-  )
-  u = np.asarray(deep.hidden_BTD)[:, [0, 0, 0, 1, 1]]
-  h = np.asarray(before.hidden_BTD)
-  want = {"average": (u + h) / 2, "add": u + h, "repeat": u}[recover]
-  np.testing.assert_allclose(got.hidden_BTD, want, atol=1e-6)
-  assert got.position_BT is before.position_BT
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("start,stop", STAGES)
-def test_stride_1_with_repeat_is_the_plain_model(model, start, stop, causal):
-  funnel = FunnelConfig(start, stop, 1, recover="repeat")
-  tokens = _tokens()
-  segment_BT = np.array([[0] * 3 + [1] * 10, [1] * 6 + [2] * 4 + [0] * 3])
-  for segments, real in ((None, slice(None)), (segment_BT, segment_BT != 0)):
-    got = model.with_funnel(funnel)(tokens, segments, causal=causal)
-    want = model(tokens, segments, causal=causal)
-    np.testing.assert_allclose(got[real], want[real], atol=1e-5)
-
-
-@pytest.mark.parametrize("funnel", SOME, ids=IDS)
-def test_a_funnel_changes_the_output(model, funnel):
-  tokens = _tokens()
-  difference = model.with_funnel(funnel)(tokens) - model(tokens)
-  assert np.abs(difference[:, 1:]).max() > 1e-2
-
-
-def _future_leaks(model) -> float:
-  """The largest change of an output by a change of a later token."""
-  tokens = _tokens(batch=1)
-  changed = np.repeat(tokens, LENGTH, axis=0)
-  for s in range(LENGTH):
-    changed[s, s:] = (changed[s, s:] + 40) % 90 + 5
-  outputs = model(np.concatenate([changed, tokens]))
-  difference_ST = np.abs(outputs[:-1] - outputs[-1:]).max(axis=-1)
-  past = np.tril(np.ones((LENGTH, LENGTH), bool), -1)
-  # With `repeat` a token does not see itself, but its group does.
-  assert np.all(np.where(past, 0, difference_ST).max(axis=1) > 1e-3)
-  return difference_ST[past].max()
-
-
-@pytest.mark.parametrize("funnel", GRID, ids=IDS)
-def test_causal_by_perturbation(model, funnel):
-  assert _future_leaks(model.with_funnel(funnel)) < 1e-5
-
-
-def test_perturbation_sees_a_planted_leak(model, monkeypatch):
-  """Aligned groups, read back by their own tokens."""
-  funnel = FunnelConfig(1, 4, 3)
-  reduce = funnel_lib.reduce
-  monkeypatch.setattr(
-    funnel_lib,
-    "reduce",
-    lambda stream, funnel, _: reduce(stream, funnel, False),
-  )
-  jax.clear_caches()
-  leak = _future_leaks(model.with_funnel(funnel))
-  monkeypatch.undo()
-  jax.clear_caches()
-  assert leak > 1e-3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("funnel", SOME, ids=IDS)
-def test_causal_by_jacobian_and_prefixes(model, funnel):
-  model = model.with_funnel(funnel)
-  tokens = _tokens(batch=1)
-  hidden_BTD = model.embed(tokens)
-
-  def trunk(hidden_BTD):
-    stream = funnel_lib.make_stream(hidden_BTD)
-    return model.trunk(stream, causal=True).hidden_BTD.sum(axis=(0, 2))
-
-  jacobian = jax.jit(jax.jacrev(trunk))(hidden_BTD)
-  influence_TT = np.abs(jacobian).sum(axis=(1, 3))
-  future = np.triu(np.ones((LENGTH, LENGTH), bool), 1)
-  assert np.all(influence_TT[future] == 0)
-  assert np.all(np.tril(influence_TT).max(axis=0) > 0)
-  full = model(tokens)
-  for length in (1, funnel.stride, funnel.stride + 1):
-    np.testing.assert_allclose(
-      model(tokens[:, :length]), full[:, :length], atol=1e-5
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("stride", [2, 3, 4])
+def test_reduce_is_the_definition(stride, pool, causal):
+  """Of a sequence, and again of what that gave."""
+  # The inner pool and its rules take turns: each meets each outer one.
+  turn = (stride + 3 * causal) % len(POOLS)
+  inner = [
+    _stage(funnel, seed=1)
+    for pool in POOLS[turn:] + POOLS[:turn]
+    for funnel in _rules(2, pool)
+  ]
+  for number, funnel in enumerate(_rules(stride, pool)):
+    room = stride if funnel.keep_first and not causal else 0
+    stream = _stream(_segments(stride + room))
+    short = _check_reduction(_stage(funnel), stream, causal)
+    assert short.hidden_BTD.shape[1] == funnel_lib.num_groups(
+      LENGTH, funnel, causal
     )
+    assert short.spacing == stride
+    stream = _stream(_segments(2 * stride * (2 if not causal else 1)))
+    short = _check_reduction(_stage(funnel), stream, causal)
+    for stage in inner[number::12]:
+      again = _check_reduction(stage, short, causal)
+      assert again.spacing == 2 * stride
 
 
-@pytest.mark.parametrize("funnel", SOME, ids=IDS)
-def test_bidirectional_tokens_see_the_future(model, funnel):
-  tokens = _tokens()
-  changed = tokens.copy()
-  changed[:, -1] = (changed[:, -1] + 40) % 90 + 5
-  model = model.with_funnel(funnel)
-  difference = model.encode(changed) - model.encode(tokens)
-  assert np.abs(difference[:, 0]).max() > 1e-4
-
-
-def _pack(documents, align, length):
-  tokens, segments = np.full(length, 96), np.zeros(length, np.int64)
-  at = 0
-  for number, document in enumerate(documents, 1):
-    tokens[at : at + len(document)] = document
-    segments[at : at + len(document)] = number
-    at += -(-len(document) // align) * align
-  return tokens[None], segments[None]
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("funnel", SOME, ids=IDS)
-def test_packed_equals_unpacked(model, funnel, causal):
-  rng = np.random.default_rng(3)
-  documents = [rng.integers(5, 96, n) for n in (7, 1, 4, 5)]
-  model = model.with_funnel(funnel)
-  tokens, segments = _pack(documents, funnel.stride, 32)
-  packed = model(tokens, segments, causal=causal)
-  for number, document in enumerate(documents, 1):
-    np.testing.assert_allclose(
-      packed[0, segments[0] == number],
-      model(document[None], causal=causal)[0],
-      atol=1e-5,
-    )
+@pytest.mark.parametrize("pool", POOLS)
+def test_newest_is_the_group_that_reduce_would_make(pool):
+  """From its own slots alone, as decoding has them; at first that is one."""
+  stream = _stream([[1] * 13])
+  two = lambda x: jnp.zeros((1, 2, *x.shape[2:]), x.dtype)
+  padded = jax.tree.map(lambda x: jnp.concatenate([two(x), x], axis=1), stream)
+  for stage in map(_stage, _rules(3, pool)):
+    made = _host(stage.reduce(stream, causal=True)[0])
+    for g in range(5):
+      slots = slice(3 * g, 3 * g + 3)
+      window = jax.tree.map(lambda x: x[:, slots], padded)  # noqa: B023
+      newest = stage.newest(window)
+      for name in ("hidden_BTD", "position_BT", "end_BT", "segment_BT"):
+        got, want = getattr(newest, name)[:, 0], getattr(made, name)[:, g]
+        np.testing.assert_allclose(got, want, atol=1e-5, err_msg=f"{g} {name}")
+      assert (newest.spacing, newest.even) == (made.spacing, made.even)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("funnel", SOME, ids=IDS)
-def test_padding_on_either_side_changes_nothing(model, funnel, causal):
-  """Wherever a row's only segment starts, and whatever the padding holds."""
-  document = _tokens(1, 8, seed=4)
-  model = model.with_funnel(funnel)
-  want = model(document, causal=causal)[0]
-  offsets = np.arange(6)
-  segments = np.zeros((6, LENGTH), np.int32)
-  rows = _tokens(6, LENGTH, seed=5)
-  for row in offsets:
-    segments[row, row : row + 8] = 1
-    rows[row, row : row + 8] = document[0]
-  got = model(rows, segments, causal=causal)
-  for row in offsets:
-    np.testing.assert_allclose(got[row, row : row + 8], want, atol=1e-5)
-  assert np.all(np.isfinite(got))
+@pytest.mark.parametrize("pool", POOLS)
+def test_what_is_even_stays_so_by_default(pool, causal):
+  """Kernels skip least where it is not known."""
+  stream = _stream([[1] * LENGTH])
+  for stride in (2, 3):
+    stage = Stage(CONFIG, FunnelConfig(0, stride=stride, pool=pool), None)
+    reduce = lambda stream: stage.reduce(stream, causal)[0]  # noqa: B023
+    stream = jax.eval_shape(reduce, stream)
+    assert stream.even
+
+
+def test_means_are_summed_in_float32():
+  """In bfloat16 256 + 1 is 256."""
+  stage = Stage(CONFIG, FunnelConfig(0, stride=4), None)
+  x_4 = jnp.asarray([256, 1, 1, 1], jnp.bfloat16)
+  hidden_BTD = jnp.broadcast_to(x_4[None, :, None], (1, 4, 32))
+  short, _ = stage.reduce(make_stream(hidden_BTD), causal=False)
+  assert short.hidden_BTD.dtype == jnp.bfloat16
+  assert np.all(short.hidden_BTD == jnp.bfloat16(259 / 4))
+
+
+def test_max_of_negative_states_is_negative():
+  """What does not count is not a zero among them."""
+  stage = Stage(CONFIG, FunnelConfig(0, stride=3, pool="max"), None)
+  stream = make_stream(jnp.full((1, 5, 32), -2.0))
+  for causal in (True, False):
+    assert np.all(stage.reduce(stream, causal)[0].hidden_BTD == -2)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_rows_of_padding_alone_give_no_nan(model, causal):
-  model = model.with_funnel(FunnelConfig(1, 4, 2))
-  segments = np.array([[1] * 6, [0] * 6])
-  loss = lambda params: jnp.sum(
-    nnx.merge(nnx.graphdef(model), params)(
-      _tokens(2, 6), segments, causal=causal
-    )
-    ** 2
+def test_attention_pooling_starts_as_the_mean(causal):
+  rngs = nnx.Rngs(0)
+  stream = _stream(_segments(6))
+  mean, learned = (
+    Stage(CONFIG, FunnelConfig(0, stride=3, pool=pool), rngs).reduce(
+      stream, causal
+    )[0]
+    for pool in ("mean", "attention")
   )
-  value, grads = jax.value_and_grad(loss)(nnx.state(model))
-  assert np.isfinite(value)
-  assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+  np.testing.assert_array_equal(mean.hidden_BTD, learned.hidden_BTD)
+
+
+# --- Recovery -------------------------------------------------------------
+
+
+def _attention(
+  stage: Stage, before: Stream, deep: Stream, causal
+) -> np.ndarray:
+  """[B, T, D] of the recovery "attend", one query and head at a time."""
+  learned = stage.attend
+  norm = lambda x, scale: (
+    x
+    / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + CONFIG.norm_eps)
+    * (1 + np.asarray(scale))
+  )
+
+  def turned(x_H, position):
+    half = CONFIG.head_dim // 2
+    rate = CONFIG.rope_base ** -(np.arange(half) * 2 / CONFIG.head_dim)
+    pair = (x_H[:half] + 1j * x_H[half:]) * np.exp(1j * position * rate)
+    return np.concatenate([pair.real, pair.imag])
+
+  q_weight, k_weight, v_weight, out = (
+    np.asarray(getattr(learned.attn, name)[...])
+    for name in ("query", "key", "value", "out")
+  )
+  h = norm(np.asarray(before.hidden_BTD), learned.query_norm.scale[...])
+  u = norm(np.asarray(deep.hidden_BTD), learned.key_norm.scale[...])
+  result = np.zeros(before.hidden_BTD.shape)
+  group = CONFIG.num_heads // CONFIG.num_kv_heads
+  for b, t, n in np.ndindex(*h.shape[:2], CONFIG.num_heads):
+    if before.segment_BT[b, t] == 0:
+      continue  # Padding sees nothing.
+    q = turned(h[b, t] @ q_weight[:, n], before.position_BT[b, t])
+    logits, values = [], []
+    for g in range(u.shape[1]):
+      if deep.segment_BT[b, g] != before.segment_BT[b, t]:
+        continue
+      if causal and deep.end_BT[b, g] > before.end_BT[b, t]:
+        continue
+      k = turned(u[b, g] @ k_weight[:, n // group], deep.position_BT[b, g])
+      logit = q @ k / np.sqrt(CONFIG.query_pre_attn_scalar)
+      logits.append(CONFIG.attn_softcap * np.tanh(logit / CONFIG.attn_softcap))
+      values.append(u[b, g] @ v_weight[:, n // group])
+    weight = np.exp(logits) / np.exp(logits).sum()
+    result[b, t] += (weight @ np.array(values)) @ out[n]
+  return result
+
+
+def _before_and_deep(funnel: FunnelConfig, causal: bool):
+  before = _stream(_segments(4))
+  before = before.replace(hidden_BTD=jnp.nan_to_num(before.hidden_BTD))
+  short, read_BT = _stage(funnel).reduce(before, causal)
+  states = jax.random.normal(jax.random.key(5), short.hidden_BTD.shape)
+  return before, short.replace(hidden_BTD=states), read_BT
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("funnel", SOME, ids=IDS)
-def test_gradients_reach_every_parameter(model, funnel, causal):
-  model = model.with_funnel(funnel)
-  graphdef, params = nnx.split(model)
-  tokens = _tokens()
-
-  def loss(params):
-    logits = nnx.merge(graphdef, params)(tokens, causal=causal)
-    return -jax.nn.log_softmax(logits)[..., 7].mean()
-
-  grads = jax.grad(loss)(params)
-  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-    name = jax.tree_util.keystr(path)
-    each = grad if "layers" in name else grad[None]
-    for layer, g in enumerate(each):
-      assert np.abs(g).max() > 1e-7, (name, layer)
+@pytest.mark.parametrize("pool", ["mean", "every"])
+@pytest.mark.parametrize("recover", RECOVERIES[:-1])
+def test_restore_is_the_definition(recover, pool, causal):
+  funnel = FunnelConfig(0, stride=2, pool=pool, recover=recover)
+  stage = _stage(funnel)
+  before, deep, read_BT = _before_and_deep(funnel, causal)
+  got = _host(stage.restore(deep, before, read_BT, causal))
+  before, deep, read_BT = _host((before, deep, read_BT))
+  h = before.hidden_BTD
+  u = np.stack([x[r] for x, r in zip(deep.hidden_BTD, read_BT, strict=True)])
+  match recover:
+    case "average":
+      want = (u + h) / 2
+    case "add":
+      want = u + h
+    case "repeat":
+      want = u
+    case "gate":
+      s = 1 / (1 + np.exp(-np.asarray(stage.gate[...])))
+      want = s * u + (1 - s) * h
+    case "attend":
+      want = (u + h) / 2 + _attention(stage, before, deep, causal)
+  want = np.where(read_BT[..., None] == BYPASS, h, want)
+  real = before.segment_BT != 0
+  np.testing.assert_allclose(got.hidden_BTD[real], want[real], atol=1e-4)
+  assert np.all(np.isfinite(got.hidden_BTD))
+  for name in ("position_BT", "end_BT", "segment_BT"):
+    np.testing.assert_array_equal(getattr(got, name), getattr(before, name))
+  assert (got.spacing, got.even) == (before.spacing, before.even)
 
 
 @pytest.mark.parametrize(
-  "segments,stride,message",
+  "recover,learned", [("gate", "gate"), ("attend", "attend/attn/out")]
+)
+def test_learned_recoveries_start_as_the_average(recover, learned):
+  funnel = FunnelConfig(0, stride=2, recover=recover)
+  before, deep, read_BT = _before_and_deep(funnel, True)
+  fresh = Stage(CONFIG, funnel, nnx.Rngs(0))
+  plain = Stage(CONFIG, FunnelConfig(0, stride=2), None)
+  want = plain.restore(deep, before, read_BT, True).hidden_BTD
+  got = fresh.restore(deep, before, read_BT, True).hidden_BTD
+  np.testing.assert_array_equal(got, want)
+  value = fresh
+  for name in learned.split("/"):
+    value = getattr(value, name)
+  value[...] += 1.0
+  other = fresh.restore(deep, before, read_BT, True).hidden_BTD
+  assert np.abs(other - want).max() > 1e-2
+
+
+# --- Selection ------------------------------------------------------------
+
+
+def test_select_leaves_the_others_as_they_were():
+  before = _stream([[1] * 6, [0, 2, 2, 2, 3, 3]])
+  before = before.replace(hidden_BTD=jnp.nan_to_num(before.hidden_BTD))
+  stage = _stage(FunnelConfig(0, recover="add"))
+
+  @jax.jit
+  def there_and_back(before, keep_BR):
+    short, read_BT = funnel_lib.select(before, keep_BR)
+    return short, read_BT, stage.restore(short, before, read_BT, True)
+
+  kept = [[1, 2, 5], [3, 4, 6]]  # 6 is past the end.
+  done = there_and_back(before, jnp.asarray(kept, jnp.int32))
+  before, short, read_BT, after = _host((before, *done))
+  for row, slots in enumerate([[1, 2, 5], [3, 4]]):
+    for name in ("hidden_BTD", "position_BT", "end_BT", "segment_BT"):
+      got, have = getattr(short, name)[row], getattr(before, name)[row]
+      np.testing.assert_array_equal(got[: len(slots)], have[slots], name)
+    want = np.full(6, BYPASS)
+    want[slots] = np.arange(len(slots))
+    np.testing.assert_array_equal(read_BT[row], want)
+    times = np.where(want == BYPASS, 1, 2)[:, None]
+    np.testing.assert_array_equal(
+      after.hidden_BTD[row], before.hidden_BTD[row] * times
+    )
+  assert short.segment_BT[1, 2] == 0
+  assert not short.even and short.spacing == 1
+
+
+# --- Which layers see what ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "funnel,steps",
   [
-    ([[1, 2, 1, 0]], 1, "one contiguous run"),
-    ([[1, -2, 0, 0]], 1, "positive id"),
-    ([[1, 2, 3, 4]], 2, "row 0 needs 4 groups of 2 .* has room for 2"),
+    ("off", [Run(0, 6)]),
+    ("start=2", [Run(0, 2), Reduce(0), Run(2, 6, (0,)), Restore(0)]),
+    ("start=0,recover=none", [Reduce(0), Run(0, 6, (0,))]),
+    (
+      "start=1,stop=4,pool_query_only=true",
+      [Run(0, 1), Reduce(0), Run(1, 2, (0,), True), Run(2, 4, (0,)),
+       Restore(0), Run(4, 6)],
+    ),
+    (
+      "start=3,stop=4,pool_query_only=true",
+      [Run(0, 3), Reduce(0), Run(3, 4, (0,), True), Restore(0), Run(4, 6)],
+    ),
+    (
+      "start=0,stop=5+start=2,stop=4,pool_query_only=true",
+      [Reduce(0), Run(0, 2, (0,)), Reduce(1), Run(2, 3, (0, 1), True),
+       Run(3, 4, (0, 1)), Restore(1), Run(4, 5, (0,)), Restore(0), Run(5, 6)],
+    ),
+    (
+      "start=0,pool_query_only=true+start=1",
+      [Reduce(0), Run(0, 1, (0,), True), Reduce(1), Run(1, 6, (0, 1)),
+       Restore(1), Restore(0)],
+    ),
+    (
+      "start=0,stop=2+start=2,stop=3+start=4",
+      [Reduce(0), Run(0, 2, (0,)), Restore(0), Reduce(1), Run(2, 3, (1,)),
+       Restore(1), Run(3, 4), Reduce(2), Run(4, 6, (2,)), Restore(2)],
+    ),
+    (
+      "start=0,recover=none+start=2,recover=none",
+      [Reduce(0), Run(0, 2, (0,)), Reduce(1), Run(2, 6, (0, 1))],
+    ),
+    (
+      "start=0,recover=none+start=2",
+      [Reduce(0), Run(0, 2, (0,)), Reduce(1), Run(2, 6, (0, 1)), Restore(1)],
+    ),
+  ],
+)  # fmt: skip
+def test_schedule(funnel, steps):
+  assert funnel_lib.schedule(resolve_funnel(funnel, 6), 6) == steps
+
+
+def test_walk_hands_each_what_it_needs():
+  """Streams as strings: what was done, in order."""
+  funnel = "start=1,stop=5,pool_query_only=true+start=2,stop=4,recover=add"
+  end = funnel_lib.walk(
+    funnel_lib.schedule(resolve_funnel(funnel, 6), 6),
+    "x",
+    lambda step, x, keys: (
+      f"{x}>{step.start}{step.stop}" + (f"[{keys}]" if keys else "")
+    ),
+    lambda stage, x: (f"({x})/{stage}", f"r{stage}"),
+    lambda stage, deep, before, read: f"{deep}*{before}*{read}",
+  )
+  first, outer = "x>01", "(x>01)/0>12[x>01]"
+  inner = f"({outer})/1>24*{outer}*r1"
+  assert end == f"{inner}>45*{first}*r0>56"
+
+
+# --- Segments -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "segments,funnel,causal,message",
+  [
+    ([1, 2, 1, 0], "off", True, "row 0 has .* one contiguous run"),
+    ([1, -2, 0, 0], "off", True, "positive id"),
+    ([1, 2, 3, 4], "start=0", True, "row 0 needs 4 groups of 2 .* for 2"),
+    (
+      [1, 1, 2, 2, 3, 3, 4, 4],
+      "start=0,stride=2+start=1,stride=2",
+      True,
+      "needs 4 groups of 2 .* for 2",
+    ),
+    ([1, 1, 2, 2], "start=0,keep_first=true", False, "needs 4 .* for 3: .*pad"),
   ],
 )
-def test_segments_that_cannot_be(model, segments, stride, message):
-  model = model.with_funnel(FunnelConfig(1, 3, stride))
+def test_segments_that_cannot_be(segments, funnel, causal, message):
+  stages = resolve_funnel(funnel, 6)
   with pytest.raises(ValueError, match=message):
-    model(_tokens(1, 4), np.array(segments))
+    funnel_lib.check_segments(np.array([segments]), stages, causal)
+
+
+@pytest.mark.parametrize(
+  "segments,funnel,causal",
+  [
+    ([0, 5, 5, 0, 3], "off", True),
+    ([0, 0, 0, 0, 0], "start=0", True),
+    ([0, 1, 1, 1, 1], "start=0,stride=4", True),
+    ([1, 1, 2, 2], "start=0,keep_first=true", True),
+    ([1, 1, 1, 0, 2, 2, 2, 2], "start=0+start=1,stop=3", True),
+    # Stages one after another do not add up.
+    ([1, 1, 2, 2], "start=0,stop=2+start=3", True),
+    ([1, 1, 0, 0, 2, 2], "start=0,keep_first=true", False),
+  ],
+)
+def test_segments_that_can_be(segments, funnel, causal):
+  """No group is lost, in this row or in any of its segments alone."""
+  stages = resolve_funnel(funnel, 6)
+  funnel_lib.check_segments(np.array([segments]), stages, causal)
+
+
+def test_only_a_bidirectional_row_is_asked_for_padding():
+  stages = resolve_funnel("start=0,keep_first=true", 6)
+  with pytest.raises(ValueError) as error:
+    funnel_lib.check_segments(np.array([[1, 2]]), stages, True)
+  assert "padding" not in str(error.value)

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from gemma_funnel import convert, evaluation, flops
-from gemma_funnel.config import PRESETS, FunnelConfig, GemmaConfig
+from gemma_funnel.config import (
+  PRESETS,
+  FunnelConfig,
+  GemmaConfig,
+  parse_funnel,
+  resolve_funnel,
+)
 from gemma_funnel.evaluation import funnels, latency, plots, timing
 from gemma_funnel.model import Gemma
 
@@ -47,8 +53,8 @@ class FakeDevice:
       self.functions.append((function, args))
       # Functions are partial(_forward, graphdef, head, causal).
       graphdef, head, _ = function.args
-      funnel = nnx.merge(graphdef, args[0]).funnel
-      seconds = cost(funnel, head, args[1].shape)
+      stages = nnx.merge(graphdef, args[0]).stages
+      seconds = cost(stages, head, args[1].shape)
 
       def call():
         self.now += seconds
@@ -65,8 +71,8 @@ class FakeDevice:
 
 
 def test_a_planted_clock_gives_its_rows(model, monkeypatch):
-  def cost(funnel, head, shape):
-    stride = funnel.stride if funnel else 1
+  def cost(stages, head, shape):
+    stride = stages[0].stride if stages else 1
     return shape[0] * shape[1] / stride + (100 if head else 0)
 
   device = FakeDevice(monkeypatch, cost)
@@ -103,7 +109,7 @@ def test_rows_agree_with_themselves_and_with_flops(model):
   }
   for row in rows:
     shape = row["batch"], row["length"], row["head"]
-    funnel = FunnelConfig.parse(row["funnel"])
+    funnel = parse_funnel(row["funnel"])
     times, plain = np.array(row["times_s"]), np.array(off[shape]["times_s"])
     assert len(times) == 3 and times.min() > 0
     assert row["latency_s"] == pytest.approx(np.median(times))
@@ -115,12 +121,12 @@ def test_rows_agree_with_themselves_and_with_flops(model):
     assert row["flops_per_s"] == pytest.approx(row["flops"] / row["latency_s"])
     ideal = flops.ideal_reduction(TINY, funnel, *shape, False)
     assert row["ideal_reduction"] == ideal
-    if funnel is None:
+    if not funnel:
       assert row["resolved"] == "off"
       assert row["reduction"] == ideal == 0
       assert row["measured_over_ideal"] is None
     else:
-      assert FunnelConfig.parse(row["resolved"]) == funnel.resolve(4)
+      assert parse_funnel(row["resolved"]) == resolve_funnel(funnel, 4)
       assert row["measured_over_ideal"] == pytest.approx(
         row["reduction"] / ideal
       )
@@ -158,11 +164,11 @@ def test_off_is_measured_once_whatever_is_listed(model, monkeypatch):
 
 
 def test_a_variant_that_fails_has_its_error_in_its_row(model, monkeypatch):
-  def cost(funnel, head, shape):
+  def cost(stages, head, shape):
     del shape
-    if funnel is None and head:
+    if not stages and head:
       raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-    return 1.0 if funnel else 2.0
+    return 1.0 if stages else 2.0
 
   device = FakeDevice(monkeypatch, cost)
   rows = latency.measure(
@@ -226,7 +232,7 @@ def test_random_model_is_a_model_in_its_dtype(model):
   leaves = jax.tree.leaves(made), jax.tree.leaves(shapes)
   for a, b in zip(*leaves, strict=True):
     assert a.shape == b.shape and a.dtype == b.dtype == jnp.bfloat16
-  assert model.config == TINY and model.funnel is None
+  assert model.config == TINY and model.stages == ()
   # See the initialisation of Gemma.
   assert np.std(model.embedding[...]) == pytest.approx(32**-0.5, rel=0.1)
 
@@ -347,14 +353,71 @@ def test_the_configuration_of_every_preset_is_valid(preset):
 
 def test_known_names_stand_for_funnels():
   known = {"trained": FunnelConfig(1, stride=3)}
+  several = "start=0+start=2"
   named = funnels.resolve(
-    ("trained", "off", "start=1,stride=3", "start=2"), 4, known
-  )
+      ("trained", "off", "start=1,stride=3", "start=2", several,
+       (FunnelConfig(2), FunnelConfig(0)), (FunnelConfig(3),)), 4, known,
+  )  # fmt: skip
   assert named == {
-      "trained": FunnelConfig(1, 4, 3), "off": None,
-      "start=2": FunnelConfig(2, 4),
+      "trained": (FunnelConfig(1, 4, 3),), "off": (),
+      "start=2": (FunnelConfig(2, 4),),
+      several: (FunnelConfig(0, 4), FunnelConfig(2, 4)),
+      "start=3,stride=2,pool=mean,recover=average": (FunnelConfig(3, 4),),
   }  # fmt: skip
-  assert [funnels.label(f) for f in named.values()][1] == "off"
+
+
+LEARNED = "start=0,stride=3,recover=gate+start=1,pool=attention,recover=attend"
+
+
+def test_variants_run_with_what_they_learn(model, monkeypatch, capsys):
+  learned = model.with_funnel(LEARNED)
+  for part in (learned.funnel[0].gate, learned.funnel[1].attend.attn.out):
+    part[...] = jnp.full(part.shape, 0.1)
+  capsys.readouterr()
+  device = FakeDevice(monkeypatch, lambda *_: 1.0)
+  latency.measure(
+      learned, (LEARNED,), batch_sizes=(2,), lengths=(16,), head=(False,),
+      protocol=device.protocol(repeats=1),
+  )  # fmt: skip
+  assert capsys.readouterr().out == ""  # Nothing is made afresh.
+  plain, (function, args) = device.functions
+  # The model itself is in memory once.
+  for params in (plain[1][0], args[0]):
+    assert params["embedding"][...] is model.embedding[...]
+  found = jax.jit(function)(*args)
+  expected = learned.encode(args[1], causal=True)
+  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+  fresh = model.with_funnel(LEARNED).encode(args[1], causal=True)
+  assert np.max(np.abs(found - fresh)) > 1e-3
+
+
+def test_without_recovery_only_the_encoder_is_measured(model, monkeypatch):
+  device = FakeDevice(monkeypatch, lambda *_: 1.0)
+  arguments = dict(
+    batch_sizes=(1,), lengths=(9,), protocol=device.protocol(repeats=1)
+  )
+  with pytest.raises(ValueError, match=r"recover='none'.*head=\(False,\)"):
+    latency.measure(model, ("start=1,recover=none",), **arguments)
+  assert not device.functions
+  rows = latency.measure(
+    model, ("start=1,recover=none",), head=(False,), **arguments
+  )
+  assert [row["error"] for row in rows] == [None, None]
+  function, args = device.functions[1]
+  assert jax.eval_shape(function, *args).shape == (1, 5, TINY.embed_dim)
+
+
+def test_what_cannot_be_is_said_before_a_checkpoint_is_read(quick, monkeypatch):
+  monkeypatch.setattr(convert, "load", None)
+  for funnels_, message in (
+    (("start=1,recover=none",), "recover='none'"),
+    (("half",), "funnels: 'half'"),
+  ):
+    config = get_config(
+      **quick | dict(funnels=funnels_), checkpoint="somewhere"
+    )
+    with pytest.raises(ValueError, match=message):
+      evaluation.run(config)
 
 
 def test_plot_of_many_lengths_and_funnels(monkeypatch, model):

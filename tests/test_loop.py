@@ -130,7 +130,7 @@ def test_a_run_tells_of_all_its_steps(source, tmp_path, capsys):
   evaluated = []
 
   def evaluator(corpus, setup):
-    assert corpus.heldout and setup.funnel.stride == 2
+    assert corpus.heldout and setup.stages[0].stride == 2
     return lambda model: evaluated.append(model) or {
         "loss": 7.0, "bits_per_byte": 3.0
     }  # fmt: skip
@@ -226,6 +226,11 @@ def test_a_mesh_that_does_not_fit_is_found_before_any_work(source, tmp_path):
     ({"checkpoint_every": 0}, "checkpoint_every=0"),
     ({"length": 128}, "length=128 is beyond model.max_length=64"),
     ({"funnel": "start=0,stride=3"}, "length=32 .*multiple .* stride 3"),
+    (
+      {"funnel": "start=0,stride=8+start=1,stride=8"},
+      "length=32 .*multiple .* total stride 64",
+    ),
+    ({"funnel": "start=1,recover=none"}, "recover='none'.*training"),
     ({"funnel": "start=3"}, "funnel.start=3.*2 layers"),
     ({"z_loss": -1.0}, "z_loss=-1.0"),
     ({"z_loss": float("nan")}, "z_loss=nan"),

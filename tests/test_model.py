@@ -8,11 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_funnel.config import GemmaConfig
-from gemma_funnel.model import Gemma, RMSNorm, rope_angles, rotate
+from gemma_funnel.config import GemmaConfig, format_funnel
+from gemma_funnel.funnel import num_groups
+from gemma_funnel.model import Gemma
 
 CONFIG = GemmaConfig.preset("tiny", num_layers=5)
 FUNNEL = "start=1,stop=4,stride=3"
+# Everything that a funnel may learn, and positions that are not integers.
+NESTED = (
+  "start=1,stop=4,pool=attention,recover=attend,pool_query_only=true+"
+  "start=2,stop=3,pool=max,recover=gate,position=mean"
+)
 
 
 def _tokens(batch=2, length=21):
@@ -22,7 +28,7 @@ def _tokens(batch=2, length=21):
 def _variant(model: Gemma, **changes) -> Gemma:
   """The same parameters under a changed configuration."""
   config = dataclasses.replace(model.config, **changes)
-  graphdef = nnx.graphdef(Gemma.abstract(config, str(model.funnel or "off")))
+  graphdef = nnx.graphdef(Gemma.abstract(config, format_funnel(model.stages)))
   return nnx.merge(graphdef, nnx.state(model))
 
 
@@ -36,9 +42,14 @@ def _loss_and_grads(model: Gemma):
   return jax.value_and_grad(loss)(params)
 
 
-@pytest.fixture(scope="module", params=["off", FUNNEL])
+@pytest.fixture(scope="module", params=["off", FUNNEL, NESTED])
 def model(request):
   return Gemma(CONFIG, request.param, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def numbers(model):
+  return _loss_and_grads(model)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +63,8 @@ def model(request):
   ],
   ids=str,
 )
-def test_switches_that_keep_the_numbers(model, changes):
-  want, got = (_loss_and_grads(m) for m in (model, _variant(model, **changes)))
+def test_switches_that_keep_the_numbers(model, numbers, changes):
+  got, want = _loss_and_grads(_variant(model, **changes)), numbers
   for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(x, y, atol=1e-5)
 
@@ -101,39 +112,6 @@ def test_embedding_scale_is_rounded_to_the_compute_dtype():
   np.testing.assert_array_equal(model.embed(token)[0, 0], want)
 
 
-def test_norm_works_in_float32_and_adds_one():
-  config = dataclasses.replace(CONFIG, embed_dim=4)
-  norm = RMSNorm(config)
-  norm.scale[...] = jnp.asarray([0.0, 1.0, -1.0, 0.5])
-  x = jnp.asarray([[[1e-3, 2e-3, 3e-3, 4e-3]]])
-  want = (
-    x
-    / np.sqrt(np.mean(np.square(x)) + 1e-6)
-    * np.array([[[1.0, 2.0, 0.0, 1.5]]])
-  )
-  np.testing.assert_allclose(norm(x), want, rtol=1e-5)
-  assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-
-
-def test_rope_depends_on_distance_alone():
-  key = jax.random.key(0)
-  q, k = jax.random.normal(key, (2, 1, 1, 1, CONFIG.head_dim))
-
-  def score(t, s):
-    at = lambda p: rope_angles(jnp.asarray([[p]]), CONFIG)
-    return jnp.sum(rotate(q, at(t)) * rotate(k, at(s)))
-
-  np.testing.assert_allclose(score(7, 3), score(107, 103), rtol=1e-4)
-  assert abs(score(7, 3) - score(7, 2)) > 1e-3
-
-
-def test_positions_of_bfloat16_do_not_collapse():
-  """Angles are float32: positions 4095 and 4096 stay apart."""
-  cos, sin = rope_angles(jnp.asarray([[4095, 4096]]), CONFIG)
-  assert np.abs(sin[0, 0] - sin[0, 1]).max() > 0.1
-  assert cos.dtype == jnp.float32
-
-
 def test_positions_can_be_given(model):
   """Shifted by a constant they change nothing; stretched, they do."""
   tokens = _tokens()
@@ -145,13 +123,117 @@ def test_positions_can_be_given(model):
   assert np.abs(model(tokens, None, position * 2) - want).max() > 1e-2
 
 
+def test_logits_are_of_the_encoded(model):
+  """The tied head, capped."""
+  hidden_BTD = np.asarray(model.encode(_tokens(), causal=True))
+  logits_BTV = hidden_BTD @ np.asarray(model.embedding[...]).T
+  cap = CONFIG.final_softcap
+  np.testing.assert_allclose(
+    model(_tokens()), cap * np.tanh(logits_BTV / cap), atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  "funnel,strides",
+  [
+    ("start=2,stride=4,recover=none", [4]),
+    ("start=0,recover=none+start=3,stride=3,recover=none", [2, 3]),
+    ("start=0,recover=none+start=1,stop=3,stride=3", [2]),
+  ],
+)
+def test_a_funnel_that_does_not_recover_encodes_alone(funnel, strides):
+  model = Gemma(CONFIG, funnel, rngs=nnx.Rngs(0))
+  length = 21
+  for stage, stride in zip(model.stages, strides, strict=False):
+    length = num_groups(length, stage, causal=True)
+    assert stage.stride == stride
+  assert model.encode(_tokens(), causal=True).shape == (2, length, 32)
+  with pytest.raises(ValueError, match="recover='none' .* a language model"):
+    model(_tokens())
+
+
+def _paths(model: Gemma, under=None) -> dict:
+  """Parameters by path, those in `under` or all."""
+  flat = nnx.to_flat_state(nnx.state(model))
+  return {
+    "/".join(map(str, path)): variable[...]
+    for path, variable in flat
+    if under in (None, path[0])
+  }
+
+
 def test_with_funnel_shares_parameters():
   model = Gemma(CONFIG, rngs=nnx.Rngs(0))
   funnelled = model.with_funnel(FUNNEL)
   assert funnelled.embedding[...] is model.embedding[...]
-  assert funnelled.funnel.stop == 4
+  assert [(s.start, s.stop) for s in funnelled.stages] == [(1, 4)]
   back = funnelled.with_funnel(None)
   np.testing.assert_array_equal(back(_tokens()), model(_tokens()))
+
+
+def test_with_funnel_keeps_makes_and_drops_what_is_learned(capsys):
+  """By the number of the stage; a line names what is fresh."""
+  fresh = lambda n, name: f"funnel stage {n}: freshly initialised {name}\n"
+  plain = Gemma(CONFIG, rngs=nnx.Rngs(0))
+  plain.with_funnel(FUNNEL)
+  assert capsys.readouterr().out == ""
+  gated = plain.with_funnel("start=1,recover=gate")
+  assert capsys.readouterr().out == fresh(0, "gate")
+  gated.funnel[0].gate[...] += 3.0
+  # The gate stays, whatever else of its stage changes.
+  other = gated.with_funnel("start=2,stride=3,recover=gate,pool=attention")
+  assert capsys.readouterr().out == fresh(0, "pool_query")
+  assert np.all(other.funnel[0].gate[...] == 3)
+  assert np.all(other.funnel[0].pool_query[...] == 0)
+  # It is a copy: models train apart.
+  other.funnel[0].gate[...] += 1.0
+  assert np.all(gated.funnel[0].gate[...] == 3)
+  # A second stage has one of its own.
+  two = gated.with_funnel("start=0,stop=2,recover=gate+start=3,recover=gate")
+  assert capsys.readouterr().out == fresh(1, "gate")
+  gates = _paths(two, "funnel")
+  assert np.all(gates["funnel/0/gate"] == 3)
+  assert np.all(gates["funnel/1/gate"] == 0)
+  # What the funnel has no use for is gone, and is fresh when it comes back.
+  dropped = two.with_funnel(FUNNEL)
+  assert capsys.readouterr().out == ""
+  assert _paths(dropped, "funnel") == {}
+  again = dropped.with_funnel("start=1,recover=gate")
+  assert capsys.readouterr().out == fresh(0, "gate")
+  assert np.all(again.funnel[0].gate[...] == 0)
+
+
+def test_with_funnel_makes_an_attention_that_adds_nothing(capsys):
+  plain = Gemma(CONFIG, rngs=nnx.Rngs(0))
+  attending = plain.with_funnel("start=1,stop=4,stride=3,recover=attend")
+  (line,) = capsys.readouterr().out.splitlines()
+  for name in ("query", "key", "value", "out"):
+    assert f" attend/attn/{name}" in line
+  parts = _paths(attending, "funnel")
+  assert np.all(parts["funnel/0/attend/attn/out"] == 0)
+  assert np.std(parts["funnel/0/attend/attn/key"]) > 0.1
+  # And as a model made with that funnel does.
+  made = Gemma(
+    CONFIG, "start=1,stop=4,stride=3,recover=attend", rngs=nnx.Rngs(0)
+  )
+  assert set(_paths(made)) == set(_paths(attending))
+
+
+@pytest.mark.parametrize(
+  "learned,plain",
+  [
+    ("pool=attention", "pool=mean"),
+    ("recover=gate", "recover=average"),
+    ("recover=attend", "recover=average"),
+  ],
+)
+def test_what_a_funnel_learns_starts_as_what_it_replaces(learned, plain):
+  model = Gemma(CONFIG, rngs=nnx.Rngs(0))
+  got, want = (
+    model.with_funnel(f"{FUNNEL},{rule}")(_tokens())
+    for rule in (learned, plain)
+  )
+  np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_initialisation_is_fit_for_training():
@@ -177,12 +259,16 @@ def test_full_sizes_run_by_shape(name):
   assert logits.dtype == jnp.float32
 
 
-def test_the_parameter_tree_does_not_depend_on_the_funnel():
-  shapes = lambda funnel: jax.tree.map(
-    lambda x: x.shape,
-    nnx.to_pure_dict(nnx.state(Gemma.abstract(CONFIG, funnel))),
-  )
-  assert shapes("off") == shapes(FUNNEL) == shapes("start=0,stride=2")
+@pytest.mark.parametrize("funnel", [FUNNEL, NESTED, "start=0,recover=none"])
+def test_the_parameters_do_not_depend_on_the_funnel(funnel):
+  """Paths, shapes and, of one seed, values; `funnel/` comes besides."""
+  make = lambda funnel: _paths(Gemma(CONFIG, funnel, rngs=nnx.Rngs(3)))
+  plain, funnelled = make("off"), make(funnel)
+  learned = {name for name in funnelled if name.startswith("funnel/")}
+  assert set(funnelled) - learned == set(plain)
+  assert bool(learned) == (funnel == NESTED)
+  for name, value in plain.items():
+    np.testing.assert_array_equal(funnelled[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize(

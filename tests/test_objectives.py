@@ -13,6 +13,11 @@ from gemma_funnel.model import Gemma
 from gemma_funnel.training import objectives
 
 FUNNELS = (None, "start=1,stop=3,stride=2,recover=average")
+# Total stride 4; all that a funnel can learn.
+LEARNED = (
+  "start=0,stride=2,recover=gate"
+  "+start=1,stop=3,stride=2,pool=attention,recover=attend"
+)
 
 
 def _model(funnel=None, **changes):
@@ -76,8 +81,13 @@ def _named(batch):
   return {f"{name}_BT": value for name, value in batch.items()}
 
 
-def test_gradients_are_those_of_full_logits():
-  graphdef, params = nnx.split(_model(FUNNELS[1]))
+@pytest.mark.parametrize("funnel", [FUNNELS[1], LEARNED])
+def test_gradients_are_those_of_full_logits(funnel):
+  model = _model(funnel)
+  if funnel == LEARNED:  # Zeros keep gradients from what is behind them.
+    out = model.funnel[1].attend.attn.out
+    out[...] = jnp.full(out.shape, 0.1) * jnp.sign(model.layers.attn.out[0])
+  graphdef, params = nnx.split(model)
   batch, z_loss, chunk = _batch(), 0.3, 7  # 7 does not divide 24.
 
   def naive(params):
@@ -109,6 +119,12 @@ def test_gradients_are_those_of_full_logits():
 
 def _at(tree, path):
   return dict(jax.tree_util.tree_leaves_with_path(tree))[path]
+
+
+def test_a_funnel_that_does_not_recover_is_refused():
+  model = _model("start=1,recover=none")
+  with pytest.raises(ValueError, match="recover='none'.*predicting tokens"):
+    objectives.next_token(model, _batch(), chunk=8)
 
 
 def test_targets_of_padding_do_not_matter():

@@ -37,27 +37,37 @@ def test_schedule_without_warmup_starts_at_its_peak():
 
 def _params():
   """A Gemma's, all of them 0.5."""
-  model = Gemma.abstract(GemmaConfig.preset("tiny"), "start=1,stride=2")
+  model = Gemma.abstract(
+    GemmaConfig.preset("tiny"),
+    "start=0,recover=gate+start=1,pool=attention,recover=attend",
+  )
   shapes = nnx.to_pure_dict(nnx.state(model))
   return jax.tree.map(lambda x: jnp.full(x.shape, 0.5, x.dtype), shapes)
 
 
-def test_weight_decay_leaves_norm_scales_alone():
+def test_weight_decay_leaves_scales_and_a_funnel_s_vectors_alone():
   config = _config(warmup_steps=0, weight_decay=0.1)
   optimizer, _ = optimizer_lib.make_optimizer(config, 100)
   params = _params()
   updates, _ = optimizer.update(
     jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
   )
-  scales = 0
+  kept = []
   for path, update in jax.tree_util.tree_leaves_with_path(updates):
     name = optimizer_lib.path_of(path)
-    if "norm" in name:
-      scales += 1
-      assert not jnp.any(update), name
+    if not jnp.any(update):
+      kept.append(name)
     else:
       np.testing.assert_allclose(update, -0.01 * 0.1 * 0.5, rtol=1e-5)
-  assert scales == 5  # Four in a block, stacked, and the final one.
+  norms = [
+      "final_norm", "funnel/1/attend/key_norm", "funnel/1/attend/query_norm",
+      "layers/post_attn_norm", "layers/post_mlp_norm", "layers/pre_attn_norm",
+      "layers/pre_mlp_norm",
+  ]  # fmt: skip
+  assert sorted(kept) == sorted(
+    [f"{name}/scale" for name in norms]
+    + ["funnel/0/gate", "funnel/1/pool_query"]
+  )
 
 
 def test_first_step_is_adamw_of_the_clipped_gradient():

@@ -29,6 +29,7 @@ WIDE = {
   "optimizer.eps": 1e-3,
   "z_loss": 1e-3,
 }
+LEARNED = "start=0,recover=gate+start=1,pool=attention,recover=attend"
 
 
 def _mesh(devices=None, **sizes):
@@ -97,7 +98,7 @@ def test_a_step_is_the_same_on_any_mesh(mesh, on_one_device):
 
 
 def test_parameters_and_moments_are_split():
-  setup = _setup(dict(data=2, fsdp=2, tensor=2))
+  setup = _setup(dict(data=2, fsdp=2, tensor=2), funnel=LEARNED)
   with jax.set_mesh(setup.mesh):
     params, opt_state = loop.make_init(setup)[0](0)
   expected = {
@@ -108,6 +109,12 @@ def test_parameters_and_moments_are_split():
     "layers/mlp/gate": (2, 16, 32),
     "layers/mlp/down": (2, 32, 16),
     "final_norm/scale": (32,),
+    "funnel/0/gate": (32,),
+    "funnel/1/pool_query": (32,),
+    "funnel/1/attend/attn/query": (16, 4, 8),
+    "funnel/1/attend/attn/value": (16, 1, 8),
+    "funnel/1/attend/attn/out": (4, 8, 16),
+    "funnel/1/attend/key_norm/scale": (32,),
   }
   found = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path((params, opt_state)):
@@ -118,6 +125,26 @@ def test_parameters_and_moments_are_split():
         assert leaf.addressable_shards[0].data.shape == shape
         found += 1
   assert found == 3 * len(expected)  # The parameter and its two moments.
+
+
+@pytest.mark.slow
+def test_what_a_funnel_learns_takes_the_same_step_on_any_mesh():
+  # Steps in proportion to gradients: those of what starts as zero are small.
+  changes = {
+      "funnel": LEARNED, "optimizer.eps": 1.0, "optimizer.clip_norm": 9.0,
+      "optimizer.learning_rate": 1.0,
+  }  # fmt: skip
+  setup = _setup(MESHES[0], **changes)
+  whole = dataclasses.replace(setup, mesh=_mesh(jax.devices()[:1]))
+  (params, before, _), (expected, _, _) = _steps(setup), _steps(whole)
+  for path, want in jax.tree_util.tree_leaves_with_path(expected["funnel"]):
+    got, start = params["funnel"], before["funnel"]
+    for key in path:
+      got, start = got[key.key], start[key.key]
+    np.testing.assert_allclose(
+      got, want, rtol=1e-3, atol=1e-6, err_msg=path_of(path)
+    )
+    assert np.max(np.abs(want - start)) > 1e-5, path_of(path)
 
 
 def test_the_batch_is_split_by_rows():
@@ -137,6 +164,11 @@ def test_key_heads_that_the_axis_does_not_divide_stay_whole():
   assert spec(1) == P(None, "fsdp", None, None)
   assert spec(2) == P(None, "fsdp", None, None)
   assert spec(4) == P(None, "fsdp", "tensor", None)
+  learned = lambda heads: sharding.spec_of(
+    "funnel/10/attend/attn/value", (32, heads, 8), mesh
+  )
+  assert learned(2) == P("fsdp", None, None)
+  assert learned(4) == P("fsdp", "tensor", None)
 
 
 def test_a_parameter_without_a_rule_is_named():
@@ -146,12 +178,12 @@ def test_a_parameter_without_a_rule_is_named():
 
 
 def test_every_parameter_is_under_its_own_rule():
-  setup = _setup(dict(data=2, fsdp=2, tensor=2))
+  setup = _setup(dict(data=2, fsdp=2, tensor=2), funnel=LEARNED)
   params, _ = loop.make_init(setup)[1]
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     split = {axis for axis in leaf.sharding.spec if axis}
-    norm = path_of(path).endswith("scale")
-    assert split == (set() if norm else {"fsdp", "tensor"}), path_of(path)
+    vector = len(leaf.shape) == 1 or path_of(path).endswith("scale")
+    assert split == (set() if vector else {"fsdp", "tensor"}), path_of(path)
 
 
 def test_a_dimension_that_the_mesh_does_not_divide_is_named():
@@ -203,4 +235,4 @@ def test_one_device_holds_the_whole_model(on_one_device):
 
 def _abstract():
   setup = _setup(dict(data=8, fsdp=1, tensor=1))
-  return loop.Gemma.abstract(setup.model_config, setup.funnel)
+  return loop.Gemma.abstract(setup.model_config, setup.stages)

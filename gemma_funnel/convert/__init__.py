@@ -16,16 +16,39 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_funnel.config import FunnelConfig
+from gemma_funnel.config import (
+  Funnel,
+  FunnelConfig,
+  GemmaConfig,
+  resolve_funnel,
+)
 from gemma_funnel.convert import huggingface
 from gemma_funnel.model import Gemma
 
 Piece = tuple[tuple[str, ...], int | None, np.ndarray]
+_TOKENIZER = "tokenizer.model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What a checkpoint is, by its configuration alone.
+
+  Attributes:
+    config: of the model; its dtypes are those of a training run.
+    stages: of the funnel it was trained with, resolved; () is none.
+    tokenizer_path: where its tokenizer is, if it has one.
+    is_run: whether it is a training run of ours.
+  """
+
+  config: GemmaConfig
+  stages: tuple[FunnelConfig, ...]
+  tokenizer_path: str
+  is_run: bool
 
 
 def load(
   path: str | os.PathLike[str],
-  funnel: FunnelConfig | str | None = None,
+  funnel: Funnel = None,
   dtype: str = "float32",
 ) -> Gemma:
   """Loads a checkpoint, whatever its format.
@@ -34,7 +57,8 @@ def load(
     path: a Hugging Face folder (config.json beside model.safetensors, or beside
       its shards and their index), or the folder of a training run of ours.
     funnel: the funnel to run it with. None is no funnel; for a training run it
-      is the one that the run was trained with ("off" is no funnel there).
+      is the one that the run was trained with ("off" is no funnel there). What
+      it learns and the checkpoint has not is made afresh, and a line says so.
     dtype: what parameters are stored in and matrices are multiplied in:
       "float32", "bfloat16" or "float16".
 
@@ -51,6 +75,45 @@ def load(
     from gemma_funnel.training import checkpoint
 
     return checkpoint.load_model(folder, funnel, dtype)
+  _require_huggingface(folder)
+  config = dataclasses.replace(
+    huggingface.read_config(folder), param_dtype=dtype, dtype=dtype
+  )
+  # A funnel that does not fit is said before any weight is read.
+  stages = resolve_funnel(funnel, config.num_layers)
+  plain = _assemble(
+    Gemma.abstract(config), huggingface.read_pieces(folder, config)
+  )
+  return plain.with_funnel(stages)
+
+
+def describe(path: str | os.PathLike[str]) -> Description:
+  """Says what `load` would load, without reading weights.
+
+  Raises:
+    ValueError: nothing that is known at `path`, or no configuration of ours.
+  """
+  folder = pathlib.Path(path)
+  own = str(folder / _TOKENIZER)
+  if not _is_training_run(folder):
+    _require_huggingface(folder)
+    return Description(huggingface.read_config(folder), (), own, False)
+  file = folder / "config.json"
+  try:
+    run = huggingface.peek(file)
+    model, funnel = run["model"], run["funnel"]
+    given = run["data"]["tokenizer"]
+  except (KeyError, TypeError) as error:
+    raise ValueError(
+      f"{file} is no configuration of a training run: expected an object with "
+      "model, funnel and data.tokenizer"
+    ) from error
+  config = GemmaConfig.from_dict(model)
+  stages = resolve_funnel(funnel, config.num_layers)
+  return Description(config, stages, given or own, True)
+
+
+def _require_huggingface(folder: pathlib.Path) -> None:
   if not huggingface.is_checkpoint(folder):
     raise ValueError(
       f"{folder} is no checkpoint that is known: {_describe(folder)}. "
@@ -58,12 +121,6 @@ def load(
       "model.safetensors or model.safetensors.index.json) or the folder of "
       "a training run (with checkpoints/ in it)"
     )
-  config = dataclasses.replace(
-    huggingface.read_config(folder), param_dtype=dtype, dtype=dtype
-  )
-  # The funnel is checked here, before any weight is read.
-  model = Gemma.abstract(config, funnel)
-  return _assemble(model, huggingface.read_pieces(folder, config))
 
 
 def _is_training_run(folder: pathlib.Path) -> bool:

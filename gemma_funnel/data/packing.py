@@ -1,9 +1,9 @@
 """Documents to chunks of tokens, and chunks to rows of a fixed length.
 
 A chunk is [BOS, t1, .., tn]; a document's last chunk ends in EOS. Chunks share
-rows, each starting at a multiple of the funnel's stride: no group of pooled
-tokens then holds tokens of two chunks, and the first group of every chunk
-starts with its BOS.
+rows, each starting at a multiple of the funnel's total stride: no group of
+pooled tokens then holds tokens of two chunks, and the first group of every
+chunk starts with its BOS.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """How well a model predicts held-out text, with its funnel and with others.
 
 All funnels are given the same batches, whose segments start at multiples of
-every stride, so that a difference between two rows is one of the funnels.
+every total stride, so that a difference between two rows is one of the funnels.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,12 @@ import jax
 from ml_collections import config_dict
 
 from gemma_funnel import flops
+from gemma_funnel.config import (
+  Funnel,
+  check_recovers,
+  format_funnel,
+  total_stride,
+)
 from gemma_funnel.data import pipeline
 from gemma_funnel.evaluation import funnels as funnels_lib
 from gemma_funnel.evaluation import plots, report
@@ -43,7 +49,7 @@ def evaluate(model: Gemma, heldout: pipeline.HeldOut, chunk: int = 512) -> Row:
 
   Args:
     model: with the funnel to run it with.
-    heldout: batches whose segments start at multiples of the funnel's stride.
+    heldout: batches whose segments start at multiples of the total stride.
     chunk: positions of a row whose logits are in memory at one time, >= 1.
 
   Returns:
@@ -52,7 +58,8 @@ def evaluate(model: Gemma, heldout: pipeline.HeldOut, chunk: int = 512) -> Row:
     tokens that were the likeliest; and `num_tokens`, how many were predicted.
 
   Raises:
-    ValueError: `chunk` out of range, or no batches.
+    ValueError: `chunk` out of range, no batches, or a funnel that does not
+      recover.
     FloatingPointError: a loss that is not finite.
   """
   _require_int("chunk", chunk)
@@ -146,8 +153,8 @@ def _heldout(
     )
   if length % align:
     raise ValueError(
-      f"length={length}: expected a multiple of {align}, which all strides "
-      f"divide, such as {max(1, length // align) * align}"
+      f"length={length}: expected a multiple of {align}, which all total "
+      f"strides divide, such as {max(1, length // align) * align}"
     )
   data = config_dict.ConfigDict(subject.data.to_dict())
   with data.unlocked():
@@ -189,7 +196,7 @@ KEYS = (
 
 def measure(
   model: Gemma,
-  funnels: Sequence[Any],
+  funnels: Sequence[Funnel],
   heldout: pipeline.HeldOut,
   chunk: int = 512,
 ) -> list[Row]:
@@ -198,7 +205,7 @@ def measure(
   Args:
     model: a model with the funnel it was trained with, if any.
     funnels: configurations or strings; "trained" is the model's own.
-    heldout: batches whose segments start at multiples of every stride.
+    heldout: batches whose segments start at multiples of every total stride.
     chunk: see `evaluate`.
 
   Returns:
@@ -208,22 +215,23 @@ def measure(
     included.
 
   Raises:
-    ValueError: a funnel that is malformed or does not fit, or see `evaluate`.
+    ValueError: a funnel that is malformed or does not fit or recover, or see
+      `evaluate`.
   """
   named = _resolve(model, funnels)
   unigram = pipeline.unigram_bits_per_byte(heldout)
   length = heldout.batches[0]["tokens"].shape[1]
   rows = []
-  for name, funnel in named.items():
+  for name, stages in named.items():
     print(f"evaluating {name} on {len(heldout.batches)} batches", flush=True)
     rows.append(
       {
         "funnel": name,
-        "resolved": funnels_lib.label(funnel),
-        **evaluate(model.with_funnel(funnel), heldout, chunk),
+        "resolved": format_funnel(stages),
+        **evaluate(model.with_funnel(stages), heldout, chunk),
         "unigram_bits_per_byte": unigram,
         "ideal_reduction": flops.ideal_reduction(
-          model.config, funnel, 1, length
+          model.config, stages, 1, length
         ),
       }
     )
@@ -231,9 +239,16 @@ def measure(
 
 
 def _resolve(model, funnels):
-  return funnels_lib.resolve(
-    funnels, model.config.num_layers, {TRAINED: model.funnel}
+  named = funnels_lib.resolve(
+    funnels, model.config.num_layers, {TRAINED: model.stages}
   )
+  _check_recover(named)
+  return named
+
+
+def _check_recover(named):
+  for stages in named.values():
+    check_recovers(stages, "predicting tokens")
 
 
 def run(config: Any) -> list[Row]:
@@ -255,9 +270,11 @@ def run(config: Any) -> list[Row]:
   if missing:
     raise ValueError(f"the configuration lacks {missing}")
   _require_int("chunk", config.chunk)
+  # What can be said before a checkpoint is read.
+  _check_recover(funnels_lib.parse(config.funnels, {TRAINED: ()}))
   subject = _load(config)
   named = _resolve(subject.model, config.funnels)
-  align = math.lcm(*(f.stride for f in named.values() if f))
+  align = math.lcm(*map(total_stride, named.values()))
   heldout, settings = _heldout(config, subject, align)
   rows = measure(subject.model, config.funnels, heldout, config.chunk)
   settings |= dict(

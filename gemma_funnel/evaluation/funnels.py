@@ -2,29 +2,31 @@
 
 from collections.abc import Mapping, Sequence
 
-from gemma_funnel.config import FunnelConfig
+from gemma_funnel.config import (
+  Funnel,
+  FunnelConfig,
+  format_funnel,
+  parse_funnel,
+  resolve_funnel,
+)
 
-OFF = "off"
+Stages = tuple[FunnelConfig, ...]
 
 
-def resolve(
-  funnels: Sequence[FunnelConfig | str],
-  num_layers: int,
-  known: Mapping[str, FunnelConfig | None] | None = None,
-) -> dict[str, FunnelConfig | None]:
-  """Names funnels and checks that they fit.
+def parse(
+  funnels: Sequence[Funnel], known: Mapping[str, Funnel] | None = None
+) -> dict[str, Stages]:
+  """Names funnels.
 
   Args:
     funnels: funnels or their strings, such as "start=2,stride=2" or "off".
-    num_layers: the model's depth.
     known: other names that may be used, with what they stand for.
 
   Returns:
-    Resolved funnels by the names they were given, in that order; None is off.
-    One that does the same as an earlier one is left out.
+    Stages by the names they were given, in that order; () is off.
 
   Raises:
-    ValueError: no funnels, or one that is malformed or does not fit.
+    ValueError: no funnels, or one that is malformed.
   """
   if isinstance(funnels, str) or not funnels:
     raise ValueError(
@@ -32,23 +34,34 @@ def resolve(
     )
   named = {}
   for funnel in funnels:
-    name = str(funnel).strip()
+    name = funnel.strip() if isinstance(funnel, str) else None
     try:
-      resolved = _resolve(funnel, num_layers, known or {})
+      stages = parse_funnel((known or {}).get(name, funnel))
     except ValueError as e:
-      raise ValueError(f"funnels: {name!r}: {e}") from e
-    if resolved not in named.values():
-      named[name] = resolved
+      raise ValueError(f"funnels: {str(funnel)!r}: {e}") from e
+    named[name or format_funnel(stages)] = stages
   return named
 
 
-def _resolve(funnel, num_layers, known) -> FunnelConfig | None:
-  if isinstance(funnel, str):
-    name = funnel.strip()
-    funnel = known[name] if name in known else FunnelConfig.parse(name)
-  return None if funnel is None else funnel.resolve(num_layers)
+def resolve(
+  funnels: Sequence[Funnel],
+  num_layers: int,
+  known: Mapping[str, Funnel] | None = None,
+) -> dict[str, Stages]:
+  """As `parse`, of a model of that depth, and with each funnel once.
 
+  Returns:
+    Resolved stages; what is the same as an earlier one is left out.
 
-def label(funnel: FunnelConfig | None) -> str:
-  """The string form of a funnel or of none."""
-  return OFF if funnel is None else str(funnel)
+  Raises:
+    ValueError: no funnels, or one that is malformed or does not fit.
+  """
+  named = {}
+  for name, funnel in parse(funnels, known).items():
+    try:
+      stages = resolve_funnel(funnel, num_layers)
+    except ValueError as e:
+      raise ValueError(f"funnels: {name!r}: {e}") from e
+    if stages not in named.values():
+      named[name] = stages
+  return named

@@ -14,11 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_funnel import flops
-from gemma_funnel import funnel as funnel_lib
-from gemma_funnel.config import ATTENTION_KINDS, FunnelConfig, GemmaConfig
+from gemma_funnel.config import (
+  ATTENTION_KINDS,
+  OFF,
+  Funnel,
+  GemmaConfig,
+  check_recovers,
+  format_funnel,
+)
+from gemma_funnel.evaluation import decoding, plots, report, timing
 from gemma_funnel.evaluation import funnels as funnels_lib
-from gemma_funnel.evaluation import plots, report, timing
 from gemma_funnel.model import Gemma
+from gemma_funnel.stream import make_stream
 
 # Where kinds of layers are compared: layers of each, and what with.
 _LAYERS = 2
@@ -57,7 +64,7 @@ def _forward(graphdef, head, causal, params, tokens_BT):
 
 def measure(
   model: Gemma,
-  funnels: Sequence[FunnelConfig | str],
+  funnels: Sequence[Funnel],
   *,
   batch_sizes: Sequence[int],
   lengths: Sequence[int],
@@ -69,7 +76,8 @@ def measure(
 
   Args:
     model: whose parameters all variants run with; its own funnel is unused.
-    funnels: what to compare with no funnel, as configurations or strings.
+    funnels: what to compare with no funnel, as configurations or strings. What
+      one learns is the model's where its own funnel has that, or else fresh.
     batch_sizes: rows B.
     lengths: tokens T of a row.
     head: of False and True, those to measure: a forward pass to the hidden
@@ -83,18 +91,17 @@ def measure(
     `measured_over_ideal`, `flops`, `flops_per_s` and `tokens_per_s`.
 
   Raises:
-    ValueError: an argument out of range, or a model that cannot run here.
+    ValueError: an argument out of range, a funnel that does not recover what
+      the head needs, or a model that cannot run here.
   """
   _check_sweep(model.config, batch_sizes, lengths)
   if not head or any(not isinstance(h, bool) for h in head):
     raise ValueError(f"head={head!r}: expected one or both of False and True")
   named = funnels_lib.resolve(funnels, model.config.num_layers)
-  named = {funnels_lib.OFF: None} | {k: f for k, f in named.items() if f}
+  named = {OFF: ()} | {k: stages for k, stages in named.items() if stages}
+  _check_head(named, head)
   sweep = _Sweep(
-      params=nnx.state(model),
-      graphdefs={
-          k: nnx.graphdef(model.with_funnel(f)) for k, f in named.items()
-      },
+      models={k: nnx.split(model.with_funnel(s)) for k, s in named.items()},
       funnels=named, heads=tuple(dict.fromkeys(head)), config=model.config,
       causal=causal, protocol=protocol,
   )  # fmt: skip
@@ -109,13 +116,21 @@ def measure(
   return rows
 
 
+def _check_head(named, head: Sequence[bool]) -> None:
+  if True in head:
+    for stages in named.values():
+      check_recovers(stages, "head=True (head=(False,) measures the encoder)")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Sweep:
-  """What all cells (batch size, length) of a measurement share."""
+  """What all cells (batch size, length) of a measurement share.
 
-  params: nnx.State
-  graphdefs: dict[str, nnx.GraphDef]
-  funnels: dict[str, FunnelConfig | None]
+  `models` are (graphdef, params) by name; parameters that two have are one.
+  """
+
+  models: dict[str, tuple[nnx.GraphDef, nnx.State]]
+  funnels: dict[str, funnels_lib.Stages]
   heads: tuple[bool, ...]
   config: GemmaConfig
   causal: bool
@@ -129,9 +144,9 @@ class _Sweep:
     """Finds what no batch size can run with, such as a kernel, before any."""
     for length in lengths:
       tokens_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)
-      for graphdef in self.graphdefs.values():
+      for graphdef, params in self.models.values():
         forward = functools.partial(_forward, graphdef, False, self.causal)
-        jax.eval_shape(forward, self.params, tokens_BT)
+        jax.eval_shape(forward, params, tokens_BT)
 
   def flops(self, cell, name, head) -> int:
     return flops.forward(
@@ -143,11 +158,10 @@ class _Sweep:
 
   def build(self, tokens_BT, name, head) -> timing.Program:
     self.protocol.log(f"  compiling {_variant(name, head)}")
-    forward = functools.partial(
-      _forward, self.graphdefs[name], head, self.causal
-    )
+    graphdef, params = self.models[name]
+    forward = functools.partial(_forward, graphdef, head, self.causal)
     return timing.compile_program(
-      forward, self.params, tokens_BT, clock=self.protocol.clock
+      forward, params, tokens_BT, clock=self.protocol.clock
     )
 
   def measure(self, cell) -> list[Row]:
@@ -158,14 +172,14 @@ class _Sweep:
     build = functools.partial(self.build, tokens_BT)
     measured = timing.measure_together(
       {v: functools.partial(build, *v) for v in self.variants},
-      {(name, h): (funnels_lib.OFF, h) for name, h in self.variants},
+      {(name, h): (OFF, h) for name, h in self.variants},
       self.protocol,
     )
     rows = []
     for (name, h), row in measured.items():
       about = {
           "batch": cell[0], "length": cell[1], "head": h, "funnel": name,
-          "resolved": funnels_lib.label(self.funnels[name]),
+          "resolved": format_funnel(self.funnels[name]),
       }  # fmt: skip
       ideal = flops.ideal_reduction(
         self.config, self.funnels[name], *cell, h, self.causal
@@ -198,7 +212,7 @@ def _result_line(row: Row) -> str:
   if row["error"]:
     return f"{name}: failed"
   line = f"{name}: {row['latency_s'] * 1e3:.2f} ms"
-  if row["funnel"] != funnels_lib.OFF and row["reduction"] is not None:
+  if row["funnel"] != OFF and row["reduction"] is not None:
     line += (
       f", {row['reduction']:.1%} less (ideal {row['ideal_reduction']:.1%})"
     )
@@ -206,7 +220,7 @@ def _result_line(row: Row) -> str:
 
 
 def _trunk(graphdef, causal, params, hidden_BTD):
-  stream = funnel_lib.make_stream(hidden_BTD)
+  stream = make_stream(hidden_BTD)
   return nnx.merge(graphdef, params).trunk(stream, causal=causal).hidden_BTD
 
 
@@ -327,7 +341,7 @@ LAYER_KIND_COLUMNS = (
 
 KEYS = (
     "funnels", "batch_sizes", "lengths", "causal", "head", "layer_kinds",
-    "warmup", "repeats", "seed", "checkpoint", "model", "out",
+    "decode", "warmup", "repeats", "seed", "checkpoint", "model", "out",
 )  # fmt: skip
 # Of a checkpoint's model, what a configuration decides: how, and not what.
 _HOW = ("dtype", "softmax_dtype", "kernel", "scan_layers", "remat")
@@ -336,7 +350,8 @@ _HOW = ("dtype", "softmax_dtype", "kernel", "scan_layers", "remat")
 def run(config: Any) -> list[Row]:
   """Measures what a configuration asks for, and writes tables and plots.
 
-  Writes latency.json, .md and .png to `config.out`, and layer_kinds likewise.
+  Writes latency.json, .md and .png to `config.out`, and layer_kinds and decode
+  likewise.
 
   Args:
     config: a ConfigDict with the keys of configs/eval_latency.py.
@@ -352,11 +367,21 @@ def run(config: Any) -> list[Row]:
   if missing:
     raise ValueError(f"the configuration lacks {missing}")
   protocol = timing.Protocol(config.repeats, config.warmup, config.seed)
+  # What can be said before a checkpoint is read.
+  _check_head(funnels_lib.parse(config.funnels), config.head)
+  decodes = config.decode.new_tokens != 0
+  if decodes and not config.causal:
+    raise ValueError(
+      "causal=False measures an encoder, which does not decode: expected "
+      f"decode.new_tokens=0, found {config.decode.new_tokens}"
+    )
   sweep = dict(
       batch_sizes=config.batch_sizes, lengths=config.lengths,
       causal=config.causal, protocol=protocol,
   )  # fmt: skip
   model = _get_model(config)
+  if decodes:
+    decoding.check(model.config, config.funnels, **config.decode)
   rows = measure(model, config.funnels, head=config.head, **sweep)
   settings = {
       "model": model.config.to_dict(), "checkpoint": config.checkpoint,
@@ -375,6 +400,15 @@ def run(config: Any) -> list[Row]:
         _title("Latency of one layer", model.config), plots.layer_kinds,
         settings=settings, notes=_notes(protocol),
     )  # fmt: skip
+  if decodes:
+    report.write(
+        config.out, "decode",
+        decoding.measure(
+            model, config.funnels, protocol=protocol, **config.decode
+        ),
+        decoding.COLUMNS, _title("Generation", model.config), plots.decoding,
+        settings=settings, notes=[_notes(protocol)[0], *decoding.NOTES],
+    )  # fmt: skip
   if all(row["error"] for row in rows):
     raise RuntimeError(f"no variant could run: {rows[0]['error']}")
   return rows
@@ -389,7 +423,7 @@ def _get_model(config: Any) -> Gemma:
     return random_model(wanted, config.seed)
   from gemma_funnel.convert import load
 
-  model = load(config.checkpoint, funnels_lib.OFF, wanted.param_dtype)
+  model = load(config.checkpoint, OFF, wanted.param_dtype)
   how = {name: getattr(wanted, name) for name in _HOW}
   graphdef = nnx.graphdef(
     Gemma.abstract(dataclasses.replace(model.config, **how))

@@ -94,6 +94,59 @@ def _plot_times(axes, rows, key, names, title) -> None:
   axes.set_title(title, fontsize=10)
 
 
+def decoding(rows: Sequence[Row]) -> Any:
+  """A figure: measured and ideal reductions, of the first token and of each.
+
+  A pair of plots for each batch size and prompt; a bar for each funnel.
+  """
+  cells = list(dict.fromkeys((r["batch"], r["prompt"]) for r in rows))
+  names = _unique(rows, "funnel")[1:]
+  height = 1.6 + (1.2 + 0.4 * len(names)) * len(cells)
+  figure = report.new_figure(10, height)
+  grid = figure.subplots(len(cells), 2, squeeze=False, sharex=True)
+  for pair, cell in zip(grid, cells, strict=True):
+    part = [
+      r
+      for r in rows
+      if (r["batch"], r["prompt"]) == cell and r["funnel"] in names
+    ]
+    where = f"batch {cell[0]}, prompt {cell[1]}"
+    for axes, what, measured, ideal in (
+      (pair[0], "first token", "first_reduction", "first_ideal"),
+      (pair[1], "each token", "reduction", "ideal_bytes"),
+    ):
+      _plot_bars(axes, part, names, measured, ideal)
+      axes.set_title(f"{what}: {where}", fontsize=10)
+    pair[1].set_yticklabels([])
+  for axes in grid[-1]:
+    axes.set_xlabel("reduction of time (%)")
+  figure.legend(
+      *grid[0][0].get_legend_handles_labels(), loc="outside lower center",
+      ncols=2, fontsize=8,
+  )  # fmt: skip
+  return figure
+
+
+def _plot_bars(axes, rows, names, measured, ideal) -> None:
+  at = [names.index(r["funnel"]) for r in rows]
+  bars = axes.barh(
+      at, [100 * (r[measured] or 0) for r in rows], 0.7, color="C0",
+      label="measured",
+  )  # fmt: skip
+  axes.bar_label(
+      bars, fmt="{:.0f}", fontsize=8, label_type="center", color="white"
+  )  # fmt: skip
+  axes.vlines(
+      [100 * r[ideal] for r in rows], [y - 0.4 for y in at],
+      [y + 0.4 for y in at], colors="black",
+      label="ideal (FLOPs of a prompt, bytes of a token)",
+  )  # fmt: skip
+  axes.axvline(0, color="0.6", linewidth=0.8)
+  axes.margins(x=0.15)
+  axes.set_yticks(range(len(names)), names, fontsize=8)
+  axes.set_ylim(len(names) - 0.4, -0.6)
+
+
 def layer_kinds(rows: Sequence[Row]) -> Any:
   """A figure of the time of a layer of each kind, by length."""
   batches = _unique(rows, "batch")

@@ -24,7 +24,7 @@ import jax
 from jax.experimental import multihost_utils
 import ml_collections
 
-from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel.config import Funnel, GemmaConfig, resolve_funnel
 from gemma_funnel.model import Gemma
 
 FOLDER = "checkpoints"
@@ -46,7 +46,7 @@ class Run:
   """A finished or interrupted run, read back.
 
   Attributes:
-    model: with the parameters of `step`, and the funnel it was trained with.
+    model: with the parameters of `step`, and the funnel that was asked for.
     config: the run's configuration.
     tokenizer_path: its tokenizer.model.
     step: of the checkpoint that was read.
@@ -341,15 +341,15 @@ def _differences(there: dict, here: dict) -> list[tuple[str, Any, Any]]:
 
 def load_run(
   path: str | os.PathLike,
-  funnel: FunnelConfig | str | None = None,
+  funnel: Funnel = None,
   dtype: str | None = None,
 ) -> Run:
   """Reads the newest readable checkpoint of a run.
 
   Args:
     path: the run's folder (its workdir).
-    funnel: a funnel to use instead of the one it was trained with; "off" is
-      none.
+    funnel: a funnel to use instead of the one it was trained with, which None
+      is; "off" is none. See `Gemma.with_funnel` for what it learns.
     dtype: of parameters and compute; None is as trained.
 
   Raises:
@@ -363,9 +363,9 @@ def load_run(
 
   def abstract_model(config: dict) -> Gemma:
     model_config = GemmaConfig.from_dict({**config["model"], **dtypes})
-    return Gemma.abstract(
-      model_config, config["funnel"] if funnel is None else funnel
-    )
+    # A funnel that does not fit is said before anything is read.
+    resolve_funnel(funnel, model_config.num_layers)
+    return Gemma.abstract(model_config, config["funnel"])
 
   def abstract_params(config: dict):
     return jax.tree.map(
@@ -374,10 +374,11 @@ def load_run(
     )
 
   with Checkpoints(path, read_only=True) as checkpoints:
-    newest = _read_config(path / CONFIG)
-    abstract_model(newest)  # A funnel that does not fit is said at once.
+    abstract_model(_read_config(path / CONFIG))
     step, config, params = checkpoints.restore_params(abstract_params)
   model = nnx.merge(nnx.graphdef(abstract_model(config)), params)
+  if funnel is not None:
+    model = model.with_funnel(funnel)
   given = config["data"]["tokenizer"]
   return Run(
     model=model,
@@ -389,7 +390,7 @@ def load_run(
 
 def load_model(
   path: str | os.PathLike,
-  funnel: FunnelConfig | str | None = None,
+  funnel: Funnel = None,
   dtype: str = "float32",
 ) -> Gemma:
   """The model of `load_run`."""

@@ -17,7 +17,14 @@ import jax
 import ml_collections
 import optax
 
-from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel.config import (
+  FunnelConfig,
+  GemmaConfig,
+  check_recovers,
+  format_funnel,
+  resolve_funnel,
+  total_stride,
+)
 from gemma_funnel.data import pipeline
 from gemma_funnel.model import Gemma
 from gemma_funnel.training import checkpoint as checkpoint_lib
@@ -34,7 +41,7 @@ class Setup:
 
   config: ml_collections.ConfigDict
   model_config: GemmaConfig
-  funnel: FunnelConfig | None
+  stages: tuple[FunnelConfig, ...]
   mesh: jax.sharding.Mesh
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
@@ -42,7 +49,7 @@ class Setup:
   @property
   def align(self) -> int:
     """What segments of a packed row start at multiples of."""
-    return self.funnel.stride if self.funnel else 1
+    return total_stride(self.stages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +76,8 @@ def make_setup(config: ml_collections.ConfigDict) -> Setup:
     ValueError: a value that cannot be, named.
   """
   model_config = GemmaConfig.from_dict(config.model)
-  funnel = FunnelConfig.parse(config.funnel)
-  if funnel is not None:
-    funnel = funnel.resolve(model_config.num_layers)
+  stages = resolve_funnel(config.funnel, model_config.num_layers)
+  check_recovers(stages, "training to predict tokens")
   for name in ("steps", "batch_size", "length", "loss_chunk", "log_every",
                "eval_every", "eval_documents", "heldout_documents",
                "checkpoint_every", "keep", "latency.batch_size",
@@ -90,10 +96,10 @@ def make_setup(config: ml_collections.ConfigDict) -> Setup:
       raise ValueError(
         f"{name}={value} is beyond model.max_length={model_config.max_length}"
       )
-  if funnel is not None and config.length % funnel.stride:
+  if config.length % total_stride(stages):
     raise ValueError(
-      f"length={config.length} must be a multiple of the funnel's stride "
-      f"{funnel.stride}, for packing"
+      f"length={config.length} must be a multiple of the funnel's total stride "
+      f"{total_stride(stages)}, for packing"
     )
   mesh = sharding.make_mesh(config.mesh)
   rows = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -105,7 +111,7 @@ def make_setup(config: ml_collections.ConfigDict) -> Setup:
   optimizer, schedule = optimizer_lib.make_optimizer(
     config.optimizer, config.steps
   )
-  return Setup(config, model_config, funnel, mesh, optimizer, schedule)
+  return Setup(config, model_config, stages, mesh, optimizer, schedule)
 
 
 def _value(config: ml_collections.ConfigDict, name: str):
@@ -122,7 +128,7 @@ def make_init(setup: Setup):
 
   def init(seed):
     rngs = nnx.Rngs(jax.random.key(seed))
-    model = Gemma(setup.model_config, setup.funnel, rngs=rngs)
+    model = Gemma(setup.model_config, setup.stages, rngs=rngs)
     params = nnx.to_pure_dict(nnx.state(model))
     return params, setup.optimizer.init(params)
 
@@ -139,7 +145,7 @@ def make_init(setup: Setup):
 def make_train_step(setup: Setup, abstract):
   """One pure step, jitted: (params, opt_state, batch) -> (..., metrics)."""
   config = setup.config
-  graphdef = nnx.graphdef(Gemma.abstract(setup.model_config, setup.funnel))
+  graphdef = nnx.graphdef(Gemma.abstract(setup.model_config, setup.stages))
 
   def loss_of(params, batch):
     return objectives.next_token(
@@ -229,13 +235,13 @@ class _Loop:
       self.params, self.opt_state = init(setup.config.seed)
     count = sum(x.size for x in jax.tree.leaves(self.params))
     print(
-      f"{workdir}: {count:,} parameters, funnel {setup.funnel or 'off'}, "
-      f"mesh {dict(setup.mesh.shape)}",
+      f"{workdir}: {count:,} parameters, funnel "
+      f"{format_funnel(setup.stages)}, mesh {dict(setup.mesh.shape)}",
       flush=True,
     )
 
   def model(self) -> Gemma:
-    model = Gemma.abstract(self.setup.model_config, self.setup.funnel)
+    model = Gemma.abstract(self.setup.model_config, self.setup.stages)
     return nnx.merge(nnx.graphdef(model), self.params)
 
   def save(self) -> None:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gemma_funnel.config import check_recovers
 from gemma_funnel.model import Gemma
 
 
@@ -32,7 +33,11 @@ def next_token_sums(
     float32 scalars: "nll", negative log likelihoods in nats; "square_log_z",
     squared log partition functions; "correct", tokens that were the likeliest;
     "tokens", how many there were.
+
+  Raises:
+    ValueError: a funnel that does not recover.
   """
+  check_recovers(model.stages, "predicting tokens")
   hidden_BTD = model.encode(tokens_BT, segment_BT, position_BT, causal=True)
   target_BT = jnp.roll(tokens_BT, -1, axis=1)
   follows_BT = (segment_BT == jnp.roll(segment_BT, -1, axis=1)) & (

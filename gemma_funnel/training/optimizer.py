@@ -6,8 +6,9 @@ import jax
 import ml_collections
 import optax
 
-# Parameters that weight decay leaves alone: norm scales are offsets from one.
-_UNDECAYED = r"scale$"
+# Parameters that weight decay leaves alone: norm scales are offsets from one,
+# and a funnel's vectors from a mean.
+_UNDECAYED = r"scale$|^funnel/\d+/(pool_query|gate)$"
 
 
 def path_of(key_path: tuple) -> str:

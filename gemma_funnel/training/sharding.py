@@ -20,8 +20,11 @@ BATCH = P(("data", "fsdp"))
 # The first rule whose pattern is found in a path applies, to the parameter and
 # to the optimizer's moments of it. Heads, the MLP's width and the vocabulary
 # are split over "tensor"; the model width over "fsdp". The leading axis of
-# layers is the depth.
+# layers is the depth; what a funnel learns has none.
 RULES: tuple[tuple[str, P], ...] = (
+  (r"funnel/\d+/attend/attn/(query|key|value)$", P("fsdp", "tensor", None)),
+  (r"funnel/\d+/attend/attn/out$", P("tensor", None, "fsdp")),
+  (r"funnel/\d+/(pool_query|gate)$", P()),
   (r"embedding$", P("tensor", "fsdp")),
   (r"attn/(query|key|value)$", P(None, "fsdp", "tensor", None)),
   (r"attn/out$", P(None, "tensor", None, "fsdp")),
@@ -77,8 +80,8 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
   if spec is None:
     raise ValueError(f"no sharding rule for parameter {path!r}")
   spec = P(*spec, *[None] * (len(shape) - len(spec)))
-  if re.search(r"attn/(key|value)$", path) and shape[2] % mesh.shape["tensor"]:
-    spec = P(*spec[:2], None, None)
+  if re.search(r"attn/(key|value)$", path) and shape[-2] % mesh.shape["tensor"]:
+    spec = P(*spec[:-2], None, None)
   for size, axis in zip(shape, spec, strict=True):
     if axis is not None and size % mesh.shape[axis]:
       raise ValueError(
@@ -99,6 +102,20 @@ def shardings_of(tree, mesh: jax.sharding.Mesh):
       mesh, spec_of(path_of(path), leaf.shape, mesh)
     ),
     tree,
+  )
+
+
+def cache_sharding(
+  mesh: jax.sharding.Mesh, rows: int, kv_heads: int
+) -> NamedSharding:
+  """Of keys and values [rows, kv_heads, slots, width] that are kept.
+
+  Rows and heads lie as in training, where the mesh divides them.
+  """
+  whole = rows % (mesh.shape["data"] * mesh.shape["fsdp"])
+  heads = kv_heads % mesh.shape["tensor"]
+  return NamedSharding(
+    mesh, P(None if whole else BATCH[0], None if heads else "tensor")
   )
 
 

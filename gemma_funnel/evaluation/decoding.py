@@ -1,0 +1,242 @@
+"""How long generation takes with funnels, against the same code without.
+
+The first token's time is that of the prefill, and of the steps that bring rows
+to a common phase where there are any; a token's time is that of a step, over
+all phases of the funnel. Greedy, and no row ends early.
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_funnel import decode, flops
+from gemma_funnel.config import (
+  OFF,
+  Funnel,
+  GemmaConfig,
+  check_recovers,
+  format_funnel,
+)
+from gemma_funnel.evaluation import funnels as funnels_lib
+from gemma_funnel.evaluation import report, timing
+from gemma_funnel.model import Gemma
+
+Row = dict[str, Any]
+_FIRST, _EACH = "first", "each"
+
+
+def measure(
+  model: Gemma,
+  funnels: Sequence[Funnel],
+  *,
+  batch_sizes: Sequence[int],
+  prompts: Sequence[int],
+  new_tokens: int,
+  protocol: timing.Protocol = timing.DEFAULT_PROTOCOL,
+) -> list[Row]:
+  """Measures generation with each funnel, and with none.
+
+  Args:
+    model: whose parameters all variants run with; its own funnel is unused.
+    funnels: what to compare with no funnel, as configurations or strings.
+    batch_sizes: rows B.
+    prompts: tokens of each row's prompt.
+    new_tokens: steps that are timed after it, one token a row each.
+    protocol: how times are taken.
+
+  Returns:
+    A row for each batch size, prompt and funnel, "off" first. In seconds:
+    `first_token_s` and `token_s`, medians. `first_reduction` and `reduction`,
+    measured against "off"; beside them the ideal ones: `first_ideal` of the
+    prefill's FLOPs, `ideal_flops` and `ideal_bytes` of a token's FLOPs and
+    bytes. `speedup` in tokens/s with `ideal_speedup` (of bytes), `tokens_per_s`
+    of all rows, `bytes_per_s` that a step's least bytes were read at,
+    `cache_bytes` held and `ideal_cache_bytes`.
+
+  Raises:
+    ValueError: an argument out of range, or a funnel that does not fit.
+  """
+  named = check(model.config, funnels, batch_sizes, prompts, new_tokens)
+  base = decode.unstacked(model)
+  cells = [(batch, length) for batch in batch_sizes for length in prompts]
+  progress = timing.Progress(
+    {(b, n): b * (n + new_tokens) for b, n in cells}, protocol
+  )
+  rows = []
+  for batch, length in cells:
+    progress.cell((batch, length), f"decode: batch {batch}, prompt {length}")
+    cell = _Cell(base, named, batch, length, new_tokens, protocol)
+    rows += cell.measure()
+  return rows
+
+
+def check(
+  config: GemmaConfig,
+  funnels: Sequence[Funnel],
+  batch_sizes: Sequence[int],
+  prompts: Sequence[int],
+  new_tokens: int,
+) -> dict[str, funnels_lib.Stages]:
+  """Checks the arguments of `measure`, and names its funnels.
+
+  Raises:
+    ValueError: as `measure`.
+  """
+  timing.require_ints("decode.batch_sizes", batch_sizes, 1)
+  timing.require_ints("decode.prompts", prompts, 1)
+  timing.require_ints("decode.new_tokens", (new_tokens,), 1)
+  longest = max(prompts) + new_tokens + 1
+  if longest > config.max_length:
+    raise ValueError(
+      f"decode: a prompt of {max(prompts)} tokens and {new_tokens} new ones "
+      f"are more than model.max_length={config.max_length}"
+    )
+  named = funnels_lib.resolve(funnels, config.num_layers)
+  for stages in named.values():
+    check_recovers(stages, "decoding (decode.new_tokens=0 leaves it out)")
+  return {OFF: ()} | {k: stages for k, stages in named.items() if stages}
+
+
+class _Cell:
+  """One batch size and prompt length, with all funnels."""
+
+  def __init__(self, model, named, batch, length, new_tokens, protocol):
+    self.config, self.named = model.config, named
+    self.batch, self.length, self.new_tokens = batch, length, new_tokens
+    self.protocol = protocol
+    rng = np.random.default_rng(protocol.seed)
+    vocab_size = model.config.vocab_size
+    self.prompts = rng.integers(0, vocab_size, (batch, length)).tolist()
+    # A token more than is timed: no row is done before the end.
+    self.options = dict(max_new_tokens=new_tokens + 1)
+    self.decoders = {
+      name: decode.Decoder(model.with_funnel(stages), length + new_tokens + 1)
+      for name, stages in named.items()
+    }
+    self.cache_bytes = {}
+
+  def build(self, name: str, part: str) -> timing.Program:
+    """A program that is compiled by being run once."""
+    self.protocol.log(f"  compiling {name}, {part}")
+    decoder = self.decoders[name]
+    prefill = functools.partial(decoder.prefill, self.prompts, **self.options)
+    start = self.protocol.clock()
+    state = jax.block_until_ready(prefill())
+    call = prefill
+    if part == _EACH:
+      self.cache_bytes[name] = decode.cache_bytes(state)
+      # Steps use up the state that they are given. Copying one costs as much
+      # as a part of one step does.
+      call = lambda: decoder.advance(
+        jax.tree.map(jnp.copy, state), self.new_tokens
+      )
+      end = jax.block_until_ready(call())
+      assert int(end.step) == self.new_tokens
+    return timing.Program(call, self.protocol.clock() - start, None)
+
+  def measure(self) -> list[Row]:
+    variants = [(name, part) for part in (_FIRST, _EACH) for name in self.named]
+    measured = timing.measure_together(
+      {v: functools.partial(self.build, *v) for v in variants},
+      {(name, part): (OFF, part) for name, part in variants},
+      self.protocol,
+    )
+    rows = []
+    for name in self.named:
+      row = self._row(name, measured[name, _FIRST], measured[name, _EACH])
+      rows.append(row)
+      self.protocol.log(f"  {_result_line(row)}")
+    token_s = rows[0]["token_s"]
+    for row in rows:
+      row["speedup"] = None
+      if token_s and row["token_s"]:
+        row["speedup"] = 1 / (1 - row["reduction"])
+    return rows
+
+  def _row(self, name: str, first: Row, each: Row) -> Row:
+    stages = self.named[name]
+    row = {
+        "batch": self.batch, "prompt": self.length,
+        "new_tokens": self.new_tokens, "funnel": name,
+        "resolved": format_funnel(stages),
+        "error": first["error"] or each["error"],
+        "cache_bytes": self.cache_bytes.get(name),
+    }  # fmt: skip
+    seconds = each.get("latency_s")
+    token_s = seconds and seconds / self.new_tokens
+    # Half of the new tokens are in the cache, on average.
+    context = self.length + self.new_tokens // 2
+    cost = lambda count, *args: count(self.config, *args, context)
+    saved = lambda count, *batch: (
+      1 - cost(count, stages, *batch) / cost(count, None, *batch)
+    )
+    least = cost(flops.decode_bytes, stages, self.batch)
+    ideal_bytes = saved(flops.decode_bytes, self.batch)
+    return row | {
+        "first_token_s": first.get("latency_s"),
+        "first_spread": first.get("spread"),
+        "first_reduction": first.get("reduction"),
+        "first_ideal": flops.ideal_reduction(
+            self.config, stages, self.batch, self.length, head=False
+        ),
+        "token_s": token_s, "spread": each.get("spread"),
+        "reduction": each.get("reduction"),
+        "ideal_flops": saved(flops.decode_flops),
+        "ideal_bytes": ideal_bytes, "ideal_speedup": 1 / (1 - ideal_bytes),
+        "tokens_per_s": token_s and self.batch / token_s,
+        "bytes_per_s": token_s and least / token_s,
+        "ideal_cache_bytes": flops.cache_bytes(
+            self.config, stages, self.batch, self.length + self.new_tokens + 1
+        ),
+        "times_s": {_FIRST: first.get("times_s"), _EACH: each.get("times_s")},
+    }  # fmt: skip
+
+
+def _result_line(row: Row) -> str:
+  if row["error"]:
+    return f"{row['funnel']}: failed: {row['error']}"
+  line = (
+    f"{row['funnel']}: first token {row['first_token_s'] * 1e3:.1f} ms, then "
+    f"{row['token_s'] * 1e3:.2f} ms each"
+  )
+  if row["funnel"] != OFF:
+    line += (
+      f", {row['reduction']:.1%} less (ideal {row['ideal_bytes']:.1%} of bytes,"
+      f" {row['ideal_flops']:.1%} of FLOPs)"
+    )
+  return line
+
+
+def _percent(key: str, header: str) -> report.Column:
+  return report.Column(key, f"{header} %", ".1f", 100)
+
+
+COLUMNS = (
+  report.Column("batch", "batch", "d"),
+  report.Column("prompt", "prompt", "d"),
+  report.Column("funnel", "funnel"),
+  report.Column("first_token_s", "first token ms", ".2f", 1e3),
+  _percent("first_reduction", "less"),
+  _percent("first_ideal", "ideal"),
+  report.Column("token_s", "ms a token", ".3f", 1e3),
+  _percent("spread", "spread"),
+  _percent("reduction", "less"),
+  _percent("ideal_flops", "ideal FLOPs"),
+  _percent("ideal_bytes", "ideal bytes"),
+  report.Column("tokens_per_s", "tokens/s", ",.1f"),
+  report.Column("speedup", "speed-up", ".2f"),
+  report.Column("ideal_speedup", "ideal", ".2f"),
+  report.Column("bytes_per_s", "GB/s", ".1f", 1e-9),
+  report.Column("cache_bytes", "cache MiB", ",.2f", 2**-20),
+  report.Column("ideal_cache_bytes", "least MiB", ",.2f", 2**-20),
+  report.Column("error", "error"),
+)
+NOTES = (
+  "First token: a prompt's prefill; ideal of its FLOPs. A token: a step for all "
+  "rows, over all phases of the funnel; ideal of FLOPs and of bytes (weights, "
+  "visible cache entries, logits). GB/s: those bytes by the time.",
+)

@@ -1,0 +1,178 @@
+"""The parts of a Gemma block: norm, rotary embeddings, attention, MLP.
+
+Blocks know no funnel, no mask and no cache: whoever runs one passes `look`, a
+function of queries, keys and values that says what they see of each other.
+
+Dimensions, as suffixes of names: B batch, T tokens (queries), S keys, D model
+width, F MLP width, N query heads, K key/value heads, H head width.
+"""
+
+from collections.abc import Callable
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_funnel.config import GemmaConfig
+
+# (cos, sin) of rotary angles, each [B, T, 1, H/2].
+Rope = tuple[jax.Array, jax.Array]
+# (q_BTNH, k_BSKH, v_BSKH) -> o_BTNH; queries are scaled, both are rotated.
+Look = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _projection(fan_in_axes, out_axes, scale=1.0):
+  """LeCun's rule: truncated normal of variance scale / fan-in (Efficient
+  BackProp, 1998; the default of flax, nanodo and MaxText)."""
+  return nnx.initializers.variance_scaling(
+      scale, "fan_in", "truncated_normal", in_axis=fan_in_axes,
+      out_axis=out_axes,
+  )  # fmt: skip
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * (1 + scale), in float32 and cast once, at the end."""
+
+  def __init__(self, config: GemmaConfig):
+    self.epsilon = config.norm_eps
+    self.scale = nnx.Param(
+      jnp.zeros(config.embed_dim, jnp.dtype(config.param_dtype))
+    )
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    scale_D = 1.0 + self.scale[...].astype(jnp.float32)
+    x = normalize(x_BTD, self.epsilon)
+    return (x * scale_D[None, None]).astype(x_BTD.dtype)
+
+
+def normalize(x: jax.Array, epsilon: float) -> jax.Array:
+  """x / rms(x) over the last axis, float32."""
+  x = x.astype(jnp.float32)
+  mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(mean_square + epsilon)
+
+
+def rope_angles(position_BT: jax.Array, config: GemmaConfig) -> Rope:
+  """Cosines and sines [B, T, 1, H/2], float32, of arXiv 2104.09864."""
+  exponent = np.arange(0, config.head_dim, 2) / config.head_dim
+  frequency_111h = jnp.asarray(
+    config.rope_base ** -exponent[None, None, None], jnp.float32
+  )
+  angle = position_BT.astype(jnp.float32)[..., None, None] * frequency_111h
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
+  """Rotates the half-split pairs (x[i], x[i + H/2]), in float32."""
+  cos, sin = rope
+  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+  return rotated.astype(x_BTNH.dtype)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with RoPE: its projections."""
+
+  def __init__(
+    self, config: GemmaConfig, rngs: nnx.Rngs, starts_at_zero: bool = False
+  ):
+    self.config = config
+    D, N, K, H = (
+        config.embed_dim, config.num_heads, config.num_kv_heads,
+        config.head_dim,
+    )  # fmt: skip
+    dtype = jnp.dtype(config.param_dtype)
+    # Branches into the residual stream start smaller by the root of their
+    # number (GPT-2's rule); Gemma 2's post norms undo it, Gemma 1 needs it.
+    project, back = (
+      _projection((0,), (1, 2)),
+      _projection((0, 1), (2,), 1 / (2 * config.num_layers)),
+    )
+    if starts_at_zero:
+      back = nnx.initializers.zeros
+    self.query = nnx.Param(project(rngs.params(), (D, N, H), dtype))
+    self.key = nnx.Param(project(rngs.params(), (D, K, H), dtype))
+    self.value = nnx.Param(project(rngs.params(), (D, K, H), dtype))
+    self.out = nnx.Param(back(rngs.params(), (N, H, D), dtype))
+
+  def __call__(
+    self, x_BTD, rope: Rope, look: Look, keys_BSD=None, keys_rope=None
+  ) -> jax.Array:
+    """Attention of x to `keys_BSD`; None is x itself."""
+    if keys_BSD is None:
+      keys_BSD, keys_rope = x_BTD, rope
+    q_BTNH = self.queries(x_BTD, rope)
+    return self.output(look(q_BTNH, *self.keys_values(keys_BSD, keys_rope)))
+
+  def queries(self, x_BTD, rope: Rope) -> jax.Array:
+    """q_BTNH, rotated and scaled."""
+    q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, _weight(self.query, x_BTD))
+    return rotate(q_BTNH, rope) * self.config.query_scale
+
+  def keys_values(self, x_BSD, rope: Rope) -> tuple[jax.Array, jax.Array]:
+    """(k_BSKH, v_BSKH); keys are rotated."""
+    k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, _weight(self.key, x_BSD))
+    v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, _weight(self.value, x_BSD))
+    return rotate(k_BSKH, rope), v_BSKH
+
+  def output(self, o_BTNH) -> jax.Array:
+    return jnp.einsum("BTNH,NHD->BTD", o_BTNH, _weight(self.out, o_BTNH))
+
+
+class MLP(nnx.Module):
+  """GeGLU with the tanh approximation of GELU."""
+
+  def __init__(self, config: GemmaConfig, rngs: nnx.Rngs):
+    D, F = config.embed_dim, config.mlp_dim
+    dtype = jnp.dtype(config.param_dtype)
+    project, back = (
+      _projection((0,), (1,)),
+      _projection((0,), (1,), 1 / (2 * config.num_layers)),
+    )
+    self.gate = nnx.Param(project(rngs.params(), (D, F), dtype))
+    self.up = nnx.Param(project(rngs.params(), (D, F), dtype))
+    self.down = nnx.Param(back(rngs.params(), (F, D), dtype))
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, _weight(self.gate, x_BTD))
+    up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, _weight(self.up, x_BTD))
+    hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
+    return jnp.einsum("BTF,FD->BTD", hidden_BTF, _weight(self.down, x_BTD))
+
+
+class Block(nnx.Module):
+  """One layer: attention and MLP, each with a residual."""
+
+  def __init__(self, config: GemmaConfig, rngs: nnx.Rngs):
+    self.pre_attn_norm = RMSNorm(config)
+    self.attn = Attention(config, rngs)
+    self.pre_mlp_norm = RMSNorm(config)
+    self.mlp = MLP(config, rngs)
+    self.post_norms = config.post_norms
+    if config.post_norms:
+      self.post_attn_norm = RMSNorm(config)
+      self.post_mlp_norm = RMSNorm(config)
+
+  def __call__(
+    self, x_BTD, rope: Rope, look: Look, keys_BSD=None, keys_rope=None
+  ) -> jax.Array:
+    """x after the layer; it attends to `keys_BSD`, None being x itself."""
+    if keys_BSD is not None:
+      keys_BSD = self.pre_attn_norm(keys_BSD)
+    branch_BTD = self.attn(
+      self.pre_attn_norm(x_BTD), rope, look, keys_BSD, keys_rope
+    )
+    if self.post_norms:
+      branch_BTD = self.post_attn_norm(branch_BTD)
+    x_BTD = x_BTD + branch_BTD
+    branch_BTD = self.mlp(self.pre_mlp_norm(x_BTD))
+    if self.post_norms:
+      branch_BTD = self.post_mlp_norm(branch_BTD)
+    return x_BTD + branch_BTD
+
+
+def _weight(param: nnx.Param, like: jax.Array) -> jax.Array:
+  return param[...].astype(like.dtype)

@@ -1,0 +1,187 @@
+"""Prefill and steps equal the one-pass forward, under the grid of funnels."""
+
+import dataclasses
+import functools
+
+from flax import nnx
+import funnel_grid
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_funnel import caches as caches_lib
+from gemma_funnel import decode
+from gemma_funnel.config import format_funnel, parse_funnel, total_stride
+from gemma_funnel.model import Gemma
+from gemma_funnel.stream import make_stream
+
+# Beyond the window, a ring of which comes round four times.
+TOKENS = 70
+CACHE = 80
+FUNNELS = funnel_grid.decodable()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _cached(graphdef, stride, params, tokens_BT, lengths_B, phase, begin_BP):
+  """Hidden states of what follows the beginnings, a token at a time."""
+  model = nnx.merge(graphdef, params)
+  longest = begin_BP.shape[1]
+  slot_1P = jnp.arange(longest)[None]
+  segment_BP = (slot_1P >= longest - lengths_B[:, None]).astype(jnp.int32)
+  stream = make_stream(model.embed(begin_BP), segment_BP)
+  stream, caches, stages = caches_lib.prefill(model, stream, phase, CACHE)
+  prefilled_BD = stream.hidden_BTD[:, -1]
+
+  def one(carry, _):
+    rank_B, phase, caches, stages = carry
+    phase = (phase + 1) % stride
+    token_B1 = jnp.take_along_axis(tokens_BT, rank_B[:, None], 1, mode="clip")
+    stream = make_stream(
+      model.embed(token_B1), jnp.ones_like(token_B1), rank_B[:, None]
+    )
+    stream, caches, stages = caches_lib.step(
+      model, stream, phase, caches, stages
+    )
+    return (rank_B + 1, phase, caches, stages), stream.hidden_BTD[:, 0]
+
+  carry = lengths_B, phase, caches, stages
+  carry, steps_SBD = jax.lax.scan(one, carry, length=TOKENS - 1)
+  return prefilled_BD, steps_SBD, carry[2], carry[3]
+
+
+def _compare(model: Gemma, lengths) -> tuple[float, list]:
+  """(the largest relative difference to the one pass, caches at the end).
+
+  Rows are of one phase; row b's prompt has lengths[b] tokens.
+  """
+  rng = np.random.default_rng(0)
+  lengths = np.asarray(lengths, np.int32)
+  tokens = rng.integers(5, 97, (len(lengths), TOKENS)).astype(np.int32)
+  begin = np.full((len(lengths), lengths.max() + 3), 96, np.int32)
+  for row, n in enumerate(lengths):
+    begin[row, -n:] = tokens[row, :n]
+  stride = total_stride(model.stages)
+  phase = np.int32((lengths[0] - 1) % stride)
+  assert np.all((lengths - 1) % stride == phase)
+  graphdef, params = nnx.split(decode.unstacked(model))
+  prefilled, steps, caches, stages = _cached(
+    graphdef, stride, params, tokens, lengths, phase, begin
+  )
+  stream = make_stream(model.embed(tokens))
+  want = np.asarray(model.trunk(stream, causal=True).hidden_BTD)
+  worst = 0.0
+  for row, n in enumerate(lengths):
+    got = np.concatenate([prefilled[row][None], steps[:, row]])[: TOKENS - n + 1]
+    worst = max(worst, np.abs(got - want[row, n - 1 :]).max())
+  return worst / np.abs(want).max(), (caches, stages)
+
+
+def _lengths(model, phase):
+  """Prompts of three rows, the shortest of which may be one token."""
+  stride = total_stride(model.stages)
+  return [1 + phase % stride + stride * i for i in (0, 2, 1)]
+
+
+@pytest.mark.parametrize(
+  "number", range(len(FUNNELS)), ids=lambda n: format_funnel(FUNNELS[n])
+)
+def test_steps_are_the_one_pass_forward(number):
+  model = funnel_grid.make_model(FUNNELS[number])
+  assert _compare(model, _lengths(model, number))[0] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("funnel", FUNNELS[::6], ids=format_funnel)
+def test_prompts_of_every_phase_alone(funnel):
+  model = funnel_grid.make_model(funnel)
+  for length in range(1, 1 + min(total_stride(funnel), 4)):
+    assert _compare(model, [length])[0] < 1e-5, length
+
+
+# Each run of layers, by funnel: after how many tokens it runs.
+COUNTED = {
+  "off": [1],
+  "start=1,stop=4,stride=3": [1, 3, 1],
+  "start=1,stride=2,pool_query_only=true": [1, 2, 2],
+  "start=1,stop=4,stride=2+start=2,stop=3,stride=3": [1, 2, 6, 2, 1],
+  "start=0,stop=2,stride=2+start=3,stop=4,stride=3": [2, 1, 3, 1],
+}
+
+
+@pytest.mark.parametrize("funnel", COUNTED)
+def test_deep_layers_run_once_a_group(funnel):
+  model = funnel_grid.make_model(parse_funnel(funnel))
+  for length in (1, 7):
+    _, (caches, _) = _compare(model, [length])
+    for cache, stride in zip(caches, COUNTED[funnel], strict=True):
+      prefilled = -(-length // stride)
+      ran = TOKENS - 1 + length  # `_compare` goes on for TOKENS - 1 steps.
+      assert prefilled + int(cache.runs) == -(-ran // stride), stride
+
+
+def test_local_layers_keep_their_window_only():
+  """5 layers, of which 0, 2 and 4 are local; stage 1 to 4 of stride 3."""
+  model = funnel_grid.make_model(parse_funnel("start=1,stop=4,stride=3"))
+  _, (caches, _) = _compare(model, [1])
+  sizes = [[k.shape[2] for k, _ in cache.keys_values] for cache in caches]
+  window, groups = model.config.window, -(-CACHE // 3)
+  in_window = (window - 1) // 3 + 1
+  assert sizes == [[window], [groups, in_window, groups], [window]]
+
+
+@pytest.mark.parametrize("fault", ["ring", "pending", "late", "early"])
+def test_planted_faults_are_seen(fault, monkeypatch):
+  """A ring too short by one, a lost slot, a stage a token late or early."""
+  size, put, step = caches_lib._ring_size, caches_lib._join, caches_lib._Step
+  match fault:
+    case "ring":
+      monkeypatch.setattr(
+        caches_lib, "_ring_size", lambda *args: max(1, size(*args) - 1)
+      )
+    case "pending":
+      monkeypatch.setattr(
+        caches_lib, "_join", lambda pending, new: put(
+          jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), pending), new
+        )
+      )  # fmt: skip
+    case _:
+      shift = 1 if fault == "late" else -1
+      init = step.__init__
+      monkeypatch.setattr(
+        step, "__init__", lambda self, model, phase, *args: init(
+          self, model, phase - shift, *args
+        )
+      )  # fmt: skip
+  model = funnel_grid.make_model(
+    parse_funnel("start=1,stop=4,stride=3,pool=attention")
+  )
+  jax.clear_caches()
+  worst, _ = _compare(model, [4])
+  monkeypatch.undo()
+  jax.clear_caches()
+  assert worst > 1e-3
+
+
+def test_a_cache_is_as_large_as_it_is_said_to_be():
+  """For the least that flops counts; rings have no slack in even streams."""
+  from gemma_funnel import flops
+
+  funnel = parse_funnel("start=1,stop=4,stride=3,recover=attend")
+  model = funnel_grid.make_model(funnel)
+  _, (caches, stages) = _compare(model, [1, 4])
+  kept = [
+    *(cache.keys_values for cache in caches), stages[0].deep.keys_values
+  ]  # fmt: skip
+  got = sum(x.nbytes for x in jax.tree.leaves(kept))
+  assert got == flops.cache_bytes(model.config, funnel, 2, CACHE)
+
+
+def test_mixed_precision_keeps_its_dtype():
+  model = funnel_grid.make_model(parse_funnel("start=1,stride=2"))
+  config = dataclasses.replace(model.config, dtype="bfloat16")
+  graphdef = nnx.graphdef(Gemma.abstract(config, model.stages))
+  model = nnx.merge(graphdef, nnx.state(model))
+  worst, (caches, _) = _compare(model, [3])
+  assert worst < 0.05
+  assert all(k.dtype == jnp.bfloat16 for c in caches for k, _ in c.keys_values)

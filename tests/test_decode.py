@@ -1,0 +1,240 @@
+"""Generation: against the one-pass forward, and what it refuses."""
+
+from flax import nnx
+import funnel_grid
+import jax
+from jax.sharding import NamedSharding
+import numpy as np
+import pytest
+
+from gemma_funnel import decode
+from gemma_funnel.config import format_funnel, parse_funnel
+from gemma_funnel.decode import Decoder
+from gemma_funnel.model import Gemma
+from gemma_funnel.sampling import Sampling
+from gemma_funnel.training import sharding
+
+NEW = 64
+CACHE = 128
+FUNNEL = "start=1,stop=4,stride=3"
+NESTED = "start=1,stride=2+start=3,stop=4,stride=2,pool_query_only=true"
+
+
+def _prompts(*lengths):
+  rng = np.random.default_rng(1)
+  return [rng.integers(5, 97, n).tolist() for n in lengths]
+
+
+def _model(funnel="off"):
+  return funnel_grid.make_model(parse_funnel(funnel))
+
+
+@pytest.fixture(scope="module")
+def decoder():
+  return Decoder(_model(FUNNEL), CACHE)
+
+
+def _greedy(model: Gemma, prompts, results) -> list[list[int]]:
+  """What the one-pass forward would have gone on with, token by token."""
+  rows = [prompts[r.prompt] + r.tokens for r in results]
+  tokens = np.full((len(rows), max(map(len, rows))), 96, np.int32)
+  segments = np.zeros_like(tokens)
+  for row, ids in enumerate(rows):
+    tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+  best = np.asarray(model(tokens, segments).argmax(-1))
+  return [
+    best[row, len(prompts[r.prompt]) - 1 : len(ids) - 1].tolist()
+    for row, (ids, r) in enumerate(zip(rows, results, strict=True))
+  ]
+
+
+@pytest.mark.parametrize(
+  "funnel", funnel_grid.decodable()[::3], ids=format_funnel
+)
+def test_greedy_is_the_one_pass_forward(funnel):
+  """A batch of unequal prompts; the window is passed by all."""
+  model = funnel_grid.make_model(funnel)
+  prompts = _prompts(3, 17, 8, 1, 12)
+  results = Decoder(model, CACHE).generate(prompts, max_new_tokens=NEW)
+  assert [len(r.tokens) for r in results] == [NEW] * 5
+  assert [r.tokens for r in results] == _greedy(model, prompts, results)
+
+
+@pytest.mark.parametrize("funnel", ["off", FUNNEL, NESTED])
+def test_single_prompts_of_every_phase(funnel):
+  model = _model(funnel)
+  decoder = Decoder(model, CACHE)
+  for prompt in _prompts(1, 2, 3, 4, 5):
+    results = decoder.generate([prompt], max_new_tokens=NEW)
+    assert results[0].tokens == _greedy(model, [prompt], results)[0]
+
+
+def test_programs_are_compiled_once(decoder):
+  """A prefill per length bucket, and one step for all."""
+  decoder = Decoder(_model(FUNNEL), CACHE)
+  for lengths in ([9], [14], [4], [30], [25], [31]):
+    decoder.generate(_prompts(*lengths), max_new_tokens=20)
+  assert decoder._advance._cache_size() == 1
+  assert decoder._prefill._cache_size() == 3  # 16, 28 and 32.
+
+
+def test_steps_do_not_come_back_to_the_host(decoder):
+  until = jax.device_put(np.int32(40))
+  state = decoder.prefill(_prompts(5, 9), max_new_tokens=41)
+  with jax.transfer_guard("disallow"):
+    state = decoder.advance(state, until)
+  assert int(state.step) == 40
+
+
+@pytest.mark.parametrize(
+  "lengths,stride,want",
+  [
+    ([5], 4, (0, [5])),
+    ([6], 4, (1, [6])),
+    ([3, 7, 11], 4, (2, [3, 7, 11])),
+    ([1, 8], 4, (0, [1, 5])),
+    ([4, 5, 6], 2, (0, [3, 5, 5])),
+    ([9, 2], 1, (0, [9, 2])),
+  ],
+)
+def test_rows_are_brought_to_one_phase(lengths, stride, want):
+  assert decode._common_phase(lengths, stride) == want
+
+
+def test_at_most_a_stride_less_one_steps_are_staggered():
+  for stride in (2, 3, 6):
+    for lengths in np.random.default_rng(0).integers(1, 30, (50, 4)):
+      phase, starts = decode._common_phase(lengths.tolist(), stride)
+      assert all(1 <= m <= n < m + stride for m, n in zip(starts, lengths))  # noqa: B905
+      assert all((m - 1) % stride == phase for m in starts)
+
+
+def test_buckets_waste_a_quarter_at_most():
+  for n in range(1, 5000):
+    bucket = decode._bucket(n)
+    assert n <= bucket <= max(16, 1.25 * n)
+  assert len({decode._bucket(n) for n in range(513, 1025)}) == 4
+
+
+def test_stop_ids_end_a_row_and_the_others_go_on(decoder):
+  prompts = _prompts(4, 9, 6)
+  free = decoder.generate(prompts, max_new_tokens=30)
+  stop = free[1].tokens[7]
+  first = [r.tokens.index(stop) if stop in r.tokens else 30 for r in free]
+  results = decoder.generate(prompts, max_new_tokens=30, stop_ids=[stop, 3])
+  for r, whole, n in zip(results, free, first, strict=True):
+    n = min([n, *(i for i, t in enumerate(whole.tokens) if t == 3)])
+    assert r.tokens == whole.tokens[:n]
+    assert r.stopped == (n < 30)
+  assert results[1].stopped
+
+
+def test_streaming_gives_what_is_new_and_ends_alike(decoder):
+  prompts = _prompts(4, 9)
+  seen = list(decoder.stream(prompts, max_new_tokens=21, chunk=5))
+  counts = [len(results[0].tokens) for results in seen]
+  assert counts == sorted(set(counts)) and counts[-1] == 21 and len(seen) == 5
+  assert seen[-1] == decoder.generate(prompts, max_new_tokens=21)
+
+
+def test_samples_depend_on_seed_and_place_and_on_nothing_else(decoder):
+  prompts = _prompts(4, 9, 7)
+  draw = lambda prompts, seed, samples=1: [
+    r.tokens
+    for r in decoder.generate(
+        prompts, max_new_tokens=12, sampling=Sampling(temperature=2.0),
+        seed=seed, num_samples=samples,
+    )  # fmt: skip
+  ]
+  one = draw(prompts, 5)
+  assert one == draw(prompts, 5) != draw(prompts, 6)
+  assert draw(prompts[:1], 5) == one[:1]
+  many = draw(prompts, 5, 3)
+  assert len(many) == 9 and many[::3] == one
+  assert len({tuple(tokens) for tokens in many}) == 9
+
+
+def test_samples_are_numbered(decoder):
+  results = decoder.generate(_prompts(4, 9), max_new_tokens=2, num_samples=2)
+  assert [(r.prompt, r.sample) for r in results] == [
+    (0, 0), (0, 1), (1, 0), (1, 1),
+  ]  # fmt: skip
+
+
+def test_repetition_penalty_counts_prompt_and_continuation():
+  """So high a penalty lets no token come twice, while others are left."""
+  model = _model(FUNNEL)
+  graphdef, params = nnx.split(model)
+  # All logits above zero: a penalty then lowers each.
+  decoder = Decoder(model, CACHE)
+  prompts = _prompts(6, 3)
+  results = decoder.generate(
+      prompts, max_new_tokens=40,
+      sampling=Sampling(temperature=0.0, repetition_penalty=1e6),
+  )  # fmt: skip
+  for r in results:
+    tokens = prompts[r.prompt] + r.tokens
+    new = r.tokens[:20]
+    assert len(set(new)) == 20 and not set(new) & set(prompts[r.prompt]), tokens
+
+
+@pytest.mark.parametrize("funnel", [FUNNEL, NESTED])
+def test_sharded_like_the_model(funnel):
+  """8 devices: rows over data and fsdp, heads over tensor; the same tokens."""
+  model = _model(funnel)
+  prompts = _prompts(5, 9, 3, 12)
+  want = Decoder(model, CACHE).generate(prompts, max_new_tokens=20)
+  mesh = jax.make_mesh(
+    (2, 2, 2), sharding.AXES, (jax.sharding.AxisType.Auto,) * 3
+  )
+  params = nnx.to_pure_dict(nnx.state(model))
+  params = jax.device_put(params, sharding.shardings_of(params, mesh))
+  decoder = Decoder(nnx.merge(nnx.graphdef(model), params), CACHE)
+  state = decoder.prefill(prompts, max_new_tokens=20)
+  for _ in range(2):
+    for cache in state.caches:
+      for k, v in cache.keys_values:
+        for x in (k, v):
+          spec = NamedSharding(
+            mesh, jax.P(("data", "fsdp"), "tensor", None, None)
+          )
+          assert x.sharding.is_equivalent_to(spec, 4)
+    state = decoder.advance(state, 20)
+  assert decode._results(state, 1)[1] == want
+
+
+@pytest.mark.parametrize(
+  "prompts,options,message",
+  [
+    ([], {}, "no prompts: expected one"),
+    ([[5], []], {}, "prompt 1 is empty"),
+    ([[5] * 120], {}, "prompt 0 has 120 tokens; cache_length=128 has room for"),
+    ([[5]], dict(max_new_tokens=128), "room for 0 beside max_new_tokens=128"),
+    ([[5, 97]], {}, "prompt 0 has the token id 97: expected 0 to 96"),
+    ([[-1]], {}, "token id -1"),
+    ([[5]], dict(stop_ids=[3, 97]), "stop_ids has the token id 97"),
+    ([[5]], dict(max_new_tokens=0), "max_new_tokens=0: expected an integer"),
+    ([[5]], dict(num_samples=0), "num_samples=0"),
+    ([[5]], dict(seed=-1), "seed=-1"),
+    ([[5]], dict(chunk=0), "chunk=0"),
+  ],
+)
+def test_what_cannot_be_generated(decoder, prompts, options, message):
+  options = {"max_new_tokens": 10, **options}
+  with pytest.raises(ValueError, match=message):
+    decoder.stream(prompts, **options)
+
+
+def test_models_that_cannot_be_decoded():
+  with pytest.raises(ValueError, match="cache_length=512: expected 2 to .*256"):
+    Decoder(_model(), 512)
+  with pytest.raises(ValueError, match="'none' .* decoding needs a state"):
+    Decoder(_model("start=1,recover=none"), 64)
+
+
+def test_a_trained_state_is_not_needed(decoder):
+  """The model may be dropped, or go on being used: nothing is donated."""
+  model = _model(FUNNEL)
+  first = Decoder(model, CACHE).generate(_prompts(4), max_new_tokens=4)
+  assert first == Decoder(model, CACHE).generate(_prompts(4), max_new_tokens=4)
+  assert np.isfinite(np.asarray(model(np.asarray(_prompts(4))))).all()

@@ -1,0 +1,601 @@
+"""What holds for a model with any funnel, over a grid of all options.
+
+The full product is too large, so each grid is a covering one: every two values
+of two options meet in some case. Models are tiny and unrolled, which compiles
+fast, and the rows that a case is tested with go through it as one batch.
+"""
+
+import dataclasses
+import functools
+import itertools
+import zlib
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_funnel import funnel as funnel_lib
+from gemma_funnel.config import (
+  POOLS,
+  POSITIONS,
+  RECOVERIES,
+  FunnelConfig,
+  GemmaConfig,
+  format_funnel,
+  resolve_funnel,
+  total_stride,
+)
+from gemma_funnel.model import Gemma
+from gemma_funnel.stream import make_stream
+
+# Total strides are 2, 3, 4, 6, 8, 9 and 12: of 37 tokens, the last ends a group
+# by nearly all. The window is shorter than the row, and longer than any stride:
+# neighbouring groups see each other in local layers too.
+LENGTH = 37
+CONFIG = GemmaConfig.preset(
+  "tiny", num_layers=5, window=14, scan_layers=False, kernel="reference"
+)
+
+# --- The grid -------------------------------------------------------------
+
+OF_A_STAGE = dict(
+  pool=POOLS,
+  recover=RECOVERIES,
+  stride=(2, 3, 4),
+  pool_query_only=(False, True),
+  keep_first=(False, True),
+  position=POSITIONS,
+)
+# Odd starts, and stops before the last layer. Options of a second stage, where
+# there is one, end in 2.
+OPTIONS = dict(
+  causal=(True, False),
+  span=((0, None), (1, 4), (2, 3), (3, None)),
+  second=("no", "within", "after"),
+  **OF_A_STAGE,
+  **{f"{name}2": values for name, values in OF_A_STAGE.items()},
+)
+OPTIONS["stride2"] = (2, 3)
+SECOND_SPANS = {
+  ("within", (0, None)): (2, 4),
+  ("within", (1, 4)): (2, 4),
+  ("within", (3, None)): (4, None),
+  ("after", (1, 4)): (4, None),
+  ("after", (2, 3)): (4, None),
+}
+
+
+def _spans(span, second, recover, recover2):
+  """The layers of each stage; None if it cannot be."""
+  if recover == "none" and span[1] is not None:
+    return None
+  if second == "no":
+    return (span,)
+  inner = SECOND_SPANS.get((second, span))
+  if inner is None:
+    return None
+  if recover2 == "none" and (inner[1] is not None):
+    return None
+  if recover2 == "none" and second == "within" and recover != "none":
+    return None
+  return span, inner
+
+
+def _possible(case: dict) -> bool:
+  """Whether what is chosen so far can be made a configuration."""
+  for end in ("", "2"):
+    if case.get(f"pool{end}") == "every":
+      if case.get(f"position{end}", "last") != "last":
+        return False
+  values = {
+    name: (case[name],) if name in case else OPTIONS[name]
+    for name in ("span", "second", "recover", "recover2")
+  }
+  if any(name.endswith("2") for name in case):
+    values["second"] = [v for v in values["second"] if v != "no"]
+  return any(_spans(*choice) for choice in itertools.product(*values.values()))
+
+
+def _meetings(case: dict, size: int):
+  return set(itertools.combinations(sorted(case.items(), key=str), size))
+
+
+def _all_meetings(options: dict, size: int):
+  """All possible choices of `size` different options."""
+  for names in itertools.combinations(options, size):
+    for values in itertools.product(*(options[name] for name in names)):
+      case = dict(zip(names, values, strict=True))
+      if _possible(case):
+        yield tuple(sorted(case.items(), key=str))
+
+
+def _covering(options: dict, size: int, turn: int = 0) -> list[dict]:
+  """Cases in which all possible choices of `size` options occur.
+
+  Greedy: a case starts from a choice that is still missing, and takes of each
+  further option the value that brings most missing ones; `turn` rotates the
+  options and gives other cases.
+  """
+  missing = dict.fromkeys(_all_meetings(options, size))
+  cases = []
+  while missing:
+    case = dict(next(iter(missing)))
+    names = list(options)[turn:] + list(options)[:turn]
+    for name in sorted(names, key=lambda name: name.endswith("2")):
+      if name in case or (name.endswith("2") and case["second"] == "no"):
+        continue
+      grown = [{**case, name: value} for value in options[name]]
+      gain = lambda c: sum(m in missing for m in _meetings(c, size))  # noqa: B023
+      case = max(filter(_possible, grown), key=gain)
+    for meeting in _meetings(case, size):
+      missing.pop(meeting, None)
+    cases.append(case)
+  return cases
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A funnel, and which way its model looks."""
+
+  stages: tuple[FunnelConfig, ...]
+  causal: bool
+
+  @classmethod
+  def of(cls, chosen: dict, **fixed) -> "Case":
+    """From choices of `OPTIONS`; what is `fixed` is so in every stage."""
+    values = chosen | fixed
+    values |= {f"{name}2": value for name, value in fixed.items()}
+    spans = _spans(*map(values.get, ("span", "second", "recover", "recover2")))
+    stages = [
+      FunnelConfig(*span, **{name: values[name + end] for name in OF_A_STAGE})
+      for span, end in zip(spans, ("", "2"), strict=False)
+    ]
+    return cls(resolve_funnel(stages, CONFIG.num_layers), chosen["causal"])
+
+  @property
+  def stride(self) -> int:
+    return total_stride(self.stages)
+
+  @property
+  def room(self) -> int:
+    """Padding that packing leaves after each segment."""
+    apart = not self.causal and any(s.keep_first for s in self.stages)
+    return self.stride if apart else 0
+
+  def __str__(self):
+    return f"{'causal' * self.causal or 'both'}:{format_funnel(self.stages)}"
+
+
+def _each_value(cases: list[dict]) -> list[dict]:
+  """A few of the cases, in which every value of every option occurs."""
+  missing = set(_all_meetings(OPTIONS, 1))
+  few = []
+  while missing:
+    few.append(max(cases, key=lambda c: len(missing & _meetings(c, 1))))
+    missing -= _meetings(few[-1], 1)
+  return few
+
+
+PLAIN = [Case((), True), Case((), False)]
+PAIRS = _covering(OPTIONS, 2)
+GRID = PLAIN + [Case.of(chosen) for chosen in PAIRS]
+# For what takes long; and more cases, in which pairs meet in other company.
+FEW = PLAIN + [Case.of(chosen) for chosen in _each_value(PAIRS)]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+MORE = [slow(Case.of(chosen)) for chosen in _covering(OPTIONS, 2, turn=5)]
+over = functools.partial(pytest.mark.parametrize, "case", ids=str)
+
+
+@pytest.mark.parametrize("size,cases", [(1, FEW), (2, GRID)])
+def test_the_grid_covers_every_pair(size, cases):
+  """Of the values that cases have in the end, whoever chose them."""
+  met = set()
+  for case in cases:
+    have = [("causal", case.causal)]
+    for n, stage in enumerate(case.stages):
+      have += [((name, n), getattr(stage, name)) for name in OF_A_STAGE]
+    met |= {frozenset(values) for values in itertools.combinations(have, size)}
+  options = {"causal": (True, False)}
+  options |= {(name, 0): OPTIONS[name] for name in OF_A_STAGE}
+  options |= {(name, 1): OPTIONS[name + "2"] for name in OF_A_STAGE}
+  missing = [
+    values
+    for names in itertools.combinations(options, size)
+    for values in itertools.product(
+      *([(name, value) for value in options[name]] for name in names)
+    )
+    if frozenset(values) not in met
+  ]
+  never = [  # Each stage of "every" has the positions of its slots.
+    ((("pool", n), "every"), (("position", n), position))
+    for n in (0, 1)
+    for position in POSITIONS[1:]
+  ]
+  assert missing == (never if size == 2 else [])
+
+
+# --- Models and rows ------------------------------------------------------
+
+
+@functools.cache
+def _base() -> Gemma:
+  return Gemma(CONFIG, rngs=nnx.Rngs(0))
+
+
+def _stirred(model: Gemma) -> Gemma:
+  """With norm scales, and what a funnel learns, away from where they start."""
+
+  def stir(path, x):
+    name = jax.tree_util.keystr(path)
+    key = jax.random.fold_in(jax.random.key(1), zlib.crc32(name.encode()))
+    size = 0.3 if "scale" in name or "funnel" in name else 0.0
+    return x + size * jax.random.normal(key, x.shape)
+
+  graphdef, params = nnx.split(model)
+  return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(stir, params))
+
+
+@functools.cache
+def _model(stages=()) -> Gemma:
+  return _stirred(_base().with_funnel(stages))
+
+
+def _tokens(*shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.integers(5, 97, shape or (LENGTH,)).astype(np.int32)
+
+
+def _other(tokens):
+  return (tokens + 40) % 92 + 5
+
+
+def _rows(align: int, room: int) -> dict:
+  """Rows by name: (tokens_T, segment_T). Padding is noise, never the same."""
+  rows, whole = {}, np.ones(LENGTH, np.int32)
+
+  def row(*documents):
+    """`documents` are (start, tokens)."""
+    tokens_T, segment_T = _tokens(seed=100 + len(rows)), whole * 0
+    for number, (start, tokens) in enumerate(documents, 1):
+      tokens_T[start : start + len(tokens)] = tokens
+      segment_T[start : start + len(tokens)] = number
+    return tokens_T, segment_T
+
+  base = _tokens()
+  rows["base"] = base, whole
+  for s in range(LENGTH):
+    rows["changed", s] = np.append(base[:s], _other(base[s:])), whole
+  for start in (0, 1, 2, 3, 5, LENGTH - 14):
+    rows["moved", start] = row((start, base[:14]))
+  packed, at = [], 0
+  for size in (10, 13, 1, 7, 4, 2):
+    if at + size <= LENGTH:
+      packed.append((at, _tokens(size, seed=size)))
+      at += -(-size // align) * align + room
+  assert len(packed) > 1
+  rows["packed"] = row(*packed)
+  for number, (_, tokens) in enumerate(packed, 1):
+    rows["alone", number] = row((0, tokens))
+  rows["empty"] = row()
+  return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What leaves a model, with the segment and the last token of each slot."""
+
+  hidden_RD: np.ndarray
+  segment_R: np.ndarray
+  last_R: np.ndarray
+
+  def segment(self, number: int) -> np.ndarray:
+    return self.hidden_RD[self.segment_R == number]
+
+
+def _slots(segment_T, case: Case):
+  """(segment_R, last_R) of what leaves the model; T is no token.
+
+  By the definition of groups, of stages that never recover.
+  """
+  slots = list(zip(segment_T, range(LENGTH), strict=False))
+  for stage in case.stages:
+    if stage.recover != "none":
+      continue
+    groups, rank = [], 0
+    for n, (segment, t) in enumerate(slots):
+      rank = rank + 1 if n and slots[n - 1][0] == segment else 0
+      apart = stage.keep_first and not case.causal
+      begins = rank == 0 or (rank - apart) % stage.stride == 0
+      if segment and begins:
+        groups.append((segment, t))
+    size = funnel_lib.num_groups(len(slots), stage, case.causal)
+    slots = groups + [(0, LENGTH)] * (size - len(groups))
+  return map(np.array, zip(*slots, strict=True))
+
+
+def _run(case: Case, rows: dict) -> dict[str, Row]:
+  """What the model makes of rows, by their names."""
+  tokens, segments = map(np.stack, zip(*rows.values(), strict=True))
+  hidden_BRD = _model(case.stages).encode(tokens, segments, causal=case.causal)
+  return {
+    name: Row(hidden_RD, *_slots(segment_T, case))
+    for name, hidden_RD, segment_T in zip(
+      rows, np.asarray(hidden_BRD), segments, strict=True
+    )
+  }
+
+
+@functools.cache
+def _hidden(case: Case) -> dict[str, Row]:
+  return _run(case, _rows(case.stride, case.room))
+
+
+# --- Invariants -----------------------------------------------------------
+
+
+@over(GRID + MORE)
+def test_the_future_is_hidden_or_seen(case):
+  """By perturbation: tokens from s on are others."""
+  rows = _hidden(case)
+  base = rows["base"]
+  change_SR = np.stack([
+    np.abs(rows["changed", s].hidden_RD - base.hidden_RD).max(axis=1)
+    for s in range(LENGTH)
+  ])  # fmt: skip
+  before_SR = base.last_R[None] < np.arange(LENGTH)[:, None]
+  assert change_SR[~before_SR].max() > 1e-2
+  if case.causal:
+    assert change_SR[before_SR].max() < 1e-5
+  else:
+    assert change_SR[before_SR].max() > 1e-2
+
+
+@over(GRID + MORE)
+def test_padding_changes_nothing(case):
+  """Wherever a segment starts, and whatever the padding holds."""
+  rows = _hidden(case)
+  want = rows["moved", 0].segment(1)
+  for name, row in rows.items():
+    if name[0] == "moved":
+      np.testing.assert_allclose(row.segment(1), want, atol=1e-5, err_msg=name)
+    assert np.all(np.isfinite(row.hidden_RD))
+
+
+@over(GRID + MORE)
+def test_packed_equals_unpacked(case):
+  """So no segment leaks into another either."""
+  rows = _hidden(case)
+  numbers = [name[1] for name in rows if name[0] == "alone"]
+  assert set(rows["packed"].segment_R) - {0} == set(numbers)
+  for number in numbers:
+    np.testing.assert_allclose(
+      rows["packed"].segment(number),
+      rows["alone", number].segment(1),
+      atol=1e-5,
+      err_msg=f"segment {number}",
+    )
+
+
+@over(FEW)
+def test_a_row_of_one_segment_need_not_say_so(case):
+  """And may end early where no token looks ahead: a prefix of a causal row."""
+  base = _hidden(case)["base"]
+  length = case.stride + 1 if case.causal else LENGTH
+  tokens = _tokens()[None, :length]
+  got = _model(case.stages).encode(tokens, causal=case.causal)[0]
+  want = base.hidden_RD[base.last_R < length] if case.causal else base.hidden_RD
+  np.testing.assert_allclose(got[: len(want)], want, atol=1e-5)
+
+
+ONES = {
+  name: values
+  for name, values in OPTIONS.items()
+  if not name.startswith(("recover", "stride")) and not name.endswith("2")
+} | dict(span=((0, None), (1, 4)), second=("no",))
+
+
+@over([
+  Case.of(chosen, stride=1, recover="repeat") for chosen in _covering(ONES, 2)
+])  # fmt: skip
+def test_stride_1_with_repeat_is_the_plain_model(case):
+  want = _hidden(Case((), case.causal))
+  got = _run(case, _rows(1, 0))
+  for name, row in got.items():
+    real_T = row.segment_R != 0
+    np.testing.assert_allclose(
+      row.hidden_RD[real_T], want[name].hidden_RD[real_T], atol=1e-5
+    )
+
+
+@over([case for case in GRID if case.stages])
+def test_a_funnel_changes_the_output(case):
+  got, want = _hidden(case)["base"], _hidden(Case((), case.causal))["base"]
+  size = len(got.hidden_RD)
+  assert np.abs(got.hidden_RD - want.hidden_RD[:size]).max() > 1e-2
+
+
+def _jacobians(case: Case, length: int):
+  """(|d slot / d input| [R, T], |d slot / d parameter| by name)."""
+  graphdef, params = nnx.split(_model(case.stages))
+  tokens = _tokens(1, length)
+  direction_D = np.random.default_rng(1).normal(size=CONFIG.embed_dim)
+
+  def slots(params, moved_BTD):
+    model = nnx.merge(graphdef, params)
+    stream = make_stream(model.embed(tokens) + moved_BTD)
+    deep = model.trunk(stream, causal=case.causal)
+    return (model.final_norm(deep.hidden_BTD) @ direction_D)[0]
+
+  moved_BTD = jnp.zeros((1, length, CONFIG.embed_dim))
+  of_params, of_input = jax.jit(jax.jacrev(slots, argnums=(0, 1)))(
+    params, moved_BTD
+  )
+  by_name = {
+    jax.tree_util.keystr(path): np.abs(x).max(axis=0)
+    for path, x in jax.tree_util.tree_leaves_with_path(of_params)
+  }
+  return np.abs(of_input).max(axis=(1, 3)), by_name
+
+
+@over(FEW + [slow(case) for case in GRID if case not in FEW])
+def test_by_jacobian(case):
+  """No output depends on its future; some depends on every parameter.
+
+  25 tokens are three groups of 12, the largest total stride, and neighbouring
+  ones see each other through the window: with one visible key, queries and keys
+  would get no gradient, and rightly so.
+  """
+  length = 25
+  of_input_RT, of_params = _jacobians(case, length)
+  _, last_R = _slots([1] * length, case)
+  future_RT = last_R[:, None] < np.arange(length)[None]
+  assert np.any(of_input_RT[future_RT] != 0) == (not case.causal)
+  for name, x in of_params.items():
+    for layer, one in enumerate(x if "layers" in name else x[None]):
+      assert one.max() > 1e-7, (name, layer)
+
+
+def test_rows_of_padding_alone_give_no_nan():
+  model = _model(resolve_funnel("start=1,stop=4,pool=attention", 5))
+  graphdef, params = nnx.split(model)
+  segments = np.array([[1] * 6, [0] * 6])
+
+  def loss(params):
+    logits = nnx.merge(graphdef, params)(_tokens(2, 6), segments)
+    return jnp.sum(logits**2)
+
+  value, grads = jax.jit(jax.value_and_grad(loss))(params)
+  assert np.isfinite(value)
+  assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+
+
+# --- Faults that the above must see ---------------------------------------
+
+
+def _future_leak(model: Gemma) -> float:
+  """The largest change of a state by a change of later tokens.
+
+  Traced anew each time: a fault may have been planted since.
+  """
+  length = 25
+  tokens_T = _tokens(length)
+  rows = [np.append(tokens_T[:s], _other(tokens_T[s:])) for s in range(length)]
+  graphdef, params = nnx.split(model)
+
+  @jax.jit
+  def encode(params, tokens_BT):
+    model = nnx.merge(graphdef, params)
+    stream = make_stream(model.embed(tokens_BT))
+    return model.trunk(stream, causal=True).hidden_BTD
+
+  hidden_BTD = np.asarray(encode(params, np.stack([*rows, tokens_T])))
+  change_ST = np.abs(hidden_BTD[:-1] - hidden_BTD[-1:]).max(axis=-1)
+  return change_ST[np.tril(np.ones((length, length), bool), -1)].max()
+
+
+def _aligned(reduce, stage, stream):
+  """Groups of tokens to come, read back by the first of them."""
+  return reduce(stage, stream, False)
+
+
+def _reads_ahead(reduce, stage, stream):
+  short, read_BT = reduce(stage, stream, True)
+  return short, read_BT + 1
+
+
+def _sees_its_block(reduce, stage, stream):
+  """Pooled queries that see keys to the end of the block they begin."""
+  short, read_BT = reduce(stage, stream, True)
+  return short.replace(end_BT=short.end_BT + stage.funnel.stride - 1), read_BT
+
+
+def _ends_early(reduce, stage, stream):
+  """Deep states that are seen from the first token of their group on."""
+  short, read_BT = reduce(stage, stream, True)
+  return short.replace(end_BT=short.end_BT - stage.funnel.stride + 1), read_BT
+
+
+@pytest.mark.parametrize(
+  "funnel,fault",
+  [
+    ("start=1,stop=4,stride=3", _aligned),
+    ("start=1,stop=4,stride=3,recover=repeat", _reads_ahead),
+    ("start=2,stop=3,stride=3,pool_query_only=true", _sees_its_block),
+    ("start=1,stop=4,stride=3,recover=attend", _ends_early),
+  ],
+)
+def test_perturbation_sees_a_planted_leak(funnel, fault, monkeypatch):
+  model = _model(resolve_funnel(funnel, CONFIG.num_layers))
+  assert _future_leak(model) < 1e-5
+  reduce = funnel_lib.Stage.reduce
+  monkeypatch.setattr(
+    funnel_lib.Stage,
+    "reduce",
+    lambda stage, stream, causal: fault(reduce, stage, stream),
+  )
+  assert _future_leak(model) > 1e-3
+
+
+# --- A reduction from outside ---------------------------------------------
+
+
+class Loudest(funnel_lib.Stage):
+  """Keeps the slots of largest norm: a choice that knows the whole row."""
+
+  def reduce(self, stream, causal):
+    length = stream.segment_BT.shape[1]
+    size = funnel_lib.num_groups(length, self.funnel, causal)
+    norm_BT = jnp.linalg.norm(stream.hidden_BTD, axis=2)
+    return funnel_lib.select(stream, self.choose(norm_BT, size))
+
+  def choose(self, norm_BT, size):
+    return jnp.sort(jnp.argsort(-norm_BT, axis=1)[:, :size], axis=1)
+
+
+class FirstLoud(Loudest):
+  """Keeps the first slots that are loud enough: each decides for itself."""
+
+  def choose(self, norm_BT, size):
+    length = norm_BT.shape[1]
+    slot_1T = jnp.arange(length)[None]
+    loud_BT = jnp.where(norm_BT > 5.3, slot_1T, length)
+    return jnp.sort(loud_BT, axis=1)[:, :size]
+
+
+def _with_stage(kind, funnel) -> Gemma:
+  """A model of which a stage is of another kind; no more is needed."""
+  model = _model(resolve_funnel(funnel, CONFIG.num_layers))
+  graphdef, params = nnx.split(model)
+  model = nnx.merge(graphdef, params)
+  model.funnel[0] = kind(CONFIG, model.stages[0], nnx.Rngs(0))
+  return model
+
+
+@pytest.mark.parametrize("kind", [Loudest, FirstLoud])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_stage_that_chooses_needs_no_other_model(kind, causal):
+  """Tokens it keeps are a text of their own; the others stay as they were."""
+  tokens = _tokens(2, 13)
+  model = _with_stage(kind, "start=0,stride=3,recover=repeat")
+  got = model.encode(tokens, causal=causal)
+  short, read_BT = model.funnel[0].reduce(
+    make_stream(model.embed(tokens)), causal
+  )
+  kept_BR = np.stack([np.flatnonzero(r >= 0) for r in np.asarray(read_BT)])
+  assert kept_BR.shape == (2, 5) and not np.array_equal(*kept_BR)
+  at_kept = functools.partial(np.take_along_axis, axis=1)
+  want = np.array(model.final_norm(model.embed(tokens)))
+  alone = _model().encode(
+    at_kept(tokens, kept_BR), None, kept_BR, causal=causal
+  )
+  np.put_along_axis(want, kept_BR[..., None], np.asarray(alone), axis=1)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind,leaks", [(FirstLoud, False), (Loudest, True)])
+def test_perturbation_sees_what_a_choice_knows(kind, leaks):
+  """No gradient tells that a choice looked at the future."""
+  model = _with_stage(kind, "start=0,stop=4,stride=3")
+  assert (_future_leak(model) > 1e-3) == leaks
