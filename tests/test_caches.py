@@ -12,7 +12,7 @@ import pytest
 
 from gemma_funnel import caches as caches_lib
 from gemma_funnel import decode
-from gemma_funnel.config import format_funnel, parse_funnel, total_stride
+from gemma_funnel.config import format_funnel, resolve_funnel, total_stride
 from gemma_funnel.model import Gemma
 from gemma_funnel.stream import make_stream
 
@@ -20,6 +20,10 @@ from gemma_funnel.stream import make_stream
 TOKENS = 70
 CACHE = 80
 FUNNELS = funnel_grid.decodable()
+
+
+def _model(funnel: str) -> Gemma:
+  return funnel_grid.make_model(resolve_funnel(funnel, 5))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -72,7 +76,9 @@ def _compare(model: Gemma, lengths) -> tuple[float, list]:
   want = np.asarray(model.trunk(stream, causal=True).hidden_BTD)
   worst = 0.0
   for row, n in enumerate(lengths):
-    got = np.concatenate([prefilled[row][None], steps[:, row]])[: TOKENS - n + 1]
+    got = np.concatenate([prefilled[row][None], steps[:, row]])[
+      : TOKENS - n + 1
+    ]
     worst = max(worst, np.abs(got - want[row, n - 1 :]).max())
   return worst / np.abs(want).max(), (caches, stages)
 
@@ -111,7 +117,7 @@ COUNTED = {
 
 @pytest.mark.parametrize("funnel", COUNTED)
 def test_deep_layers_run_once_a_group(funnel):
-  model = funnel_grid.make_model(parse_funnel(funnel))
+  model = _model(funnel)
   for length in (1, 7):
     _, (caches, _) = _compare(model, [length])
     for cache, stride in zip(caches, COUNTED[funnel], strict=True):
@@ -122,7 +128,7 @@ def test_deep_layers_run_once_a_group(funnel):
 
 def test_local_layers_keep_their_window_only():
   """5 layers, of which 0, 2 and 4 are local; stage 1 to 4 of stride 3."""
-  model = funnel_grid.make_model(parse_funnel("start=1,stop=4,stride=3"))
+  model = _model("start=1,stop=4,stride=3")
   _, (caches, _) = _compare(model, [1])
   sizes = [[k.shape[2] for k, _ in cache.keys_values] for cache in caches]
   window, groups = model.config.window, -(-CACHE // 3)
@@ -153,9 +159,7 @@ def test_planted_faults_are_seen(fault, monkeypatch):
           self, model, phase - shift, *args
         )
       )  # fmt: skip
-  model = funnel_grid.make_model(
-    parse_funnel("start=1,stop=4,stride=3,pool=attention")
-  )
+  model = _model("start=1,stop=4,stride=3,pool=attention")
   jax.clear_caches()
   worst, _ = _compare(model, [4])
   monkeypatch.undo()
@@ -167,8 +171,8 @@ def test_a_cache_is_as_large_as_it_is_said_to_be():
   """For the least that flops counts; rings have no slack in even streams."""
   from gemma_funnel import flops
 
-  funnel = parse_funnel("start=1,stop=4,stride=3,recover=attend")
-  model = funnel_grid.make_model(funnel)
+  funnel = "start=1,stop=4,stride=3,recover=attend"
+  model = _model(funnel)
   _, (caches, stages) = _compare(model, [1, 4])
   kept = [
     *(cache.keys_values for cache in caches), stages[0].deep.keys_values
@@ -178,7 +182,7 @@ def test_a_cache_is_as_large_as_it_is_said_to_be():
 
 
 def test_mixed_precision_keeps_its_dtype():
-  model = funnel_grid.make_model(parse_funnel("start=1,stride=2"))
+  model = _model("start=1,stride=2")
   config = dataclasses.replace(model.config, dtype="bfloat16")
   graphdef = nnx.graphdef(Gemma.abstract(config, model.stages))
   model = nnx.merge(graphdef, nnx.state(model))

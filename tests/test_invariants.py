@@ -1,190 +1,41 @@
 """What holds for a model with any funnel, over a grid of all options.
 
-The full product is too large, so each grid is a covering one: every two values
-of two options meet in some case. Models are tiny and unrolled, which compiles
-fast, and the rows that a case is tested with go through it as one batch.
+Every two values of two options meet in some case of the grid. The rows that a
+case is tested with go through it as one batch.
 """
 
 import dataclasses
 import functools
 import itertools
-import zlib
 
 from flax import nnx
+from funnel_grid import (
+  CONFIG,
+  LENGTH,
+  OF_A_STAGE,
+  OPTIONS,
+  Case,
+  covering,
+  each_value,
+  make_model,
+)
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gemma_funnel import funnel as funnel_lib
-from gemma_funnel.config import (
-  POOLS,
-  POSITIONS,
-  RECOVERIES,
-  FunnelConfig,
-  GemmaConfig,
-  format_funnel,
-  resolve_funnel,
-  total_stride,
-)
+from gemma_funnel.config import POSITIONS, resolve_funnel
 from gemma_funnel.model import Gemma
 from gemma_funnel.stream import make_stream
 
-# Total strides are 2, 3, 4, 6, 8, 9 and 12: of 37 tokens, the last ends a group
-# by nearly all. The window is shorter than the row, and longer than any stride:
-# neighbouring groups see each other in local layers too.
-LENGTH = 37
-CONFIG = GemmaConfig.preset(
-  "tiny", num_layers=5, window=14, scan_layers=False, kernel="reference"
-)
-
-# --- The grid -------------------------------------------------------------
-
-OF_A_STAGE = dict(
-  pool=POOLS,
-  recover=RECOVERIES,
-  stride=(2, 3, 4),
-  pool_query_only=(False, True),
-  keep_first=(False, True),
-  position=POSITIONS,
-)
-# Odd starts, and stops before the last layer. Options of a second stage, where
-# there is one, end in 2.
-OPTIONS = dict(
-  causal=(True, False),
-  span=((0, None), (1, 4), (2, 3), (3, None)),
-  second=("no", "within", "after"),
-  **OF_A_STAGE,
-  **{f"{name}2": values for name, values in OF_A_STAGE.items()},
-)
-OPTIONS["stride2"] = (2, 3)
-SECOND_SPANS = {
-  ("within", (0, None)): (2, 4),
-  ("within", (1, 4)): (2, 4),
-  ("within", (3, None)): (4, None),
-  ("after", (1, 4)): (4, None),
-  ("after", (2, 3)): (4, None),
-}
-
-
-def _spans(span, second, recover, recover2):
-  """The layers of each stage; None if it cannot be."""
-  if recover == "none" and span[1] is not None:
-    return None
-  if second == "no":
-    return (span,)
-  inner = SECOND_SPANS.get((second, span))
-  if inner is None:
-    return None
-  if recover2 == "none" and (inner[1] is not None):
-    return None
-  if recover2 == "none" and second == "within" and recover != "none":
-    return None
-  return span, inner
-
-
-def _possible(case: dict) -> bool:
-  """Whether what is chosen so far can be made a configuration."""
-  for end in ("", "2"):
-    if case.get(f"pool{end}") == "every":
-      if case.get(f"position{end}", "last") != "last":
-        return False
-  values = {
-    name: (case[name],) if name in case else OPTIONS[name]
-    for name in ("span", "second", "recover", "recover2")
-  }
-  if any(name.endswith("2") for name in case):
-    values["second"] = [v for v in values["second"] if v != "no"]
-  return any(_spans(*choice) for choice in itertools.product(*values.values()))
-
-
-def _meetings(case: dict, size: int):
-  return set(itertools.combinations(sorted(case.items(), key=str), size))
-
-
-def _all_meetings(options: dict, size: int):
-  """All possible choices of `size` different options."""
-  for names in itertools.combinations(options, size):
-    for values in itertools.product(*(options[name] for name in names)):
-      case = dict(zip(names, values, strict=True))
-      if _possible(case):
-        yield tuple(sorted(case.items(), key=str))
-
-
-def _covering(options: dict, size: int, turn: int = 0) -> list[dict]:
-  """Cases in which all possible choices of `size` options occur.
-
-  Greedy: a case starts from a choice that is still missing, and takes of each
-  further option the value that brings most missing ones; `turn` rotates the
-  options and gives other cases.
-  """
-  missing = dict.fromkeys(_all_meetings(options, size))
-  cases = []
-  while missing:
-    case = dict(next(iter(missing)))
-    names = list(options)[turn:] + list(options)[:turn]
-    for name in sorted(names, key=lambda name: name.endswith("2")):
-      if name in case or (name.endswith("2") and case["second"] == "no"):
-        continue
-      grown = [{**case, name: value} for value in options[name]]
-      gain = lambda c: sum(m in missing for m in _meetings(c, size))  # noqa: B023
-      case = max(filter(_possible, grown), key=gain)
-    for meeting in _meetings(case, size):
-      missing.pop(meeting, None)
-    cases.append(case)
-  return cases
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """A funnel, and which way its model looks."""
-
-  stages: tuple[FunnelConfig, ...]
-  causal: bool
-
-  @classmethod
-  def of(cls, chosen: dict, **fixed) -> "Case":
-    """From choices of `OPTIONS`; what is `fixed` is so in every stage."""
-    values = chosen | fixed
-    values |= {f"{name}2": value for name, value in fixed.items()}
-    spans = _spans(*map(values.get, ("span", "second", "recover", "recover2")))
-    stages = [
-      FunnelConfig(*span, **{name: values[name + end] for name in OF_A_STAGE})
-      for span, end in zip(spans, ("", "2"), strict=False)
-    ]
-    return cls(resolve_funnel(stages, CONFIG.num_layers), chosen["causal"])
-
-  @property
-  def stride(self) -> int:
-    return total_stride(self.stages)
-
-  @property
-  def room(self) -> int:
-    """Padding that packing leaves after each segment."""
-    apart = not self.causal and any(s.keep_first for s in self.stages)
-    return self.stride if apart else 0
-
-  def __str__(self):
-    return f"{'causal' * self.causal or 'both'}:{format_funnel(self.stages)}"
-
-
-def _each_value(cases: list[dict]) -> list[dict]:
-  """A few of the cases, in which every value of every option occurs."""
-  missing = set(_all_meetings(OPTIONS, 1))
-  few = []
-  while missing:
-    few.append(max(cases, key=lambda c: len(missing & _meetings(c, 1))))
-    missing -= _meetings(few[-1], 1)
-  return few
-
-
 PLAIN = [Case((), True), Case((), False)]
-PAIRS = _covering(OPTIONS, 2)
+PAIRS = covering(OPTIONS, 2)
 GRID = PLAIN + [Case.of(chosen) for chosen in PAIRS]
 # For what takes long; and more cases, in which pairs meet in other company.
-FEW = PLAIN + [Case.of(chosen) for chosen in _each_value(PAIRS)]
+FEW = PLAIN + [Case.of(chosen) for chosen in each_value(PAIRS)]
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-MORE = [slow(Case.of(chosen)) for chosen in _covering(OPTIONS, 2, turn=5)]
+MORE = [slow(Case.of(chosen)) for chosen in covering(OPTIONS, 2, turn=5)]
 over = functools.partial(pytest.mark.parametrize, "case", ids=str)
 
 
@@ -217,29 +68,6 @@ def test_the_grid_covers_every_pair(size, cases):
 
 
 # --- Models and rows ------------------------------------------------------
-
-
-@functools.cache
-def _base() -> Gemma:
-  return Gemma(CONFIG, rngs=nnx.Rngs(0))
-
-
-def _stirred(model: Gemma) -> Gemma:
-  """With norm scales, and what a funnel learns, away from where they start."""
-
-  def stir(path, x):
-    name = jax.tree_util.keystr(path)
-    key = jax.random.fold_in(jax.random.key(1), zlib.crc32(name.encode()))
-    size = 0.3 if "scale" in name or "funnel" in name else 0.0
-    return x + size * jax.random.normal(key, x.shape)
-
-  graphdef, params = nnx.split(model)
-  return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(stir, params))
-
-
-@functools.cache
-def _model(stages=()) -> Gemma:
-  return _stirred(_base().with_funnel(stages))
 
 
 def _tokens(*shape, seed=0):
@@ -318,7 +146,9 @@ def _slots(segment_T, case: Case):
 def _run(case: Case, rows: dict) -> dict[str, Row]:
   """What the model makes of rows, by their names."""
   tokens, segments = map(np.stack, zip(*rows.values(), strict=True))
-  hidden_BRD = _model(case.stages).encode(tokens, segments, causal=case.causal)
+  hidden_BRD = make_model(case.stages).encode(
+    tokens, segments, causal=case.causal
+  )
   return {
     name: Row(hidden_RD, *_slots(segment_T, case))
     for name, hidden_RD, segment_T in zip(
@@ -384,7 +214,7 @@ def test_a_row_of_one_segment_need_not_say_so(case):
   base = _hidden(case)["base"]
   length = case.stride + 1 if case.causal else LENGTH
   tokens = _tokens()[None, :length]
-  got = _model(case.stages).encode(tokens, causal=case.causal)[0]
+  got = make_model(case.stages).encode(tokens, causal=case.causal)[0]
   want = base.hidden_RD[base.last_R < length] if case.causal else base.hidden_RD
   np.testing.assert_allclose(got[: len(want)], want, atol=1e-5)
 
@@ -397,9 +227,9 @@ ONES = {
 
 
 @over([
-  Case.of(chosen, stride=1, recover="repeat") for chosen in _covering(ONES, 2)
+  Case.of(chosen, stride=1, recover="repeat") for chosen in covering(ONES, 2)
 ])  # fmt: skip
-def test_stride_1_with_repeat_is_the_plain_model(case):
+def test_stride_1_with_repeat_is_the_plainmake_model(case):
   want = _hidden(Case((), case.causal))
   got = _run(case, _rows(1, 0))
   for name, row in got.items():
@@ -418,7 +248,7 @@ def test_a_funnel_changes_the_output(case):
 
 def _jacobians(case: Case, length: int):
   """(|d slot / d input| [R, T], |d slot / d parameter| by name)."""
-  graphdef, params = nnx.split(_model(case.stages))
+  graphdef, params = nnx.split(make_model(case.stages))
   tokens = _tokens(1, length)
   direction_D = np.random.default_rng(1).normal(size=CONFIG.embed_dim)
 
@@ -458,7 +288,7 @@ def test_by_jacobian(case):
 
 
 def test_rows_of_padding_alone_give_no_nan():
-  model = _model(resolve_funnel("start=1,stop=4,pool=attention", 5))
+  model = make_model(resolve_funnel("start=1,stop=4,pool=attention", 5))
   graphdef, params = nnx.split(model)
   segments = np.array([[1] * 6, [0] * 6])
 
@@ -527,7 +357,7 @@ def _ends_early(reduce, stage, stream):
   ],
 )
 def test_perturbation_sees_a_planted_leak(funnel, fault, monkeypatch):
-  model = _model(resolve_funnel(funnel, CONFIG.num_layers))
+  model = make_model(resolve_funnel(funnel, CONFIG.num_layers))
   assert _future_leak(model) < 1e-5
   reduce = funnel_lib.Stage.reduce
   monkeypatch.setattr(
@@ -566,7 +396,7 @@ class FirstLoud(Loudest):
 
 def _with_stage(kind, funnel) -> Gemma:
   """A model of which a stage is of another kind; no more is needed."""
-  model = _model(resolve_funnel(funnel, CONFIG.num_layers))
+  model = make_model(resolve_funnel(funnel, CONFIG.num_layers))
   graphdef, params = nnx.split(model)
   model = nnx.merge(graphdef, params)
   model.funnel[0] = kind(CONFIG, model.stages[0], nnx.Rngs(0))
@@ -575,7 +405,7 @@ def _with_stage(kind, funnel) -> Gemma:
 
 @pytest.mark.parametrize("kind", [Loudest, FirstLoud])
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_stage_that_chooses_needs_no_other_model(kind, causal):
+def test_a_stage_that_chooses_needs_no_othermake_model(kind, causal):
   """Tokens it keeps are a text of their own; the others stay as they were."""
   tokens = _tokens(2, 13)
   model = _with_stage(kind, "start=0,stride=3,recover=repeat")
@@ -587,7 +417,7 @@ def test_a_stage_that_chooses_needs_no_other_model(kind, causal):
   assert kept_BR.shape == (2, 5) and not np.array_equal(*kept_BR)
   at_kept = functools.partial(np.take_along_axis, axis=1)
   want = np.array(model.final_norm(model.embed(tokens)))
-  alone = _model().encode(
+  alone = make_model().encode(
     at_kept(tokens, kept_BR), None, kept_BR, causal=causal
   )
   np.put_along_axis(want, kept_BR[..., None], np.asarray(alone), axis=1)
