@@ -18,7 +18,7 @@ from gemma_funnel.config import (
   parse_funnel,
   resolve_funnel,
 )
-from gemma_funnel.evaluation import funnels, latency, plots, timing
+from gemma_funnel.evaluation import decoding, funnels, latency, plots, timing
 from gemma_funnel.model import Gemma
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -264,6 +264,7 @@ def quick(tmp_path):
   return dict(
       funnels=FUNNELS[:1], lengths=(16,), warmup=0, repeats=2,
       out=str(tmp_path / "out"),
+      decode=dict(batch_sizes=(1,), prompts=(8,), new_tokens=4),
   )  # fmt: skip
 
 
@@ -273,7 +274,7 @@ def test_run_writes_what_it_returns(quick, tmp_path, capsys):
   written = {path.name for path in (tmp_path / "out").iterdir()}
   assert written == {
     f"{name}.{kind}"
-    for name in ("latency", "layer_kinds")
+    for name in ("latency", "layer_kinds", "decode")
     for kind in ("json", "md", "png")
   }
   content = json.loads((tmp_path / "out" / "latency.json").read_text())
@@ -281,7 +282,9 @@ def test_run_writes_what_it_returns(quick, tmp_path, capsys):
   assert GemmaConfig.from_dict(content["settings"]["model"]) == TINY
   out = capsys.readouterr().out
   assert "compiling start=1,stride=2, with the head" in out
-  assert "| reduction % |" in out
+  assert "| reduction % |" in out and "| first token ms |" in out
+  decoded = json.loads((tmp_path / "out" / "decode.json").read_text())["rows"]
+  assert [row["funnel"] for row in decoded] == ["off", *FUNNELS[:1]]
   png = (tmp_path / "out" / "latency.png").read_bytes()
   assert png[:8] == b"\x89PNG\r\n\x1a\n" and len(png) > 10_000
 
@@ -299,6 +302,7 @@ def test_run_with_a_checkpoint(quick, monkeypatch, model):
       "quickstart", **quick, checkpoint="somewhere", head=(False,),
       layer_kinds=False,
   )  # fmt: skip
+  config.decode.new_tokens = 0
   config.model.kernel = "reference"
   config.model.param_dtype = "bfloat16"
   evaluation.run(config)
@@ -317,6 +321,7 @@ def test_run_fails_if_nothing_could_run(quick, monkeypatch, model):
   monkeypatch.setattr(latency, "random_model", lambda config, seed: model)
   monkeypatch.setattr(timing, "compile_program", fail)
   config = get_config(**quick, layer_kinds=False)
+  config.decode.new_tokens = 0
   with pytest.raises(RuntimeError, match="no variant could run.*no device"):
     evaluation.run(config)
   assert (pathlib.Path(config.out) / "latency.json").exists()
@@ -331,6 +336,13 @@ def test_bad_configurations_are_named(quick):
   config.evaluator = "speed"
   with pytest.raises(ValueError, match="evaluator='speed': expected one of"):
     evaluation.run(config)
+  config = get_config(**quick, causal=False)
+  with pytest.raises(ValueError, match="encoder.* decode.new_tokens=0, found"):
+    evaluation.run(config)
+  config = get_config(**quick)
+  config.decode.new_tokens = 500
+  with pytest.raises(ValueError, match="decode: a prompt of 8 tokens and 500"):
+    evaluation.run(config)
   config = get_config(**quick)
   config.model.num_heads = 3
   with pytest.raises(ValueError, match="model.num_heads=3"):
@@ -342,6 +354,7 @@ def test_the_configuration_of_every_preset_is_valid(preset):
   config = get_config(preset)
   model = GemmaConfig.from_dict(config.model)
   assert max(config.lengths) <= model.max_length
+  assert decoding.check(model, config.funnels, **config.decode)
   assert funnels.resolve(config.funnels, model.num_layers)
   if preset.startswith("gemma"):
     assert model.param_dtype == model.dtype == "bfloat16"

@@ -380,8 +380,6 @@ def run(config: Any) -> list[Row]:
       causal=config.causal, protocol=protocol,
   )  # fmt: skip
   model = _get_model(config)
-  if decodes:
-    decoding.check(model.config, config.funnels, **config.decode)
   rows = measure(model, config.funnels, head=config.head, **sweep)
   settings = {
       "model": model.config.to_dict(), "checkpoint": config.checkpoint,
@@ -418,17 +416,25 @@ def _get_model(config: Any) -> Gemma:
   """The checkpoint's model, or a random one; checks what it costs to check."""
   wanted = GemmaConfig.from_dict(config.model)
   if config.checkpoint is None:
-    funnels_lib.resolve(config.funnels, wanted.num_layers)
-    _check_sweep(wanted, config.batch_sizes, config.lengths)
+    _check_fits(config, wanted)
     return random_model(wanted, config.seed)
   from gemma_funnel.convert import load
 
   model = load(config.checkpoint, OFF, wanted.param_dtype)
+  _check_fits(config, model.config)
   how = {name: getattr(wanted, name) for name in _HOW}
   graphdef = nnx.graphdef(
     Gemma.abstract(dataclasses.replace(model.config, **how))
   )
   return nnx.merge(graphdef, nnx.state(model))
+
+
+def _check_fits(config: Any, model: GemmaConfig) -> None:
+  """Checks that a model of these sizes can be measured as configured."""
+  funnels_lib.resolve(config.funnels, model.num_layers)
+  _check_sweep(model, config.batch_sizes, config.lengths)
+  if config.decode.new_tokens:
+    decoding.check(model, config.funnels, **config.decode)
 
 
 def _title(what: str, config: GemmaConfig) -> str:
