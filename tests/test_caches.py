@@ -98,7 +98,7 @@ def test_steps_are_the_one_pass_forward(number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("funnel", FUNNELS[::6], ids=format_funnel)
+@pytest.mark.parametrize("funnel", FUNNELS[::15], ids=format_funnel)
 def test_prompts_of_every_phase_alone(funnel):
   model = funnel_grid.make_model(funnel)
   for length in range(1, 1 + min(total_stride(funnel), 4)):
