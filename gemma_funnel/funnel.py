@@ -462,5 +462,6 @@ def check_segments(
           raise ValueError(
             f"row {row} needs {sum(lengths)} groups of {stage.stride} tokens "
             f"and has room for {slots}: start its segments at multiples of "
-            "the stride" + (", and leave a stride of padding" if apart else "")
+            "the total stride"
+            + (", and leave a stride of padding" if apart else "")
           )

@@ -217,16 +217,25 @@ class Gemma(nnx.Module):
       made = funnel_lib.Stage(self.config, stage, nnx.Rngs(number))
       fresh = _parts(made)
       kept = learned[number] if number < len(learned) else {}
-      missing = sorted("/".join(path) for path in fresh if path not in kept)
-      if missing:
-        print(
-          f"funnel stage {number}: freshly initialised {', '.join(missing)}",
-          flush=True,
-        )
-      parts = {path: kept.get(path, fresh[path]) for path in fresh}
+      missing = sorted(path for path in fresh if path not in kept)
+      if missing and jax.process_index() == 0:
+        names = ", ".join("/".join(path) for path in missing)
+        print(f"funnel stage {number}: freshly initialised {names}", flush=True)
+      parts = {
+        path: kept[path] if path in kept else self._placed(fresh[path])
+        for path in fresh
+      }
       nnx.update(made, nnx.from_flat_state(parts))
       model.funnel.append(made)
     return model
+
+  def _placed(self, param: nnx.Param) -> nnx.Param:
+    """A fresh parameter on all devices that the model is on."""
+    sharding = getattr(self.embedding[...], "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+      return param
+    whole = sharding.update(spec=jax.sharding.PartitionSpec())
+    return param.replace(jax.device_put(param[...], whole))
 
   def __call__(
     self,

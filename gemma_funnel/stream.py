@@ -25,7 +25,8 @@ class Stream:
     position_BT: int32, or float32 where they are means, in tokens of the
       original text; rotary embeddings and windows go by it.
     end_BT: int32, the position of the last token that is in the slot; what is
-      causal goes by it.
+      causal goes by it, and nothing else (in a bidirectional funnel it is the
+      anchor's).
     segment_BT: int32; tokens see only their own segment; 0 is padding, which
       sees and is seen by none.
     spacing: positions between neighbouring slots of a segment: 1, or the
@@ -72,6 +73,6 @@ def make_stream(
 
 
 def take(x_BT: jax.Array, index: jax.Array) -> jax.Array:
-  """x_BT at `index` along axis 1, row by row; beyond an end is that end."""
+  """x_BT at `index` >= 0 along axis 1, row by row; beyond the end is the end."""
   expand = (...,) + (None,) * (x_BT.ndim - 2)
   return jnp.take_along_axis(x_BT, index[expand], axis=1, mode="clip")

@@ -196,6 +196,24 @@ def test_repetition_penalty_counts_prompt_and_continuation():
     assert len(set(new)) == 20 and not set(new) & set(prompts[r.prompt]), tokens
 
 
+def _on_a_mesh(model: Gemma):
+  mesh = jax.make_mesh(
+    (2, 2, 2), sharding.AXES, (jax.sharding.AxisType.Auto,) * 3
+  )
+  params = nnx.to_pure_dict(nnx.state(model))
+  params = jax.device_put(params, sharding.shardings_of(params, mesh))
+  return mesh, nnx.merge(nnx.graphdef(model), params)
+
+
+def test_what_a_new_funnel_learns_is_where_the_model_is():
+  config = dataclasses.replace(funnel_grid.CONFIG, vocab_size=98)
+  model = Gemma(config, rngs=nnx.Rngs(0))
+  tokens = np.asarray(_prompts(9))
+  new = "start=1,stride=2,pool=attention,recover=attend"
+  got = _on_a_mesh(model)[1].with_funnel(new)(tokens)
+  np.testing.assert_allclose(got, model.with_funnel(new)(tokens), atol=1e-5)
+
+
 @pytest.mark.parametrize("funnel", [FUNNEL, NESTED])
 def test_sharded_like_the_model(funnel):
   """8 devices: rows over data and fsdp, heads over tensor; the same tokens."""
@@ -203,12 +221,8 @@ def test_sharded_like_the_model(funnel):
   model = Gemma(config, funnel, rngs=nnx.Rngs(0))
   prompts = _prompts(5, 9, 3, 12)
   want = Decoder(model, CACHE).generate(prompts, max_new_tokens=20)
-  mesh = jax.make_mesh(
-    (2, 2, 2), sharding.AXES, (jax.sharding.AxisType.Auto,) * 3
-  )
-  params = nnx.to_pure_dict(nnx.state(model))
-  params = jax.device_put(params, sharding.shardings_of(params, mesh))
-  decoder = Decoder(nnx.merge(nnx.graphdef(model), params), CACHE)
+  mesh, sharded = _on_a_mesh(model)
+  decoder = Decoder(sharded, CACHE)
   state = decoder.prefill(prompts, max_new_tokens=20)
   for _ in range(2):
     for cache in state.caches:
