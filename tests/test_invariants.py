@@ -35,7 +35,7 @@ GRID = PLAIN + [Case.of(chosen) for chosen in PAIRS]
 # For what takes long; and more cases, in which pairs meet in other company.
 FEW = PLAIN + [Case.of(chosen) for chosen in each_value(PAIRS)]
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-MORE = [slow(Case.of(c)) for c in covering(OPTIONS, 2, turn=5)[::3]]
+MORE = [slow(Case.of(c)) for c in covering(OPTIONS, 2, turn=5)[::6]]
 over = functools.partial(pytest.mark.parametrize, "case", ids=str)
 
 
