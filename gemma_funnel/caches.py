@@ -27,8 +27,8 @@ from gemma_funnel import funnel as funnel_lib
 from gemma_funnel.attention import attend_cache
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.funnel import Run, Stage
-from gemma_funnel.layers import rope_angles
-from gemma_funnel.model import Gemma, look
+from gemma_funnel.layers import make_look, rope_angles
+from gemma_funnel.model import Gemma
 from gemma_funnel.stream import Stream, take
 
 
@@ -214,7 +214,8 @@ class _Prefill:
 
     config = self._model.config
     for layer in range(run.start, run.stop):
-      see = look(config, layer, stream, keys or stream, causal=True)
+      window = config.window_of(layer)
+      see = make_look(config, stream, keys or stream, True, window)
       see = functools.partial(stash, see)
       stream = _layer(self._model, layer, stream, keys, see)
     self.caches.append(self._cache(run, keys_values, keys or stream))

@@ -37,7 +37,7 @@ class State:
 
   Attributes:
     caches: one for each run of layers.
-    stages: one for each stage that recovers or pools.
+    stages: one for each stage.
     rank_B: int32, tokens that each row has run.
     phase: int32 scalar, the last token's rank modulo the total stride.
     token_B: int32, what runs next.

@@ -20,19 +20,18 @@ A reduction of another kind needs a name in `config.POOLS` and a case in
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import functools
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_funnel.attention import attend
 from gemma_funnel.config import FunnelConfig, GemmaConfig
 from gemma_funnel.layers import (
   Attention,
   Look,
   RMSNorm,
+  make_look,
   normalize,
   rope_angles,
 )
@@ -335,13 +334,8 @@ class Stage(nnx.Module):
     u_BTD = take(deep.hidden_BTD, jnp.maximum(read_BT, 0))
     extra_BTD = None
     if self.funnel.recover == "attend":
-      config = self.config
-      look = functools.partial(
-          attend, queries=before, keys=deep, causal=causal, window=None,
-          softcap=config.attn_softcap, softmax_dtype=config.softmax_dtype,
-          kernel=config.kernel,
-      )  # fmt: skip
-      extra_BTD = self.attend(before, self.attend.keys_values(deep), look)
+      see = make_look(self.config, before, deep, causal)
+      extra_BTD = self.attend(before, self.attend.keys_values(deep), see)
     return self.recover(u_BTD, before, read_BT == BYPASS, extra_BTD)
 
   def recover(self, u_BTD, before: Stream, bypass_BT, extra_BTD) -> Stream:
@@ -381,11 +375,11 @@ class CrossAttention(nnx.Module):
     rope = rope_angles(deep.position_BT, self.config)
     return self.attn.keys_values(self.key_norm(deep.hidden_BTD), rope)
 
-  def __call__(self, before: Stream, keys_values, look: Look) -> jax.Array:
-    """[B, T, D] for `before`; `look` is as for a block."""
+  def __call__(self, before: Stream, keys_values, see: Look) -> jax.Array:
+    """[B, T, D] for `before`; `see` is as for a block."""
     rope = rope_angles(before.position_BT, self.config)
     q_BTNH = self.attn.queries(self.query_norm(before.hidden_BTD), rope)
-    return self.attn.output(look(q_BTNH, *keys_values))
+    return self.attn.output(see(q_BTNH, *keys_values))
 
 
 def select(

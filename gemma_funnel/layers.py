@@ -8,18 +8,36 @@ width, F MLP width, N query heads, K key/value heads, H head width.
 """
 
 from collections.abc import Callable
+import functools
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_funnel.attention import attend
 from gemma_funnel.config import GemmaConfig
+from gemma_funnel.stream import Stream
 
 # (cos, sin) of rotary angles, each [B, T, 1, H/2].
 Rope = tuple[jax.Array, jax.Array]
 # (q_BTNH, k_BSKH, v_BSKH) -> o_BTNH; queries are scaled, both are rotated.
 Look = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def make_look(
+  config: GemmaConfig,
+  queries: Stream,
+  keys: Stream,
+  causal: bool,
+  window: int | None = None,
+) -> Look:
+  """What queries see of keys that are all at hand; see `attention.attend`."""
+  return functools.partial(
+      attend, queries=queries, keys=keys, causal=causal, window=window,
+      softcap=config.attn_softcap, softmax_dtype=config.softmax_dtype,
+      kernel=config.kernel,
+  )  # fmt: skip
 
 
 def _projection(fan_in_axes, out_axes, scale=1.0):

@@ -21,21 +21,9 @@ import numpy as np
 
 from gemma_funnel import config as config_lib
 from gemma_funnel import funnel as funnel_lib
-from gemma_funnel.attention import attend
 from gemma_funnel.config import Funnel, GemmaConfig
-from gemma_funnel.layers import Block, RMSNorm, rope_angles
+from gemma_funnel.layers import Block, RMSNorm, make_look, rope_angles
 from gemma_funnel.stream import Stream, make_stream
-
-
-def look(
-  config: GemmaConfig, layer: int, queries: Stream, keys: Stream, causal: bool
-):
-  """What a layer's queries see of its keys, as a block is told of it."""
-  return functools.partial(
-      attend, queries=queries, keys=keys, causal=causal,
-      window=config.window_of(layer), softcap=config.attn_softcap,
-      softmax_dtype=config.softmax_dtype, kernel=config.kernel,
-  )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +43,8 @@ class _Span:
     """Runs one layer, given its own parameters."""
 
     def call(params, stream, keys):
-      see = look(self.config, index, stream, keys or stream, self.causal)
+      window = self.config.window_of(index)
+      see = make_look(self.config, stream, keys or stream, self.causal, window)
       hidden_BTD = nnx.merge(self.block, params)(
           stream.hidden_BTD, ropes[0], see,
           keys and keys.hidden_BTD, ropes[1],

@@ -10,8 +10,8 @@ import pytest
 
 from gemma_funnel.config import GemmaConfig, format_funnel
 from gemma_funnel.funnel import num_groups
-from gemma_funnel.layers import rope_angles
-from gemma_funnel.model import Gemma, look
+from gemma_funnel.layers import make_look, rope_angles
+from gemma_funnel.model import Gemma
 from gemma_funnel.stream import make_stream
 
 CONFIG = GemmaConfig.preset("tiny", num_layers=5)
@@ -136,7 +136,7 @@ def test_pooled_queries_see_the_keys_from_before(causal):
   block = nnx.merge(graphdef, jax.tree.map(lambda p: p[0], params))
   want = block(
       short.hidden_BTD, rope_angles(short.position_BT, config),
-      look(config, 0, short, stream, causal),
+      make_look(config, short, stream, causal, config.window_of(0)),
       stream.hidden_BTD, rope_angles(stream.position_BT, config),
   )  # fmt: skip
   got = model.encode(_tokens(), causal=causal)

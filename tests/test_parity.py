@@ -18,7 +18,6 @@ import pytest
 
 from gemma_funnel import convert, flops
 from gemma_funnel import layers as layers_lib
-from gemma_funnel import model as model_lib
 from gemma_funnel.config import PRESETS, GemmaConfig
 from gemma_funnel.decode import Decoder
 from gemma_funnel.model import Gemma
@@ -254,7 +253,7 @@ FAULTS = {
   ),
   "embedding not scaled": _by_code(Gemma, "embed", _embed_without_scale),
   "gelu by erf": _by_code(jax.nn, "gelu", _gelu_by_erf),
-  "key heads in turn": _by_code(model_lib, "attend", _heads_in_turn),
+  "key heads in turn": _by_code(layers_lib, "attend", _heads_in_turn),
   "rope of neighbours": _by_code(layers_lib, "rotate", _rotate_neighbours),
   "norms swapped": _swap_norms,
 }
@@ -277,7 +276,7 @@ def test_a_planted_fault_is_seen(load_ours, retrace, fault):
 
 def test_without_a_fault_nothing_is_seen(load_ours, retrace):
   """The faults' yardstick, through the same machinery."""
-  unchanged = _by_code(model_lib, "attend", lambda attend: attend)
+  unchanged = _by_code(layers_lib, "attend", lambda attend: attend)
   assert _difference(unchanged(load_ours("gemma2"), retrace)) < TOLERANCE
   assert _difference(_changed(load_ours("gemma2"))) < TOLERANCE
 

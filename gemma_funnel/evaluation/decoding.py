@@ -1,8 +1,8 @@
 """How long generation takes with funnels, against the same code without.
 
-The first token's time is that of the prefill, and of the steps that bring rows
-to a common phase where there are any; a token's time is that of a step, over
-all phases of the funnel. Greedy, and no row ends early.
+The first token's time is that of the prefill: prompts of a batch are of one
+length, so no steps are needed to bring rows to one phase. A token's time is
+that of a step, over all phases of the funnel. Greedy, and no row ends early.
 """
 
 from collections.abc import Sequence
