@@ -18,9 +18,10 @@ def get_config() -> config_dict.ConfigDict:
   config = config_dict.ConfigDict()
   config.evaluator = "accuracy"
 
-  # The folder of a training run, or of a Hugging Face model. Required.
+  # A training run, or whatever gemma_funnel.load reads. Required.
   config.checkpoint = config_dict.placeholder(str)
-  # A SentencePiece model: for a Hugging Face folder, and only for one.
+  # A SentencePiece model or a tokenizer.json, for a checkpoint that is no run
+  # and has none beside it.
   config.tokenizer = config_dict.placeholder(str)
 
   # "trained" is the checkpoint's own; others as "start=2,stride=2" or "off".

@@ -1,9 +1,16 @@
-"""The command line, for train.py and eval.py: --config=FILE --config.key=X."""
+"""What the commands share: flags, errors in one line, progress.
 
+train.py and eval.py take --config=FILE --config.key=X (`main`); the others have
+flags of their own (`Parser`, `guard`).
+"""
+
+import argparse
 from collections.abc import Callable, Sequence
+import os
 import pathlib
 import re
 import sys
+import time
 import traceback
 from typing import NoReturn
 
@@ -14,6 +21,84 @@ from ml_collections import config_flags
 _PACKAGE = pathlib.Path(__file__).parent
 # What the package raises of a mistake that it has named.
 _NAMED = (ValueError, FloatingPointError)
+# Between two lines of progress where there is no terminal.
+_PROGRESS_SECONDS = 10.0
+
+
+class Parser(argparse.ArgumentParser):
+  """Mistakes are raised, to be told of as all others are."""
+
+  def error(self, message):
+    raise ValueError(message)
+
+
+def guard(run: Callable[[], int]) -> int:
+  """Calls `run`; returns the exit status.
+
+  A mistake that the package names is one line on stderr and status 2, anything
+  else is a traceback.
+  """
+  try:
+    return run()
+  except _NAMED as error:
+    if not _is_ours(error):
+      raise
+    say(f"error: {error}")
+    return 2
+  except KeyboardInterrupt:
+    return 130
+  except BrokenPipeError:
+    # Or Python, ending, would flush what is left and tell of it.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141  # As of a command that SIGPIPE ends.
+
+
+def _is_ours(error: Exception) -> bool:
+  raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+  return pathlib.Path(raised_in).is_relative_to(_PACKAGE)
+
+
+def say(text: str) -> None:
+  """Writes a line to stderr."""
+  print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+  """Bytes done of a known total: a bar on a terminal, else a line at times."""
+
+  def __init__(self, what: str, total: int):
+    self._what, self._total, self._done = what, total, 0
+    self._start = self._said = time.perf_counter()
+    self._bar = None
+
+  def __enter__(self) -> "Progress":
+    if sys.stderr.isatty():
+      from rich import console, progress
+
+      self._bar = progress.Progress(
+          *progress.Progress.get_default_columns(), progress.DownloadColumn(),
+          progress.TransferSpeedColumn(), console=console.Console(stderr=True),
+      )  # fmt: skip
+      self._bar.start()
+      self._task = self._bar.add_task(self._what, total=self._total)
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._bar:
+      self._bar.stop()
+
+  def add(self, name: str, nbytes: int) -> None:
+    """Counts bytes of the tensor `name`."""
+    self._done += nbytes
+    if self._bar:
+      self._bar.update(self._task, advance=nbytes)
+      return
+    now = time.perf_counter()
+    if now - self._said > _PROGRESS_SECONDS:
+      self._said = now
+      share = min(1.0, self._done / max(1, self._total))
+      left = (now - self._start) * (1 / share - 1) if share else 0.0
+      say(f"{self._what} {name}: {share:.0%}, about {left:.0f} s left")
 
 
 def main(run: Callable[[ml_collections.ConfigDict], object]) -> None:
@@ -34,8 +119,7 @@ def main(run: Callable[[ml_collections.ConfigDict], object]) -> None:
     try:
       run(config.value)
     except _NAMED as error:
-      raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-      if not pathlib.Path(raised_in).is_relative_to(_PACKAGE):
+      if not _is_ours(error):
         raise
       _fail(str(error))
 
@@ -69,5 +153,5 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-  print(f"error: {message}", file=sys.stderr)
+  say(f"error: {message}")
   sys.exit(2)

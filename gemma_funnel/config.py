@@ -7,6 +7,8 @@ field, what was found and what was expected, before anything is computed.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
+import numbers
+import sys
 from typing import Any
 
 ATTENTION_KINDS = ("local", "global")
@@ -34,6 +36,19 @@ def _require_int(name: str, value: Any, least: int) -> None:
     isinstance(value, int) and not isinstance(value, bool) and value >= least,
     f"{name}={value!r}: expected an integer >= {least}",
   )
+
+
+def _require_positive(name: str, value: Any, also: str = "") -> None:
+  # Infinity is no number here: what it scales or caps would not be finite.
+  is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  _require(
+    is_number and 0 < value <= sys.float_info.max,
+    f"{name}={value!r}: expected a number > 0{also}",
+  )
+
+
+def _require_bool(name: str, value: Any) -> None:
+  _require(isinstance(value, bool), f"{name}={value!r}: expected a bool")
 
 
 def _from_mapping(cls, values: Mapping[str, Any]):
@@ -100,10 +115,7 @@ class FunnelConfig:
     _require_choice("funnel.recover", self.recover, RECOVERIES)
     _require_choice("funnel.position", self.position, POSITIONS)
     for name in ("pool_query_only", "keep_first"):
-      value = getattr(self, name)
-      _require(
-        isinstance(value, bool), f"funnel.{name}={value!r}: expected a bool"
-      )
+      _require_bool(f"funnel.{name}", getattr(self, name))
     _require(
       self.pool != "every" or self.position == "last",
       f"funnel.position={self.position!r} has no effect with pool='every', "
@@ -334,14 +346,17 @@ class GemmaConfig:
       f"model.head_dim={self.head_dim}: rotary embeddings need an even one",
     )
     for name in ("query_pre_attn_scalar", "rope_base", "norm_eps"):
-      value = getattr(self, name)
-      _require(value > 0, f"model.{name}={value!r}: expected a number > 0")
+      _require_positive(f"model.{name}", getattr(self, name))
     for name in ("attn_softcap", "final_softcap"):
       value = getattr(self, name)
-      _require(
-        value is None or value > 0,
-        f"model.{name}={value!r}: expected a number > 0, or None for no cap",
-      )
+      if value is not None:
+        _require_positive(f"model.{name}", value, ", or None for no cap")
+    for name in ("post_norms", "scan_layers"):
+      _require_bool(f"model.{name}", getattr(self, name))
+    _require(
+      isinstance(self.attention_pattern, tuple),
+      f"model.attention_pattern={self.attention_pattern!r}: expected a tuple",
+    )
     _require(
       len(self.attention_pattern) > 0, "model.attention_pattern is empty"
     )

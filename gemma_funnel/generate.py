@@ -17,15 +17,13 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 import sys
 import time
-import traceback
 
 from flax import nnx
 
+from gemma_funnel import cli, convert
 from gemma_funnel import config as config_lib
-from gemma_funnel import convert
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from gemma_funnel.decode import Decoder, Generation
@@ -35,7 +33,6 @@ from gemma_funnel.training import checkpoint
 
 _MAX_NEW_TOKENS = 128
 _PROGRESS_SECONDS = 10.0
-_PACKAGE = pathlib.Path(__file__).parent
 _REPLACEMENT = "\ufffd"
 # Bytes that a character cut off can have.
 _MOST_CUT = 3
@@ -149,28 +146,22 @@ class _Meter:
     return text + ", compiling included"
 
 
-class _Parser(argparse.ArgumentParser):
-  """Mistakes are raised, to be told of as all others are."""
-
-  def error(self, message):
-    raise ValueError(message)
-
-
 _FLAGS = {
     "checkpoint": dict(
         required=True, metavar="DIR",
-        help="a training run, or a Hugging Face folder"),
+        help="a training run, or whatever gemma_funnel.load reads"),
     "prompt": dict(action="append", metavar="TEXT", help="may be repeated"),
     "prompts": dict(metavar="FILE", help='JSON lines with a "prompt" each'),
     "funnel": dict(
         metavar="STAGES", help="'off', or such as start=6,stride=2 (default: "
-        "as trained; off for a Hugging Face folder)"),
+        "as trained; off for checkpoints that say none)"),
     "dtype": dict(
         choices=config_lib.DTYPES,
-        help="(default: as trained; float32 for a Hugging Face folder)"),
+        help="(default: as trained; float32 for what is no training run)"),
     "tokenizer": dict(
         metavar="FILE",
-        help="a SentencePiece model (default: the checkpoint's own)"),
+        help="a SentencePiece model or a tokenizer.json (default: the "
+        "checkpoint's own)"),
     "max_new_tokens": dict(
         type=int, help="a stop id included (default: "
         f"{_MAX_NEW_TOKENS}, or what there is room for)"),
@@ -200,7 +191,7 @@ _FLAGS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(
+  parser = cli.Parser(
       prog="python -m gemma_funnel.generate", allow_abbrev=False,
       description=__doc__, usage="%(prog)s --checkpoint=DIR [--FLAG=VALUE ...]",
       formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -275,12 +266,12 @@ def _find_tokenizer(args, found: convert.Description) -> Tokenizer:
   _require(
     args.tokenizer is not None or os.path.isfile(path),
     f"{args.checkpoint} has no tokenizer: there is no file {path}. Expected "
-    "--tokenizer=FILE, a SentencePiece model",
+    "--tokenizer=FILE, a SentencePiece model or a tokenizer.json",
   )
   tokenizer = tokenizer_lib.find_tokenizer(path, path, vocab_size)
   pieces = tokenizer.vocab_size
   if pieces < vocab_size:
-    _say(
+    cli.say(
       f"tokenizer {path} has {pieces} pieces, the model {vocab_size} ids: "
       f"those from {pieces} on have no text"
     )
@@ -297,7 +288,7 @@ def _read_prompts(args) -> Iterator[tuple[str, str]]:
       yield f"--prompt number {number}" if many else "--prompt", text
   else:
     if sys.stdin.isatty():
-      _say("the prompt is read from stdin, to its end (Ctrl-D)")
+      cli.say("the prompt is read from stdin, to its end (Ctrl-D)")
     try:
       yield "stdin", sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -452,16 +443,12 @@ def _say_progress(job: Job, start: int, results, meter: _Meter) -> None:
   text = f"{done} of {total} prompts, {meter.tokens} tokens, {seconds:.0f} s"
   if share:
     text += f"; about {seconds * (1 / share - 1):.0f} s left"
-  _say(text)
+  cli.say(text)
 
 
 def _write(text: str) -> None:
   sys.stdout.write(text)
   sys.stdout.flush()
-
-
-def _say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -470,27 +457,13 @@ def _run(argv: Sequence[str] | None) -> int:
   one = len(job.prompts) == job.args.num_samples == 1
   streams = one and job.args.prompts is None
   interrupted = (stream_text if streams else write_lines)(job, decoder, meter)
-  _say(f"interrupted: {meter}" if interrupted else str(meter))
+  cli.say(f"interrupted: {meter}" if interrupted else str(meter))
   return 130 if interrupted else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
-  try:
-    return _run(argv)
-  except ValueError as error:
-    # What the package raises is a mistake that it has named.
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    if not pathlib.Path(raised_in).is_relative_to(_PACKAGE):
-      raise
-    _say(f"error: {error}")
-    return 2
-  except KeyboardInterrupt:
-    return 130
-  except BrokenPipeError:
-    # Or Python, ending, would flush what is left and tell of it.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141  # As of a command that SIGPIPE ends.
+  return cli.guard(lambda: _run(argv))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import jax
 from ml_collections import config_dict
 import numpy as np
 import pytest
+import tiny_checkpoints
 
 from gemma_funnel import convert, evaluation, flops
 from gemma_funnel.config import GemmaConfig, format_funnel
@@ -181,20 +182,20 @@ def test_run_on_other_text(run, tmp_path):
   assert [row["funnel"] for row in rows] == ["off"]
 
 
-def test_run_of_a_folder_with_no_run(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_run_of_a_converted_checkpoint(run, tmp_path, to):
   folder, model, _ = run
-  monkeypatch.setattr(convert, "load", lambda path: model.with_funnel("off"))
   other = tmp_path / "converted"
-  other.mkdir()
+  convert.convert(folder, other, to)
+  # Its tokenizer and its funnel came along.
   config = get_config(
-      checkpoint=str(other), tokenizer=str(folder / "tokenizer.model"),
-      length=LENGTH, funnels=("trained", "off", TRAINED), max_documents=1,
+      checkpoint=str(other), length=LENGTH, funnels=("trained", "off"),
+      max_documents=1,
   )  # fmt: skip
   config.data.source = os.path.join(os.path.dirname(asyncio.__file__), "*.py")
   rows = evaluation.run(config)
-  # A checkpoint without a funnel of its own was trained with none.
   assert [(r["funnel"], r["resolved"]) for r in rows] == [
-      ("trained", "off"), (TRAINED, format_funnel(model.stages)),
+      ("trained", format_funnel(model.stages)), ("off", "off"),
   ]  # fmt: skip
   content = json.loads((other / "eval" / "accuracy.json").read_text())
   assert content["settings"]["step"] is None
@@ -204,7 +205,7 @@ def test_run_of_a_folder_with_no_run(run, tmp_path, monkeypatch):
   "changes, message",
   [
     (dict(checkpoint=None), "checkpoint is missing: expected"),
-    (dict(checkpoint="/nowhere"), "checkpoint='/nowhere' is no folder"),
+    (dict(checkpoint="/nowhere"), "checkpoint='/nowhere' is not there"),
     (dict(tokenizer="x.model"), "tokenizer='x.model': expected none"),
     (dict(funnels=()), r"funnels=\(\): expected a tuple"),
     (dict(funnels=("half",)), "funnels: 'half'"),
@@ -234,10 +235,12 @@ def test_a_funnel_that_cannot_be_is_said_before_a_run_is_read(run, monkeypatch):
 
 
 def test_other_folders_need_a_tokenizer_and_a_length(tmp_path):
+  tensors = tiny_checkpoints.random_tensors(tiny_checkpoints.GEMMA2)
+  tiny_checkpoints.write(tmp_path, tiny_checkpoints.GEMMA2, tensors)
   config = get_config(checkpoint=str(tmp_path))
   with pytest.raises(ValueError, match="tokenizer is missing.*is no training"):
     evaluation.run(config)
-  config.tokenizer = "x.model"
+  config.tokenizer = __file__
   with pytest.raises(ValueError, match="length is missing.*is no training"):
     evaluation.run(config)
 

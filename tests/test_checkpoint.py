@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import tiny_run
 
+import gemma_funnel
+from gemma_funnel import generate
 from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel.convert import __main__ as command
 from gemma_funnel.model import Gemma
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import loop
+from gemma_funnel.training import loop, sharding
 
 
 def _no_evaluator(corpus, setup):
@@ -478,3 +481,44 @@ def test_parameters_fit_any_funnel_of_the_same_sizes(trained):
     return jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(state))
 
   assert shapes(None) == shapes("start=1,stride=2")
+
+
+# Elsewhere.
+
+
+def test_a_run_is_loaded_onto_a_mesh(trained):
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  model = gemma_funnel.load(trained[0], mesh=mesh)
+  spec = jax.sharding.PartitionSpec("tensor", "fsdp")
+  assert model.embedding[...].sharding.spec == spec
+  assert _same(_params(model), _params(trained[1].model))
+
+
+def test_a_run_is_exported(trained, tmp_path, capsys):
+  """To others' layouts and to ours; generation says the same."""
+  said = []
+  for to in (None, "hf", "orbax"):
+    path = tmp_path / to if to else trained[0]
+    if to:
+      flags = [str(trained[0]), str(path), f"--to={to}", "--verify"]
+      assert command.main(flags) == 0
+      assert "0 differ; largest difference of a value 0, of a logit 0" in (
+        capsys.readouterr().err
+      )
+    flags = [f"--checkpoint={path}", "--prompt=ab", "--max_new_tokens=8"]
+    assert generate.main(flags) == 0
+    said.append(capsys.readouterr().out)
+  assert said[0] == said[1] == said[2] != ""
+  raw = json.loads((tmp_path / "hf" / "config.json").read_text())
+  assert raw["funnel"] == "start=1,stop=2,stride=2,pool=mean,recover=average"
+
+
+def test_the_newest_intact_checkpoint_is_exported(copy, tmp_path, capsys):
+  newest = copy / checkpoint_lib.FOLDER / "12" / "params"
+  (newest / "manifest.ocdbt").write_bytes(b"")
+  gemma_funnel.convert.convert(copy, tmp_path / "there", "orbax")
+  assert "checkpoint 12 is damaged" in capsys.readouterr().out
+  ours = checkpoint_lib.load_run(copy)
+  assert ours.step == 8
+  there = gemma_funnel.load(tmp_path / "there")
+  assert _same(_params(there), _params(ours.model))

@@ -1,7 +1,5 @@
 """Loading: what is recognised, what is refused, and where values land."""
 
-import json
-
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -9,84 +7,32 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny_checkpoints import (
+  GEMMA1,
+  GEMMA2,
+  D,
+  H,
+  K,
+  L,
+  N,
+  V,
+  random_tensors,
+  write,
+  write_config,
+  write_shards,
+)
 
 import gemma_funnel
-from gemma_funnel.config import PRESETS, FunnelConfig, GemmaConfig
-from gemma_funnel.convert import huggingface
-
-V, D, F, L, N, K, H = 31, 8, 12, 3, 4, 2, 6
-GEMMA2 = dict(
-    model_type="gemma2", vocab_size=V, hidden_size=D, intermediate_size=F,
-    num_hidden_layers=L, num_attention_heads=N, num_key_value_heads=K,
-    head_dim=H, query_pre_attn_scalar=11, sliding_window=5,
-    attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
-    hidden_activation="gelu_pytorch_tanh", max_position_embeddings=64,
-    rms_norm_eps=1e-5, rope_theta=500.0, attention_bias=False,
-)  # fmt: skip
-GEMMA1 = dict(
-    model_type="gemma", vocab_size=V, hidden_size=D, intermediate_size=F,
-    num_hidden_layers=L, num_attention_heads=N, num_key_value_heads=K,
-    head_dim=H, hidden_act="gelu", max_position_embeddings=64,
-    rms_norm_eps=1e-6, rope_theta=10000.0, attention_bias=False,
-)  # fmt: skip
-
-
-def random_tensors(raw, dtype=np.float32):
-  """Tensors by the names and shapes of transformers."""
-  shapes = {
-    "model.embed_tokens.weight": (V, D),
-    "model.norm.weight": (D,),
-  }
-  norms = ["input_layernorm", "post_attention_layernorm"]
-  if raw["model_type"] == "gemma2":
-    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-  for i in range(L):
-    layer = {
-      "self_attn.q_proj": (N * H, D),
-      "self_attn.k_proj": (K * H, D),
-      "self_attn.v_proj": (K * H, D),
-      "self_attn.o_proj": (D, N * H),
-      "mlp.gate_proj": (F, D),
-      "mlp.up_proj": (F, D),
-      "mlp.down_proj": (D, F),
-      **{norm: (D,) for norm in norms},
-    }
-    for name, shape in layer.items():
-      shapes[f"model.layers.{i}.{name}.weight"] = shape
-  rng = np.random.default_rng(0)
-  return {
-    name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()
-  }
-
-
-def write_config(folder, raw):
-  (folder / "config.json").write_text(json.dumps(raw))
-
-
-def write(folder, raw, tensors):
-  write_config(folder, raw)
-  save_file(tensors, folder / "model.safetensors")
-  return folder
-
-
-def write_shards(folder, raw, tensors, shards=3):
-  write_config(folder, raw)
-  names = sorted(tensors)
-  weight_map = {}
-  for i in range(shards):
-    file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-    part = {name: tensors[name] for name in names[i::shards]}
-    save_file(part, folder / file)
-    weight_map.update(dict.fromkeys(part, file))
-  index = {"metadata": {}, "weight_map": weight_map}
-  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-  return folder
-
-
-def config_of(tmp_path, raw, without=(), **changes):
-  raw = {k: v for k, v in {**raw, **changes}.items() if k not in without}
-  write_config(tmp_path, raw)
-  return huggingface.read_config(tmp_path)
+from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel.convert import (
+  gemma_pytorch,
+  google,
+  huggingface,
+  layout,
+  target,
+  transfer,
+)
+from gemma_funnel.convert.orbax_tree import OrbaxTree
 
 
 def same(a, b):
@@ -148,17 +94,27 @@ def test_gemma1_norm_after_attention_is_the_one_before_the_mlp(tmp_path):
   assert not hasattr(model.layers, "post_attn_norm")
 
 
-@pytest.mark.parametrize("name", ["gemma1_2b", "gemma2_9b", "tiny"])
-def test_the_table_covers_every_parameter_once(name):
+@pytest.mark.parametrize(
+  "name", ["gemma1_2b", "gemma1_7b", "gemma2_9b", "tiny"]
+)
+def test_formats_cover_every_parameter_once(name):
   config = GemmaConfig.preset(name)
   state = nnx.state(gemma_funnel.Gemma.abstract(config))
   expected = []
   for path, param in nnx.to_flat_state(state):
     layers = range(param.shape[0]) if path[0] == "layers" else [None]
     expected += [(path, layer) for layer in layers]
-  table = huggingface.tensor_table(config)
-  found = [(layout.path, layer) for layer, layout in table.values()]
-  assert sorted(map(str, found)) == sorted(map(str, expected))
+  formats = [
+    huggingface.tensors(config),
+    gemma_pytorch.tensors(config),
+    layout.own_tensors(config),
+  ]
+  for kind in ("flat", "nested", "stacked", "kauldron"):
+    for transposed in (False, True):
+      formats.append(google.tensors(config, kind, transposed, 300_000)[0])
+  for tensors in formats:
+    found = [(p.path, p.layer) for tensor in tensors for p in tensor.parts]
+    assert sorted(map(str, found)) == sorted(map(str, expected))
 
 
 def test_a_loaded_model_is_one_like_any_other(tmp_path):
@@ -254,131 +210,6 @@ def test_ignored_buffers_and_a_tied_head(tmp_path):
     gemma_funnel.load(tmp_path)
 
 
-# Configurations.
-
-
-def test_gemma2_config(tmp_path):
-  assert config_of(tmp_path, GEMMA2) == GemmaConfig(
-      vocab_size=V, num_layers=L, embed_dim=D, mlp_dim=F, num_heads=N,
-      num_kv_heads=K, head_dim=H, query_pre_attn_scalar=11.0,
-      attention_pattern=("local", "global"), window=5, attn_softcap=2.0,
-      final_softcap=3.0, post_norms=True, rope_base=500.0, norm_eps=1e-5,
-      max_length=64,
-  )  # fmt: skip
-
-
-def test_gemma1_config(tmp_path):
-  assert config_of(tmp_path, GEMMA1) == GemmaConfig(
-      vocab_size=V, num_layers=L, embed_dim=D, mlp_dim=F, num_heads=N,
-      num_kv_heads=K, head_dim=H, query_pre_attn_scalar=float(H),
-      attention_pattern=("global",), attn_softcap=None, final_softcap=None,
-      post_norms=False, max_length=64,
-  )  # fmt: skip
-
-
-# As published: without layer_types, and with the keys of their time.
-PUBLISHED = {
-  "gemma1_2b": (GEMMA1, 2048, 16_384, 18, 8, 1, 256, None),
-  "gemma1_7b": (GEMMA1, 3072, 24_576, 28, 16, 16, 256, None),
-  "gemma2_2b": (GEMMA2, 2304, 9216, 26, 8, 4, 256, 256),
-  "gemma2_9b": (GEMMA2, 3584, 14_336, 42, 16, 8, 256, 256),
-  "gemma2_27b": (GEMMA2, 4608, 36_864, 46, 32, 16, 128, 144),
-}
-
-
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_published_configs_are_the_presets(tmp_path, name):
-  raw, width, mlp, depth, heads, kv_heads, head_dim, scalar = PUBLISHED[name]
-  changes = dict(
-      vocab_size=256_000, hidden_size=width, intermediate_size=mlp,
-      num_hidden_layers=depth, num_attention_heads=heads,
-      num_key_value_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-6,
-      max_position_embeddings=8192, rope_theta=10_000.0,
-  )  # fmt: skip
-  if scalar:
-    changes |= dict(
-        query_pre_attn_scalar=scalar, sliding_window=4096,
-        attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-    )  # fmt: skip
-  config = config_of(tmp_path, raw, **changes)
-  assert config == GemmaConfig.from_dict(PRESETS[name])
-
-
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
-
-
-@pytest.mark.parametrize(
-  "types, pattern",
-  [
-    ([LOCAL, GLOBAL, LOCAL], ("local", "global")),
-    ([GLOBAL, LOCAL, GLOBAL], ("global", "local")),
-    ([LOCAL, LOCAL, LOCAL], ("local",)),
-    ([GLOBAL], ("global",)),
-    ([LOCAL, LOCAL, GLOBAL, LOCAL], ("local", "local", "global")),
-    ([LOCAL, GLOBAL, GLOBAL], ("local", "global", "global")),
-  ],
-)
-def test_layer_types_become_the_shortest_pattern(tmp_path, types, pattern):
-  config = config_of(
-    tmp_path, GEMMA2, layer_types=types, num_hidden_layers=len(types)
-  )
-  assert config.attention_pattern == pattern
-  assert [{"local": LOCAL, "global": GLOBAL}[kind]
-          for kind in config.attention_kinds] == types  # fmt: skip
-
-
-def test_keys_of_other_versions(tmp_path):
-  get = lambda raw=GEMMA2, **changes: config_of(tmp_path, raw, **changes)
-  rope = {"rope_type": "default", "rope_theta": 700.0}
-  assert get(rope_parameters=rope).rope_base == 700.0
-  assert get(rope_parameters=None, rope_scaling=None).rope_base == 500.0
-  without = ("rope_theta", "attention_bias", "sliding_window")
-  config = config_of(tmp_path, GEMMA2, without)
-  assert (config.rope_base, config.window) == (10_000.0, 4096)
-  assert get(attn_logit_softcapping=None).attn_softcap is None
-  assert get(final_logit_softcapping=None).final_softcap is None
-  everywhere = dict(layer_types=[GLOBAL] * L, sliding_window=None)
-  assert get(**everywhere).attention_kinds == ("global",) * L
-  both = dict(hidden_act="gelu", hidden_activation="gelu_pytorch_tanh")
-  assert get(GEMMA1, **both) == get(GEMMA1, hidden_act="gelu_pytorch_tanh")
-
-
-@pytest.mark.parametrize(
-  "changes, message",
-  [
-    (dict(model_type="llama"), "model_type='llama'"),
-    (dict(model_type="gemma3_text"), "model_type='gemma3_text'"),
-    (dict(hidden_activation="gelu"), "hidden_activation='gelu'"),
-    (dict(attention_bias=True), "attention_bias=True"),
-    (dict(tie_word_embeddings=False), "tie_word_embeddings=False"),
-    (dict(use_bidirectional_attention=True), "use_bidirectional"),
-    (dict(quantization_config={"bits": 4}), "quantization_config"),
-    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling"),
-    (dict(rope_parameters={"rope_type": "yarn"}), "rope_parameters"),
-    (dict(rope_parameters=3), "rope_parameters=3"),
-    (dict(layer_types=[LOCAL]), "num_hidden_layers=3"),
-    (dict(layer_types="local"), "layer_types='local'"),
-    (dict(layer_types=[LOCAL, "chunked", GLOBAL]), "'chunked'"),
-    (dict(layer_types=[LOCAL, [], GLOBAL]), "layer_types has"),
-    (dict(num_hidden_layers="3"), "num_layers='3'"),
-    (dict(num_key_value_heads=3), "num_kv_heads=3"),
-    (dict(query_pre_attn_scalar="256"), "query_pre_attn_scalar='256'"),
-    (dict(query_pre_attn_scalar=None), "query_pre_attn_scalar=None"),
-    (dict(attn_logit_softcapping=0.0), "attn_softcap=0.0"),
-    (dict(sliding_window=None), "window=None"),
-  ],
-)
-def test_unsupported_configs_are_refused(tmp_path, changes, message):
-  with pytest.raises(ValueError, match=message) as error:
-    config_of(tmp_path, GEMMA2, **changes)
-  assert "config.json" in str(error.value)
-
-
-def test_absent_sizes_are_all_named(tmp_path):
-  with pytest.raises(ValueError, match="'hidden_size', 'head_dim'"):
-    config_of(tmp_path, GEMMA2, without=("head_dim", "hidden_size"))
-
-
 # Faults of files.
 
 
@@ -448,8 +279,8 @@ def test_a_damaged_config_is_named(tmp_path, text):
 
 def test_no_weights(tmp_path):
   write_config(tmp_path, GEMMA2)
-  (tmp_path / "pytorch_model.bin").write_bytes(b"")
-  with pytest.raises(ValueError, match="expected model.safetensors.*_model"):
+  (tmp_path / "weights.bin").write_bytes(b"")
+  with pytest.raises(ValueError, match="expected model.safetensors.*weights"):
     gemma_funnel.load(tmp_path)
 
 
@@ -488,22 +319,105 @@ def test_anything_else_is_described(tmp_path):
   (tmp_path / "notes.txt").write_text("")
   with pytest.raises(ValueError, match=rf"notes.txt.*{expected}"):
     gemma_funnel.load(tmp_path)
-  with pytest.raises(ValueError, match=f"not a folder.*{expected}"):
+  with pytest.raises(ValueError, match=f"another kind.*{expected}"):
     gemma_funnel.load(tmp_path / "notes.txt")
   write_config(tmp_path, {"lr": 0.1})
   with pytest.raises(ValueError, match=expected):
     gemma_funnel.load(tmp_path)
 
 
-@pytest.mark.parametrize("sign", ["checkpoints", "config"])
-def test_our_runs_are_passed_on(tmp_path, monkeypatch, sign):
+def test_our_runs_are_passed_on(tmp_path, monkeypatch):
   from gemma_funnel.training import checkpoint
 
   seen = []
   monkeypatch.setattr(checkpoint, "load_model", lambda *args: seen.append(args))
-  if sign == "checkpoints":
-    (tmp_path / "checkpoints").mkdir()
-  else:
-    write_config(tmp_path, {"gemma_funnel": "0.1.0"})
+  (tmp_path / "checkpoints").mkdir()
+  model = GemmaConfig.preset("tiny").to_dict()
+  write_config(tmp_path, {"model": model, "funnel": "off"})
   gemma_funnel.load(tmp_path, "start=1", dtype="bfloat16")
-  assert seen == [(tmp_path, "start=1", "bfloat16")]
+  assert seen == [(tmp_path, "start=1", "bfloat16", None)]
+
+
+# From every format to every other.
+
+
+def _write_source(folder, family, dtype=ml_dtypes.bfloat16):
+  """A random Hugging Face checkpoint of a family, at a tiny size."""
+  raw = FAMILIES[family]
+  folder.mkdir()
+  (folder / "generation_config.json").write_text("{}")
+  return write(folder, raw, random_tensors(raw, dtype))
+
+
+# GQA, MQA and MHA; a query scale that is neither H nor D/N; and sizes that are
+# Gemma 2 27B's in all but scale.
+FAMILIES = {
+  "gemma1_2b": {**GEMMA1, "num_key_value_heads": 1},
+  "gemma1_7b": {**GEMMA1, "num_key_value_heads": N},
+  "gemma2_2b": GEMMA2,
+  "gemma2_9b": {**GEMMA2, "num_attention_heads": 2, "num_key_value_heads": 1},
+  "gemma2_27b": {**GEMMA2, "query_pre_attn_scalar": 2, "head_dim": 4},
+}
+KINDS = [
+  ("orbax", None),
+  ("hf", None),
+  ("gemma_pytorch", None),
+  ("google", "flat"),
+  ("google", "nested"),
+  ("google", "stacked"),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_format_to_every_other(tmp_path, family, monkeypatch):
+  # Google's two layouts of gating_einsum, whatever the published sizes.
+  for transposed in (False, True):
+    monkeypatch.setattr(target, "_is_transposed", lambda config: transposed)
+    folder = tmp_path / str(transposed)
+    folder.mkdir()
+    source = _write_source(folder / "source", family)
+    first = {}
+    for to, google_layout in KINDS:
+      options = {"google_layout": google_layout} if google_layout else {}
+      first[to, google_layout] = folder / f"{to}-{google_layout}"
+      transfer.convert(source, first[to, google_layout], to, **options)
+    for number, path in enumerate(first.values()):
+      back = folder / f"back{number}"
+      transfer.convert(path, back, "hf")
+      # Bit for bit, through every format and back.
+      _same_files(first["hf", None], back)
+    same(
+      gemma_funnel.load(source, dtype="bfloat16"),
+      gemma_funnel.load(first["orbax", None], dtype="bfloat16"),
+    )
+    # And from each of the others to each of the others.
+    if family == "gemma2_27b":
+      for a, path in first.items():
+        for to, google_layout in KINDS:
+          options = {"google_layout": google_layout} if google_layout else {}
+          there = folder / f"{'-'.join(map(str, a))}-{to}-{google_layout}"
+          transfer.convert(path, there, to, **options)
+          _same_files(first[to, google_layout], there)
+
+
+def _same_files(a, b):
+  """All but OCDBT's own files, whose names are random."""
+  for folder in (a, b):
+    assert not list(folder.parent.glob("*.partial"))
+  names = lambda folder: {
+    str(f.relative_to(folder))
+    for f in folder.rglob("*")
+    if f.is_file() and f.parent.name != "d" and f.name != "manifest.ocdbt"
+  }
+  assert names(a) == names(b)
+  for name in names(a):
+    assert (a / name).read_bytes() == (b / name).read_bytes(), name
+  if (a / "_METADATA").exists() or (a / "params").exists():
+    left, right = OrbaxTree(_tree_of(a)), OrbaxTree(_tree_of(b))
+    assert left.tensors == right.tensors
+    for name in left.tensors:
+      np.testing.assert_array_equal(left.read(name), right.read(name))
+
+
+def _tree_of(folder):
+  return folder / "params" if (folder / "params").exists() else folder

@@ -546,10 +546,14 @@ def test_tokenizers_that_do_not_do(plain, refuse, folder, tmp_path):
   refuse("320 pieces.* vocab_size=300", prompt, given, checkpoint=small)
   model.unlink()
   refuse(
-    f"no file {model}. Expected --tokenizer=FILE", prompt, checkpoint=plain
+    f"no file {model}. Expected --tokenizer=FILE, .* or a tokenizer.json",
+    prompt,
+    checkpoint=plain,
   )
-  model.write_bytes(b"{}")
+  model.write_bytes(b"text")
   refuse("not a SentencePiece model", prompt, checkpoint=plain)
+  model.write_bytes(b"{")
+  refuse("not a Hugging Face tokenizer.json", prompt, checkpoint=plain)
 
 
 def test_runs_that_do_not_do(refuse, folder, tmp_path):

@@ -9,16 +9,22 @@ planted, and must be seen.
 import copy
 import dataclasses
 import functools
+import json
+import pathlib
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 
 from gemma_funnel import convert, flops
 from gemma_funnel import layers as layers_lib
 from gemma_funnel.config import PRESETS, GemmaConfig
+from gemma_funnel.convert import target
+from gemma_funnel.data import sources, tokenizer
+from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from gemma_funnel.decode import Decoder
 from gemma_funnel.model import Gemma
 from gemma_funnel.sampling import Sampling
@@ -170,6 +176,49 @@ def test_shards_of_transformers_agree(tmp_path):
   theirs("gemma2").save_pretrained(tmp_path, max_shard_size="20KB")
   assert (tmp_path / "model.safetensors.index.json").exists()
   assert _difference(convert.load(tmp_path)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_our_files_open_in_transformers(tmp_path, name, monkeypatch):
+  """By way of two other formats; in shards, with a funnel that it ignores."""
+  theirs(name).save_pretrained(tmp_path / "theirs")
+  monkeypatch.setattr(target, "SHARD_BYTES", 30_000)
+  path = tmp_path / "theirs"
+  for to in ("gemma_pytorch", "google", "hf"):
+    convert.convert(path, tmp_path / to, to)
+    path = tmp_path / to
+  raw = json.loads((path / "config.json").read_text())
+  (path / "config.json").write_text(json.dumps(raw | {"funnel": "start=1"}))
+  assert len(list(path.glob("*.safetensors"))) > 3
+  model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    path, attn_implementation="eager", output_loading_info=True
+  )
+  assert not any(report.values()), report
+  with torch.no_grad():
+    logits = model(torch.tensor(_tokens()), use_cache=False).logits.numpy()
+  np.testing.assert_array_equal(logits, _their_logits(name))
+  # What is computed is what their own file said.
+  ours, own = model.config.to_dict(), theirs(name).config.to_dict()
+  kept = set(own) - {"_name_or_path", "dtype", "funnel", "transformers_version"}
+  assert {k: ours[k] for k in kept} == {k: own[k] for k in kept}
+  found = model.generation_config
+  ids = (found.bos_token_id, found.eos_token_id, found.pad_token_id)
+  assert ids == (BOS_ID, EOS_ID, PAD_ID)
+  assert convert.describe(path).stages[0].start == 1
+
+
+def test_our_tokenizers_open_in_transformers(tmp_path):
+  corpus = tiny_run.write_corpus(tmp_path)
+  documents = [sources.Document("0", pathlib.Path(corpus).read_text())]
+  ours = tokenizer.train(documents, 320, tmp_path / "own" / "tokenizer.model")
+  theirs("gemma2").save_pretrained(tmp_path / "own")
+  convert.convert(tmp_path / "own", tmp_path / "hf", "hf")
+  found = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+  text = "abc def  ghi"
+  assert found(text).input_ids == [BOS_ID, *ours.encode(text)]
+  assert found.decode(found(text).input_ids, skip_special_tokens=True) == text
+  special = (found.pad_token_id, found.eos_token_id, found.bos_token_id)
+  assert special == (PAD_ID, EOS_ID, BOS_ID)
 
 
 # Faults. Each takes the model and pytest's monkeypatch, and returns the model.

@@ -1,16 +1,36 @@
-"""Tokenizer: lossless, Gemma's ids, deterministic training, clear errors."""
+"""Tokenizer: lossless, Gemma's ids, deterministic training, clear errors.
 
+And a Hugging Face tokenizer.json does what SentencePiece does.
+"""
+
+import json
 import pickle
 import random
+import sys
+import types
 
 import numpy as np
 import pytest
 import sentencepiece
 
+from gemma_funnel import generate
 from gemma_funnel.data import sources
 from gemma_funnel.data import tokenizer as tokenizer_lib
 
 VOCAB = 320
+TEXTS = (
+  "",
+  " ",
+  "   lead, trail   ",
+  "a\n\n\n\tb\t\t c\r\nd\r",
+  "\x00\x01\x0b\x0c\x1c\x85\u2028\xa0",
+  "naïve façade é e\u0301 ﬁ Ａ",
+  "漢字 עברית 🎉👩‍👩‍👧 \U0010ffff \ufffd \ufeff",
+  "\u2581 \u2581\u2581x\u2581",
+  "<mask><pad><s></s><bos><unk> <0x0A> ⁇",
+  "0123456789" * 5,
+  "x" * 10_000,
+)
 
 
 def _documents():
@@ -33,30 +53,14 @@ def tokenizer(model_path):
   return tokenizer_lib.Tokenizer.load(model_path)
 
 
-@pytest.mark.parametrize(
-  "text",
-  [
-    "",
-    " ",
-    "   lead, trail   ",
-    "a\n\n\n\tb\t\t c\r\nd\r",
-    "\x00\x01\x0b\x0c\x1c\x85\u2028\xa0",
-    "naïve façade é e\u0301 ﬁ Ａ",
-    "漢字 עברית 🎉👩‍👩‍👧 \U0010ffff \ufffd \ufeff",
-    "\u2581 \u2581\u2581x\u2581",
-    "<mask><pad><s></s><bos><unk> <0x0A> ⁇",
-    "0123456789" * 5,
-    "x" * 10_000,
-  ],
-)
+@pytest.mark.parametrize("text", TEXTS)
 def test_round_trip(tokenizer, text):
   ids = tokenizer.encode(text)
   assert tokenizer.decode(ids) == text
   assert all(tokenizer_lib.NUM_SPECIAL <= i < VOCAB for i in ids)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_round_trip_of_random_text(tokenizer, seed):
+def _random_texts(seed):
   rng = random.Random(seed)
   common = "ab 12\n\t\r\u2581<>_é漢"
   for _ in range(200):
@@ -67,8 +71,19 @@ def test_round_trip_of_random_text(tokenizer, seed):
       is_surrogate = 0xD800 <= ord(char) < 0xE000
       chars.append(rng.choice(common) if is_surrogate else char)
       chars.append(rng.choice(common) * rng.randrange(3))
-    text = "".join(chars)
+    yield "".join(chars)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_round_trip_of_random_text(tokenizer, seed):
+  for text in _random_texts(seed):
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", ["a \ud800", "\u2581 \udfff", "\udc80"])
+def test_a_lone_surrogate(tokenizer, text):
+  with pytest.raises(ValueError, match="the lone surrogate '.ud.* UTF-8"):
+    tokenizer.encode(text)
 
 
 def test_special_ids_are_dropped_and_numpy_ids_are_taken(tokenizer):
@@ -203,3 +218,358 @@ class TestGetTokenizer:
       ValueError, match=f"trained.model.*320 pieces.*={vocab_size}; delete"
     ):
       tokenizer_lib.get_tokenizer(None, model_path, _documents(), vocab_size)
+
+
+@pytest.fixture(scope="module")
+def content():
+  """A tokenizer.json like Gemma's, flags of special tokens included."""
+  hf = pytest.importorskip("tokenizers")
+  special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+  made = hf.Tokenizer(
+    hf.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+  )
+  made.normalizer = hf.normalizers.Replace(" ", "\u2581")
+  made.pre_tokenizer = hf.pre_tokenizers.Split(" ", "merged_with_previous")
+  made.decoder = hf.decoders.Sequence(
+    [
+      hf.decoders.Replace("\u2581", " "),
+      hf.decoders.ByteFallback(),
+      hf.decoders.Fuse(),
+    ]
+  )
+  made.post_processor = hf.processors.TemplateProcessing(
+    single="<bos> $A", special_tokens=[("<bos>", 2)]
+  )
+  pieces = [*special, "<start_of_turn>"]
+  made.train_from_iterator(
+    [d.text for d in _documents()],
+    hf.trainers.BpeTrainer(
+      vocab_size=VOCAB,
+      special_tokens=pieces + [f"<0x{byte:02X}>" for byte in range(256)],
+      show_progress=False,
+    ),
+  )
+  content = json.loads(made.to_str())
+  content["added_tokens"] = content["added_tokens"][: len(pieces)]
+  return content
+
+
+def _rename_pieces(source, path):
+  """Our model with Gemma's names: SentencePiece's own are <s> and </s>."""
+  pb = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+  model = pb.ModelProto.FromString(source.read_bytes())
+  model.pieces[1].piece, model.pieces[2].piece = "<eos>", "<bos>"
+  model.trainer_spec.eos_piece, model.trainer_spec.bos_piece = "<eos>", "<bos>"
+  path.write_bytes(model.SerializeToString())
+
+
+def _train_with_symbols(path):
+  with open(path, "wb") as f:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([d.text for d in _documents()]),
+        model_writer=f, vocab_size=VOCAB + 10, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity",
+        add_dummy_prefix=False, remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, split_digits=True,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=[
+            "<mask>", "<unused0>", "<start_of_turn>", "<end_of_turn>",
+            "\n\n", "\n\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "<b>",
+        ],
+        minloglevel=2,
+    )  # fmt: skip
+
+
+class TestHuggingFace:
+  """A tokenizer.json, made by the package that reads it."""
+
+  TURN = 5
+
+  @pytest.fixture
+  def write(self, content, tmp_path):
+    """Writes the file with changes: a function on its JSON, another name."""
+
+    def call(change=lambda content: None, name="tokenizer.json"):
+      copy = json.loads(json.dumps(content))
+      change(copy)
+      path = tmp_path / name
+      path.write_text(json.dumps(copy, indent=2, ensure_ascii=False))
+      return path
+
+    return call
+
+  @pytest.fixture
+  def fast(self, write):
+    return tokenizer_lib.Tokenizer.load(write())
+
+  @pytest.fixture
+  def oracle(self, write):
+    """The package's own, told to take special tokens in text for text."""
+    hf = pytest.importorskip("tokenizers")
+    oracle = hf.Tokenizer.from_file(str(write()))
+    oracle.encode_special_tokens = True
+    return oracle
+
+  @pytest.mark.parametrize("text", TEXTS)
+  def test_is_the_package_and_comes_back(self, fast, oracle, text):
+    ids = fast.encode(text)
+    assert fast.decode(ids) == text
+    assert all(tokenizer_lib.NUM_SPECIAL <= i < VOCAB for i in ids)
+    assert oracle.decode(ids, skip_special_tokens=False) == text
+    if "\u2581" not in text:  # The package makes it a space.
+      assert ids == oracle.encode(text, add_special_tokens=False).ids
+
+  @pytest.mark.parametrize("seed", range(2))
+  def test_random_text_comes_back(self, fast, seed):
+    for text in _random_texts(seed):
+      assert fast.decode(fast.encode(text)) == text
+
+  def test_special_tokens_in_text(self, fast, write):
+    for i, piece in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")):
+      ids = fast.encode(f"a{piece}b")
+      assert i not in ids
+      assert fast.decode(ids) == f"a{piece}b"
+    # Symbols for use in text are one id, though the file flags this one.
+    ids = fast.encode("<start_of_turn>class\n")
+    assert ids == [self.TURN, *fast.encode("class\n")]
+    assert fast.decode(ids) == "<start_of_turn>class\n"
+
+  def test_flags_of_special_tokens(self, write):
+    def change(content):
+      for token in content["added_tokens"]:
+        token["special"] = False
+
+    # Gemma's own file has no flag on <mask>: there, it is a symbol.
+    fast = tokenizer_lib.Tokenizer.load(write(change))
+    assert fast.encode("<mask>") == [tokenizer_lib.MASK_ID]
+    assert not {0, 1, 2, 3} & set(fast.encode("<pad><eos><bos><unk>"))
+
+  def test_special_ids_are_dropped_and_numpy_ids_are_taken(self, fast):
+    ids = fast.encode("return x")
+    row = np.asarray([2, *ids[:1], 4, 3, *ids[1:], 1, 0, 0], np.int32)
+    assert fast.decode(row) == "return x"
+    for bad in (-1, VOCAB):
+      with pytest.raises(
+        ValueError, match=f"token id {bad}: .* 0 to {VOCAB - 1}"
+      ):
+        fast.decode([7, bad])
+
+  def test_bytes_that_are_no_text(self, fast):
+    # Each becomes U+FFFD, and characters beside them stay.
+    emoji = fast.encode("\U0001f389")
+    assert len(emoji) == 4
+    a = fast.encode("a")
+    assert fast.decode([*emoji, *emoji[:3]]) == "\U0001f389" + 3 * "\ufffd"
+    assert fast.decode([*emoji[1:], *a, *emoji]) == (
+      3 * "\ufffd" + "a\U0001f389"
+    )
+
+  @pytest.mark.parametrize("seed", range(10))
+  def test_streams_whole_characters(self, fast, seed):
+    draw = random.Random(seed)
+    if seed % 2:
+      ids = draw.choices(range(VOCAB), k=60)
+    else:
+      letters = "ab \U0001f389é\u2581漢\ufffd\n"
+      ids = fast.encode("".join(draw.choices(letters, k=30)))
+    text, pieces, end = generate.Detokenizer(fast), [], 0
+    while end < len(ids):
+      end = min(len(ids), end + draw.randrange(5))
+      pieces.append(text.feed(ids[:end]))
+    pieces.append(text.finish())
+    assert "".join(pieces) == fast.decode(ids)
+
+  @pytest.mark.parametrize("text", ["a \ud800", "\u2581 \udfff", "\udc80"])
+  def test_a_lone_surrogate(self, fast, text):
+    with pytest.raises(ValueError, match="the lone surrogate '.ud.* UTF-8"):
+      fast.encode(text)
+
+  def test_vocab_size_and_pickle(self, fast):
+    assert fast.vocab_size == VOCAB
+    copy = pickle.loads(pickle.dumps(fast))
+    # The flag for special tokens is none of what the package pickles.
+    text = "class <bos>Long"
+    assert copy.encode(text) == fast.encode(text)
+    assert copy.name == fast.name
+
+  def test_a_gap_between_ids(self, write):
+    def change(content):
+      content["model"]["vocab"]["far"] = VOCAB + 9
+
+    fast = tokenizer_lib.Tokenizer.load(write(change))
+    assert fast.vocab_size == VOCAB + 10
+    assert fast.decode([VOCAB, VOCAB + 9]) == "far"
+
+  def test_neither_cut_nor_padded(self, write, fast):
+    def change(content):
+      content["truncation"] = dict(
+        direction="Right", max_length=2, strategy="LongestFirst", stride=0
+      )
+      content["padding"] = dict(
+        strategy={"Fixed": 50}, direction="Right", pad_to_multiple_of=None,
+        pad_id=0, pad_type_id=0, pad_token="<pad>",
+      )  # fmt: skip
+
+    text = "return x + 12"
+    assert tokenizer_lib.Tokenizer.load(write(change)).encode(
+      text
+    ) == fast.encode(text)
+
+  def test_content_says_what_it_is(self, write, model_path, tmp_path):
+    load = tokenizer_lib.Tokenizer.load
+    assert load(write(name="a.model")).encode("<start_of_turn>") == [self.TURN]
+    (tmp_path / "b.json").write_bytes(model_path.read_bytes())
+    assert load(tmp_path / "b.json").encode("<start_of_turn>") != [self.TURN]
+    path = write()
+    path.write_text("\n  " + path.read_text())
+    assert load(path).vocab_size == VOCAB
+
+  def test_find_tokenizer(self, write, tmp_path):
+    path, find = write(), tokenizer_lib.find_tokenizer
+    assert find(path, tmp_path / "none", VOCAB + 1).vocab_size == VOCAB
+    with pytest.raises(ValueError, match="json has 320 pieces.*vocab_size=319"):
+      find(path, tmp_path / "none", VOCAB - 1)
+
+  def test_without_the_package(self, write, model_path, monkeypatch):
+    path = write()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert tokenizer_lib.Tokenizer.load(model_path).vocab_size == VOCAB
+    with pytest.raises(
+      ValueError, match=r"tokenizer.json: .*pip install 'gemma-funnel\[hf\]'"
+    ):
+      tokenizer_lib.Tokenizer.load(path)
+
+  @pytest.mark.parametrize("kept", [2, 0.01, 0.5, 0.9, -1])
+  def test_a_file_cut_off(self, write, kept):
+    path = write()
+    whole = path.read_bytes()
+    path.write_bytes(
+      whole[: int(kept * len(whole)) if isinstance(kept, float) else kept]
+    )
+    with pytest.raises(
+      ValueError, match="tokenizer.json: not a Hugging Face tokenizer.json of"
+    ):
+      tokenizer_lib.Tokenizer.load(path)
+
+  @pytest.mark.parametrize(
+    "text",
+    [
+      "{}",
+      '{"vocab_size": 320, "hidden_size": 64}',
+      '{"added_tokens": 3}',
+      '{"added_tokens": [{"id": 0}]}',
+      '{"model": {"type": "Another"}}',
+      '{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}',
+      '{"a": ' + "[" * 100_000,
+      '{"\xff',
+    ],
+    ids=range(8),
+  )
+  def test_json_of_another_kind(self, tmp_path, text):
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "other.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="other.json: not a Hugging Face"):
+      tokenizer_lib.Tokenizer.load(path)
+
+  @pytest.mark.parametrize(
+    "key", ["continuing_subword_prefix", "end_of_word_suffix", "dropout"]
+  )
+  def test_what_the_model_must_not_have(self, write, key):
+    value = 0.1 if key == "dropout" else "x"
+    path = write(lambda content: content["model"].update({key: value}))
+    with pytest.raises(ValueError, match=f"its model has {key}=.*expected non"):
+      tokenizer_lib.Tokenizer.load(path)
+
+  def test_other_special_ids(self, write):
+    def change(content):
+      vocab = content["model"]["vocab"]
+      vocab["<bos>"], vocab["<eos>"] = vocab["<eos>"], vocab["<bos>"]
+      del content["post_processor"], content["added_tokens"]
+
+    with pytest.raises(ValueError, match="json: .*'eos': 2.*expected Gemma's"):
+      tokenizer_lib.Tokenizer.load(write(change))
+
+  def test_no_special_token(self, write):
+    def change(content):
+      content["model"]["vocab"]["<cls>"] = content["model"]["vocab"].pop(
+        "<mask>"
+      )
+      del content["added_tokens"][4]
+
+    with pytest.raises(ValueError, match="json: .*'mask': None.*Gemma's"):
+      tokenizer_lib.Tokenizer.load(write(change))
+
+  def test_added_tokens_with_other_ids(self, write):
+    def change(content):
+      content["added_tokens"][self.TURN]["id"] = 7
+
+    with pytest.raises(ValueError, match="added tokens ..<start_of_turn>"):
+      tokenizer_lib.Tokenizer.load(write(change))
+
+  @pytest.mark.parametrize(
+    "normalizer",
+    [
+      None,
+      {"type": "Lowercase"},
+      {"type": "NFKC"},
+      {"type": "Prepend", "prepend": "\u2581"},
+      {"type": "Strip", "strip_left": False, "strip_right": True},
+      {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+    ],
+    ids=str,
+  )
+  def test_text_that_does_not_come_back(self, write, normalizer):
+    def change(content):
+      if normalizer is None:
+        del content["model"]["byte_fallback"]
+      else:
+        content["normalizer"] = {
+          "type": "Sequence",
+          "normalizers": [normalizer, content["normalizer"]],
+        }
+
+    with pytest.raises(ValueError, match="json: .* comes back as .* Gemma's"):
+      tokenizer_lib.Tokenizer.load(write(change))
+
+  @pytest.mark.parity
+  @pytest.mark.parametrize("symbols", [False, True])
+  def test_is_sentencepiece(self, model_path, symbols, tmp_path, monkeypatch):
+    """A SentencePiece model, converted by what wrote Gemma's tokenizer.json.
+
+    It is ours, or has <mask> and more as symbols for use in text, like Gemma's.
+    """
+    convert = pytest.importorskip("transformers.convert_slow_tokenizer")
+    path = tmp_path / "slow.model"
+    if symbols:
+      _train_with_symbols(path)
+    else:
+      _rename_pieces(model_path, path)
+    slow = types.SimpleNamespace(
+      vocab_file=str(path),
+      pad_token="<pad>",
+      eos_token="<eos>",
+      bos_token="<bos>",
+    )
+    # The converter reads an attribute that transformers 5 no longer sets.
+    monkeypatch.setattr(
+      convert.GemmaSentencePieceExtractor,
+      "sp",
+      sentencepiece.SentencePieceProcessor(model_file=str(path)),
+      raising=False,
+    )
+    convert.GemmaConverter(slow).converted().save(str(tmp_path / "fast.json"))
+    fast = tokenizer_lib.Tokenizer.load(tmp_path / "fast.json")
+    slow = tokenizer_lib.Tokenizer.load(path)
+    assert fast.vocab_size == slow.vocab_size
+    turn = "<start_of_turn>user\n\n\nx<end_of_turn>\n<pad><eos><bos><unk><mask>"
+    assert (tokenizer_lib.MASK_ID in slow.encode(turn)) == symbols
+    texts = [turn, *TEXTS, *_random_texts(0), *(d.text for d in _documents())]
+    for text in texts:
+      assert fast.encode(text) == slow.encode(text), text
+    draw = random.Random(0)
+    for _ in range(500):
+      ids = draw.choices(range(slow.vocab_size), k=30)
+      assert fast.decode(ids) == slow.decode(ids), ids

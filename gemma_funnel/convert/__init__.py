@@ -1,20 +1,18 @@
-"""Checkpoints of others, and of ours, to a `Gemma`.
+"""Checkpoints of others, and of ours: loading them, and each to every other.
 
-`load` tells what it was given by the content, never by the name. A format is a
-module with three functions: whether a folder is one of its own, what
-configuration it holds, and its tensors one at a time, as pieces
-`(path, layer, array)`: where in our parameter tree, which layer of a stacked
-parameter (None where it is not stacked), and the values in our layout.
+The way of a value: files (`safetensors_file`, `torch_file`, `orbax_tree`) offer
+tensors by name, and slices of them; a format (`huggingface`, `google`,
+`gemma_pytorch`) says which of our parameters lie where in which tensor, as
+`layout.Part`s; a `source.Source` reads any part of any of our parameters;
+`load` puts it on devices, `transfer` writes it to the files of another format.
 """
 
-from collections.abc import Iterable
 import dataclasses
 import os
-import pathlib
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gemma_funnel.config import (
   Funnel,
@@ -22,11 +20,11 @@ from gemma_funnel.config import (
   GemmaConfig,
   resolve_funnel,
 )
-from gemma_funnel.convert import huggingface
+from gemma_funnel.convert import discover
+from gemma_funnel.convert.layout import Path
+from gemma_funnel.convert.source import Source, open_checkpoint
+from gemma_funnel.convert.transfer import convert as convert
 from gemma_funnel.model import Gemma
-
-Piece = tuple[tuple[str, ...], int | None, np.ndarray]
-_TOKENIZER = "tokenizer.model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Description:
   Attributes:
     config: of the model; its dtypes are those of a training run.
     stages: of the funnel it was trained with, resolved; () is none.
-    tokenizer_path: where its tokenizer is, if it has one.
+    tokenizer_path: where its tokenizer is, or would be.
     is_run: whether it is a training run of ours.
   """
 
@@ -50,41 +48,49 @@ def load(
   path: str | os.PathLike[str],
   funnel: Funnel = None,
   dtype: str = "float32",
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  config: GemmaConfig | None = None,
 ) -> Gemma:
   """Loads a checkpoint, whatever its format.
 
   Args:
-    path: a Hugging Face folder (config.json beside model.safetensors, or beside
-      its shards and their index), or the folder of a training run of ours.
-    funnel: the funnel to run it with. None is no funnel; for a training run it
-      is the one that the run was trained with ("off" is no funnel there). What
-      it learns and the checkpoint has not is made afresh, and a line says so.
+    path: of a Hugging Face folder (safetensors or `.bin`); of a tree of
+      Google's, in any of its layouts; of gemma_pytorch's `.ckpt` file or
+      sharded `.bin` folder; of a checkpoint converted by `gemma_funnel.convert`;
+      or of a training run of ours.
+    funnel: the funnel to run it with. None is the one that the checkpoint was
+      trained with, if it says any; "off" is none. What it learns and the
+      checkpoint has not is made afresh, and a line says so.
     dtype: what parameters are stored in and matrices are multiplied in:
       "float32", "bfloat16" or "float16".
+    mesh: of `training.sharding.make_mesh`. Parameters are placed by its rules,
+      and each process reads only what its own devices hold. None is the
+      default device.
+    config: what to take the weights for, instead of the configuration beside
+      them or the published model whose shapes they have. No run needs it.
 
   Returns:
-    The model, on the default device.
+    The model.
 
   Raises:
-    ValueError: nothing that is known at `path`; an unsupported configuration;
-      a funnel that does not fit the depth; or a checkpoint that is damaged or
-      whose tensors are missing, unexpected or mis-shaped: all are named.
+    ValueError: nothing that is known at `path`, or two formats at once; an
+      unsupported configuration, or one that contradicts the weights; a funnel
+      that does not fit the depth; or a checkpoint that is damaged, has values
+      that are not finite, or whose tensors are missing, unexpected or
+      mis-shaped: all are named.
   """
-  folder = pathlib.Path(path)
-  if _is_training_run(folder):
+  found = describe(path) if config is None else None
+  if found and found.is_run:
     from gemma_funnel.training import checkpoint
 
-    return checkpoint.load_model(folder, funnel, dtype)
-  _require_huggingface(folder)
-  config = dataclasses.replace(
-    huggingface.read_config(folder), param_dtype=dtype, dtype=dtype
-  )
+    return checkpoint.load_model(path, funnel, dtype, mesh)
   # A funnel that does not fit is said before any weight is read.
-  stages = resolve_funnel(funnel, config.num_layers)
-  plain = _assemble(
-    Gemma.abstract(config), huggingface.read_pieces(folder, config)
-  )
-  return plain.with_funnel(stages)
+  depth = (config or found.config).num_layers
+  stages = resolve_funnel(funnel, depth)
+  source = open_checkpoint(path, config)
+  model = _assemble(source, dtype, mesh)
+  return model if funnel is None else model.with_funnel(stages)
 
 
 def describe(path: str | os.PathLike[str]) -> Description:
@@ -93,64 +99,53 @@ def describe(path: str | os.PathLike[str]) -> Description:
   Raises:
     ValueError: nothing that is known at `path`, or no configuration of ours.
   """
-  folder = pathlib.Path(path)
-  own = str(folder / _TOKENIZER)
-  if not _is_training_run(folder):
-    _require_huggingface(folder)
-    return Description(huggingface.read_config(folder), (), own, False)
-  file = folder / "config.json"
-  try:
-    run = huggingface.peek(file)
-    model, funnel = run["model"], run["funnel"]
-    given = run["data"]["tokenizer"]
-  except (KeyError, TypeError) as error:
-    raise ValueError(
-      f"{file} is no configuration of a training run: expected an object with "
-      "model, funnel and data.tokenizer"
-    ) from error
-  config = GemmaConfig.from_dict(model)
-  stages = resolve_funnel(funnel, config.num_layers)
-  return Description(config, stages, given or own, True)
+  weights = discover.find(path)
+  config, stages = discover.read_config(weights)
+  files = discover.find_companions(weights)
+  tokenizers = (files[n] for n in discover.TOKENIZERS if n in files)
+  usual = weights.folder / discover.TOKENIZERS[0]
+  return Description(
+      config, stages, str(next(tokenizers, usual)), weights.format == "run"
+  )  # fmt: skip
 
 
-def _require_huggingface(folder: pathlib.Path) -> None:
-  if not huggingface.is_checkpoint(folder):
-    raise ValueError(
-      f"{folder} is no checkpoint that is known: {_describe(folder)}. "
-      "Expected a Hugging Face folder (config.json with a model_type, and "
-      "model.safetensors or model.safetensors.index.json) or the folder of "
-      "a training run (with checkpoints/ in it)"
-    )
-
-
-def _is_training_run(folder: pathlib.Path) -> bool:
-  config = huggingface.peek(folder / "config.json")
-  if "model_type" in config:
-    return False
-  return "gemma_funnel" in config or (folder / "checkpoints").is_dir()
-
-
-def _describe(folder: pathlib.Path, most: int = 10) -> str:
-  if not folder.exists():
-    return "there is nothing there"
-  if not folder.is_dir():
-    return "it is a file, not a folder"
-  names = sorted(entry.name for entry in folder.iterdir())
-  more = f" and {len(names) - most} more" if len(names) > most else ""
-  return f"it holds {names[:most]}{more}" if names else "it is empty"
-
-
-def _assemble(abstract: Gemma, pieces: Iterable[Piece]) -> Gemma:
-  """The abstract model with values, which `pieces` must hold in full.
-
-  Each piece goes straight to its place in a host array of the final dtype, so
-  that at most one tensor exists twice.
-  """
-  graphdef, state = nnx.split(abstract)
+def _assemble(
+  source: Source, dtype: str, mesh: jax.sharding.Mesh | None
+) -> Gemma:
+  """A model of the source's own funnel, with its values."""
+  config = dataclasses.replace(source.config, param_dtype=dtype, dtype=dtype)
+  graphdef, state = nnx.split(Gemma.abstract(config, source.stages))
   params = dict(nnx.to_flat_state(state))
-  host = {path: np.empty(p.shape, p.dtype) for path, p in params.items()}
-  for path, layer, array in pieces:
-    host[path][... if layer is None else layer] = array
   for path, param in params.items():
-    params[path] = param.replace(jnp.asarray(host.pop(path)))
+    names = tuple(map(str, path))
+    sharding = _sharding_of(names, param.shape, mesh)
+    params[path] = param.replace(
+      _place(source, names, param.shape, jnp.dtype(dtype), sharding)
+    )
   return nnx.merge(graphdef, nnx.from_flat_state(params))
+
+
+def _sharding_of(path: Path, shape, mesh) -> jax.sharding.Sharding:
+  if mesh is None:
+    return jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+  from gemma_funnel.training import sharding
+
+  spec = sharding.spec_of("/".join(path), shape, mesh)
+  return jax.sharding.NamedSharding(mesh, spec)
+
+
+def _place(
+  source: Source, path: Path, shape, dtype, sharding: jax.sharding.Sharding
+) -> jax.Array:
+  """One parameter; a shard is read once, when it is its turn."""
+  holders: dict[tuple, list[jax.Device]] = {}
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
+    ranges = tuple(
+      part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
+    )
+    holders.setdefault(ranges, []).append(device)
+  shards = []
+  for ranges, devices in holders.items():
+    values = source.read_slice(path, [slice(*r) for r in ranges], dtype)
+    shards += [jax.device_put(values, device) for device in devices]
+  return jax.make_array_from_single_device_arrays(shape, sharding, shards)

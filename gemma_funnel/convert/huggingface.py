@@ -1,28 +1,41 @@
-"""Hugging Face folders of Gemma 1 and 2: config.json and safetensors.
+"""Hugging Face's Gemma 1 and 2: names of their tensors, and config.json.
 
-Nothing of torch or transformers is needed: configurations are JSON, tensors
-are read by safetensors, one at a time. A name says what a tensor is, except
-that `post_attention_layernorm` is the norm before the MLP in Gemma 1 and the
-one after attention in Gemma 2.
+Nothing of torch or transformers is needed: configurations are JSON. A name says
+what a tensor is, except that `post_attention_layernorm` is the norm before the
+MLP in Gemma 1 and the one after attention in Gemma 2.
 """
 
-import collections
-from collections.abc import Iterator
-import contextlib
-import dataclasses
-import json
-import math
+from collections.abc import Iterable, Sequence
 import pathlib
 from typing import Any
 
-import numpy as np
+from gemma_funnel.config import (
+  OFF,
+  FunnelConfig,
+  GemmaConfig,
+  format_funnel,
+  resolve_funnel,
+)
+from gemma_funnel.convert.layout import Part, Path, Tensor, shape_of, sizes_of
+from gemma_funnel.convert.store import peek_json, read_json
+from gemma_funnel.data.tokenizer import (
+  BOS_ID,
+  EOS_ID,
+  MASK_ID,
+  PAD_ID,
+  UNK_ID,
+  Tokenizer,
+)
 
-from gemma_funnel.config import GemmaConfig
-
-_CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_DTYPES = ("F64", "F32", "F16", "BF16")
+CONFIG = "config.json"
+EMBEDDING = "model.embed_tokens.weight"
+TIED_HEAD = "lm_head.weight"
+# Old versions of transformers stored these buffers, which can be computed.
+_BUFFERS = "rotary_emb.inv_freq"
+SPECIAL_IDS = dict(
+  bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID
+)
+_FUNNEL = "funnel"
 _SIZES = {
   "vocab_size": "vocab_size",
   "num_hidden_layers": "num_layers",
@@ -32,181 +45,188 @@ _SIZES = {
   "num_key_value_heads": "num_kv_heads",
   "head_dim": "head_dim",
 }
+# Fields besides sizes that say what is computed.
+_FUNCTION = (
+    "query_pre_attn_scalar", "window", "attn_softcap", "final_softcap",
+    "rope_base", "norm_eps", "max_length",
+)  # fmt: skip
 _LAYER_TYPES = {"sliding_attention": "local", "full_attention": "global"}
-_EMBEDDING = "model.embed_tokens.weight"
-_TIED_HEAD = "lm_head.weight"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-  """Where a tensor goes, and what its axes are.
-
-  Attributes:
-    path: of our parameter; within a block for tensors of a layer.
-    stored: the axes in the file, with the letters of model.py; letters in one
-      word are folded into one axis, the first is outermost.
-    ours: the same letters in the order of our parameter.
-  """
-
-  path: tuple[str, ...]
-  stored: str
-  ours: str
-
-  def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
-    """The shape in the file."""
-    words = self.stored.split()
-    return tuple(math.prod(sizes[c] for c in word) for word in words)
-
-  def to_ours(self, array: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
-    """A view of the stored `array` in our layout."""
-    letters = self.stored.replace(" ", "")
-    unfolded = array.reshape([sizes[c] for c in letters])
-    return unfolded.transpose([letters.index(c) for c in self.ours])
-
-
-def _norm(name: str) -> _Layout:
-  return _Layout((name, "scale"), "D", "D")
-
-
-_MODEL = {
-  "embed_tokens": _Layout(("embedding",), "V D", "VD"),
-  "norm": _norm("final_norm"),
-}
-_LAYER = {
-  "input_layernorm": _norm("pre_attn_norm"),
-  "self_attn.q_proj": _Layout(("attn", "query"), "NH D", "DNH"),
-  "self_attn.k_proj": _Layout(("attn", "key"), "KH D", "DKH"),
-  "self_attn.v_proj": _Layout(("attn", "value"), "KH D", "DKH"),
-  "self_attn.o_proj": _Layout(("attn", "out"), "D NH", "NHD"),
-  "mlp.gate_proj": _Layout(("mlp", "gate"), "F D", "DF"),
-  "mlp.up_proj": _Layout(("mlp", "up"), "F D", "DF"),
-  "mlp.down_proj": _Layout(("mlp", "down"), "D F", "FD"),
+# Our path within a block, and the axes of the file.
+_LAYER: dict[str, tuple[Path, str]] = {
+  "input_layernorm": (("pre_attn_norm", "scale"), "D"),
+  "self_attn.q_proj": (("attn", "query"), "NH D"),
+  "self_attn.k_proj": (("attn", "key"), "KH D"),
+  "self_attn.v_proj": (("attn", "value"), "KH D"),
+  "self_attn.o_proj": (("attn", "out"), "D NH"),
+  "mlp.gate_proj": (("mlp", "gate"), "F D"),
+  "mlp.up_proj": (("mlp", "up"), "F D"),
+  "mlp.down_proj": (("mlp", "down"), "D F"),
 }
 _GEMMA1_LAYER = {
   **_LAYER,
-  "post_attention_layernorm": _norm("pre_mlp_norm"),
+  "post_attention_layernorm": (("pre_mlp_norm", "scale"), "D"),
 }
 _GEMMA2_LAYER = {
   **_LAYER,
-  "post_attention_layernorm": _norm("post_attn_norm"),
-  "pre_feedforward_layernorm": _norm("pre_mlp_norm"),
-  "post_feedforward_layernorm": _norm("post_mlp_norm"),
+  "post_attention_layernorm": (("post_attn_norm", "scale"), "D"),
+  "pre_feedforward_layernorm": (("pre_mlp_norm", "scale"), "D"),
+  "post_feedforward_layernorm": (("post_mlp_norm", "scale"), "D"),
 }
 
 
-def tensor_table(
-  config: GemmaConfig,
-) -> dict[str, tuple[int | None, _Layout]]:
-  """Every tensor of a causal language model: its layer, and its layout.
+def tensors(config: GemmaConfig) -> list[Tensor]:
+  """Every tensor of a causal language model, whose head is tied."""
+  sizes = sizes_of(config)
 
-  The layer is None outside the stack; paths are of our whole tree.
-  """
-  table: dict[str, tuple[int | None, _Layout]] = {
-    f"model.{name}.weight": (None, layout) for name, layout in _MODEL.items()
-  }
+  def tensor(name: str, path: Path, layer: int | None, axes: str) -> Tensor:
+    part = Part(path, layer, (), axes)
+    return Tensor(f"model.{name}.weight", shape_of(axes, sizes), (part,))
+
   names = _GEMMA2_LAYER if config.post_norms else _GEMMA1_LAYER
-  for layer in range(config.num_layers):
-    for name, layout in names.items():
-      layout = dataclasses.replace(layout, path=("layers", *layout.path))
-      table[f"model.layers.{layer}.{name}.weight"] = (layer, layout)
-  return table
+  return [
+    tensor("embed_tokens", ("embedding",), None, "V D"),
+    *(
+      tensor(f"layers.{layer}.{name}", ("layers", *path), layer, axes)
+      for layer in range(config.num_layers)
+      for name, (path, axes) in names.items()
+    ),
+    tensor("norm", ("final_norm", "scale"), None, "D"),
+  ]
 
 
-def peek(file: pathlib.Path) -> dict[str, Any]:
-  """What a JSON file holds; {} if it is none, or holds no object."""
-  try:
-    values = json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, ValueError):
-    return {}
-  return values if isinstance(values, dict) else {}
+def own_names(stored: Iterable[str]) -> dict[str, str]:
+  """The stored name of each tensor that counts, by its name in `tensors`.
 
-
-def is_checkpoint(folder: pathlib.Path) -> bool:
-  """Whether `folder` is one of Hugging Face's, complete or not.
-
-  A config.json that cannot be read counts: `read_config` says what is wrong.
+  A bare trunk (transformers' Gemma2Model) is stored without the prefix.
   """
-  file = folder / _CONFIG
-  if not file.is_file():
-    return False
-  weights = (folder / _WEIGHTS).exists() or (folder / _INDEX).exists()
-  return weights or "model_type" in peek(file)
+  stored = list(stored)
+  bare = EMBEDDING.removeprefix("model.") in stored
+  prefix = "model." if bare else ""
+  return {
+    name if name == TIED_HEAD else prefix + name: name
+    for name in stored
+    if not name.endswith(_BUFFERS)
+  }
 
 
-def read_config(folder: pathlib.Path) -> GemmaConfig:
-  """The model that config.json describes, in float32.
+def read_config(file: pathlib.Path) -> GemmaConfig:
+  """The model that a config.json describes, in float32.
 
   Raises:
     ValueError: not a Gemma 1 or 2, or one with something that ours has not;
       it names the file, the key and what was found.
   """
-  file = folder / _CONFIG
-  raw = _read_json(file)
+  raw = read_json(file)
   try:
     return _to_config(raw)
   except ValueError as error:
     raise ValueError(f"{file}: {error}") from error
 
 
-def read_pieces(
-  folder: pathlib.Path, config: GemmaConfig
-) -> Iterator[tuple[tuple[str, ...], int | None, np.ndarray]]:
-  """Yields (path, layer, array in our layout) for all parameters of `config`.
-
-  Every tensor's name, shape and dtype are checked before the first is read.
+def read_funnel(
+  file: pathlib.Path, num_layers: int
+) -> tuple[FunnelConfig, ...]:
+  """The funnel that a config.json of ours names beside the model; () is none.
 
   Raises:
-    ValueError: a file that is missing or damaged, or tensors that are missing,
-      unexpected, mis-shaped or not floating point: all of them, by name.
+    ValueError: it is none, or does not fit the depth.
   """
-  files = _weight_files(folder)
-  headers = _read_headers(files)
-  # A bare trunk (transformers' Gemma2Model) is stored without the prefix.
-  names = {name for header in headers.values() for name in header}
-  strip = "model." if "embed_tokens.weight" in names else ""
-  table = {
-    name.removeprefix(strip): entry
-    for name, entry in tensor_table(config).items()
-  }
-  sizes = _sizes(config)
-  problems = _find_problems(headers, table, sizes)
-  if not problems and _TIED_HEAD in names:
-    problems = _check_tied(headers, _EMBEDDING.removeprefix(strip))
-  if problems:
-    source = files[0] if len(files) == 1 else folder / _INDEX
-    raise ValueError(
-      f"{source} does not fit its {_CONFIG}:\n  " + "\n  ".join(problems)
-    )
-  for file, header in headers.items():
-    with _open(file) as tensors:
-      for name in header:
-        if name in table:
-          layer, layout = table[name]
-          array = layout.to_ours(tensors.get_tensor(name), sizes)
-          yield layout.path, layer, array
-
-
-def _sizes(config: GemmaConfig) -> dict[str, int]:
-  return dict(
-      V=config.vocab_size, D=config.embed_dim, F=config.mlp_dim,
-      N=config.num_heads, K=config.num_kv_heads, H=config.head_dim,
-  )  # fmt: skip
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+  funnel = peek_json(file).get(_FUNNEL)
+  if funnel is None:
+    return ()
   try:
-    values = json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{file} cannot be read: {error}") from error
-  if not isinstance(values, dict):
-    raise ValueError(
-      f"{file} holds a {type(values).__name__}: expected an object"
+    if not isinstance(funnel, str):
+      raise ValueError(f"expected a string, such as {OFF!r}")
+    return resolve_funnel(funnel, num_layers)
+  except ValueError as error:
+    raise ValueError(f"{file}: {_FUNNEL}={funnel!r}: {error}") from error
+
+
+def make_config(
+  config: GemmaConfig, stages: Sequence[FunnelConfig], dtype: str
+) -> dict[str, Any]:
+  """The config.json of a model, with a key `funnel` if it has one.
+
+  transformers and others ignore that key, and run the model without.
+
+  Raises:
+    ValueError: transformers' Gemma 1 is another function than `config`.
+  """
+  name = "Gemma2" if config.post_norms else "Gemma"
+  raw = dict(
+    {theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
+    architectures=[f"{name}ForCausalLM"],
+    model_type=name.lower(),
+    hidden_act="gelu_pytorch_tanh",
+    hidden_activation="gelu_pytorch_tanh",
+    max_position_embeddings=config.max_length,
+    rms_norm_eps=config.norm_eps,
+    # The first key is of transformers 4, the second one of 5.
+    rope_theta=config.rope_base,
+    rope_parameters=dict(rope_type="default", rope_theta=config.rope_base),
+    attention_bias=False,
+    attention_dropout=0.0,
+    initializer_range=0.02,
+    tie_word_embeddings=True,
+    use_cache=True,
+    **SPECIAL_IDS,
+    # The first key is of transformers 4, the second one of 5.
+    torch_dtype=dtype,
+    dtype=dtype,
+  )
+  if config.post_norms:
+    kinds = {ours: theirs for theirs, ours in _LAYER_TYPES.items()}
+    scalar = config.query_pre_attn_scalar
+    raw.update(
+      query_pre_attn_scalar=int(scalar) if scalar == int(scalar) else scalar,
+      sliding_window=config.window,
+      layer_types=[kinds[kind] for kind in config.attention_kinds],
+      attn_logit_softcapping=config.attn_softcap,
+      final_logit_softcapping=config.final_softcap,
     )
-  return values
+  if stages:
+    raw[_FUNNEL] = format_funnel(stages)
+  _check_is_same(config, raw)
+  return raw
+
+
+def make_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+  """The tokenizer_config.json of a tokenizer that came without one.
+
+  transformers would else know neither its special tokens nor that text begins
+  with BOS.
+  """
+  pieces = dict(bos=BOS_ID, eos=EOS_ID, unk=UNK_ID, pad=PAD_ID, mask=MASK_ID)
+  return dict(
+    {f"{name}_token": tokenizer.piece(i) for name, i in pieces.items()},
+    tokenizer_class="GemmaTokenizer",
+    add_bos_token=True,
+    add_eos_token=False,
+    clean_up_tokenization_spaces=False,
+  )
+
+
+def _check_is_same(config: GemmaConfig, raw: dict[str, Any]) -> None:
+  read = _to_config(raw)
+  differ = []
+  if read.attention_kinds != config.attention_kinds:
+    differ.append(f"attention_pattern={config.attention_pattern!r}")
+  for key in _FUNCTION:
+    wanted, found = getattr(config, key), getattr(read, key)
+    unused = key == "window" and "local" not in config.attention_kinds
+    if wanted != found and not unused:
+      differ.append(f"{key}={wanted!r}, only {found!r}")
+  if differ:
+    raise ValueError(
+      f"Hugging Face's {raw['model_type']} cannot have "
+      + "; ".join(f"model.{what}" for what in differ)
+    )
 
 
 def _to_config(raw: dict[str, Any]) -> GemmaConfig:
-  """GemmaConfig of the keys that say what is computed.
+  """A GemmaConfig of the keys that say what is computed.
 
   An absent key means what it means to transformers; sizes have to be there.
   """
@@ -276,7 +296,10 @@ def _number(raw: dict[str, Any], key: str, default: float) -> float:
   value = raw.get(key, default)
   if isinstance(value, bool) or not isinstance(value, (int, float)):
     raise ValueError(f"{key}={value!r}: expected a number")
-  return float(value)
+  try:
+    return float(value)
+  except OverflowError:
+    raise ValueError(f"{key} is beyond the range of a float") from None
 
 
 def _softcap(raw: dict[str, Any], key: str, default: float) -> float | None:
@@ -321,96 +344,7 @@ def _attention_pattern(raw: dict[str, Any]) -> tuple[str, ...]:
       f"layer_types has {unknown}: expected {sorted(_LAYER_TYPES)}"
     )
   kinds = tuple(_LAYER_TYPES[t] for t in types)
-  for period in range(1, depth):
-    if all(kinds[i] == kinds[i - period] for i in range(period, depth)):
+  for period in range(1, len(kinds)):
+    if all(kinds[i] == kinds[i - period] for i in range(period, len(kinds))):
       return kinds[:period]
   return kinds
-
-
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The one file, or the shards that the index names, in order."""
-  single, index = folder / _WEIGHTS, folder / _INDEX
-  if single.is_file():
-    return [single]
-  if not index.is_file():
-    names = sorted(entry.name for entry in folder.iterdir())
-    raise ValueError(
-      f"{folder} has no weights that can be read: expected {_WEIGHTS} or "
-      f"{_INDEX} beside {_CONFIG}, found {names}"
-    )
-  weight_map = _read_json(index).get("weight_map")
-  if not isinstance(weight_map, dict) or not weight_map:
-    raise ValueError(f"{index} has no weight_map of tensors to files")
-  names = sorted({str(name) for name in weight_map.values()})
-  missing = [name for name in names if not (folder / name).is_file()]
-  if missing:
-    raise ValueError(f"{index} names files that are not there: {missing}")
-  return [folder / name for name in names]
-
-
-@contextlib.contextmanager
-def _open(file: pathlib.Path):
-  import safetensors
-
-  try:
-    with safetensors.safe_open(file, framework="numpy") as tensors:
-      yield tensors
-  except (OSError, safetensors.SafetensorError) as error:
-    raise ValueError(
-      f"{file} cannot be read, it may be damaged or cut off: {error}"
-    ) from error
-
-
-def _read_headers(
-  files: list[pathlib.Path],
-) -> dict[pathlib.Path, dict[str, tuple[tuple[int, ...], str]]]:
-  """For each file, the shape and dtype of each of its tensors."""
-  headers = {}
-  for file in files:
-    with _open(file) as tensors:
-      slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-      headers[file] = {
-        name: (tuple(s.get_shape()), s.get_dtype())
-        for name, s in slices.items()
-      }
-  return headers
-
-
-def _find_problems(headers, table, sizes) -> list[str]:
-  """What keeps the stored tensors from being those of `table`, by name."""
-  stored = collections.Counter(n for h in headers.values() for n in h)
-  # Old versions of transformers stored these buffers, which can be computed.
-  ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
-  known = {*table, *ignored, _TIED_HEAD}
-  groups = {
-    "missing": [name for name in table if name not in stored],
-    "unexpected": [name for name in stored if name not in known],
-    "in two files": [name for name in table if stored[name] > 1],
-  }
-  problems = [f"{what}: {names}" for what, names in groups.items() if names]
-  for header in headers.values():
-    for name, (shape, dtype) in header.items():
-      if name not in table:
-        continue
-      expected = table[name][1].shape(sizes)
-      if shape != expected:
-        problems.append(f"{name} has shape {shape}: expected {expected}")
-      if dtype not in _DTYPES:
-        problems.append(f"{name} is of {dtype}: expected {list(_DTYPES)}")
-  return problems
-
-
-def _check_tied(headers, embedding: str) -> list[str]:
-  """A stored head must repeat the embedding: ours has no other."""
-  arrays = {}
-  for file, header in headers.items():
-    with _open(file) as tensors:
-      for name in (_TIED_HEAD, embedding):
-        if name in header:
-          arrays[name] = tensors.get_tensor(name)
-  if np.array_equal(arrays[_TIED_HEAD], arrays[embedding]):
-    return []
-  return [
-    f"{_TIED_HEAD} differs from {embedding}: expected a tied head, equal to "
-    "the embedding"
-  ]

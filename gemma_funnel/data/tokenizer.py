@@ -1,4 +1,7 @@
-"""A SentencePiece tokenizer with Gemma's special ids, and its training.
+"""A tokenizer with Gemma's special ids, and its training.
+
+It is a SentencePiece model, or a Hugging Face `tokenizer.json`, which the
+package tokenizers reads. Training writes the former.
 
 Training is lossless by construction: no normalisation, all whitespace kept,
 bytes for characters outside the vocabulary, so `decode(encode(x)) == x`.
@@ -7,10 +10,10 @@ bytes for characters outside the vocabulary, so `decode(encode(x)) == x`.
 from collections.abc import Iterable, Iterator, Sequence
 import hashlib
 import io
+import json
 import os
+import re
 import uuid
-
-import sentencepiece
 
 from gemma_funnel.data import sources
 
@@ -25,47 +28,185 @@ NUM_SPECIAL = 5
 # SentencePiece writes a space as this character, so it cannot tell the
 # character itself from a space; only its UTF-8 bytes as tokens are lossless.
 _SPACE_SYMBOL = "\u2581"
+# Spaces, case, a ligature, and a character that no vocabulary has.
+_PROBE = "  Two\t spaces,\n\ufb01\ue000 "
 # SentencePiece skips sentences above a length in bytes: texts are cut.
 _SENTENCE_CHARS = 1000
 _SAMPLE_BYTES = 16 << 20
 
 
-class Tokenizer:
-  """Text to token ids and back. Can be pickled (grain's workers need it)."""
+class _SentencePiece:
+  """A SentencePiece model."""
 
-  def __init__(self, model: bytes, name: str = "tokenizer"):
-    """Reads a serialised SentencePiece model.
+  def __init__(self, model: bytes, name: str):
+    import sentencepiece
 
-    Args:
-      model: the content of a `.model` file.
-      name: what error messages call it, such as its path.
-
-    Raises:
-      ValueError: no SentencePiece model, or special ids other than Gemma's.
-    """
-    self._model = bytes(model)
-    self._name = name
     self._processor = sentencepiece.SentencePieceProcessor()
     try:
-      self._processor.LoadFromSerializedProto(self._model)
+      self._processor.LoadFromSerializedProto(model)
     except (RuntimeError, OSError) as e:
       raise ValueError(
         f"tokenizer {name}: not a SentencePiece model of "
-        f"{len(self._model)} bytes, or a damaged one: {e}"
+        f"{len(model)} bytes, or a damaged one: {e}"
       ) from e
-    self._check_special_ids()
-    self._space_symbol_ids = [
-      self._processor.piece_to_id(f"<0x{byte:02X}>")
-      for byte in _SPACE_SYMBOL.encode()
-    ]
-    self._has_bytes = UNK_ID not in self._space_symbol_ids
+    self.vocab_size = self._processor.vocab_size()
 
-  def _check_special_ids(self) -> None:
+  def special_ids(self) -> dict[str, int]:
     sp = self._processor
-    found = dict(
+    return dict(
         pad=sp.pad_id(), eos=sp.eos_id(), bos=sp.bos_id(), unk=sp.unk_id(),
         mask=sp.piece_to_id(MASK_PIECE),
     )  # fmt: skip
+
+  def byte_id(self, byte: int) -> int:
+    """The piece of a byte, UNK_ID if there is none."""
+    return self._processor.piece_to_id(f"<0x{byte:02X}>")
+
+  def piece(self, i: int) -> str:
+    return self._processor.id_to_piece(i)
+
+  def encode(self, text: str) -> list[int]:
+    return self._processor.encode(text)
+
+  def decode(self, ids: list[int]) -> str:
+    sp = self._processor
+    return sp.decode([i for i in ids if not sp.is_control(i)])
+
+
+class _HuggingFace:
+  """A `tokenizer.json` like Gemma's, with the meaning of its SentencePiece."""
+
+  def __init__(self, model: bytes, name: str):
+    try:
+      import tokenizers  # An extra: few files need it.
+    except ImportError as e:
+      raise ValueError(
+        f"tokenizer {name}: a Hugging Face tokenizer.json needs the package "
+        "tokenizers; expected pip install 'gemma-funnel[hf]'"
+      ) from e
+    try:
+      content = json.loads(model)
+      _check_bpe(content["model"])
+      added = content.get("added_tokens", [])
+      for token in added:
+        token["special"] = _is_control(token)
+      # Ids of the text alone, and all; decode() is here.
+      content |= dict.fromkeys(
+        ("truncation", "padding", "post_processor", "decoder")
+      )
+      self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+      moved = [
+        token["content"]
+        for token in added
+        if self._tokenizer.token_to_id(token["content"]) != token["id"]
+      ]
+    except Exception as e:  # The package raises no narrower one.
+      raise ValueError(
+        f"tokenizer {name}: not a Hugging Face tokenizer.json of "
+        f"{len(model)} bytes, or a damaged one: {e!r}"
+      ) from e
+    if moved:
+      raise ValueError(
+        f"tokenizer {name}: the ids of its added tokens {moved[:5]} are not "
+        "those in its vocabulary, or leave a gap"
+      )
+    # Special tokens in text are text. (It could be taken for the opposite.)
+    self._tokenizer.encode_special_tokens = True
+    vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+    # Not their number: there may be gaps.
+    self.vocab_size = 1 + max(vocab.values(), default=-1)
+    self._utf8 = {
+      i: piece.replace(_SPACE_SYMBOL, " ").encode()
+      for piece, i in vocab.items()
+    }
+    for byte in range(256):
+      if (piece := f"<0x{byte:02X}>") in vocab:
+        self._utf8[vocab[piece]] = bytes([byte])
+
+  def special_ids(self) -> dict[str, int | None]:
+    return {
+      key: self._tokenizer.token_to_id(f"<{key}>")
+      for key in ("pad", "eos", "bos", "unk", "mask")
+    }
+
+  def byte_id(self, byte: int) -> int:
+    """The piece of a byte, UNK_ID if there is none."""
+    found = self._tokenizer.token_to_id(f"<0x{byte:02X}>")
+    return UNK_ID if found is None else found
+
+  def piece(self, i: int) -> str:
+    return self._tokenizer.id_to_token(i)
+
+  def encode(self, text: str) -> list[int]:
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def decode(self, ids: list[int]) -> str:
+    # Not the package's decode: where one of adjacent bytes is no text, it
+    # replaces all of them, so that text would change as tokens are added.
+    whole = b"".join(self._utf8.get(i, b"") for i in ids)
+    # Surrogates are no UTF-8: all there are stand for a byte that is no text.
+    text = whole.decode("utf-8", "surrogateescape")
+    return re.sub("[\udc80-\udcff]", "\ufffd", text)
+
+
+def _check_bpe(model: dict) -> None:
+  """Refuses what Gemma's has not, and would change text or draw ids.
+
+  A prefix that its pieces lack makes the package end the process.
+  """
+  for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+    if model.get(key):
+      raise ValueError(f"its model has {key}={model[key]!r}; expected none")
+
+
+def _is_control(token: dict) -> bool:
+  """Whether an added token is none in text, as it is in SentencePiece.
+
+  Files flag <start_of_turn> and <end_of_turn> as special, though they are
+  user-defined symbols of Gemma's SentencePiece model, which text can have.
+  """
+  if token["id"] == MASK_ID:
+    return token["special"]
+  return token["id"] < NUM_SPECIAL
+
+
+class Tokenizer:
+  """Text to token ids and back. Can be pickled (grain's workers need it).
+
+  Text never has padding, EOS, BOS or the unknown token: "<bos>" is five
+  characters. "<mask>" is text too if the file has it as a control symbol
+  (SentencePiece) or a special token (Hugging Face), as trained ones do. Symbols
+  that a file defines for use in text, "<start_of_turn>" in Gemma's, are one id.
+  """
+
+  def __init__(self, model: bytes, name: str = "tokenizer"):
+    """Reads a SentencePiece model or a Hugging Face `tokenizer.json`.
+
+    Args:
+      model: the content of the file; it says which of them it is.
+      name: what error messages call it, such as its path.
+
+    Raises:
+      ValueError: neither of them, special ids other than Gemma's, a
+        `tokenizer.json` that does not give text back as it was, or one without
+        the package tokenizers.
+    """
+    self._model = bytes(model)
+    self._name = name
+    # SentencePiece has the length of "<pad>" there, after a tag that is "\n".
+    is_json = self._model.lstrip().startswith(b"{")
+    backend = _HuggingFace if is_json else _SentencePiece
+    self._backend = backend(self._model, name)
+    self._check_special_ids()
+    self._space_symbol_ids = [
+      self._backend.byte_id(byte) for byte in _SPACE_SYMBOL.encode()
+    ]
+    self._has_bytes = UNK_ID not in self._space_symbol_ids
+    if is_json:
+      self._check_text_comes_back()
+
+  def _check_special_ids(self) -> None:
+    found = self._backend.special_ids()
     expected = dict(
       pad=PAD_ID, eos=EOS_ID, bos=BOS_ID, unk=UNK_ID, mask=MASK_ID
     )
@@ -75,13 +216,24 @@ class Tokenizer:
         f"expected Gemma's, {expected}"
       )
 
+  def _check_text_comes_back(self) -> None:
+    """A `tokenizer.json` can hold any normaliser and any code for bytes."""
+    text = self.decode(self.encode(_PROBE))
+    if text != _PROBE:
+      raise ValueError(
+        f"tokenizer {self._name}: {_PROBE!r} comes back as {text!r}; expected "
+        "a tokenizer.json like Gemma's, which changes no text, has "
+        f"{_SPACE_SYMBOL!r} for a space, and bytes for other characters"
+      )
+
   @classmethod
   def load(cls, path: str | os.PathLike) -> "Tokenizer":
-    """Reads a SentencePiece `.model` file.
+    """Reads a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
+
+    What it is, the content says and not the name.
 
     Raises:
-      ValueError: the file cannot be read, is no SentencePiece model, or has
-        special ids other than Gemma's.
+      ValueError: the file cannot be read, or see `__init__`.
     """
     try:
       with open(path, "rb") as f:
@@ -89,7 +241,7 @@ class Tokenizer:
     except OSError as e:
       raise ValueError(
         f"tokenizer {os.fspath(path)}: cannot be read: {e.strerror}; "
-        "expected a SentencePiece model"
+        "expected a SentencePiece model or a Hugging Face tokenizer.json"
       ) from e
     return cls(model, os.fspath(path))
 
@@ -99,12 +251,16 @@ class Tokenizer:
   @property
   def vocab_size(self) -> int:
     """Number of pieces, special ones included; ids are below it."""
-    return self._processor.vocab_size()
+    return self._backend.vocab_size
 
   @property
   def name(self) -> str:
     """What error messages call the tokenizer: its path if it has one."""
     return self._name
+
+  def piece(self, i: int) -> str:
+    """How a token is written in the vocabulary."""
+    return self._backend.piece(i)
 
   def encode(self, text: str) -> list[int]:
     """The token ids of `text`, without BOS and EOS.
@@ -112,24 +268,30 @@ class Tokenizer:
     Raises:
       ValueError: a lone surrogate, which UTF-8 cannot express.
     """
+    try:
+      text.encode()
+    except UnicodeEncodeError as e:
+      raise ValueError(
+        f"text has the lone surrogate {text[e.start]!r} at character "
+        f"{e.start}, which UTF-8 cannot express"
+      ) from e
     if _SPACE_SYMBOL not in text or not self._has_bytes:
-      return self._processor.encode(text)
+      return self._backend.encode(text)
     first, *rest = text.split(_SPACE_SYMBOL)
-    ids = self._processor.encode(first)
+    ids = self._backend.encode(first)
     for part in rest:
       ids += self._space_symbol_ids
-      ids += self._processor.encode(part)
+      ids += self._backend.encode(part)
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of token ids (ints or numpy integers); special ids are dropped.
 
-    Bytes that are not valid UTF-8 become U+FFFD.
+    Each byte that is not valid UTF-8 becomes U+FFFD.
 
     Raises:
       ValueError: an id outside of the vocabulary.
     """
-    sp = self._processor
     kept = []
     for i in map(int, ids):
       if not 0 <= i < self.vocab_size:
@@ -137,9 +299,9 @@ class Tokenizer:
           f"token id {i}: tokenizer {self._name} has ids 0 to "
           f"{self.vocab_size - 1}"
         )
-      if i >= NUM_SPECIAL and not sp.is_control(i):
+      if i >= NUM_SPECIAL:
         kept.append(i)
-    return sp.decode(kept)
+    return self._backend.decode(kept)
 
 
 def _sample(
@@ -174,6 +336,8 @@ def _write_atomically(path: str, content: bytes) -> None:
 
 def _train_model(sentences: Iterator[str], vocab_size: int) -> bytes:
   """A serialised SentencePiece model with Gemma's special ids."""
+  import sentencepiece
+
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=sentences,
@@ -249,7 +413,7 @@ def find_tokenizer(
   """The tokenizer at `path`, else the one at `cache_path`, else None.
 
   Args:
-    path: a SentencePiece model, or None.
+    path: what `Tokenizer.load` reads, or None.
     cache_path: where an earlier run has kept the tokenizer it trained.
     vocab_size: the model's. A tokenizer from `path` may have fewer pieces, the
       cached one must have as many.
@@ -286,7 +450,7 @@ def get_tokenizer(
   """Loads the tokenizer at `path` or `cache_path`, or trains the latter.
 
   Args:
-    path: a SentencePiece model, or None.
+    path: what `Tokenizer.load` reads, or None.
     cache_path: read if it exists, else trained and written.
     train_documents: what to train on.
     vocab_size: the model's; see `find_tokenizer`.

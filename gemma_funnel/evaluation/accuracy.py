@@ -15,7 +15,7 @@ from flax import nnx
 import jax
 from ml_collections import config_dict
 
-from gemma_funnel import flops
+from gemma_funnel import convert, flops
 from gemma_funnel.config import (
   Funnel,
   check_recovers,
@@ -102,16 +102,17 @@ class _Subject:
 
 
 def _load(config: Any) -> _Subject:
-  """Loads the run, or the Hugging Face folder, that `config` names."""
+  """Loads the run, or the checkpoint of others, that `config` names."""
   path = config.checkpoint
   if path is None:
     raise ValueError(
-      "checkpoint is missing: expected --config.checkpoint=FOLDER, of a "
-      "training run or of a Hugging Face model"
+      "checkpoint is missing: expected --config.checkpoint=PATH, of a "
+      "training run or of what gemma_funnel.load reads"
     )
-  if not os.path.isdir(path):
-    raise ValueError(f"checkpoint={path!r} is no folder")
-  if os.path.isdir(os.path.join(path, checkpoint_lib.FOLDER)):
+  if not os.path.exists(path):
+    raise ValueError(f"checkpoint={path!r} is not there")
+  found = convert.describe(path)
+  if found.is_run:
     if config.tokenizer is not None:
       raise ValueError(
         f"tokenizer={config.tokenizer!r}: expected none, {path} is a "
@@ -122,16 +123,16 @@ def _load(config: Any) -> _Subject:
         run_.model, run_.tokenizer_path, run_.config.data,
         run_.config.batch_size, run_.config.length, run_.step,
     )  # fmt: skip
-  from gemma_funnel.convert import load
-
-  for key in ("tokenizer", "length"):
-    if config[key] is None:
+  tokenizer = config.tokenizer or found.tokenizer_path
+  given = dict(tokenizer=os.path.isfile(tokenizer), length=config.length)
+  for key, there in given.items():
+    if not there:
       raise ValueError(
         f"{key} is missing: {path} is no training run, so that "
         f"--config.{key} is expected"
       )
   return _Subject(
-      load(path), config.tokenizer, pipeline.default_config(), _BATCH_SIZE,
+      convert.load(path), tokenizer, pipeline.default_config(), _BATCH_SIZE,
       None, None,
   )  # fmt: skip
 
@@ -287,8 +288,10 @@ def run(config: Any) -> list[Row]:
     f"{heldout.num_documents} documents, in rows of {settings['length']}. "
     "Unigram: the least that token frequencies alone allow."
   )
+  path = config.checkpoint
+  folder = path if os.path.isdir(path) else os.path.dirname(path)
   report.write(
-      config.out or os.path.join(config.checkpoint, "eval"), "accuracy", rows,
+      config.out or os.path.join(folder, "eval"), "accuracy", rows,
       COLUMNS, f"Held-out text: {config.checkpoint}{step}", plots.accuracy,
       settings=settings, notes=[note],
   )  # fmt: skip

@@ -26,6 +26,7 @@ import ml_collections
 
 from gemma_funnel.config import Funnel, GemmaConfig, resolve_funnel
 from gemma_funnel.model import Gemma
+from gemma_funnel.training import sharding
 
 FOLDER = "checkpoints"
 CONFIG = "config.json"
@@ -107,9 +108,7 @@ class Checkpoints:
     return max(self._steps(), default=None)
 
   def _steps(self) -> list[int]:
-    # Orbax's own list leaves out what it finds incomplete, and tells no one.
-    names = [path.name for path in self._folder.iterdir()]
-    return sorted(int(name) for name in names if name.isdecimal())
+    return _steps_in(self._folder)
 
   def save(self, step: int, params, opt_state, data, config) -> None:
     """Starts writing a checkpoint, unless `step` has one; returns early.
@@ -200,30 +199,52 @@ class Checkpoints:
     return step, config, restore(params=params)["params"]
 
   def _newest_intact(self) -> int:
-    damages = {}
-    for step in reversed(self._steps()):
-      damage = _damage_of(self._folder / str(step))
-      if damage is None:
-        break
-      damages[step] = damage
-    else:
-      listed = "; ".join(f"{step}: {what}" for step, what in damages.items())
-      raise ValueError(
-        f"no checkpoint in {self._folder} can be read: "
-        + (listed or "it is empty")
-      )
-    for broken, damage in damages.items():
+    step, damaged = _find_intact(self._folder)
+    if damaged and not self._read_only:
       if jax.process_index() == 0:
-        print(
-          f"checkpoint {broken} is damaged ({damage}); using {step} instead",
-          flush=True,
-        )
-        if not self._read_only:
+        for broken in damaged:
           _set_aside(self._folder / str(broken))
-    if damages and not self._read_only:
       multihost_utils.sync_global_devices("damaged checkpoints are set aside")
       self._manager.reload()
     return step
+
+
+def newest_intact(workdir: str | os.PathLike) -> pathlib.Path:
+  """The folder of a run's newest checkpoint whose files are as written.
+
+  Raises:
+    ValueError: there is none.
+  """
+  folder = pathlib.Path(workdir) / FOLDER
+  return folder / str(_find_intact(folder)[0])
+
+
+def _steps_in(folder: pathlib.Path) -> list[int]:
+  # Orbax's own list leaves out what it finds incomplete, and tells no one.
+  names = [path.name for path in folder.iterdir()]
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _find_intact(folder: pathlib.Path) -> tuple[int, list[int]]:
+  """The newest step that is intact, and the newer ones, which a line tells."""
+  damages = {}
+  for step in reversed(_steps_in(folder)):
+    damage = _damage_of(folder / str(step))
+    if damage is None:
+      break
+    damages[step] = damage
+  else:
+    listed = "; ".join(f"{step}: {what}" for step, what in damages.items())
+    raise ValueError(
+      f"no checkpoint in {folder} can be read: " + (listed or "it is empty")
+    )
+  for broken, damage in damages.items():
+    if jax.process_index() == 0:
+      print(
+        f"checkpoint {broken} is damaged ({damage}); using {step} instead",
+        flush=True,
+      )
+  return step, list(damages)
 
 
 def _sums(folder: pathlib.Path) -> dict[str, list[int]]:
@@ -343,6 +364,7 @@ def load_run(
   path: str | os.PathLike,
   funnel: Funnel = None,
   dtype: str | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Run:
   """Reads the newest readable checkpoint of a run.
 
@@ -351,6 +373,8 @@ def load_run(
     funnel: a funnel to use instead of the one it was trained with, which None
       is; "off" is none. See `Gemma.with_funnel` for what it learns.
     dtype: of parameters and compute; None is as trained.
+    mesh: where parameters are placed, by the rules of `sharding`; each process
+      reads its own share. None is the default device.
 
   Raises:
     ValueError: no readable checkpoint there, or a funnel that does not fit.
@@ -359,7 +383,6 @@ def load_run(
   if not (path / FOLDER).is_dir():
     raise ValueError(f"{path} is no run: it has no folder {FOLDER}/")
   dtypes = {} if dtype is None else {"param_dtype": dtype, "dtype": dtype}
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
   def abstract_model(config: dict) -> Gemma:
     model_config = GemmaConfig.from_dict({**config["model"], **dtypes})
@@ -368,9 +391,17 @@ def load_run(
     return Gemma.abstract(model_config, config["funnel"])
 
   def abstract_params(config: dict):
+    params = nnx.to_pure_dict(nnx.state(abstract_model(config)))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = (
+      jax.tree.map(lambda _: device, params)
+      if mesh is None
+      else sharding.shardings_of(params, mesh)
+    )
     return jax.tree.map(
-      lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=device),
-      nnx.to_pure_dict(nnx.state(abstract_model(config))),
+      lambda p, place: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place),
+      params,
+      shardings,
     )
 
   with Checkpoints(path, read_only=True) as checkpoints:
@@ -392,6 +423,7 @@ def load_model(
   path: str | os.PathLike,
   funnel: Funnel = None,
   dtype: str = "float32",
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Gemma:
   """The model of `load_run`."""
-  return load_run(path, funnel, dtype).model
+  return load_run(path, funnel, dtype, mesh).model

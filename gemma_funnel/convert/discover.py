@@ -1,0 +1,318 @@
+"""What a path holds: which weight files, and which configuration.
+
+Both are told by the content of the folder. No weight is read here, and headers
+only where there is no configuration.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import os
+import pathlib
+
+from gemma_funnel.config import (
+  PRESETS,
+  FunnelConfig,
+  GemmaConfig,
+  resolve_funnel,
+)
+from gemma_funnel.convert import gemma_pytorch, google, huggingface
+from gemma_funnel.convert.orbax_tree import OrbaxTree, is_orbax_tree
+from gemma_funnel.convert.safetensors_file import SafetensorsFile
+from gemma_funnel.convert.store import (
+  Reader,
+  Renamed,
+  open_indexed,
+  peek_json,
+  read_json,
+)
+from gemma_funnel.convert.torch_file import TorchFile, is_torch_file
+from gemma_funnel.training import checkpoint
+
+CONFIG = "config.json"
+# In a folder that is being written.
+UNFINISHED = "unfinished"
+# The configuration that we write beside formats that have none.
+SIDECAR = "gemma_funnel.json"
+# What a funnel learns, beside formats that know no funnel.
+LEARNED = "funnel.safetensors"
+SAFETENSORS = "model.safetensors"
+BIN = "pytorch_model.bin"
+OF_INDEX = ".index.json"
+# The tree of a converted checkpoint of ours, and of each one of a run.
+PARAMS = "params"
+# A key of every config.json of ours; it holds the version.
+OURS = "gemma_funnel"
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+# What else belongs to a tokenizer, or to generating with a model.
+COMPANIONS = (
+    *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+_EXPECTED = (
+  "Expected a Hugging Face folder (config.json with a model_type, and "
+  "model.safetensors or model.safetensors.index.json), a tree of Google's "
+  "(a folder with _METADATA, or the one around it), a .ckpt or sharded .bin of "
+  "gemma_pytorch, a converted checkpoint (config.json and params/) or the "
+  "folder of a training run (with checkpoints/ in it)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Weight files that were found, unopened.
+
+  Attributes:
+    what: of messages: the format, and how the files are called.
+    format: "run", "orbax" (converted by us), "huggingface" (until names of
+      tensors are known: gemma_pytorch's `.bin` too), "gemma_pytorch" or
+      "google".
+    folder: what lies beside them is in here.
+    open: reads their headers.
+  """
+
+  what: str
+  format: str
+  folder: pathlib.Path
+  open: Callable[[], Reader]
+
+
+def find(path: str | os.PathLike) -> Weights:
+  """The weight files at `path`, a folder or a single file.
+
+  Raises:
+    ValueError: nothing that is known, or two formats at once.
+  """
+  try:
+    return _find(pathlib.Path(path))
+  except OSError as error:
+    raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _find(path: pathlib.Path) -> Weights:
+  if ((path.parent if path.is_file() else path) / UNFINISHED).exists():
+    raise ValueError(
+      f"{path} is of a conversion that was not finished: run it again"
+    )
+  if path.is_file():
+    found = [_torch(path, path.parent)] if is_torch_file(path) else []
+  else:
+    found = list(_candidates(path)) if path.is_dir() else []
+  if len(found) > 1:
+    raise ValueError(
+      f"{path} holds several checkpoints: "
+      + ", ".join(weights.what for weights in found)
+      + ". Expected one: name its own folder or file, or remove the others"
+    )
+  if found:
+    return found[0]
+  if "model_type" in peek_json(path / CONFIG):
+    raise ValueError(
+      f"{path} has no weights that can be read: expected {SAFETENSORS} or "
+      f"{SAFETENSORS}{OF_INDEX} beside {CONFIG}, found {_names(path)}"
+    )
+  raise ValueError(
+    f"{path} is no checkpoint that is known: {_describe(path)}. {_EXPECTED}"
+  )
+
+
+def _candidates(folder: pathlib.Path) -> Iterator[Weights]:
+  config = peek_json(folder / CONFIG)
+  if (folder / checkpoint.FOLDER).is_dir() and "model_type" not in config:
+    newest = lambda: OrbaxTree(checkpoint.newest_intact(folder) / PARAMS)
+    yield Weights("a training run (checkpoints/)", "run", folder, newest)
+  elif OURS in config:
+    tree = functools.partial(OrbaxTree, folder / PARAMS)
+    yield Weights("a converted checkpoint (params/)", "orbax", folder, tree)
+  for name, open_one, format_ in (
+    (SAFETENSORS, SafetensorsFile, "huggingface"),
+    (BIN, TorchFile, "gemma_pytorch"),
+  ):
+    whole, index = folder / name, folder / (name + OF_INDEX)
+    if whole.exists():
+      opened = functools.partial(open_one, whole)
+      yield Weights(f"weights ({name})", format_, folder, opened)
+    elif index.exists():
+      opened = functools.partial(open_indexed, index, open_one)
+      yield Weights(f"weights ({index.name})", format_, folder, opened)
+  for file in sorted(folder.glob("*.ckpt")):
+    yield _torch(file, folder)
+  # A trainer's checkpoint has the tree in "default"; an archive of weights has
+  # it in a folder beside the tokenizer.
+  trees = [folder] if is_orbax_tree(folder) else []
+  if not trees:
+    trees = [f for f in sorted(folder.iterdir()) if is_orbax_tree(f)]
+  for tree in trees:
+    if not (OURS in config and tree == folder / PARAMS):
+      opened = functools.partial(OrbaxTree, tree)
+      yield Weights(f"an Orbax tree ({tree.name})", "google", folder, opened)
+
+
+def _torch(file: pathlib.Path, folder: pathlib.Path) -> Weights:
+  opened = functools.partial(TorchFile, file)
+  return Weights(f"weights ({file.name})", "gemma_pytorch", folder, opened)
+
+
+def _describe(path: pathlib.Path) -> str:
+  if not path.exists():
+    return "there is nothing there"
+  if not path.is_dir():
+    return "it is a file of another kind"
+  names = _names(path)
+  return f"it holds {names}" if names else "it is empty"
+
+
+def _names(folder: pathlib.Path, most: int = 10) -> str:
+  names = sorted(entry.name for entry in folder.iterdir())
+  more = f" and {len(names) - most} more" if len(names) > most else ""
+  return f"{names[:most]}{more}" if names else ""
+
+
+def read_config(
+  weights: Weights,
+) -> tuple[GemmaConfig, tuple[FunnelConfig, ...]]:
+  """The model, and the funnel it was trained with; () is none.
+
+  From the configuration beside the weights; where there is none, the published
+  model whose shapes they have.
+
+  Raises:
+    ValueError: no or a damaged configuration, one of another architecture, or
+      one that contradicts the published model of its sizes.
+  """
+  file = weights.folder / CONFIG
+  if weights.format in ("run", "orbax"):
+    return read_own_config(file)
+  if "model_type" in peek_json(file) or weights.format == "huggingface":
+    config = huggingface.read_config(file)
+    stages = huggingface.read_funnel(file, config.num_layers)
+  elif (weights.folder / SIDECAR).exists():
+    file = weights.folder / SIDECAR
+    config, stages = read_own_config(file)
+  else:
+    return _infer_config(weights), ()
+  preset = published(config)
+  if preset and preset.query_pre_attn_scalar != config.query_pre_attn_scalar:
+    raise ValueError(
+      f"{file}: query_pre_attn_scalar={config.query_pre_attn_scalar:g}, but "
+      "the published model of these sizes was trained with "
+      f"{preset.query_pre_attn_scalar:g}: expected that, or a configuration "
+      "given by name"
+    )
+  return config, stages
+
+
+def read_own_config(
+  file: pathlib.Path,
+) -> tuple[GemmaConfig, tuple[FunnelConfig, ...]]:
+  """The model and the funnel of a configuration that we wrote.
+
+  Raises:
+    ValueError: it cannot be read, or is none.
+  """
+  raw = read_json(file)
+  if not isinstance(raw.get("model"), dict) or "funnel" not in raw:
+    raise ValueError(
+      f"{file} is no configuration of ours: expected an object with model "
+      f"and funnel, found {sorted(raw)}"
+    )
+  try:
+    config = GemmaConfig.from_dict(raw["model"])
+    return config, resolve_funnel(raw["funnel"], config.num_layers)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{file}: {error}") from error
+
+
+def open_reader(weights: Weights) -> tuple[str, Reader]:
+  """Opens weights: (their format, a reader of that format's own names).
+
+  Raises:
+    ValueError: they are damaged, or no Gemma's.
+  """
+  reader = weights.open()
+  names = reader.tensors
+  if weights.format in ("run", "orbax"):
+    return weights.format, reader
+  if gemma_pytorch.EMBEDDING in names:
+    return "gemma_pytorch", gemma_pytorch.Dequantized(reader)
+  if weights.format != "google":
+    return "huggingface", Renamed(reader, huggingface.own_names(names))
+  layout = google.layout_of(names)
+  if layout is None:
+    raise ValueError(
+      f"{reader.where} is no tree of a Gemma: expected an embedder/"
+      f"input_embedding, found {sorted(names)[:5]}"
+    )
+  if layout == "kauldron":
+    kept = {name: name for name in names if name.startswith("params.")}
+    return "google", Renamed(reader, kept)
+  return "google", reader
+
+
+def _infer_config(weights: Weights) -> GemmaConfig:
+  format_, reader = open_reader(weights)
+  family = {"google": google, "gemma_pytorch": gemma_pytorch}.get(format_)
+  if family is None:
+    raise ValueError(f"{weights.folder} has no {CONFIG}")
+  try:
+    known = family.infer_sizes(reader.tensors)
+  except ValueError as error:
+    raise ValueError(f"{reader.where}: {error}") from error
+  for name in PRESETS:
+    config = GemmaConfig.preset(name)
+    if _is_published(name) and _agrees(config, known):
+      return config
+  if "head_dim" in known and not known["post_norms"]:
+    # All else of a Gemma 1 follows from its shapes.
+    return GemmaConfig.preset(
+        "gemma1_2b", query_pre_attn_scalar=float(known["head_dim"]), **known
+    )  # fmt: skip
+  raise ValueError(
+    f"{reader.where} has no configuration beside it, and its shapes are of no "
+    f"published Gemma: {known}. Expected {SIDECAR} there, or a configuration "
+    "given by name"
+  )
+
+
+def _is_published(name: str) -> bool:
+  return name.startswith(("gemma1_", "gemma2_"))
+
+
+def _agrees(config: GemmaConfig, known: dict[str, int | bool]) -> bool:
+  found = dict(
+    config.to_dict(),
+    query_width=config.num_heads * config.head_dim,
+    key_width=config.num_kv_heads * config.head_dim,
+  )
+  return all(found[key] == value for key, value in known.items())
+
+
+def published(config: GemmaConfig) -> GemmaConfig | None:
+  """The published model of the same sizes, whatever its vocabulary."""
+  sizes = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads",
+           "head_dim", "post_norms")  # fmt: skip
+  known = {name: getattr(config, name) for name in sizes}
+  presets = (GemmaConfig.preset(n) for n in PRESETS if _is_published(n))
+  return next((p for p in presets if _agrees(p, known)), None)
+
+
+def find_companions(weights: Weights) -> dict[str, pathlib.Path]:
+  """Files of the tokenizer and of generating, by their usual names.
+
+  They lie beside the weights, in a folder `tokenizer`, or around a tree.
+  """
+  found = {}
+  if weights.format == "run":
+    given = read_json(weights.folder / CONFIG).get("data", {})
+    given = given.get("tokenizer") if isinstance(given, dict) else None
+    if given:
+      found["tokenizer.model"] = pathlib.Path(given)
+  places = [weights.folder, weights.folder / "tokenizer"]
+  if weights.format == "google" and is_orbax_tree(weights.folder):
+    places.append(weights.folder.parent)
+  for name in COMPANIONS:
+    file = next((p / name for p in places if (p / name).is_file()), None)
+    if file and name not in found:
+      found[name] = file
+  return found

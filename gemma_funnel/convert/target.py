@@ -1,0 +1,216 @@
+"""What a checkpoint in each format consists of: the plan of its files."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+import gemma_funnel
+from gemma_funnel.config import FunnelConfig, GemmaConfig, format_funnel
+from gemma_funnel.convert import (
+  discover,
+  gemma_pytorch,
+  google,
+  huggingface,
+  layout,
+)
+from gemma_funnel.convert.layout import Part, Tensor
+from gemma_funnel.convert.orbax_tree import OrbaxWriter
+from gemma_funnel.convert.safetensors_file import SafetensorsWriter
+from gemma_funnel.convert.source import BLOCK_BYTES
+from gemma_funnel.convert.store import Header, Writer
+from gemma_funnel.convert.torch_file import TorchWriter
+from gemma_funnel.data.tokenizer import Tokenizer
+
+FORMATS = ("orbax", "hf", "google", "gemma_pytorch")
+# As transformers has it: 5 GB are 5 * 10^9 bytes.
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """One weight file, or one tree.
+
+  Attributes:
+    name: in the folder; "" is the folder itself.
+    tensors: in the order in which they are written.
+    open: makes it, given its path and the headers of its tensors.
+  """
+
+  name: str
+  tensors: Sequence[Tensor]
+  open: Callable[[pathlib.Path, Mapping[str, Header]], Writer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A checkpoint to be written.
+
+  Attributes:
+    format: one of `FORMATS`.
+    config: of the model there.
+    stages: of its funnel; () is none.
+    dtype: of all its tensors.
+    sizes: of the letters of axes; V is rows of the embedding.
+    files: of weights.
+    texts: of other files, by name; a checkpoint is one when all are there.
+  """
+
+  format: str
+  config: GemmaConfig
+  stages: tuple[FunnelConfig, ...]
+  dtype: np.dtype
+  sizes: Mapping[str, int]
+  files: Sequence[File]
+  texts: Mapping[str, str]
+
+  def headers(self, file: File) -> dict[str, Header]:
+    return {t.name: Header(t.shape, self.dtype) for t in file.tensors}
+
+  @property
+  def nbytes(self) -> int:
+    """Of all tensors."""
+    return sum(h.nbytes for f in self.files for h in self.headers(f).values())
+
+  def blocks(self, part: Part):
+    """Cuts of a part, of a size to be held in memory; see `layout.blocks_of`."""
+    return layout.blocks_of(part, self.sizes, self.dtype.itemsize, BLOCK_BYTES)
+
+
+def make_plan(
+  format_: str,
+  config: GemmaConfig,
+  stages: tuple[FunnelConfig, ...],
+  dtype: np.dtype,
+  google_layout: str = "flat",
+  tokenizer: Tokenizer | None = None,
+) -> Plan:
+  """Plans a checkpoint of a model, without its weights.
+
+  Args:
+    format_: one of `FORMATS`.
+    config: of the model; its vocabulary is that of the checkpoint, but that
+      Google's trees of 256,000 tokens have 256,128 rows.
+    stages: of its funnel.
+    dtype: of the checkpoint's tensors.
+    google_layout: one of `google.LAYOUTS` but "kauldron".
+    tokenizer: that will lie beside it, for formats that describe theirs.
+
+  Raises:
+    ValueError: the format cannot express the model, or hold the dtype.
+  """
+  if format_ not in FORMATS:
+    raise ValueError(f"format {format_!r}: expected one of {list(FORMATS)}")
+  config = dataclasses.replace(
+    config, param_dtype=dtype.name, dtype=dtype.name, kernel="auto"
+  )
+  rows = config.vocab_size
+  if format_ == "google":
+    rows = google.padded_rows(rows)
+  sizes = {**layout.sizes_of(config), "V": rows}
+  own = layout.own_tensors(config, stages)
+  learned = [tensor for tensor in own if tensor.name.startswith("funnel.")]
+  ours = _dump({
+      discover.OURS: gemma_funnel.__version__, "model": config.to_dict(),
+      "funnel": format_funnel(stages),
+  })  # fmt: skip
+  if format_ == "orbax":
+    keys = {tensor.name: tensor.name.split(".") for tensor in own}
+    files = [_tree(discover.PARAMS, own, keys, sizes, dtype)]
+    texts, learned = {discover.CONFIG: ours}, []
+  elif format_ == "google":
+    transposed = _is_transposed(config)
+    tree = google.tensors(config, google_layout, transposed, rows)
+    files = [_tree("", *tree, sizes, dtype)]
+    texts = {discover.SIDECAR: ours}
+  elif format_ == "gemma_pytorch":
+    files, texts = _torch_files(gemma_pytorch.tensors(config), dtype)
+    texts[discover.SIDECAR] = ours
+  else:
+    files, texts = _safetensors_files(huggingface.tensors(config), dtype)
+    raw = huggingface.make_config(config, stages, dtype.name)
+    texts[discover.CONFIG] = _dump(raw)
+    texts["generation_config.json"] = _dump(huggingface.SPECIAL_IDS)
+    if tokenizer is not None:
+      described = huggingface.make_tokenizer_config(tokenizer)
+      texts["tokenizer_config.json"] = _dump(described)
+  if learned:
+    files = [*files, File(discover.LEARNED, learned, SafetensorsWriter)]
+  return Plan(format_, config, stages, dtype, sizes, files, texts)
+
+
+def _dump(values: Mapping[str, Any]) -> str:
+  return json.dumps(values, indent=2) + "\n"
+
+
+def _is_transposed(config: GemmaConfig) -> bool:
+  """Whether Google's tree of this model has gating_einsum [2, F, D]."""
+  published = discover.published(config)
+  return published is not None and published in (
+    GemmaConfig.preset("gemma2_9b"),
+    GemmaConfig.preset("gemma2_27b"),
+  )
+
+
+def _tree(name, tensors, keys, sizes, dtype) -> File:
+  chunks = {}
+  for tensor in tensors:
+    part = tensor.parts[0]
+    (first, *_) = layout.blocks_of(part, sizes, dtype.itemsize, BLOCK_BYTES)
+    block = layout.shape_of(part.axes, layout.cut_sizes(sizes, first))
+    chunks[tensor.name] = (1,) * len(part.at) + block
+
+  def open_(path, headers):
+    return OrbaxWriter(path, headers, keys, chunks)
+
+  return File(name, tensors, open_)
+
+
+def _safetensors_files(tensors, dtype) -> tuple[list[File], dict[str, str]]:
+  shards = _split(tensors, dtype)
+  if len(shards) == 1:
+    return [File(discover.SAFETENSORS, tensors, SafetensorsWriter)], {}
+  return _indexed(shards, discover.SAFETENSORS, SafetensorsWriter, dtype)
+
+
+def _torch_files(tensors, dtype) -> tuple[list[File], dict[str, str]]:
+  shards = _split(tensors, dtype)
+  if len(shards) == 1:
+    wrapped = functools.partial(TorchWriter, wrap="model_state_dict")
+    return [File("model.ckpt", tensors, wrapped)], {}
+  return _indexed(shards, discover.BIN, TorchWriter, dtype)
+
+
+def _split(tensors: Sequence[Tensor], dtype: np.dtype) -> list[list[Tensor]]:
+  """Shards of at most `SHARD_BYTES`, or of one tensor that is larger."""
+  shards, size = [[]], 0
+  for tensor in tensors:
+    nbytes = Header(tensor.shape, dtype).nbytes
+    if shards[-1] and size + nbytes > SHARD_BYTES:
+      shards.append([])
+      size = 0
+    shards[-1].append(tensor)
+    size += nbytes
+  return shards
+
+
+def _indexed(
+  shards, name: str, open_, dtype: np.dtype
+) -> tuple[list[File], dict[str, str]]:
+  """Files of several shards, and the index that names them."""
+  stem, end = name.split(".")
+  files = [
+    File(f"{stem}-{n:05}-of-{len(shards):05}.{end}", shard, open_)
+    for n, shard in enumerate(shards, start=1)
+  ]
+  tensors = [(file.name, tensor) for file in files for tensor in file.tensors]
+  total = sum(Header(t.shape, dtype).nbytes for _, t in tensors)
+  index = {
+    "metadata": {"total_size": total},
+    "weight_map": {tensor.name: name for name, tensor in tensors},
+  }
+  return files, {name + discover.OF_INDEX: _dump(index)}

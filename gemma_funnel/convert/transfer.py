@@ -1,0 +1,230 @@
+"""Writing a checkpoint in another format, a block of a tensor at a time.
+
+Blocks are read and rearranged by threads, a few ahead of the one that is being
+written. Everything is written to a folder beside the destination, which takes
+its name when it is complete.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+
+import numpy as np
+
+from gemma_funnel.config import GemmaConfig
+from gemma_funnel.convert import discover, target
+from gemma_funnel.convert.layout import Part, Tensor, cut_sizes, shape_of
+from gemma_funnel.convert.source import Source, open_checkpoint
+from gemma_funnel.data.tokenizer import Tokenizer
+
+_THREADS = 2
+# Blocks that are read ahead of the one that is being written.
+_AHEAD = 3
+_PARTIAL = ".partial"
+# Room for what is not a tensor.
+_SPARE_BYTES = 64 << 20
+
+# Told of each block: the tensor's name and the bytes of it.
+Progress = Callable[[str, int], None]
+
+
+def convert(
+  source: str | os.PathLike[str],
+  destination: str | os.PathLike[str],
+  to: str,
+  *,
+  dtype: str | None = None,
+  vocab_size: int | None = None,
+  google_layout: str = "flat",
+  config: GemmaConfig | None = None,
+) -> target.Plan:
+  """Converts a checkpoint.
+
+  Args:
+    source: of any format that `load` knows.
+    destination: a folder that does not exist, or is empty.
+    to: one of `target.FORMATS`.
+    dtype: of its tensors; None is the widest of the source's.
+    vocab_size: tokens there, if not as many as in the source: rows of zeros
+      are added to the embedding, or its last rows are left out.
+    google_layout: "flat", "nested" or "stacked".
+    config: see `load`.
+
+  Returns:
+    What was written.
+
+  Raises:
+    ValueError: see `open_checkpoint` and `target.make_plan`; or `destination`
+      cannot be written. Nothing is left there.
+  """
+  opened = open_checkpoint(source, config)
+  plan = plan_for(opened, to, dtype, vocab_size, google_layout)
+  check_destination(opened, plan, destination)
+  write(opened, plan, destination)
+  return plan
+
+
+def plan_for(
+  source: Source,
+  to: str,
+  dtype: str | None = None,
+  vocab_size: int | None = None,
+  google_layout: str = "flat",
+) -> target.Plan:
+  """The plan of `convert`.
+
+  Raises:
+    ValueError: see `target.make_plan` and `Tokenizer.load`.
+  """
+  config = source.config
+  if vocab_size is not None:
+    config = dataclasses.replace(config, vocab_size=vocab_size)
+  wanted = source.dtype if dtype is None else np.dtype(dtype)
+  if wanted.itemsize > 4:
+    raise ValueError(
+      f"{source.where} has tensors of {wanted.name}: expected "
+      "--dtype=float32, or another one"
+    )
+  files, tokenizer = source.companions, None
+  if to == "hf" and "tokenizer_config.json" not in files:
+    names = (name for name in discover.TOKENIZERS if name in files)
+    if name := next(names, None):
+      tokenizer = Tokenizer.load(files[name])
+  return target.make_plan(
+    to, config, source.stages, wanted, google_layout, tokenizer
+  )
+
+
+def check_destination(
+  source: Source, plan: target.Plan, destination: str | os.PathLike[str]
+) -> None:
+  """Raises a ValueError where nothing can be written, before anything is."""
+  with _naming(destination):
+    path = pathlib.Path(destination).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+      raise ValueError(
+        f"{destination} exists: expected a folder that does not, or is empty"
+      )
+    origin = pathlib.Path(source.where).resolve()
+    if path.resolve().is_relative_to(origin) and origin.is_dir():
+      raise ValueError(f"{destination} is within the source, {source.where}")
+    parent = next(p for p in path.parents if p.exists())
+    if not parent.is_dir():
+      raise ValueError(f"{destination} cannot be made: {parent} is no folder")
+    partial = _partial_of(path)
+    # What is there will be deleted; it might be the source.
+    if partial.exists() and not (partial / discover.UNFINISHED).exists():
+      raise ValueError(
+        f"{partial} exists, and not from a conversion that was killed: remove "
+        "it, or name another destination"
+      )
+    needed = plan.nbytes + _SPARE_BYTES
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+      raise ValueError(
+        f"{destination} needs {needed:,} bytes: {parent} has {free:,} free"
+      )
+
+
+@contextlib.contextmanager
+def _naming(destination: str | os.PathLike[str]) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise ValueError(
+      f"{destination} cannot be written: {error.strerror or error}"
+    ) from error
+
+
+def _partial_of(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(path.name + _PARTIAL)
+
+
+def write(
+  source: Source,
+  plan: target.Plan,
+  destination: str | os.PathLike[str],
+  progress: Progress = lambda name, nbytes: None,
+) -> None:
+  """Writes what `plan` says; the destination is there when it is complete.
+
+  Raises:
+    ValueError: the source is damaged, or the destination cannot be written.
+      Nothing is left of it.
+  """
+  path = pathlib.Path(destination).absolute()
+  partial = _partial_of(path)
+  with _naming(destination), contextlib.ExitStack() as stack:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of a conversion that was killed.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    # Whatever ends it, nothing half-written stays.
+    stack.callback(shutil.rmtree, partial, ignore_errors=True)
+    (partial / discover.UNFINISHED).touch()
+    for file in plan.files:
+      with file.open(partial / file.name, plan.headers(file)) as writer:
+        for tensor, index, block in _blocks(source, plan, file.tensors):
+          writer.write(tensor.name, index, block)
+          progress(tensor.name, block.nbytes)
+    for name, origin in source.companions.items():
+      shutil.copyfile(origin, partial / name)
+    # Last: without a configuration or an index it is no checkpoint.
+    for name, text in plan.texts.items():
+      if name not in source.companions:
+        (partial / name).write_text(text, encoding="utf-8")
+    (partial / discover.UNFINISHED).unlink()
+    os.replace(partial, path)
+
+
+def _blocks(
+  source: Source, plan: target.Plan, tensors: Iterable[Tensor]
+) -> Iterator[tuple[Tensor, tuple, np.ndarray]]:
+  """(tensor, index, values) in the order of the file."""
+
+  def read(tensor: Tensor, part: Part, cut):
+    return (
+      tensor,
+      part.index(cut, plan.sizes),
+      _read(source, plan, part, cut),
+    )
+
+  jobs = (
+    (tensor, part, cut)
+    for tensor in tensors
+    for part in tensor.parts
+    for cut in plan.blocks(part)
+  )
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    waiting: deque[futures.Future] = deque()
+    try:
+      for job in jobs:
+        waiting.append(pool.submit(read, *job))
+        if len(waiting) > _AHEAD:
+          yield waiting.popleft().result()
+      while waiting:
+        yield waiting.popleft().result()
+    finally:
+      for job in waiting:
+        job.cancel()
+
+
+def _read(source: Source, plan: target.Plan, part: Part, cut) -> np.ndarray:
+  if part.path != ("embedding",):
+    return source.read(part.path, part.layer, part.axes, cut, plan.dtype)
+  # Rows that the source, or the vocabulary there, has not are zeros.
+  rows = cut["V"]
+  used = min(source.config.vocab_size, plan.config.vocab_size)
+  stop = max(rows.start, min(rows.stop, used))
+  values = np.zeros(shape_of(part.axes, cut_sizes(plan.sizes, cut)), plan.dtype)
+  if stop > rows.start:
+    kept = {"V": slice(rows.start, stop)}
+    values[: stop - rows.start] = source.read(
+      part.path, part.layer, part.axes, kept, plan.dtype
+    )
+  return values

@@ -1,0 +1,135 @@
+"""Hugging Face's config.json, read and written, and names of tensors."""
+
+import pytest
+from tiny_checkpoints import GEMMA1, GEMMA2, D, F, H, K, L, N, V, write_config
+
+from gemma_funnel.config import PRESETS, GemmaConfig
+from gemma_funnel.convert import huggingface
+
+
+def config_of(tmp_path, raw, without=(), **changes):
+  raw = {k: v for k, v in {**raw, **changes}.items() if k not in without}
+  write_config(tmp_path, raw)
+  return huggingface.read_config(tmp_path / "config.json")
+
+
+def test_gemma2_config(tmp_path):
+  assert config_of(tmp_path, GEMMA2) == GemmaConfig(
+      vocab_size=V, num_layers=L, embed_dim=D, mlp_dim=F, num_heads=N,
+      num_kv_heads=K, head_dim=H, query_pre_attn_scalar=11.0,
+      attention_pattern=("local", "global"), window=5, attn_softcap=2.0,
+      final_softcap=3.0, post_norms=True, rope_base=500.0, norm_eps=1e-5,
+      max_length=64,
+  )  # fmt: skip
+
+
+def test_gemma1_config(tmp_path):
+  assert config_of(tmp_path, GEMMA1) == GemmaConfig(
+      vocab_size=V, num_layers=L, embed_dim=D, mlp_dim=F, num_heads=N,
+      num_kv_heads=K, head_dim=H, query_pre_attn_scalar=float(H),
+      attention_pattern=("global",), attn_softcap=None, final_softcap=None,
+      post_norms=False, max_length=64,
+  )  # fmt: skip
+
+
+# As published: without layer_types, and with the keys of their time.
+PUBLISHED = {
+  "gemma1_2b": (GEMMA1, 2048, 16_384, 18, 8, 1, 256, None),
+  "gemma1_7b": (GEMMA1, 3072, 24_576, 28, 16, 16, 256, None),
+  "gemma2_2b": (GEMMA2, 2304, 9216, 26, 8, 4, 256, 256),
+  "gemma2_9b": (GEMMA2, 3584, 14_336, 42, 16, 8, 256, 256),
+  "gemma2_27b": (GEMMA2, 4608, 36_864, 46, 32, 16, 128, 144),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_configs_are_the_presets(tmp_path, name):
+  raw, width, mlp, depth, heads, kv_heads, head_dim, scalar = PUBLISHED[name]
+  changes = dict(
+      vocab_size=256_000, hidden_size=width, intermediate_size=mlp,
+      num_hidden_layers=depth, num_attention_heads=heads,
+      num_key_value_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-6,
+      max_position_embeddings=8192, rope_theta=10_000.0,
+  )  # fmt: skip
+  if scalar:
+    changes |= dict(
+        query_pre_attn_scalar=scalar, sliding_window=4096,
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+    )  # fmt: skip
+  config = config_of(tmp_path, raw, **changes)
+  assert config == GemmaConfig.from_dict(PRESETS[name])
+
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+  "types, pattern",
+  [
+    ([LOCAL, GLOBAL, LOCAL], ("local", "global")),
+    ([GLOBAL, LOCAL, GLOBAL], ("global", "local")),
+    ([LOCAL, LOCAL, LOCAL], ("local",)),
+    ([GLOBAL], ("global",)),
+    ([LOCAL, LOCAL, GLOBAL, LOCAL], ("local", "local", "global")),
+    ([LOCAL, GLOBAL, GLOBAL], ("local", "global", "global")),
+  ],
+)
+def test_layer_types_become_the_shortest_pattern(tmp_path, types, pattern):
+  config = config_of(
+    tmp_path, GEMMA2, layer_types=types, num_hidden_layers=len(types)
+  )
+  assert config.attention_pattern == pattern
+  assert [{"local": LOCAL, "global": GLOBAL}[kind]
+          for kind in config.attention_kinds] == types  # fmt: skip
+
+
+def test_keys_of_other_versions(tmp_path):
+  get = lambda raw=GEMMA2, **changes: config_of(tmp_path, raw, **changes)
+  rope = {"rope_type": "default", "rope_theta": 700.0}
+  assert get(rope_parameters=rope).rope_base == 700.0
+  assert get(rope_parameters=None, rope_scaling=None).rope_base == 500.0
+  without = ("rope_theta", "attention_bias", "sliding_window")
+  config = config_of(tmp_path, GEMMA2, without)
+  assert (config.rope_base, config.window) == (10_000.0, 4096)
+  assert get(attn_logit_softcapping=None).attn_softcap is None
+  assert get(final_logit_softcapping=None).final_softcap is None
+  everywhere = dict(layer_types=[GLOBAL] * L, sliding_window=None)
+  assert get(**everywhere).attention_kinds == ("global",) * L
+  both = dict(hidden_act="gelu", hidden_activation="gelu_pytorch_tanh")
+  assert get(GEMMA1, **both) == get(GEMMA1, hidden_act="gelu_pytorch_tanh")
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(model_type="llama"), "model_type='llama'"),
+    (dict(model_type="gemma3_text"), "model_type='gemma3_text'"),
+    (dict(hidden_activation="gelu"), "hidden_activation='gelu'"),
+    (dict(attention_bias=True), "attention_bias=True"),
+    (dict(tie_word_embeddings=False), "tie_word_embeddings=False"),
+    (dict(use_bidirectional_attention=True), "use_bidirectional"),
+    (dict(quantization_config={"bits": 4}), "quantization_config"),
+    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling"),
+    (dict(rope_parameters={"rope_type": "yarn"}), "rope_parameters"),
+    (dict(rope_parameters=3), "rope_parameters=3"),
+    (dict(layer_types=[LOCAL]), "num_hidden_layers=3"),
+    (dict(layer_types="local"), "layer_types='local'"),
+    (dict(layer_types=[LOCAL, "chunked", GLOBAL]), "'chunked'"),
+    (dict(layer_types=[LOCAL, [], GLOBAL]), "layer_types has"),
+    (dict(num_hidden_layers="3"), "num_layers='3'"),
+    (dict(num_key_value_heads=3), "num_kv_heads=3"),
+    (dict(query_pre_attn_scalar="256"), "query_pre_attn_scalar='256'"),
+    (dict(query_pre_attn_scalar=None), "query_pre_attn_scalar=None"),
+    (dict(attn_logit_softcapping=0.0), "attn_softcap=0.0"),
+    (dict(sliding_window=None), "window=None"),
+  ],
+)
+def test_unsupported_configs_are_refused(tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message) as error:
+    config_of(tmp_path, GEMMA2, **changes)
+  assert "config.json" in str(error.value)
+
+
+def test_absent_sizes_are_all_named(tmp_path):
+  with pytest.raises(ValueError, match="'hidden_size', 'head_dim'"):
+    config_of(tmp_path, GEMMA2, without=("head_dim", "hidden_size"))

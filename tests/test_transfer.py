@@ -1,0 +1,360 @@
+"""Converting: plans, what comes along, dtypes, verifying, the command."""
+
+import dataclasses
+import json
+import pathlib
+import threading
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_checkpoints import GEMMA1, GEMMA2, L, random_tensors, write
+import tiny_run
+
+import gemma_funnel
+from gemma_funnel import convert
+from gemma_funnel.config import PRESETS, GemmaConfig, resolve_funnel
+from gemma_funnel.convert import __main__ as command
+from gemma_funnel.convert import layout, target, transfer, verify
+from gemma_funnel.convert.source import BLOCK_BYTES, open_checkpoint
+from gemma_funnel.data import sources, tokenizer
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FORMATS = target.FORMATS
+LEARNED = "start=1,pool=attention,recover=attend+start=2,recover=gate"
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, nnx.state(a), nnx.state(b))
+
+
+@pytest.fixture
+def source(tmp_path):
+  folder = tmp_path / "source"
+  folder.mkdir()
+  return write(folder, GEMMA2, random_tensors(GEMMA2, ml_dtypes.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tokenizer")
+  text = pathlib.Path(tiny_run.write_corpus(folder)).read_text()
+  documents = [sources.Document(key="0", text=text)]
+  tokenizer.train(documents, 320, folder / "tokenizer.model")
+  return folder / "tokenizer.model"
+
+
+# Plans.
+
+PUBLISHED = [name for name in PRESETS if name.startswith("gemma")]
+# Embedding included; google's has 128 rows more.
+PARAMETERS = {
+  "gemma1_2b": 2_506_172_416,
+  "gemma1_7b": 8_537_680_896,
+  "gemma2_2b": 2_614_341_888,
+  "gemma2_9b": 9_241_705_984,
+  "gemma2_27b": 27_227_128_320,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("to", FORMATS)
+def test_plans_of_the_published_models(name, to):
+  """Shapes, bytes, shards and blocks, without a weight."""
+  config = GemmaConfig.preset(name)
+  plan = target.make_plan(to, config, (), BFLOAT16)
+  rows = 128 * config.embed_dim if to == "google" else 0
+  assert plan.nbytes == 2 * (PARAMETERS[name] + rows)
+  for file in plan.files:
+    headers = plan.headers(file)
+    size = sum(h.nbytes for h in headers.values())
+    if to == "hf" or (to == "gemma_pytorch" and len(plan.files) > 1):
+      assert size <= target.SHARD_BYTES or len(headers) == 1
+    for tensor in file.tensors:
+      # What is in memory at once does not grow with the model.
+      sizes = [
+        np.prod(
+          layout.shape_of(part.axes, layout.cut_sizes(plan.sizes, cut)),
+          dtype=np.int64,
+        )
+        for part in tensor.parts
+        for cut in plan.blocks(part)
+      ]
+      assert sum(sizes) == np.prod(tensor.shape, dtype=np.int64)
+      assert max(sizes) * 2 <= BLOCK_BYTES
+  if len(plan.files) > 1:
+    (index,) = (json.loads(t) for n, t in plan.texts.items() if "index" in n)
+    assert index["metadata"]["total_size"] == plan.nbytes
+    named = {(file.name, t.name) for file in plan.files for t in file.tensors}
+    assert {(f, t) for t, f in index["weight_map"].items()} == named
+
+
+def test_the_shards_of_27b():
+  plan = target.make_plan("hf", GemmaConfig.preset("gemma2_27b"), (), BFLOAT16)
+  names = [file.name for file in plan.files]
+  assert len(names) == 12 and names[3] == "model-00004-of-00012.safetensors"
+  raw = json.loads(plan.texts["config.json"])
+  assert (raw["query_pre_attn_scalar"], raw["head_dim"]) == (144, 128)
+
+
+# What comes along.
+
+
+def test_dtypes(source, tmp_path):
+  for name in ("float32", "float16", "bfloat16"):
+    convert.convert(source, tmp_path / name, "hf", dtype=name)
+    stored = load_file(tmp_path / name / "model.safetensors")
+    assert {v.dtype.name for v in stored.values()} == {name}
+    raw = json.loads((tmp_path / name / "config.json").read_text())
+    assert raw["dtype"] == raw["torch_dtype"] == name
+    for key, values in random_tensors(GEMMA2, ml_dtypes.bfloat16).items():
+      np.testing.assert_array_equal(stored[key], values.astype(name))
+
+
+def test_mixed_dtypes_become_the_one_that_holds_all(source, tmp_path):
+  tensors = random_tensors(GEMMA2, ml_dtypes.bfloat16)
+  for other, found in ((np.float16, "float32"), (np.float32, "float32")):
+    mixed = dict(tensors)
+    norm = "model.norm.weight"
+    mixed[norm] = mixed[norm].astype(other)
+    save_file(mixed, source / "model.safetensors")
+    assert open_checkpoint(source).dtype.name == found
+
+
+def test_double_precision_has_to_be_cast_by_name(source, tmp_path):
+  save_file(random_tensors(GEMMA2, np.float64), source / "model.safetensors")
+  with pytest.raises(ValueError, match="float64: expected --dtype"):
+    convert.convert(source, tmp_path / "there", "hf")
+  convert.convert(source, tmp_path / "there", "hf", dtype="float32")
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("funnel", ["start=1,stride=3", LEARNED])
+def test_a_funnel_comes_along(source, tmp_path, to, funnel, capsys):
+  """Its stages by name, what it has learned in tensors of its own."""
+  first = tmp_path / "first"
+  model = gemma_funnel.load(source, funnel, dtype="bfloat16")
+  # As a run would have trained it: no part is what it starts as.
+  keys = iter(jax.random.split(jax.random.key(0), 99))
+  noise = lambda p: jax.random.normal(next(keys), p.shape, p.dtype)
+  nnx.update(model, jax.tree.map(noise, nnx.state(model)))
+  _write_own(model, first)
+  capsys.readouterr()
+  there = tmp_path / to
+  convert.convert(first, there, to)
+  for path in (first, there):
+    assert convert.describe(path).stages == resolve_funnel(funnel, L)
+    same(gemma_funnel.load(path, dtype="bfloat16"), model)
+  assert capsys.readouterr().out == ""  # Nothing was made afresh.
+  plain = gemma_funnel.load(there, "off", dtype="bfloat16")
+  assert plain.stages == ()
+  same(plain, model.with_funnel("off"))
+  assert (there / "funnel.safetensors").exists() == (
+    funnel == LEARNED and to != "orbax"
+  )
+  back = tmp_path / "back"
+  convert.convert(there, back, "orbax")
+  same(gemma_funnel.load(back, dtype="bfloat16"), model)
+
+
+def _write_own(model, folder):
+  """Our format, by Orbax itself."""
+  import orbax.checkpoint as ocp
+
+  folder.mkdir()
+  params = nnx.to_pure_dict(nnx.state(model))
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(folder / "params", params)
+  config = dict(
+      gemma_funnel="0", model=model.config.to_dict(),
+      funnel=gemma_funnel.config.format_funnel(model.stages),
+  )  # fmt: skip
+  (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_learned_parts_that_are_missing_are_named(source, tmp_path):
+  _write_own(gemma_funnel.load(source, LEARNED), tmp_path / "own")
+  convert.convert(tmp_path / "own", tmp_path / "hf", "hf")
+  beside = tmp_path / "hf" / "funnel.safetensors"
+  tensors = load_file(beside)
+  del tensors["funnel.1.gate"]
+  save_file(tensors, beside)
+  with pytest.raises(ValueError, match=r"missing: \['funnel.1.gate'\]"):
+    gemma_funnel.load(tmp_path / "hf")
+  beside.unlink()
+  with pytest.raises(ValueError, match="funnel.safetensors cannot be read"):
+    gemma_funnel.load(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("funnel", [3, "start=1,stop=9", "half"])
+def test_a_funnel_that_is_none_is_named(source, funnel):
+  raw = GEMMA2 | {"funnel": funnel}
+  (source / "config.json").write_text(json.dumps(raw))
+  with pytest.raises(ValueError, match="config.json: funnel="):
+    gemma_funnel.load(source)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_tokenizers_come_along(source, tmp_path, to, tokenizer_file):
+  (source / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+  (source / "chat_template.jinja").write_text("{{ messages }}")
+  there = tmp_path / to
+  convert.convert(source, there, to)
+  assert convert.describe(there).tokenizer_path == str(
+    there / "tokenizer.model"
+  )
+  for name in ("tokenizer.model", "chat_template.jinja"):
+    assert (there / name).read_bytes() == (source / name).read_bytes()
+  if to == "hf":
+    described = json.loads((there / "tokenizer_config.json").read_text())
+    assert described["tokenizer_class"] == "GemmaTokenizer"
+    assert (described["bos_token"], described["add_bos_token"]) == ("<s>", True)
+
+
+def test_a_tokenizer_that_is_none_is_told_of_before_anything(source, tmp_path):
+  (source / "tokenizer.model").write_bytes(b"none")
+  with pytest.raises(ValueError, match="tokenizer.model"):
+    convert.convert(source, tmp_path / "there", "hf")
+  assert sorted(tmp_path.iterdir()) == [source]
+
+
+def test_a_tokenizer_json_alone_is_found(source):
+  (source / "tokenizer.json").write_text("{}")
+  found = convert.describe(source).tokenizer_path
+  assert found == str(source / "tokenizer.json")
+  (source / "tokenizer.model").write_text("")
+  found = convert.describe(source).tokenizer_path
+  assert found == str(source / "tokenizer.model")
+
+
+def test_what_others_cannot_express_is_refused(source, tmp_path):
+  changes = dict(post_norms=False, window=7, attn_softcap=2.0)
+  config = dataclasses.replace(open_checkpoint(source).config, **changes)
+  with pytest.raises(ValueError, match=r"gemma cannot have.*attn_softcap=2.0"):
+    target.make_plan("hf", config, (), BFLOAT16)
+  odd = dataclasses.replace(config, post_norms=True, norm_eps=1e-4)
+  raw = json.loads(
+    target.make_plan("hf", odd, (), BFLOAT16).texts["config.json"]
+  )
+  assert raw["rms_norm_eps"] == 1e-4
+
+
+# Reading back.
+
+
+@pytest.mark.parametrize("raw", [GEMMA2, GEMMA1], ids=["gemma2", "gemma1"])
+def test_streamed_logits_are_the_models(tmp_path, raw):
+  folder = write(tmp_path, raw, random_tensors(raw))
+  tokens = verify.make_prompt(raw["vocab_size"])
+  logits = verify.plain_logits(open_checkpoint(folder), tokens)
+  expected = gemma_funnel.load(folder)(jnp.asarray(tokens)[None])[0]
+  np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+def test_differences_are_found(source, tmp_path, capsys):
+  there = tmp_path / "there"
+  flags = [str(source), str(there), "--to=hf", "--verify"]
+  assert command.main(flags) == 0
+  assert "35 tensors compared, 0 differ" in capsys.readouterr().err
+  file = there / "model.safetensors"
+  tensors = load_file(file)
+  name = "model.layers.1.mlp.up_proj.weight"
+  tensors[name] = tensors[name] + np.float32(0.5).astype(ml_dtypes.bfloat16)
+  save_file(tensors, file)
+  found = verify.compare(open_checkpoint(source), open_checkpoint(there))
+  assert found.unequal == ("layers.mlp.up, layer 1",)
+  assert found.largest == pytest.approx(0.5, rel=0.02) and found.logits > 0
+  # Equal tensors, another function: only the logits tell.
+  convert.convert(source, tmp_path / "other", "hf")
+  config = tmp_path / "other" / "config.json"
+  raw = json.loads(config.read_text())
+  config.write_text(json.dumps(raw | {"query_pre_attn_scalar": 12}))
+  found = verify.compare(
+    open_checkpoint(source), open_checkpoint(tmp_path / "other")
+  )
+  assert not found.unequal and found.largest == 0 and found.logits > 1e-4
+  assert found
+
+
+def test_rounding_is_no_difference(source, tmp_path, capsys):
+  save_file(random_tensors(GEMMA2), source / "model.safetensors")
+  flags = ["--to=google", "--dtype=bfloat16", "--verify"]
+  assert command.main([str(source), str(tmp_path / "x"), *flags]) == 0
+  assert "0 differ" in capsys.readouterr().err
+
+
+# The command.
+
+
+def test_dry_run_writes_nothing(source, tmp_path, capsys):
+  flags = [str(source), str(tmp_path / "x"), "--to=hf", "--dry_run"]
+  assert command.main(flags) == 0
+  said = capsys.readouterr().err
+  assert "model.safetensors: 35 tensors" in said
+  assert sorted(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--to=hf", "--layout=nested"], "--layout=nested: expected --to=google"),
+    (["--to=torch"], "invalid choice: 'torch'"),
+    (["--to=hf", "--dtype=int8"], "invalid choice: 'int8'"),
+    (["--to=hf", "--vocab_size=0"], "model.vocab_size=0"),
+    (["--to=hf", "--config=nowhere.json"], "nowhere.json cannot be read"),
+    (["--to=hf", "--config=gemma2_2b"], "does not fit its configuration"),
+    ([], "required: --to"),
+  ],
+)
+def test_mistakes_are_one_line(source, tmp_path, capsys, flags, message):
+  assert command.main([str(source), str(tmp_path / "x"), *flags]) == 2
+  said = capsys.readouterr().err
+  assert said.startswith("error: ") and message in said
+  assert sorted(tmp_path.iterdir()) == [source]
+
+
+def test_the_destination_is_another_place(source, tmp_path):
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "notes").write_text("")
+  (tmp_path / "file").write_text("")
+  for there, message in {
+    "full": "full exists: expected a folder that does not",
+    "file": "file exists",
+    "source": "exists",
+    "source/within": "is within the source",
+    "file/below": "cannot be made: .*file is no folder",
+  }.items():
+    with pytest.raises(ValueError, match=message):
+      convert.convert(source, tmp_path / there, "hf")
+  (tmp_path / "empty").mkdir()
+  convert.convert(source, tmp_path / "empty" / "a" / "b", "hf")
+  (tmp_path / "void").mkdir()
+  convert.convert(source, tmp_path / "void", "hf")
+  assert (tmp_path / "void" / "config.json").exists()
+
+
+def test_blocks_are_read_a_few_ahead(source, tmp_path, monkeypatch):
+  """Memory is bounded, whatever the disk does."""
+  reading, most, lock = set(), [0], threading.Lock()
+  read = transfer._read
+
+  def counted(*args):
+    values = read(*args)
+    with lock:
+      reading.add(id(values))
+      most[0] = max(most[0], len(reading))
+    return values
+
+  def written(name, nbytes):
+    with lock:
+      reading.pop()
+
+  monkeypatch.setattr(transfer, "_read", counted)
+  opened = open_checkpoint(source)
+  plan = transfer.plan_for(opened, "hf")
+  transfer.write(opened, plan, tmp_path / "x", written)
+  assert 1 <= most[0] <= transfer._AHEAD + 2

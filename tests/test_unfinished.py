@@ -1,0 +1,311 @@
+"""Conversions that cannot be written, or do not end: nothing half-written."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from made_checkpoints import (
+  contents,
+  fails,
+  make_all,
+  parameters,
+  refused_by_command,
+)
+import numpy as np
+import pytest
+
+import gemma_funnel
+from gemma_funnel.convert import (
+  discover,
+  orbax_tree,
+  safetensors_file,
+  source,
+  target,
+  torch_file,
+  transfer,
+)
+from gemma_funnel.convert.__main__ import main
+
+WRITERS = {
+  "orbax": orbax_tree.OrbaxWriter,
+  "hf": safetensors_file.SafetensorsWriter,
+  "gemma_pytorch": torch_file.TorchWriter,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  return make_all(tmp_path_factory.mktemp("made"))
+
+
+# Destinations that cannot be written.
+
+
+@pytest.mark.parametrize("to", target.FORMATS)
+def test_too_little_space_is_known_before(
+  made, tmp_path, monkeypatch, capsys, to
+):
+  usage = shutil.disk_usage(tmp_path)
+  little = lambda path: usage._replace(free=1000)
+  monkeypatch.setattr(shutil, "disk_usage", little)
+  # That nothing is written, not even for a moment.
+  monkeypatch.setattr(transfer, "write", None)
+  destination = tmp_path / "new" / "dst"
+  words = (str(destination), "needs", "has 1,000 free")
+  with fails(tmp_path / "dst", *words):
+    transfer.convert(made / "hf", destination, to)
+  argv = (made / "hf", destination, f"--to={to}")
+  refused_by_command(capsys, *argv, words=words)
+  assert not destination.parent.exists()
+
+
+@pytest.mark.parametrize("to", WRITERS)
+@pytest.mark.parametrize("after", [0, 1, 20])
+def test_no_space_left_midway(made, tmp_path, monkeypatch, capsys, to, after):
+  write_block, left = WRITERS[to].write, [after]
+
+  def full(*args):
+    if not left[0]:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    left[0] -= 1
+    write_block(*args)
+
+  monkeypatch.setattr(WRITERS[to], "write", full)
+  words = (str(tmp_path / "dst"), "cannot be written", "No space left")
+  with fails(tmp_path / "dst", *words):
+    transfer.convert(made / "hf", tmp_path / "dst", to)
+  left[0] = after
+  argv = (made / "hf", tmp_path / "dst", f"--to={to}")
+  refused_by_command(capsys, *argv, words=words)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", target.FORMATS)
+@pytest.mark.parametrize("size", [0, 300, 900])
+def test_a_real_limit_of_what_can_be_written(made, tmp_path, to, size):
+  """Of the size of files, which the system holds TensorStore to as well."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  opened = source.open_checkpoint(made / "hf")
+  plan = transfer.plan_for(opened, to)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    with pytest.raises(ValueError, match="dst cannot be written: .*too large"):
+      transfer.write(opened, plan, tmp_path / "dst")
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", target.FORMATS)
+def test_a_destination_that_is_in_the_way(made, tmp_path, capsys, to):
+  (tmp_path / "file").write_text("mine")
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "file").write_text("mine")
+  (tmp_path / "own.partial").mkdir()
+  (tmp_path / "own.partial" / "file").write_text("mine")
+  long = "a" * 300
+  for name, words in [
+    ("file", "exists"),
+    ("full", "exists"),
+    ("file/dst", "is no folder"),
+    ("file/new/dst", "is no folder"),
+    ("own", "own.partial exists"),
+    (long, "too long"),
+  ]:
+    with fails(tmp_path / "dst", str(tmp_path / name), words):
+      transfer.convert(made / "hf", tmp_path / name, to)
+    argv = (made / "hf", tmp_path / name, f"--to={to}")
+    refused_by_command(capsys, *argv, words=(words,))
+  source_folder = made / "hf"
+  with fails(source_folder / "dst", "within the source"):
+    transfer.convert(source_folder, source_folder / "dst", to)
+
+
+def test_a_source_that_would_be_deleted(made, tmp_path):
+  shutil.copytree(made / "hf", tmp_path / "dst.partial")
+  with fails(tmp_path / "dst", "dst.partial exists"):
+    transfer.convert(tmp_path / "dst.partial", tmp_path / "dst", "orbax")
+
+
+@pytest.mark.parametrize("to", target.FORMATS)
+@pytest.mark.parametrize("function", [pathlib.Path.mkdir, pathlib.Path.touch])
+def test_a_destination_that_is_read_only(
+  made, tmp_path, monkeypatch, to, function
+):
+  def denied(path, *args, **keywords):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+  monkeypatch.setattr(pathlib.Path, function.__name__, denied)
+  with fails(tmp_path / "dst", "dst cannot be written: Permission denied"):
+    transfer.convert(made / "hf", tmp_path / "dst", to)
+
+
+@contextlib.contextmanager
+def permissions_count():
+  """For root they do not: it is nobody for a while."""
+  root = os.geteuid() == 0
+  if root:
+    os.seteuid(65534)
+  try:
+    yield
+  finally:
+    if root:
+      os.seteuid(0)
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o444, 0o000])
+def test_permissions(made, capsys, mode):
+  # Not below tmp_path, which nobody else can enter.
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    folder.chmod(0o777)
+    shutil.copytree(made / "hf", folder / "src")
+    guarded = folder / "guarded"
+    transfer.convert(folder / "src", guarded / "sound", "orbax")
+    guarded.chmod(mode)
+    try:
+      with permissions_count():
+        argv = (folder / "src", guarded / "dst", "--to=hf")
+        refused_by_command(capsys, *argv, words=("dst", "Permission denied"))
+        if mode != 0o555:
+          argv = (guarded / "sound", folder / "dst", "--to=hf")
+          refused_by_command(capsys, *argv, words=("sound", "Permission"))
+    finally:
+      guarded.chmod(0o755)
+    assert sorted(os.listdir(folder)) == ["guarded", "src"]
+    assert os.listdir(guarded) == ["sound"]
+
+
+# Conversions that do not end.
+
+
+def partial_is_no_checkpoint(folder):
+  """Neither what a killed conversion leaves nor anything within it loads."""
+  assert not (folder / "dst").exists()
+  partial = folder / "dst.partial"
+  assert partial.is_dir()
+  for path in [partial, *partial.rglob("*")]:
+    with pytest.raises(ValueError):
+      gemma_funnel.load(path)
+
+
+def rerun(origin, folder, to):
+  transfer.convert(origin, folder / "dst", to)
+  assert os.listdir(folder) == ["dst"]
+  found = dict(parameters(source.open_checkpoint(folder / "dst")))
+  for path, values in parameters(source.open_checkpoint(origin)):
+    np.testing.assert_array_equal(found[path], values)
+
+
+# Stops for ever in the midst of a tensor, or when all is written.
+STALL = """
+import os, sys, time
+from gemma_funnel.convert import target, transfer
+from gemma_funnel.convert.__main__ import main
+
+origin, destination, to = sys.argv[1:]
+target.SHARD_BYTES = 4000
+left = 15
+
+def read(*args, read=transfer._read):
+  global left
+  left -= 1
+  if left < 0:
+    os.write(1, b"midway\\n")
+    time.sleep(1000)
+  return read(*args)
+
+transfer._read = read
+main([origin, destination, "--to=" + to])
+"""
+
+
+def test_a_conversion_that_is_killed(made, tmp_path):
+  running = {}
+  before = contents(made / "hf")
+  try:
+    for to in target.FORMATS:
+      (tmp_path / to).mkdir()
+      argv = [str(made / "hf"), str(tmp_path / to / "dst"), to]
+      running[to] = subprocess.Popen(
+        [sys.executable, "-c", STALL, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+      )
+    for process in running.values():
+      assert process.stdout.readline() == "midway\n"
+  finally:
+    for process in running.values():
+      process.kill()
+      process.communicate()
+  assert contents(made / "hf") == before
+  for to in target.FORMATS:
+    assert (tmp_path / to / "dst.partial" / discover.UNFINISHED).exists()
+    partial_is_no_checkpoint(tmp_path / to)
+    rerun(made / "hf", tmp_path / to, to)
+
+
+@pytest.mark.parametrize("to", target.FORMATS)
+@pytest.mark.parametrize("shards", [False, True])
+def test_what_is_left_at_any_moment(made, tmp_path, monkeypatch, to, shards):
+  """As if it were killed: nothing is tidied up."""
+  if shards:
+    monkeypatch.setattr(target, "SHARD_BYTES", 4000)
+  opened = source.open_checkpoint(made / "hf")
+  plan = transfer.plan_for(opened, to)
+  unlink = pathlib.Path.unlink
+  for moment in (1, 12, 25, None):
+    left = [moment]
+
+    def stop(*_, left=left):
+      left[0] = (left[0] or 0) - 1
+      if left[0] <= 0:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(shutil, "rmtree", lambda *args, **keywords: None)
+      if moment is None:
+        patch.setattr(pathlib.Path, "unlink", stop)
+      with pytest.raises(KeyboardInterrupt):
+        progress = (lambda *_: None) if moment is None else stop
+        transfer.write(opened, plan, tmp_path / "dst", progress)
+    assert pathlib.Path.unlink is unlink
+    partial_is_no_checkpoint(tmp_path)
+    shutil.rmtree(tmp_path / "dst.partial")
+  rerun(made / "hf", tmp_path, to)
+
+
+@pytest.mark.parametrize("to", target.FORMATS)
+def test_a_conversion_that_is_interrupted(made, tmp_path, monkeypatch, to):
+  before = contents(made / "hf")
+  opened = source.open_checkpoint(made / "hf")
+  plan = transfer.plan_for(opened, to)
+  for moment in (0, 1, 12, 25):
+    left = [moment]
+
+    def stop(*_, left=left):
+      left[0] -= 1
+      if left[0] < 0:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+      transfer.write(opened, plan, tmp_path / "dst", stop)
+    assert not os.listdir(tmp_path)
+  assert contents(made / "hf") == before
+
+  def interrupt(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(transfer, "_read", interrupt)
+    argv = [str(made / "hf"), str(tmp_path / "dst"), f"--to={to}"]
+    assert main(argv) == 130
+  assert not os.listdir(tmp_path)
+  rerun(made / "hf", tmp_path, to)
