@@ -246,6 +246,15 @@ def test_kauldron_by_its_own_folder(tmp_path):
   same(reference_of("mqa"), model)
 
 
+def test_an_old_tree_has_no_metadata(tmp_path):
+  path = save(tmp_path / "tree", google_tree("gqa", "flat", False))
+  (path / "_METADATA").unlink()
+  # Where small values were once aggregated.
+  (path / "checkpoint").write_bytes(b"\x80")
+  model = gemma_funnel.load(path, config=config_of("gqa"))
+  same(reference_of("gqa"), model)
+
+
 @pytest.mark.parametrize("given", ["archive", "tree"])
 def test_the_archive_of_a_release(tmp_path, given):
   folder = tmp_path / "archive"

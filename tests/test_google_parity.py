@@ -150,7 +150,6 @@ def test_theirs_loads_ours(case, transposed, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, found, params)
       found = params
   gap = worst(logits_of(model, found, case.tokens), case.logits)
-  print(f"{case.name}, transposed {transposed}: {gap:.2g}")
   assert gap < TOLERANCE
 
 
@@ -193,7 +192,6 @@ def test_we_load_what_it_initialises(case, transposed, tmp_path):
   ours = gemma_funnel.load(tmp_path / "t", config=case.model.config)
   wanted = logits_of(model, params, case.tokens)
   gap = worst(wanted, np.asarray(ours(case.tokens)))
-  print(f"{case.name}, transposed {transposed}: {gap:.2g}")
   assert gap < TOLERANCE
 
 

@@ -106,7 +106,7 @@ def check_destination(
   """Raises a ValueError where nothing can be written, before anything is."""
   with _naming(destination):
     path = pathlib.Path(destination).absolute()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not _is_free(path):
       raise ValueError(
         f"{destination} exists: expected a folder that does not, or is empty"
       )
@@ -118,7 +118,7 @@ def check_destination(
       raise ValueError(f"{destination} cannot be made: {parent} is no folder")
     partial = _partial_of(path)
     # What is there will be deleted; it might be the source.
-    if partial.exists() and not (partial / discover.UNFINISHED).exists():
+    if not _is_free(partial):
       raise ValueError(
         f"{partial} exists, and not from a conversion that was killed: remove "
         "it, or name another destination"
@@ -141,6 +141,13 @@ def _naming(destination: str | os.PathLike[str]) -> Iterator[None]:
     ) from error
 
 
+def _is_free(path: pathlib.Path) -> bool:
+  """Whether nothing, or what a conversion that was killed left, is there."""
+  if not path.is_dir():
+    return not path.exists()
+  return (path / discover.UNFINISHED).exists() or not any(path.iterdir())
+
+
 def _partial_of(path: pathlib.Path) -> pathlib.Path:
   return path.with_name(path.name + _PARTIAL)
 
@@ -161,8 +168,8 @@ def write(
   partial = _partial_of(path)
   with _naming(destination), contextlib.ExitStack() as stack:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of a conversion that was killed.
-    shutil.rmtree(partial, ignore_errors=True)
+    for killed in filter(_is_free, (partial, path)):
+      shutil.rmtree(killed, ignore_errors=True)
     partial.mkdir()
     # Whatever ends it, nothing half-written stays.
     stack.callback(shutil.rmtree, partial, ignore_errors=True)
@@ -178,8 +185,9 @@ def write(
     for name, text in plan.texts.items():
       if name not in source.companions:
         (partial / name).write_text(text, encoding="utf-8")
-    (partial / discover.UNFINISHED).unlink()
     os.replace(partial, path)
+    # Until now, whatever killed it, the next conversion would start anew.
+    (path / discover.UNFINISHED).unlink()
 
 
 def _blocks(
