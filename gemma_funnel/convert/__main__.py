@@ -69,7 +69,7 @@ def _read_config(given: str | None) -> GemmaConfig | None:
 
 def _tell(source: Source, plan: target.Plan) -> None:
   rows, largest = source.dropped_rows()
-  if largest and plan.sizes["V"] <= source.config.vocab_size:
+  if largest and plan.sizes["V"] < source.rows:
     cli.say(
       f"the last {rows} rows of the embedding are left out: they are of no "
       f"token, but not zero (largest {largest:.3g})"

@@ -232,7 +232,9 @@ def _metadata_of(keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:
           {"key": key, "key_type": dictionary_key} for key in path
         ],
         "value_metadata": {
-          "value_type": "jax.Array",
+          # Restored without a word about where, it is an array of the host;
+          # a jax.Array would need its sharding to be known.
+          "value_type": "np.ndarray",
           "skip_deserialize": False,
         },
       }

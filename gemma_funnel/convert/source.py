@@ -115,9 +115,14 @@ class Source:
       values[n] = self.read(path, layer, axes, cut, dtype)
     return values
 
+  @property
+  def rows(self) -> int:
+    """Of the stored embedding: the vocabulary's, and Google's padding."""
+    return self._sizes["V"]
+
   def dropped_rows(self) -> tuple[int, float]:
     """Rows of the embedding beyond the vocabulary: (how many, largest |x|)."""
-    rows, used = self._sizes["V"], self.config.vocab_size
+    rows, used = self.rows, self.config.vocab_size
     cut, largest = {"V": slice(used, rows)}, 0.0
     if rows > used:
       values = self.read(("embedding",), None, "V D", cut, np.float32)

@@ -225,9 +225,10 @@ def _blocks(
 def _read(source: Source, plan: target.Plan, part: Part, cut) -> np.ndarray:
   if part.path != ("embedding",):
     return source.read(part.path, part.layer, part.axes, cut, plan.dtype)
-  # Rows that the source, or the vocabulary there, has not are zeros.
-  rows = cut["V"]
-  used = min(source.config.vocab_size, plan.config.vocab_size)
+  # Rows that the source, or a vocabulary made smaller, has not are zeros.
+  rows, used = cut["V"], source.rows
+  if plan.config.vocab_size < source.config.vocab_size:
+    used = plan.config.vocab_size
   stop = max(rows.start, min(rows.stop, used))
   values = np.zeros(shape_of(part.axes, cut_sizes(plan.sizes, cut)), plan.dtype)
   if stop > rows.start:
