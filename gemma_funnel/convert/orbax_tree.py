@@ -3,11 +3,12 @@
 An Orbax tree is a folder of Zarr arrays, each under the names of its keys
 joined by dots, in files or in a key-value store (OCDBT), and `_METADATA`, which
 says the keys. Orbax itself restores whole arrays or shards of them, and saves
-whole trees; TensorStore, which it is built on, does the rest here.
+whole trees. Here TensorStore, which it is built on, reads; what is written are
+plain files of raw chunks, which need no encoding.
 """
 
 from collections.abc import Mapping, Sequence
-import contextlib
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_funnel.convert.store import Header, Index, read_json
+from gemma_funnel.convert.store import Header, Index, read_json, write_range
 
 _METADATA = "_METADATA"
 _MANIFEST = "manifest.ocdbt"
@@ -131,7 +132,9 @@ def _damaged(what: str, error: Exception) -> ValueError:
 
 
 class OrbaxWriter:
-  """Writes a tree; see `store.Writer`. A chunk is a block of leading axes."""
+  """Writes a tree; see `store.Writer`. Each block is a chunk."""
+
+  in_order = False
 
   def __init__(
     self,
@@ -148,78 +151,56 @@ class OrbaxWriter:
       keys: that lead to each in the tree.
       chunks: the shape of the blocks that each is written in.
     """
-    import tensorstore as ts
-
-    self._folder = pathlib.Path(folder).absolute()
-    self._folder.mkdir(exist_ok=True)
+    self._folder = pathlib.Path(folder)
     self._tensors, self._keys, self._chunks = tensors, keys, chunks
-    # Waiting for the disk after each chunk would be slower than `cp`, which
-    # does not either.
-    self._context = ts.Context({"file_io_sync": False})
-    self._name = self._array = self._writing = None
+    for name, header in tensors.items():
+      array = self._folder / name
+      array.mkdir(parents=True)
+      (array / ".zarray").write_text(json.dumps(_zarray(header, chunks[name])))
 
   def write(self, name: str, index: Index, block: np.ndarray) -> None:
-    self._wait()
-    if name != self._name:
-      self._name, self._array = name, self._create(name)
-    place = self._array[index]
-    self._writing = place.write(
-      block.reshape(place.shape), can_reference_source_data_indefinitely=True
-    )
-
-  def _create(self, name: str):
-    import tensorstore as ts
-
-    header = self._tensors[name]
-    base = {"driver": "file", "path": f"{self._folder}/"}
-    spec = {
-      "driver": "zarr",
-      "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
-      "metadata": {
-        "shape": list(header.shape),
-        "chunks": list(self._chunks[name]),
-        "dtype": _zarr_dtype(header.dtype),
-        "compressor": None,
-        "dimension_separator": ".",
-      },
-      "create": True,
-      "store_data_equal_to_fill_value": True,
-    }
-    with _os_errors():
-      return ts.open(spec, context=self._context).result()
-
-  def _wait(self) -> None:
-    if self._writing is not None:
-      with _os_errors():
-        self._writing.result()
-      self._writing = None
+    chunk = self._chunks[name]
+    places = [
+      part if isinstance(part, int) else (part.start or 0) // size
+      for part, size in itertools.zip_longest(
+        index, chunk, fillvalue=slice(None)
+      )
+    ]
+    block = block.reshape((1,) * (len(chunk) - block.ndim) + block.shape)
+    if block.shape != chunk:
+      # The last along an axis that chunks do not divide is stored whole.
+      whole = np.zeros(chunk, block.dtype)
+      whole[tuple(map(slice, block.shape))] = block
+      block = whole
+    file = self._folder / name / ".".join(map(str, places))
+    with open(file, "xb", buffering=0) as opened:
+      write_range(opened.fileno(), 0, block)
 
   def __enter__(self) -> "OrbaxWriter":
     return self
 
   def __exit__(self, kind, *_) -> None:
-    if kind is not None:
-      # Else it would go on in a folder that is being deleted.
-      with contextlib.suppress(OSError):
-        self._wait()
-      return
-    self._wait()
-    # Last: without it there is no tree.
-    metadata = _metadata_of(self._keys)
-    (self._folder / _METADATA).write_text(json.dumps(metadata))
+    if kind is None:
+      # Last: without it there is no tree.
+      metadata = _metadata_of(self._keys)
+      (self._folder / _METADATA).write_text(json.dumps(metadata))
 
 
-@contextlib.contextmanager
-def _os_errors():
-  """TensorStore's errors of a full disk, and the like, are of other types."""
-  try:
-    yield
-  except (ValueError, RuntimeError) as error:
-    raise OSError(str(error)) from error
-
-
-def _zarr_dtype(dtype: np.dtype) -> str:
-  return "bfloat16" if dtype.name == "bfloat16" else dtype.str
+def _zarray(header: Header, chunks: tuple[int, ...]) -> dict[str, Any]:
+  """The metadata of an array of Zarr, version 2, of raw chunks."""
+  name = header.dtype.name
+  return dict(
+    zarr_format=2,
+    shape=header.shape,
+    chunks=chunks,
+    # Not of the specification, but what TensorStore calls it.
+    dtype=name if name == "bfloat16" else header.dtype.newbyteorder("<").str,
+    order="C",
+    compressor=None,
+    filters=None,
+    fill_value=None,
+    dimension_separator=".",
+  )
 
 
 def _metadata_of(keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -240,7 +221,7 @@ def _metadata_of(keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:
       }
       for path in keys.values()
     },
-    "use_ocdbt": True,
+    "use_ocdbt": False,
     "use_zarr3": False,
     _ALL_STORED: True,
     "custom_metadata": None,

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +21,7 @@ from gemma_funnel.convert.store import (
   Index,
   leading_range,
   read_range,
+  write_range,
 )
 
 _DTYPES = {
@@ -97,6 +99,8 @@ class SafetensorsFile:
 class SafetensorsWriter:
   """Writes one file; see `store.Writer`."""
 
+  in_order = False
+
   def __init__(self, path: str | os.PathLike, tensors: Mapping[str, Header]):
     entries, end = {}, 0
     for name, header in tensors.items():
@@ -108,24 +112,33 @@ class SafetensorsWriter:
       end += header.nbytes
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    self._file = open(path, "wb")
-    self._file.write(len(text).to_bytes(8, "little") + text)
-    self._start = self._file.tell()
-    self._tensors, self._entries, self._end = dict(tensors), entries, end
+    self._where = os.fspath(path)
+    self._headers, self._entries = dict(tensors), entries
+    self._start, self._missing = 8 + len(text), end
+    self._lock = threading.Lock()
+    header = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    self._file = open(path, "wb", buffering=0)
+    try:
+      write_range(self._file.fileno(), 0, header)
+    except OSError:
+      self._file.close()
+      raise
 
   def write(self, name: str, index: Index, block: np.ndarray) -> None:
-    header = self._tensors[name]
-    offset, *_ = leading_range(header.shape, index)
+    header = self._headers[name]
+    offset, shape, _ = leading_range(header.shape, index)
+    if block.dtype != header.dtype or block.size != math.prod(shape):
+      raise RuntimeError(f"{name}{list(index)} is no block of {self._where}")
     at = self._entries[name]["data_offsets"][0] + offset * header.dtype.itemsize
-    if self._file.tell() - self._start != at or block.dtype != header.dtype:
-      raise RuntimeError(f"{name}{list(index)} is not the next block")
-    self._file.write(block.reshape(-1).view(np.uint8).data)
+    # Writers of one file wait for each other within the system, spinning.
+    with self._lock:
+      write_range(self._file.fileno(), self._start + at, block)
+      self._missing -= block.nbytes
 
   def __enter__(self) -> "SafetensorsWriter":
     return self
 
   def __exit__(self, kind, *_) -> None:
-    end = self._file.tell() - self._start
     self._file.close()
-    if kind is None and end != self._end:
-      raise RuntimeError(f"{end} bytes were written: expected {self._end}")
+    if kind is None and self._missing:
+      raise RuntimeError(f"{self._missing} bytes of {self._where} are missing")

@@ -1,10 +1,8 @@
 """What every kind of weight file offers: headers, and reading by slices.
 
 A reader has `tensors`, the header of each tensor by name, known without
-reading values, and `read(name, index)`. A writer is given all headers first
-and then `write(name, index, block)` for one block after the other, in the order
-of the file: tensors as listed, the blocks of each one along its leading axes.
-Neither ever holds more than a block.
+reading values, and `read(name, index)`. A writer is given all headers first and then
+`write(name, index, block)` for each block. Neither ever holds more than that.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +18,10 @@ import numpy as np
 
 # Of an index or a configuration; those of the largest models have 100 kB.
 _MOST_JSON = 64 << 20
+
+# A call that writes more asks the system for larger pages, which take it twice
+# as long to come by.
+_WRITE_BYTES = 64 << 10
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -67,7 +69,14 @@ class Reader(Protocol):
 
 
 class Writer(Protocol):
-  """Weight files that are being written; a context manager that closes."""
+  """Weight files that are being written; a context manager that closes.
+
+  Attributes:
+    in_order: whether blocks have to come in the order of the file, from one
+      thread. Else they may come in any, from several threads at once.
+  """
+
+  in_order: bool
 
   def write(self, name: str, index: Index, block: np.ndarray) -> None:
     """Writes a C-contiguous block of the tensor's dtype at `index`.
@@ -122,6 +131,15 @@ def read_range(path: str, offset: int, nbytes: int) -> np.ndarray:
   except OSError as error:
     raise ValueError(f"{path} cannot be read: {error.strerror}") from error
   return values
+
+
+def write_range(file: int, offset: int, block: np.ndarray) -> None:
+  """Writes a C-contiguous block to an open file, from `offset` on."""
+  values = block.reshape(-1).view(np.uint8).data
+  done = 0
+  while done < len(values):
+    some = values[done : done + _WRITE_BYTES]
+    done += os.pwrite(file, some, offset + done)
 
 
 class Shards:

@@ -250,6 +250,9 @@ class TorchWriter:
     where: what errors call it.
   """
 
+  # Of the sums of a zip file's members.
+  in_order = True
+
   def __init__(
     self,
     path: str | os.PathLike[str],

@@ -1,12 +1,12 @@
 """Writing a checkpoint in another format, a block of a tensor at a time.
 
-Blocks are read and rearranged by threads, a few ahead of the one that is being
-written. Everything is written to a folder beside the destination, which takes
+Threads read, rearrange and, where the files allow it, write blocks, a few at a
+time. Everything is written to a folder beside the destination, which takes
 its name when it is complete.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -18,13 +18,12 @@ import numpy as np
 
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.convert import discover, target
-from gemma_funnel.convert.layout import Part, Tensor, cut_sizes, shape_of
+from gemma_funnel.convert.layout import Part, cut_sizes, shape_of
 from gemma_funnel.convert.source import Source, open_checkpoint
+from gemma_funnel.convert.store import Writer
 from gemma_funnel.data.tokenizer import Tokenizer
 
-_THREADS = 2
-# Blocks that are read ahead of the one that is being written.
-_AHEAD = 3
+_THREADS = max(2, min(8, os.cpu_count() or 1))
 _PARTIAL = ".partial"
 # Room for what is not a tensor.
 _SPARE_BYTES = 64 << 20
@@ -176,9 +175,8 @@ def write(
     (partial / discover.UNFINISHED).touch()
     for file in plan.files:
       with file.open(partial / file.name, plan.headers(file)) as writer:
-        for tensor, index, block in _blocks(source, plan, file.tensors):
-          writer.write(tensor.name, index, block)
-          progress(tensor.name, block.nbytes)
+        for name, nbytes in _move(source, plan, file, writer):
+          progress(name, nbytes)
     for name, origin in source.companions.items():
       shutil.copyfile(origin, partial / name)
     # Last: without a configuration or an index it is no checkpoint.
@@ -190,36 +188,44 @@ def write(
     (path / discover.UNFINISHED).unlink()
 
 
-def _blocks(
-  source: Source, plan: target.Plan, tensors: Iterable[Tensor]
-) -> Iterator[tuple[Tensor, tuple, np.ndarray]]:
-  """(tensor, index, values) in the order of the file."""
+def _move(
+  source: Source, plan: target.Plan, file: target.File, writer: Writer
+) -> Iterator[tuple[str, int]]:
+  """Writes all tensors of a file; yields (tensor, bytes) of each block."""
 
-  def read(tensor: Tensor, part: Part, cut):
-    return (
-      tensor,
-      part.index(cut, plan.sizes),
-      _read(source, plan, part, cut),
-    )
+  def move(name: str, part: Part, cut):
+    block = _read(source, plan, part, cut)
+    index = part.index(cut, plan.sizes)
+    if not writer.in_order:
+      writer.write(name, index, block)
+      return name, index, block.nbytes, None
+    return name, index, block.nbytes, block
 
   jobs = (
-    (tensor, part, cut)
-    for tensor in tensors
+    (tensor.name, part, cut)
+    for tensor in file.tensors
     for part in tensor.parts
     for cut in plan.blocks(part)
   )
+  waiting: deque[futures.Future] = deque()
+
+  def finish() -> tuple[str, int]:
+    name, index, nbytes, block = waiting.popleft().result()
+    if block is not None:
+      writer.write(name, index, block)
+    return name, nbytes
+
   with futures.ThreadPoolExecutor(_THREADS) as pool:
-    waiting: deque[futures.Future] = deque()
     try:
       for job in jobs:
-        waiting.append(pool.submit(read, *job))
-        if len(waiting) > _AHEAD:
-          yield waiting.popleft().result()
+        waiting.append(pool.submit(move, *job))
+        if len(waiting) > _THREADS:
+          yield finish()
       while waiting:
-        yield waiting.popleft().result()
+        yield finish()
     finally:
-      for job in waiting:
-        job.cancel()
+      for future in waiting:
+        future.cancel()
 
 
 def _read(source: Source, plan: target.Plan, part: Part, cut) -> np.ndarray:
