@@ -1,5 +1,6 @@
 """The command line: a mistake is one line, not a traceback."""
 
+import io
 import re
 import subprocess
 import sys
@@ -209,3 +210,30 @@ def test_eval_takes_the_same_flags():
       text=True, check=False,
   )  # fmt: skip
   _assert_refused((result.returncode, result.stderr), "checkpoint is missing")
+
+
+def test_progress_is_a_line_at_times(monkeypatch, capsys):
+  monkeypatch.setattr(cli, "_PROGRESS_SECONDS", 0.0)
+  with cli.Progress("loading", 200) as progress:
+    progress.add("a", 50)
+    progress.add("b", 150)
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0].startswith("loading a: 25%, about ")
+  assert lines[1] == "loading b: 100%, about 0 s left"
+  monkeypatch.setattr(cli, "_PROGRESS_SECONDS", 60.0)
+  with cli.Progress("loading", 200) as progress:
+    progress.add("a", 200)
+  assert capsys.readouterr().err == ""
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  terminal = Terminal()
+  monkeypatch.setattr(sys, "stderr", terminal)
+  with cli.Progress("loading", 3_000_000) as progress:
+    progress.add("a", 3_000_000)
+  shown = terminal.getvalue()
+  assert "loading" in shown and "100%" in shown and "3.0/3.0 MB" in shown

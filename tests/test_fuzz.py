@@ -12,6 +12,7 @@ import shutil
 from made_checkpoints import bounded_time, contents, make_all, parameters
 import numpy as np
 import pytest
+from tiny_checkpoints import damage
 
 import gemma_funnel
 from gemma_funnel import cli, convert
@@ -27,29 +28,6 @@ def made(tmp_path_factory):
 def copy(made, tmp_path):
   """Makes a copy to be spoiled."""
   return lambda name: shutil.copytree(made / name, tmp_path / "src")
-
-
-def damage(rng, data):
-  """One of the ways to spoil bytes."""
-  data = bytearray(data)
-  start = int(rng.integers(len(data)))
-  stop = min(len(data), start + int(rng.integers(1, 9)))
-  match rng.integers(7):
-    case 0:
-      data[start] ^= 1 << int(rng.integers(8))
-    case 1:
-      data[start:stop] = rng.bytes(stop - start)
-    case 2:
-      del data[start:stop]
-    case 3:
-      data[start:start] = rng.bytes(stop - start)
-    case 4:
-      data[start:stop] = bytes(stop - start)
-    case 5:
-      data[start:stop] = b"\xff" * (stop - start)
-    case 6:
-      del data[start:]
-  return bytes(data)
 
 
 _TOKENS = re.compile(r'"[^"]*"|-?[\d.]+(e-?\d+)?|true|false|null|[\[\]{},]')

@@ -373,17 +373,6 @@ def test_ours_and_back(tmp_path, monkeypatch, family):
 # The configuration.
 
 
-@dataclasses.dataclass
-class Headers:
-  """A reader of nothing but headers."""
-
-  tensors: dict[str, Header]
-  where: str = "somewhere"
-
-  def read(self, name, index=()):
-    raise AssertionError(f"{name} was read")
-
-
 RELEASED = [name for name in PRESETS if name.startswith(("gemma1_", "gemma2_"))]
 
 
@@ -400,7 +389,7 @@ def test_released_sizes_are_known(tmp_path, name, int8):
       scales = Header(tensor.shape[:1], np.dtype(np.float32))
       headers[tensor.name.removesuffix(".weight") + ".weight_scaler"] = scales
   weights = discover.Weights(
-    "it", "gemma_pytorch", tmp_path, lambda: Headers(headers)
+    "it", "gemma_pytorch", tmp_path, lambda: tiny.Headers(headers)
   )
   assert discover.read_config(weights) == (config, ())
 

@@ -546,20 +546,9 @@ def test_other_rows_are_an_error(tmp_path, padded, rows):
 # The configuration, from shapes alone.
 
 
-@dataclasses.dataclass
-class Headers:
-  """A reader of nothing but headers."""
-
-  tensors: dict[str, Header]
-  where: str = "somewhere"
-
-  def read(self, name, index=()):
-    raise AssertionError(f"{name} was read")
-
-
 def weights_of(tensors, folder, format_):
   headers = {t.name: Header(t.shape, np.dtype(np.float32)) for t in tensors}
-  return discover.Weights("it", format_, folder, lambda: Headers(headers))
+  return discover.Weights("it", format_, folder, lambda: tiny.Headers(headers))
 
 
 RELEASED = [name for name in PRESETS if name.startswith(("gemma1_", "gemma2_"))]

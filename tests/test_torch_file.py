@@ -13,6 +13,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+from tiny_checkpoints import damage
 
 from gemma_funnel.convert import torch_file, torch_pickle
 from gemma_funnel.convert.store import BFLOAT16, Header
@@ -742,27 +743,6 @@ def test_a_large_pickle_is_refused(tmp_path, monkeypatch):
 
 
 # Damage.
-
-
-def damage(rng, data):
-  """One of the ways to spoil bytes."""
-  data = bytearray(data)
-  start = int(rng.integers(len(data)))
-  stop = min(len(data), start + int(rng.integers(1, 9)))
-  match rng.integers(6):
-    case 0:
-      data[start] ^= 1 << int(rng.integers(8))
-    case 1:
-      data[start:stop] = rng.bytes(stop - start)
-    case 2:
-      del data[start:stop]
-    case 3:
-      data[start:start] = rng.bytes(stop - start)
-    case 4:
-      data[start:stop] = bytes(stop - start)
-    case 5:
-      data[start:stop] = b"\xff" * (stop - start)
-  return bytes(data)
 
 
 def try_to_read(path, counts):

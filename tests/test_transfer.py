@@ -357,4 +357,4 @@ def test_blocks_are_read_a_few_ahead(source, tmp_path, monkeypatch):
   opened = open_checkpoint(source)
   plan = transfer.plan_for(opened, "hf")
   transfer.write(opened, plan, tmp_path / "x", written)
-  assert 1 <= most[0] <= transfer._THREADS + 2
+  assert 1 <= most[0] <= transfer.THREADS + 2

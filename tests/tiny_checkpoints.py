@@ -1,9 +1,12 @@
-"""Small checkpoints of Hugging Face's kind, for tests."""
+"""Small checkpoints of Hugging Face's kind, for tests, and damage to them."""
 
+import dataclasses
 import json
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from gemma_funnel.convert.store import Header
 
 V, D, F, L, N, K, H = 31, 8, 12, 3, 4, 2, 6
 GEMMA2 = dict(
@@ -74,3 +77,37 @@ def write_shards(folder, raw, tensors, shards=3):
   index = {"metadata": {}, "weight_map": weight_map}
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
   return folder
+
+
+def damage(rng, data):
+  """One of the ways to spoil bytes."""
+  data = bytearray(data)
+  start = int(rng.integers(len(data)))
+  stop = min(len(data), start + int(rng.integers(1, 9)))
+  match rng.integers(7):
+    case 0:
+      data[start] ^= 1 << int(rng.integers(8))
+    case 1:
+      data[start:stop] = rng.bytes(stop - start)
+    case 2:
+      del data[start:stop]
+    case 3:
+      data[start:start] = rng.bytes(stop - start)
+    case 4:
+      data[start:stop] = bytes(stop - start)
+    case 5:
+      data[start:stop] = b"\xff" * (stop - start)
+    case 6:
+      del data[start:]
+  return bytes(data)
+
+
+@dataclasses.dataclass
+class Headers:
+  """A reader of nothing but headers."""
+
+  tensors: dict[str, Header]
+  where: str = "somewhere"
+
+  def read(self, name, index=()):
+    raise AssertionError(f"{name} was read")

@@ -113,15 +113,19 @@ def _assemble(
   source: Source, dtype: str, mesh: jax.sharding.Mesh | None
 ) -> Gemma:
   """A model of the source's own funnel, with its values."""
+  from gemma_funnel import cli  # With absl, which `import` alone needs not.
+
   config = dataclasses.replace(source.config, param_dtype=dtype, dtype=dtype)
   graphdef, state = nnx.split(Gemma.abstract(config, source.stages))
   params = dict(nnx.to_flat_state(state))
-  for path, param in params.items():
-    names = tuple(map(str, path))
-    sharding = _sharding_of(names, param.shape, mesh)
-    params[path] = param.replace(
-      _place(source, names, param.shape, jnp.dtype(dtype), sharding)
-    )
+  total = sum(p.size * p.dtype.itemsize for p in params.values())
+  with cli.Progress("loading", total) as progress:
+    for path, param in params.items():
+      names = tuple(map(str, path))
+      sharding = _sharding_of(names, param.shape, mesh)
+      value = _place(source, names, param.shape, param.dtype, sharding)
+      progress.add(".".join(names), value.nbytes)
+      params[path] = param.replace(value)
   return nnx.merge(graphdef, nnx.from_flat_state(params))
 
 

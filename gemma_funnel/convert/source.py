@@ -1,6 +1,7 @@
 """An open checkpoint: its tensors are checked, any part of them can be read."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent import futures
 import dataclasses
 import os
 import pathlib
@@ -24,6 +25,8 @@ _FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, BFLOAT16)))
 # to the system when they are freed, and taking them anew costs as much as all
 # else that is done with them.
 BLOCK_BYTES = 16 << 20
+# That read, and rearrange what was read.
+THREADS = max(2, min(8, os.cpu_count() or 1))
 # Far above any model's: what a damaged configuration says is not tried out.
 _MOST_LAYERS, _MOST_WIDTH = 1_000, 1 << 24
 
@@ -111,8 +114,13 @@ class Source:
     sizes = layout.cut_sizes(self._sizes, cut)
     numbers = range(*layers.indices(self.config.num_layers))
     values = np.empty((len(numbers), *layout.shape_of(axes, sizes)), dtype)
-    for n, layer in enumerate(numbers):
-      values[n] = self.read(path, layer, axes, cut, dtype)
+
+    def fill(n: int) -> None:
+      values[n] = self.read(path, numbers[n], axes, cut, dtype)
+
+    with futures.ThreadPoolExecutor(THREADS) as pool:
+      # As a list, so that what a thread raises is raised.
+      list(pool.map(fill, range(len(numbers))))
     return values
 
   @property

@@ -1,8 +1,8 @@
 """What every kind of weight file offers: headers, and reading by slices.
 
 A reader has `tensors`, the header of each tensor by name, known without
-reading values, and `read(name, index)`. A writer is given all headers first and then
-`write(name, index, block)` for each block. Neither ever holds more than that.
+reading values, and `read(name, index)`. A writer is given all headers first and
+then `write(name, index, block)` for each block. Neither holds more than that.
 """
 
 from collections.abc import Callable, Mapping, Sequence

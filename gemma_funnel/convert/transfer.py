@@ -19,11 +19,10 @@ import numpy as np
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.convert import discover, target
 from gemma_funnel.convert.layout import Part, cut_sizes, shape_of
-from gemma_funnel.convert.source import Source, open_checkpoint
+from gemma_funnel.convert.source import THREADS, Source, open_checkpoint
 from gemma_funnel.convert.store import Writer
 from gemma_funnel.data.tokenizer import Tokenizer
 
-_THREADS = max(2, min(8, os.cpu_count() or 1))
 _PARTIAL = ".partial"
 # Room for what is not a tensor.
 _SPARE_BYTES = 64 << 20
@@ -215,11 +214,11 @@ def _move(
       writer.write(name, index, block)
     return name, nbytes
 
-  with futures.ThreadPoolExecutor(_THREADS) as pool:
+  with futures.ThreadPoolExecutor(THREADS) as pool:
     try:
       for job in jobs:
         waiting.append(pool.submit(move, *job))
-        if len(waiting) > _THREADS:
+        if len(waiting) > THREADS:
           yield finish()
       while waiting:
         yield finish()
