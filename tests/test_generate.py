@@ -542,6 +542,7 @@ def test_tokenizers_that_do_not_do(plain, refuse, folder, tmp_path):
   small = plain / "small"
   small.mkdir()
   (small / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+  (small / "model.safetensors").touch()
   given = f"--tokenizer={folder / 'tokenizer.model'}"
   refuse("320 pieces.* vocab_size=300", prompt, given, checkpoint=small)
   model.unlink()
@@ -559,7 +560,7 @@ def test_tokenizers_that_do_not_do(plain, refuse, folder, tmp_path):
 def test_runs_that_do_not_do(refuse, folder, tmp_path):
   prompt = "--prompt=a"
   (tmp_path / "checkpoints").mkdir()
-  refuse("config.json is no configuration", prompt, checkpoint=tmp_path)
+  refuse("config.json cannot be read", prompt, checkpoint=tmp_path)
   config = json.loads((folder / "config.json").read_text())
   write = lambda config: (tmp_path / "config.json").write_text(
     json.dumps(config)

@@ -300,14 +300,23 @@ def published(config: GemmaConfig) -> GemmaConfig | None:
 def find_companions(weights: Weights) -> dict[str, pathlib.Path]:
   """Files of the tokenizer and of generating, by their usual names.
 
-  They lie beside the weights, in a folder `tokenizer`, or around a tree.
+  They lie beside the weights, in a folder `tokenizer`, or around a tree; a run
+  says where its tokenizer is.
+
+  Raises:
+    ValueError: the run does not say.
   """
   found = {}
   if weights.format == "run":
-    given = read_json(weights.folder / CONFIG).get("data", {})
-    given = given.get("tokenizer") if isinstance(given, dict) else None
-    if given:
-      found["tokenizer.model"] = pathlib.Path(given)
+    file = weights.folder / CONFIG
+    data = read_json(file).get("data")
+    if not isinstance(data, dict) or "tokenizer" not in data:
+      raise ValueError(
+        f"{file} is no configuration of a training run: expected a "
+        "data.tokenizer"
+      )
+    if data["tokenizer"]:
+      found["tokenizer.model"] = pathlib.Path(data["tokenizer"])
   places = [weights.folder, weights.folder / "tokenizer"]
   if weights.format == "google" and is_orbax_tree(weights.folder):
     places.append(weights.folder.parent)
