@@ -667,8 +667,9 @@ def test_a_closed_pipe_ends_quietly(command, monkeypatch):
 def test_ctrl_c_of_the_command(folder):
   args = [
       sys.executable, "-m", "gemma_funnel.generate", f"--checkpoint={folder}",
-      f"--prompt={EMOJI}", "--temperature=1", "--stop_id=0", "--chunk=1",
-      f"--max_new_tokens={LENGTH - 10}",
+      f"--prompt={EMOJI}", "--temperature=1", "--top_k=2", "--chunk=1",
+      # With two to draw from, it goes on to the end, half a minute later.
+      "--stop_id=0", f"--max_new_tokens={LENGTH - 10}",
   ]  # fmt: skip
   # Text is UTF-8 whatever the terminal says.
   env = tiny_run.environment() | {"PYTHONIOENCODING": "ascii"}
