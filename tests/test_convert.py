@@ -333,7 +333,8 @@ def test_our_runs_are_passed_on(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, "load_model", lambda *args: seen.append(args))
   (tmp_path / "checkpoints").mkdir()
   model = GemmaConfig.preset("tiny").to_dict()
-  write_config(tmp_path, {"model": model, "funnel": "off"})
+  run = {"model": model, "funnel": "off", "data": {"tokenizer": None}}
+  write_config(tmp_path, run)
   gemma_funnel.load(tmp_path, "start=1", dtype="bfloat16")
   assert seen == [(tmp_path, "start=1", "bfloat16", None)]
 
