@@ -673,10 +673,13 @@ def test_ctrl_c_of_the_command(folder):
   ]  # fmt: skip
   # Text is UTF-8 whatever the terminal says.
   env = tiny_run.environment() | {"PYTHONIOENCODING": "ascii"}
+  # Tests in the background of a shell would pass on that they ignore Ctrl-C.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   with subprocess.Popen(
       args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tiny_run.ROOT,
       env=env,
   ) as process:  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     begun = os.read(process.stdout.fileno(), 1)  # What comes after stays.
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
