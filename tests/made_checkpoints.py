@@ -43,8 +43,7 @@ def make_learned(origin, folder):
   config, stages = discover.read_config(discover.find(folder))
   learned = {
     tensor.name: np.ones(tensor.shape, np.float32)
-    for tensor in layout.own_tensors(config, stages)
-    if tensor.name.startswith("funnel.")
+    for tensor in layout.learned_tensors(layout.own_tensors(config, stages))
   }
   save_file(learned, folder / discover.LEARNED)
 

@@ -104,8 +104,7 @@ class Tensor:
   Attributes:
     name: in the file.
     shape: of the whole.
-    parts: that make it up, in C order. What they leave out is zero: rows of
-      the embedding beyond the vocabulary.
+    parts: that make it up, in C order.
   """
 
   name: str
@@ -134,6 +133,11 @@ def own_tensors(
     )
     tensors.append(Tensor(".".join(path), shape, tuple(parts)))
   return tensors
+
+
+def learned_tensors(tensors: list[Tensor]) -> list[Tensor]:
+  """Those of `own_tensors` that a funnel has learned."""
+  return [tensor for tensor in tensors if tensor.name.startswith("funnel.")]
 
 
 def parts_of(tensors: list[Tensor]) -> dict[tuple[Path, int | None], tuple]:

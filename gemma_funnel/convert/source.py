@@ -172,7 +172,7 @@ def open_checkpoint(
     sizes["V"] = google.rows_of(reader.tensors, config)
   tensors = _tensors_of(format_, config, sizes, reader) or own
   _check(reader, tensors)
-  learned = [tensor for tensor in own if tensor.name.startswith("funnel.")]
+  learned = layout.learned_tensors(own)
   if learned and tensors is not own:
     beside = SafetensorsFile(weights.folder / discover.LEARNED)
     _check(beside, learned)

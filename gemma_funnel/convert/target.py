@@ -113,7 +113,7 @@ def make_plan(
     rows = google.padded_rows(rows)
   sizes = {**layout.sizes_of(config), "V": rows}
   own = layout.own_tensors(config, stages)
-  learned = [tensor for tensor in own if tensor.name.startswith("funnel.")]
+  learned = layout.learned_tensors(own)
   ours = _dump({
       discover.OURS: gemma_funnel.__version__, "model": config.to_dict(),
       "funnel": format_funnel(stages),
