@@ -1,6 +1,7 @@
 """Strict modes, and 8 host devices; before jax is first imported."""
 
 import os
+import shutil
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
@@ -22,3 +23,17 @@ def _forget_programs():
   """Frees each module's compiled programs: hundreds are made."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+  """A small checkpoint in every format, to be left as it is."""
+  from made_checkpoints import make_all
+
+  return make_all(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+  """Makes a copy of one of them, to be spoiled."""
+  return lambda name: shutil.copytree(made / name, tmp_path / "src")

@@ -7,9 +7,8 @@ import json
 import pathlib
 import re
 import resource
-import shutil
 
-from made_checkpoints import bounded_time, contents, make_all, parameters
+from made_checkpoints import bounded_time, contents, parameters
 import numpy as np
 import pytest
 from tiny_checkpoints import damage
@@ -17,18 +16,6 @@ from tiny_checkpoints import damage
 import gemma_funnel
 from gemma_funnel import cli, convert
 from gemma_funnel.convert import layout, source
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-  return make_all(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def copy(made, tmp_path):
-  """Makes a copy to be spoiled."""
-  return lambda name: shutil.copytree(made / name, tmp_path / "src")
-
 
 _TOKENS = re.compile(r'"[^"]*"|-?[\d.]+(e-?\d+)?|true|false|null|[\[\]{},]')
 _ODD = (

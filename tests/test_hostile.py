@@ -13,7 +13,6 @@ from made_checkpoints import (
   FORMATS,
   fails,
   make,
-  make_all,
   parameters,
   refused_by_command,
 )
@@ -23,17 +22,6 @@ from tiny_checkpoints import GEMMA2
 
 import gemma_funnel
 from gemma_funnel.convert import discover, source, target, transfer
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-  return make_all(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def copy(made, tmp_path):
-  """Makes a copy to be spoiled."""
-  return lambda name: shutil.copytree(made / name, tmp_path / "src")
 
 
 def refused(path, *words, to="hf"):

@@ -12,12 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_flops import PUBLISHED
 from tiny_checkpoints import GEMMA1, GEMMA2, L, random_tensors, write
 import tiny_run
 
 import gemma_funnel
 from gemma_funnel import convert
-from gemma_funnel.config import PRESETS, GemmaConfig, resolve_funnel
+from gemma_funnel.config import GemmaConfig, resolve_funnel
 from gemma_funnel.convert import __main__ as command
 from gemma_funnel.convert import layout, target, transfer, verify
 from gemma_funnel.convert.source import BLOCK_BYTES, open_checkpoint
@@ -50,16 +51,6 @@ def tokenizer_file(tmp_path_factory):
 
 # Plans.
 
-PUBLISHED = [name for name in PRESETS if name.startswith("gemma")]
-# Embedding included; google's has 128 rows more.
-PARAMETERS = {
-  "gemma1_2b": 2_506_172_416,
-  "gemma1_7b": 8_537_680_896,
-  "gemma2_2b": 2_614_341_888,
-  "gemma2_9b": 9_241_705_984,
-  "gemma2_27b": 27_227_128_320,
-}
-
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("to", FORMATS)
@@ -67,8 +58,9 @@ def test_plans_of_the_published_models(name, to):
   """Shapes, bytes, shards and blocks, without a weight."""
   config = GemmaConfig.preset(name)
   plan = target.make_plan(to, config, (), BFLOAT16)
+  # Google's embedding has 128 rows more.
   rows = 128 * config.embed_dim if to == "google" else 0
-  assert plan.nbytes == 2 * (PARAMETERS[name] + rows)
+  assert plan.nbytes == 2 * (PUBLISHED[name] + rows)
   for file in plan.files:
     headers = plan.headers(file)
     size = sum(h.nbytes for h in headers.values())

@@ -13,7 +13,6 @@ import tempfile
 from made_checkpoints import (
   contents,
   fails,
-  make_all,
   parameters,
   refused_by_command,
 )
@@ -37,11 +36,6 @@ WRITERS = {
   "hf": safetensors_file.SafetensorsWriter,
   "gemma_pytorch": torch_file.TorchWriter,
 }
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-  return make_all(tmp_path_factory.mktemp("made"))
 
 
 # Destinations that cannot be written.
