@@ -22,8 +22,22 @@ def get_config() -> ml_collections.ConfigDict:
     batch_size=8,
     length=256,
     model=GemmaConfig.preset("quickstart").to_dict(),
+    # Whatever gemma_funnel.load reads, to start from instead of afresh: its
+    # sizes and tokenizer are used, and of `model` dtypes, kernel and the like.
+    init_from=config_dict.placeholder(str),
+    # "next_token"; "masked" tokens, read in both directions; or "distill", of
+    # init_from without a funnel, into the same weights with one.
+    objective="next_token",
+    mask_rate=0.15,
+    # Weights of the terms: KL of logits, match of hidden states, next token.
+    distill=dict(temperature=1.0, logits=1.0, hidden=1.0, tokens=0.0),
     # Several stages are joined by "+"; "off" is no funnel.
     funnel="start=2,stride=2,recover=average",
+    # The first step that is funnelled; the ones before run plain.
+    funnel_from=0,
+    # Funnels of which each step draws one, so that one checkpoint serves all
+    # of them, such as ("off", "start=2,stride=2", "start=4,stride=4").
+    funnel_sampled=(),
     data=pipeline.default_config(),
     optimizer=dict(
       learning_rate=3e-3,

@@ -10,50 +10,61 @@ from gemma_funnel.config import total_stride
 from gemma_funnel.data import pipeline
 from gemma_funnel.evaluation import accuracy, latency, plots, report, timing
 from gemma_funnel.model import Gemma
-from gemma_funnel.training import loop
+from gemma_funnel.training import pretrain
 
 
 def run(config: ml_collections.ConfigDict) -> None:
-  """Trains as `loop.train` does; a finished run is then measured whole.
+  """Trains on text as `pretrain.train` does, or on a task as `finetune.run`.
 
-  Prints a table of held-out bits per byte and one of latency with the funnel
+  A finished run is measured whole. On text, this prints a table of held-out bits per byte and one of latency with the funnel
   and without; heldout.* and latency.* in the run's folder hold the same.
 
   Raises:
-    ValueError, FloatingPointError: see `loop.train`.
+    ValueError, FloatingPointError: see there.
   """
-  result = loop.train(config, _sampled_evaluator)
+  if "task" in config:
+    from gemma_funnel.evaluation import finetuned
+
+    finetuned.run(config)
+    return
+  result = pretrain.train(config, _sampled_evaluator)
   if not result.finished or jax.process_index() != 0:
     return
-  _report_heldout(config, result)
+  if config.objective != "masked":  # Its table would be of next tokens.
+    _report_heldout(config, result)
   if config.latency.repeats and result.model.stages:
     _report_latency(config, result.model)
 
 
-def _heldout(config, corpus, stages, max_documents=None) -> pipeline.HeldOut:
+def _heldout(config, corpus, align, gap, max_documents) -> pipeline.HeldOut:
   return pipeline.heldout_batches(
     corpus.heldout,
     corpus.tokenizer,
     batch_size=config.batch_size,
     length=config.length,
-    align=total_stride(stages),
+    align=align,
+    gap=gap,
     max_documents=max_documents,
   )
 
 
-def _sampled_evaluator(corpus: pipeline.Corpus, setup: loop.Setup):
+def _sampled_evaluator(corpus: pipeline.Corpus, setup: pretrain.Setup):
   """Measures a sample of the held-out documents while training."""
   config = setup.config
-  heldout = _heldout(config, corpus, setup.stages, config.eval_documents)
-  return functools.partial(
-    accuracy.evaluate, heldout=heldout, chunk=config.loss_chunk
-  )
-
-
-def _report_heldout(config, result: loop.Result) -> None:
   heldout = _heldout(
-    config, result.corpus, result.model.stages, config.heldout_documents
+    config, corpus, setup.funnels.align, setup.gap, config.eval_documents
   )
+  settings = dict(heldout=heldout, chunk=config.loss_chunk)
+  if config.objective == "masked":
+    return functools.partial(
+      accuracy.evaluate_masked, rate=config.mask_rate, **settings
+    )
+  return functools.partial(accuracy.evaluate, **settings)
+
+
+def _report_heldout(config, result: pretrain.Result) -> None:
+  align = total_stride(result.model.stages)
+  heldout = _heldout(config, result.corpus, align, 0, config.heldout_documents)
   rows = accuracy.measure(
     result.model, (accuracy.TRAINED,), heldout, config.loss_chunk
   )

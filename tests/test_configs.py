@@ -8,7 +8,7 @@ import tiny_run
 
 from gemma_funnel import evaluation
 from gemma_funnel.config import GemmaConfig, format_funnel, parse_funnel
-from gemma_funnel.training import loop
+from gemma_funnel.training import pretrain
 
 NAMES = sorted(p.stem for p in (tiny_run.ROOT / "configs").glob("*.py"))
 TRAINING = [name for name in NAMES if not name.startswith("eval_")]
@@ -22,9 +22,10 @@ def test_there_are_configs_of_both_kinds():
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_training_config_is_a_run(name):
   config = tiny_run.load_config(name)
-  setup = loop.make_setup(config)
+  setup = pretrain.make_setup(config)
   assert setup.model_config == GemmaConfig.from_dict(config.model)
-  (params, opt_state) = loop.make_init(setup)[1]
+  weights, opt_state = pretrain.make_init(setup)[1]
+  params = weights["params"]
   assert params["embedding"].shape == (
       config.model.vocab_size, config.model.embed_dim
   )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import loop
+from gemma_funnel.training import pretrain, progress
 
 # Long enough to be interrupted in the middle.
 STEPS = 120
@@ -33,7 +33,7 @@ def _no_evaluator(corpus, setup):
 
 def _train(workdir, source, evaluator=_no_evaluator, **changes):
   config = tiny_run.make_config(workdir, source, **changes)
-  return loop.train(config, evaluator)
+  return pretrain.train(config, evaluator)
 
 
 def _params(workdir):
@@ -181,11 +181,11 @@ def test_lines_of_steps_to_be_taken_again_are_dropped(tmp_path):
   line = lambda step, kind="train": json.dumps({"step": step, "kind": kind})
   kept = [line(1), line(2), line(2, "heldout")]
   path.write_text("\n".join([*kept, line(3), line(4), '{"step": 2, "ki']))
-  loop._keep_until(path, 2)
+  progress._keep_until(path, 2)
   assert path.read_text() == "\n".join(kept) + "\n"
-  loop._keep_until(path, 0)
+  progress._keep_until(path, 0)
   assert path.read_text() == ""
-  loop._keep_until(tmp_path / "none", 3)
+  progress._keep_until(tmp_path / "none", 3)
   assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
@@ -247,4 +247,4 @@ def test_a_mesh_that_does_not_fit_is_found_before_any_work(source, tmp_path):
 def test_a_configuration_that_cannot_be(changes, text):
   config = tiny_run.make_config("unused", "unused", **changes)
   with pytest.raises(ValueError, match=text):
-    loop.make_setup(config)
+    pretrain.make_setup(config)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gemma_funnel.training import loop, sharding
+from gemma_funnel.training import loop, pretrain, sharding
 from gemma_funnel.training.optimizer import path_of
 
 MESHES = (
@@ -40,7 +40,7 @@ def _mesh(devices=None, **sizes):
 def _setup(mesh, **changes):
   config = tiny_run.make_config("unused", "unused", **{**WIDE, **changes})
   config.mesh = mesh
-  return loop.make_setup(config)
+  return pretrain.make_setup(config)
 
 
 def _batch():
@@ -57,16 +57,20 @@ def _batch():
 def _steps(setup, count=2):
   """(params, first params, metrics of each step) as numpy arrays."""
   with jax.set_mesh(setup.mesh):
-    init, abstract = loop.make_init(setup)
-    step = loop.make_train_step(setup, abstract)
-    params, opt_state = init(0)
-    before = jax.device_get(params)
+    init, abstract = pretrain.make_init(setup)
+    step = loop.make_train_step(
+      pretrain.make_loss(setup), setup.optimizer, abstract, setup.mesh, seed=0
+    )
+    weights, opt_state = init(0)
+    before = jax.device_get(weights["params"])
     every = []
-    for _ in range(count):
+    for number in range(count):
       batch = sharding.put_batch(_batch(), setup.mesh)
-      params, opt_state, metrics = step(params, opt_state, batch)
+      weights, opt_state, metrics = step(
+        setup.stages, weights, opt_state, None, batch, np.int32(number)
+      )
       every.append(jax.device_get(metrics))
-    return jax.device_get(params), before, every
+    return jax.device_get(weights["params"]), before, every
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +104,7 @@ def test_a_step_is_the_same_on_any_mesh(mesh, on_one_device):
 def test_parameters_and_moments_are_split():
   setup = _setup(dict(data=2, fsdp=2, tensor=2), funnel=LEARNED)
   with jax.set_mesh(setup.mesh):
-    params, opt_state = loop.make_init(setup)[0](0)
+    params, opt_state = pretrain.make_init(setup)[0](0)
   expected = {
     "embedding": (256, 16),
     "layers/attn/query": (2, 16, 4, 8),
@@ -179,7 +183,7 @@ def test_a_parameter_without_a_rule_is_named():
 
 def test_every_parameter_is_under_its_own_rule():
   setup = _setup(dict(data=2, fsdp=2, tensor=2), funnel=LEARNED)
-  params, _ = loop.make_init(setup)[1]
+  params = pretrain.make_init(setup)[1][0]["params"]
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     split = {axis for axis in leaf.sharding.spec if axis}
     vector = len(leaf.shape) == 1 or path_of(path).endswith("scale")
@@ -197,7 +201,7 @@ def test_a_dimension_that_the_mesh_does_not_divide_is_named():
 
 def _init(changes, **mesh):
   setup = _setup({"data": 1, "fsdp": 1, "tensor": 1, **mesh}, **changes)
-  loop.make_init(setup)
+  pretrain.make_init(setup)
 
 
 @pytest.mark.parametrize(
@@ -235,4 +239,4 @@ def test_one_device_holds_the_whole_model(on_one_device):
 
 def _abstract():
   setup = _setup(dict(data=8, fsdp=1, tensor=1))
-  return loop.Gemma.abstract(setup.model_config, setup.stages)
+  return pretrain.Gemma.abstract(setup.model_config, setup.stages)

@@ -58,20 +58,23 @@ def chunk(tokens: Sequence[int], length: int) -> list[np.ndarray]:
 class ChunkDocuments(grain.experimental.FlatMapTransform):
   """Turns a `Document` into its chunks, padded to a multiple of `align`.
 
-  Grain's packing then starts every chunk at a multiple of `align`.
+  Grain's packing then starts every chunk at a multiple of `align`. `gap` more
+  slots of padding follow each chunk.
   """
 
   def __init__(
-    self, tokenizer: tokenizer_lib.Tokenizer, length: int, align: int
+    self, tokenizer: tokenizer_lib.Tokenizer, length: int, align: int, gap: int
   ):
     check_lengths(length, align)
     self._tokenizer = tokenizer
-    self._length = length
+    self._length = length - gap
     self._align = align
+    self._gap = gap
 
   def flat_map(self, element: sources.Document) -> list[dict[str, np.ndarray]]:
     chunks = chunk(self._tokenizer.encode(element.text), self._length)
-    return [{"tokens": np.pad(c, (0, -len(c) % self._align))} for c in chunks]
+    padding = lambda c: (0, -len(c) % self._align + self._gap)
+    return [{"tokens": np.pad(c, padding(c))} for c in chunks]
 
 
 def _to_row(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -92,6 +95,7 @@ def pack(
   *,
   length: int,
   align: int,
+  gap: int = 0,
   shuffle_seed: int | None = None,
 ) -> grain.IterDataset:
   """Packs documents into rows.
@@ -101,6 +105,7 @@ def pack(
     tokenizer: what they are encoded with.
     length: T, tokens of a row; a multiple of `align`.
     align: segments start at multiples of it.
+    gap: slots of padding after each segment at least; a multiple of `align`.
     shuffle_seed: seeds the order of chunks within windows of them, and of
       rows; None keeps the documents' order.
 
@@ -113,7 +118,7 @@ def pack(
     ValueError: see `check_lengths`.
   """
   chunks = grain.experimental.FlatMapIterDataset(
-    documents, ChunkDocuments(tokenizer, length, align)
+    documents, ChunkDocuments(tokenizer, length, align, gap)
   )
   if shuffle_seed is not None:
     # A long document's chunks would otherwise make up a batch of their own.

@@ -170,6 +170,7 @@ def train_iterator(
   length: int,
   align: int,
   seed: int,
+  gap: int = 0,
   num_workers: int = 0,
   process_index: int = 0,
   process_count: int = 1,
@@ -191,6 +192,7 @@ def train_iterator(
     align: segments start at multiples of it: the funnel's total stride, 1
       without a funnel.
     seed: of all orders, in [0, 2**32).
+    gap: padding after each segment at least, as `packing.pack` takes it.
     num_workers: processes that prepare batches ahead; 0 prepares them in the
       caller's. Another number gives another order. Workers are spawned, so a
       script's entry point has to be guarded by `__name__ == "__main__"`.
@@ -214,8 +216,9 @@ def train_iterator(
   # the order of epoch 0 of seed 1.
   shuffled = shard.seed(seed).shuffle().repeat()
   rows = packing.pack(
-    _read(shuffled), tokenizer, length=length, align=align, shuffle_seed=seed
-  )
+    _read(shuffled), tokenizer, length=length, align=align, gap=gap,
+    shuffle_seed=seed,
+  )  # fmt: skip
   batches = rows.batch(batch_size, drop_remainder=True)
   if num_workers:
     batches = _prefetch(batches, num_workers)
@@ -238,6 +241,7 @@ def heldout_batches(
   batch_size: int,
   length: int,
   align: int,
+  gap: int = 0,
   max_documents: int | None = None,
 ) -> HeldOut:
   """Packs held-out documents into batches, the same ones every time.
@@ -248,6 +252,7 @@ def heldout_batches(
     batch_size: B; the last batch is filled up with rows of padding.
     length: T, tokens of a row; a multiple of `align`.
     align: segments start at multiples of it.
+    gap: padding after each segment at least, as `packing.pack` takes it.
     max_documents: use so many documents at most, evenly spaced in `documents`.
 
   Returns:
@@ -269,6 +274,7 @@ def heldout_batches(
     tokenizer,
     length=length,
     align=align,
+    gap=gap,
   )
   fill_up = functools.partial(
     grain.experimental.batch_and_pad, batch_size=batch_size

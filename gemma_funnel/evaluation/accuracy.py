@@ -5,17 +5,15 @@ every total stride, so that a difference between two rows is one of the funnels.
 """
 
 from collections.abc import Sequence
-import dataclasses
 import functools
 import math
-import os
 from typing import Any
 
 from flax import nnx
 import jax
 from ml_collections import config_dict
 
-from gemma_funnel import convert, flops
+from gemma_funnel import flops
 from gemma_funnel.config import (
   Funnel,
   check_recovers,
@@ -25,8 +23,8 @@ from gemma_funnel.config import (
 from gemma_funnel.data import pipeline
 from gemma_funnel.evaluation import funnels as funnels_lib
 from gemma_funnel.evaluation import plots, report
+from gemma_funnel.evaluation import subject as subject_lib
 from gemma_funnel.model import Gemma
-from gemma_funnel.training import checkpoint as checkpoint_lib
 from gemma_funnel.training import objectives
 
 TRAINED = "trained"
@@ -83,67 +81,64 @@ def evaluate(model: Gemma, heldout: pipeline.HeldOut, chunk: int = 512) -> Row:
   }
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _masked_sums(graphdef, rate, chunk, params, batch, key):
+  return objectives.masked_token_sums(
+    nnx.merge(graphdef, params), batch, key, rate=rate, chunk=chunk
+  )
+
+
+def evaluate_masked(
+  model: Gemma,
+  heldout: pipeline.HeldOut,
+  *,
+  rate: float,
+  chunk: int = 512,
+  seed: int = 0,
+) -> Row:
+  """How well masked tokens of held-out text are predicted, both ways read.
+
+  Args:
+    model: with the funnel to run it with.
+    heldout, chunk: as for `evaluate`.
+    rate: share of tokens that are to be predicted.
+    seed: of which they are.
+
+  Returns:
+    `loss`, nats a masked token; `accuracy`; `num_tokens`, how many there were.
+  """
+  graphdef, params = nnx.split(model)
+  totals = dict(nll=0.0, correct=0.0, tokens=0.0)
+  for number, batch in enumerate(heldout.batches):
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    sums = _masked_sums(graphdef, rate, chunk, params, batch, key)
+    totals = {name: total + float(sums[name]) for name, total in totals.items()}
+  count = max(1.0, totals["tokens"])
+  return {
+    "loss": totals["nll"] / count,
+    "accuracy": totals["correct"] / count,
+    "num_tokens": int(totals["tokens"]),
+  }
+
+
 def _require_int(name: str, value: Any) -> None:
   is_int = isinstance(value, int) and not isinstance(value, bool)
   if not is_int or value < 1:
     raise ValueError(f"{name}={value!r}: expected an integer >= 1")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Subject:
-  """A checkpoint and what its text is made into batches with."""
-
-  model: Gemma
-  tokenizer_path: str
-  data: config_dict.ConfigDict
-  batch_size: int | None
-  length: int | None
-  step: int | None
-
-
-def _load(config: Any) -> _Subject:
-  """Loads the run, or the checkpoint of others, that `config` names."""
-  path = config.checkpoint
-  if path is None:
-    raise ValueError(
-      "checkpoint is missing: expected --config.checkpoint=PATH, of a "
-      "training run or of what gemma_funnel.load reads"
-    )
-  if not os.path.exists(path):
-    raise ValueError(f"checkpoint={path!r} is not there")
-  found = convert.describe(path)
-  if found.is_run:
-    if config.tokenizer is not None:
-      raise ValueError(
-        f"tokenizer={config.tokenizer!r}: expected none, {path} is a "
-        "training run with a tokenizer of its own"
-      )
-    run_ = checkpoint_lib.load_run(path)
-    return _Subject(
-        run_.model, run_.tokenizer_path, run_.config.data,
-        run_.config.batch_size, run_.config.length, run_.step,
-    )  # fmt: skip
-  tokenizer = config.tokenizer or found.tokenizer_path
-  given = dict(tokenizer=os.path.isfile(tokenizer), length=config.length)
-  for key, there in given.items():
-    if not there:
-      raise ValueError(
-        f"{key} is missing: {path} is no training run, so that "
-        f"--config.{key} is expected"
-      )
-  return _Subject(
-      convert.load(path), tokenizer, pipeline.default_config(), _BATCH_SIZE,
-      None, None,
-  )  # fmt: skip
-
-
 def _heldout(
-  config: Any, subject: _Subject, align: int
+  config: Any, subject: subject_lib.Subject, align: int
 ) -> tuple[pipeline.HeldOut, dict[str, Any]]:
   """The batches, and the settings that they follow from."""
-  length = subject.length if config.length is None else config.length
+  trained = subject.config
+  if trained is None:
+    trained = config_dict.create(
+      length=None, batch_size=_BATCH_SIZE, data=pipeline.default_config()
+    )
+  length = trained.length if config.length is None else config.length
   batch_size = (
-    subject.batch_size if config.batch_size is None else config.batch_size
+    trained.batch_size if config.batch_size is None else config.batch_size
   )
   _require_int("length", length)
   _require_int("batch_size", batch_size)
@@ -157,7 +152,7 @@ def _heldout(
       f"length={length}: expected a multiple of {align}, which all total "
       f"strides divide, such as {max(1, length // align) * align}"
     )
-  data = config_dict.ConfigDict(subject.data.to_dict())
+  data = config_dict.ConfigDict(trained.data.to_dict())
   with data.unlocked():
     if config.data.source is not None:
       # The files held out of another source are not of this one.
@@ -273,7 +268,7 @@ def run(config: Any) -> list[Row]:
   _require_int("chunk", config.chunk)
   # What can be said before a checkpoint is read.
   _check_recover(funnels_lib.parse(config.funnels, {TRAINED: ()}))
-  subject = _load(config)
+  subject = subject_lib.load(config, needs=("length",))
   named = _resolve(subject.model, config.funnels)
   align = math.lcm(*map(total_stride, named.values()))
   heldout, settings = _heldout(config, subject, align)
@@ -288,10 +283,8 @@ def run(config: Any) -> list[Row]:
     f"{heldout.num_documents} documents, in rows of {settings['length']}. "
     "Unigram: the least that token frequencies alone allow."
   )
-  path = config.checkpoint
-  folder = path if os.path.isdir(path) else os.path.dirname(path)
   report.write(
-      config.out or os.path.join(folder, "eval"), "accuracy", rows,
+      config.out or subject_lib.folder(config.checkpoint), "accuracy", rows,
       COLUMNS, f"Held-out text: {config.checkpoint}{step}", plots.accuracy,
       settings=settings, notes=[note],
   )  # fmt: skip

@@ -182,3 +182,19 @@ def accuracy(rows: Sequence[Row]) -> Any:
   axes.set_xlabel("bits per byte of held-out text (less is better)")
   figure.legend(loc="outside upper right", fontsize=8)
   return figure
+
+
+def task(rows: Sequence[Row]) -> Any:
+  """A figure: the main metric of a task with each funnel."""
+  figure = report.new_figure(7.5, 1.4 + 0.45 * len(rows))
+  axes = figure.subplots()
+  drawn = [row["value"] or 0 for row in rows]
+  bars = axes.barh(
+      range(len(rows)), drawn, 0.7, color=[f"C{i}" for i in range(len(rows))]
+  )  # fmt: skip
+  axes.bar_label(bars, fmt=" {:.4g}", fontsize=9)
+  axes.set_yticks(range(len(rows)), [row["funnel"] for row in rows], fontsize=9)
+  axes.invert_yaxis()
+  axes.set_xlim(0, 1.15 * max(drawn) or 1)
+  axes.set_xlabel(f"{rows[0]['metric']} ({rows[0]['num_examples']} examples)")
+  return figure

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import subprocess
 from typing import Any
 import uuid
 
@@ -67,6 +68,25 @@ def environment() -> dict[str, Any]:
     "python": platform.python_version(),
     "xla_flags": os.environ.get("XLA_FLAGS"),
   }
+
+
+def device() -> str:
+  """The devices of this process, such as "1 x NVIDIA H100"."""
+  kind = jax.devices()[0].device_kind
+  return f"{jax.device_count()} x {kind} ({os.cpu_count()} host cores)"
+
+
+def revision() -> str | None:
+  """The git commit of this package's files; None where there is none."""
+  folder = os.path.dirname(os.path.abspath(__file__))
+  try:
+    described = subprocess.run(
+      ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+      cwd=folder, capture_output=True, text=True, timeout=10, check=True,
+    )  # fmt: skip
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return described.stdout.strip() or None
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:

@@ -51,12 +51,14 @@ class Run:
     config: the run's configuration.
     tokenizer_path: its tokenizer.model.
     step: of the checkpoint that was read.
+    extra: other trees that were asked for, by name.
   """
 
   model: Gemma
   config: ml_collections.ConfigDict
   tokenizer_path: str
   step: int
+  extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:
@@ -110,13 +112,13 @@ class Checkpoints:
   def _steps(self) -> list[int]:
     return _steps_in(self._folder)
 
-  def save(self, step: int, params, opt_state, data, config) -> None:
+  def save(self, step: int, trees: dict[str, Any], data, config) -> None:
     """Starts writing a checkpoint, unless `step` has one; returns early.
 
     Args:
       step: how many steps have been taken.
-      params: the parameters, a tree of arrays.
-      opt_state: the optimizer's state, a tree of arrays.
+      trees: of arrays, by name: "params" the model's parameters, "opt_state"
+        the optimizer's state, and others.
       data: the grain iterator that gave the last batch.
       config: the run's ConfigDict.
     """
@@ -130,8 +132,7 @@ class Checkpoints:
     self._manager.save(
       step,
       args=args.Composite(
-        params=args.StandardSave(params),
-        opt_state=args.StandardSave(opt_state),
+        **{name: args.StandardSave(tree) for name, tree in trees.items()},
         data=grain.checkpoint.CheckpointSave(data),
         config=args.JsonSave(json.loads(config.to_json())),
       ),
@@ -149,18 +150,18 @@ class Checkpoints:
     )
     (folder / SUMS).write_text(json.dumps(_sums(folder), indent=1))
 
-  def restore(self, params, opt_state, data):
+  def restore(self, trees: dict[str, Any], data) -> tuple[int, dict[str, Any]]:
     """Reads the newest checkpoint whose files are as they were written.
 
     Newer ones are renamed, so that their steps can be saved again, and named
     in a line each.
 
     Args:
-      params, opt_state: trees of ShapeDtypeStructs with shardings.
+      trees: as for `save`, of ShapeDtypeStructs with shardings.
       data: a grain iterator, whose state is set.
 
     Returns:
-      (step, params, opt_state).
+      (step, trees).
 
     Raises:
       ValueError: all of them are damaged.
@@ -171,21 +172,21 @@ class Checkpoints:
     restored = self._manager.restore(
       step,
       args=args.Composite(
-        params=args.StandardRestore(params),
-        opt_state=args.StandardRestore(opt_state),
+        **{name: args.StandardRestore(tree) for name, tree in trees.items()},
         data=grain.checkpoint.CheckpointRestore(data),
       ),
     )
-    return step, restored["params"], restored["opt_state"]
+    return step, {name: restored[name] for name in trees}
 
-  def restore_params(self, abstract_of: Callable[[dict], Any]):
-    """Reads configuration and parameters, of the same checkpoint as `restore`.
+  def restore_trees(self, abstract_of: Callable[[dict], dict[str, Any]]):
+    """Reads configuration and weights, of the same checkpoint as `restore`.
 
     Args:
-      abstract_of: gives the parameters' ShapeDtypeStructs for a configuration.
+      abstract_of: gives trees of ShapeDtypeStructs for a configuration, by the
+        names that they were saved under.
 
     Returns:
-      (step, configuration as a dict, params).
+      (step, configuration as a dict, trees).
 
     Raises:
       ValueError: all of them are damaged.
@@ -195,8 +196,12 @@ class Checkpoints:
       step, args=args.Composite(**items)
     )
     config = restore(config=args.JsonRestore())["config"]
-    params = args.StandardRestore(abstract_of(config))
-    return step, config, restore(params=params)["params"]
+    wanted = {
+      name: args.StandardRestore(tree)
+      for name, tree in abstract_of(config).items()
+    }
+    found = restore(**wanted)
+    return step, config, {name: found[name] for name in wanted}
 
   def _newest_intact(self) -> int:
     step, damaged = _find_intact(self._folder)
@@ -365,6 +370,7 @@ def load_run(
   funnel: Funnel = None,
   dtype: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  extra: Callable[[GemmaConfig], dict[str, Any]] = lambda config: {},
 ) -> Run:
   """Reads the newest readable checkpoint of a run.
 
@@ -375,6 +381,7 @@ def load_run(
     dtype: of parameters and compute; None is as trained.
     mesh: where parameters are placed, by the rules of `sharding`; each process
       reads its own share. None is the default device.
+    extra: shapes of further trees to read, by their names in the checkpoint.
 
   Raises:
     ValueError: no readable checkpoint there, or a funnel that does not fit.
@@ -390,32 +397,35 @@ def load_run(
     resolve_funnel(funnel, model_config.num_layers)
     return Gemma.abstract(model_config, config["funnel"])
 
-  def abstract_params(config: dict):
-    params = nnx.to_pure_dict(nnx.state(abstract_model(config)))
+  def abstract_trees(config: dict):
+    model = abstract_model(config)
+    trees = {"params": nnx.to_pure_dict(nnx.state(model)), **extra(model.config)}
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = (
-      jax.tree.map(lambda _: device, params)
+      jax.tree.map(lambda _: device, trees)
       if mesh is None
-      else sharding.shardings_of(params, mesh)
+      else sharding.shardings_of(trees, mesh)
     )
     return jax.tree.map(
       lambda p, place: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place),
-      params,
+      trees,
       shardings,
     )
 
   with Checkpoints(path, read_only=True) as checkpoints:
     abstract_model(_read_config(path / CONFIG))
-    step, config, params = checkpoints.restore_params(abstract_params)
+    step, config, trees = checkpoints.restore_trees(abstract_trees)
+  params = trees.pop("params")
   model = nnx.merge(nnx.graphdef(abstract_model(config)), params)
   if funnel is not None:
     model = model.with_funnel(funnel)
-  given = config["data"]["tokenizer"]
+  given = config.get("data", config)["tokenizer"]
   return Run(
     model=model,
     config=ml_collections.ConfigDict(config),
     tokenizer_path=given or str(path / TOKENIZER),
     step=step,
+    extra=trees,
   )
 
 

@@ -1,293 +1,261 @@
-"""The training loop: claim a folder, restore or start, step, report, save."""
+"""The training loop: restore or start, step, report, save, whatever is trained.
 
-from collections.abc import Callable
-import contextlib
+`pretrain` and `finetune` say what (a `Job`); the loop knows nothing of models.
+"""
+
+from collections.abc import Callable, Hashable
 import dataclasses
-import functools
-import json
 import math
-import operator
-import os
-import pathlib
 import signal
-import time
+from typing import Any
 
-from flax import nnx
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
-from gemma_funnel.config import (
-  FunnelConfig,
-  GemmaConfig,
-  check_recovers,
-  format_funnel,
-  resolve_funnel,
-  total_stride,
-)
-from gemma_funnel.data import pipeline
-from gemma_funnel.model import Gemma
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import objectives, sharding
-from gemma_funnel.training import optimizer as optimizer_lib
+from gemma_funnel.training import sharding
+from gemma_funnel.training.progress import Metrics
 
-# Gives at least "loss" and "bits_per_byte".
-Evaluator = Callable[[Gemma], dict[str, float]]
+# Trees of parameters by the name that a checkpoint has them under: "params" of
+# the model, and "head" of what is fine-tuned on it.
+Weights = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-  """What a run's configuration amounts to; made before any long work."""
+class Stopping:
+  """Training ends when a held-out metric no longer improves.
+
+  Attributes:
+    metric: what `Job.evaluate` calls it.
+    higher: whether more of it is better.
+    patience: evaluations without an improvement that end the run; None never
+      does. The weights of the best evaluation are the run's result either way.
+  """
+
+  metric: str
+  higher: bool
+  patience: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A run: what is trained on what, and how.
+
+  Attributes:
+    config: saved with each checkpoint; the loop reads `workdir`, `seed`,
+      `log_every`, `eval_every`, `checkpoint_every`, `keep`, `tensorboard`.
+    about: a line on what is trained.
+    steps: how many there are.
+    mesh: what weights and batches lie on.
+    optimizer: of all weights.
+    schedule: its learning rate by step.
+    abstract: (weights, optimizer state) as ShapeDtypeStructs with shardings.
+    init: gives both from a seed.
+    loss: (member, weights, frozen, batch, key) -> (loss, metrics), to be
+      traced.
+    frozen: arrays that the loss needs and that are not trained; None is none.
+    member: what is static of the step after so many; each is compiled once.
+    data: a grain iterator of host batches with "tokens" [B, T].
+    evaluate: held-out metrics of weights.
+    stopping: None is to train to the end, and to keep what is there then.
+  """
 
   config: ml_collections.ConfigDict
-  model_config: GemmaConfig
-  stages: tuple[FunnelConfig, ...]
+  about: str
+  steps: int
   mesh: jax.sharding.Mesh
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
-
-  @property
-  def align(self) -> int:
-    """What segments of a packed row start at multiples of."""
-    return total_stride(self.stages)
+  abstract: tuple[Weights, Any]
+  init: Callable[[int], tuple[Weights, Any]]
+  loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+  member: Callable[[int], Hashable]
+  data: Any
+  evaluate: Callable[[Weights], dict[str, float | None]]
+  frozen: Any = None
+  stopping: Stopping | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """How a call of `train` ended.
+  """How a run, or a part of one, ended.
 
   Attributes:
-    model: with the last parameters.
-    corpus: the data it was trained on.
-    steps: how many steps the run has taken in all.
+    weights: the last ones, or the best if the job stops by a metric.
+    steps: how many the run has taken in all.
     finished: False if a SIGTERM ended it early.
   """
 
-  model: Gemma
-  corpus: pipeline.Corpus
+  weights: Weights
   steps: int
   finished: bool
 
 
-def make_setup(config: ml_collections.ConfigDict) -> Setup:
-  """Checks a configuration whole.
-
-  Raises:
-    ValueError: a value that cannot be, named.
-  """
-  model_config = GemmaConfig.from_dict(config.model)
-  stages = resolve_funnel(config.funnel, model_config.num_layers)
-  check_recovers(stages, "training to predict tokens")
-  for name in ("steps", "batch_size", "length", "loss_chunk", "log_every",
-               "eval_every", "eval_documents", "heldout_documents",
-               "checkpoint_every", "keep", "latency.batch_size",
-               "latency.length"):  # fmt: skip
-    value = _value(config, name)
-    if value is not None and value < 1:
-      raise ValueError(f"{name}={value}: expected at least 1")
-  for name in ("z_loss", "seed", "latency.repeats"):
-    value = _value(config, name)
-    if not value >= 0:  # A NaN neither.
-      raise ValueError(f"{name}={value}: expected >= 0")
-  for name in ("length", "latency.length"):
-    value = _value(config, name)
-    used = name == "length" or config.latency.repeats
-    if used and value > model_config.max_length:
-      raise ValueError(
-        f"{name}={value} is beyond model.max_length={model_config.max_length}"
-      )
-  if config.length % total_stride(stages):
-    raise ValueError(
-      f"length={config.length} must be a multiple of the funnel's total stride "
-      f"{total_stride(stages)}, for packing"
-    )
-  mesh = sharding.make_mesh(config.mesh)
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
-  if config.batch_size % rows:
-    raise ValueError(
-      f"batch_size={config.batch_size} must be a multiple of {rows}, the "
-      "mesh's data x fsdp"
-    )
-  optimizer, schedule = optimizer_lib.make_optimizer(
-    config.optimizer, config.steps
-  )
-  return Setup(config, model_config, stages, mesh, optimizer, schedule)
-
-
-def _value(config: ml_collections.ConfigDict, name: str):
-  """The value of a key such as "latency.length"."""
-  return functools.reduce(operator.getitem, name.split("."), config)
-
-
-def make_init(setup: Setup):
-  """(init, abstract): makes (params, opt_state) from a seed, and its shapes.
-
-  `abstract` holds ShapeDtypeStructs with shardings; nothing is ever whole on
-  one device.
-  """
-
-  def init(seed):
-    rngs = nnx.Rngs(jax.random.key(seed))
-    model = Gemma(setup.model_config, setup.stages, rngs=rngs)
-    params = nnx.to_pure_dict(nnx.state(model))
-    return params, setup.optimizer.init(params)
-
-  shapes = jax.eval_shape(init, 0)
-  shardings = sharding.shardings_of(shapes, setup.mesh)
-  abstract = jax.tree.map(
+def place(tree, mesh: jax.sharding.Mesh):
+  """A tree of shapes, with the shardings that the rules give it on `mesh`."""
+  return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    shardings,
+    tree,
+    sharding.shardings_of(tree, mesh),
   )
-  return jax.jit(init, out_shardings=shardings), abstract
 
 
-def make_train_step(setup: Setup, abstract):
-  """One pure step, jitted: (params, opt_state, batch) -> (..., metrics)."""
-  config = setup.config
-  graphdef = nnx.graphdef(Gemma.abstract(setup.model_config, setup.stages))
+def make_train_step(
+  loss, optimizer: optax.GradientTransformation, abstract, mesh, seed: int
+):
+  """One pure step, jitted, compiled for each member.
 
-  def loss_of(params, batch):
-    return objectives.next_token(
-      nnx.merge(graphdef, params),
-      batch,
-      chunk=config.loss_chunk,
-      z_loss=config.z_loss,
-    )
+  Returns:
+    (member, weights, opt_state, frozen, batch, step) -> (weights, opt_state,
+    metrics); weights and state are given away.
+  """
 
-  def train_step(params, opt_state, batch):
-    grads, metrics = jax.grad(loss_of, has_aux=True)(params, batch)
-    updates, opt_state = setup.optimizer.update(grads, opt_state, params)
+  def train_step(member, weights, opt_state, frozen, batch, step):
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    of_weights = lambda w: loss(member, w, frozen, batch, key)
+    grads, metrics = jax.grad(of_weights, has_aux=True)(weights)
+    updates, opt_state = optimizer.update(grads, opt_state, weights)
     metrics["grad_norm"] = optax.tree.norm(grads)
-    return optax.apply_updates(params, updates), opt_state, metrics
+    return optax.apply_updates(weights, updates), opt_state, metrics
 
   state = jax.tree.map(lambda x: x.sharding, abstract)
-  batch = jax.sharding.NamedSharding(setup.mesh, sharding.BATCH)
-  whole = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
+  batch = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   return jax.jit(
     train_step,
-    in_shardings=(*state, batch),
+    static_argnums=0,
+    # What is frozen stays where it was put.
+    in_shardings=(*state, None, batch, whole),
     out_shardings=(*state, whole),
-    donate_argnums=(0, 1),
+    donate_argnums=(1, 2),
   )
 
 
-def train(
-  config: ml_collections.ConfigDict,
-  make_evaluator: Callable[[pipeline.Corpus, Setup], Evaluator],
-) -> Result:
-  """Trains, or goes on training, the run in `config.workdir`.
+def run(job: Job) -> Result:
+  """Trains, or goes on training, the run in `job.config.workdir`.
 
-  The same call resumes an interrupted run at its newest checkpoint, and takes
+  The same job resumes an interrupted run at its newest checkpoint, and takes
   the same steps that it would have taken. SIGTERM saves and returns.
 
-  Args:
-    config: as in configs/quickstart.py.
-    make_evaluator: gives what measures the model every `eval_every` steps.
-
   Raises:
-    ValueError: a mistake in the configuration, the data or the folder.
     FloatingPointError: a loss or gradient norm that is not finite.
   """
-  setup = make_setup(config)
-  init, abstract = make_init(setup)  # Fails if the mesh does not fit.
-  checkpoint_lib.claim_workdir(config)
-  corpus = pipeline.load_corpus(
-    config.data, setup.model_config.vocab_size, config.workdir
-  )
-  data = pipeline.train_iterator(
-    corpus.train,
-    corpus.tokenizer,
-    batch_size=config.batch_size // jax.process_count(),
-    length=config.length,
-    align=setup.align,
-    seed=config.data.seed,
-    num_workers=config.data.num_workers,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  config = job.config
   with (
-    contextlib.closing(data),  # It may have worker processes.
-    jax.set_mesh(setup.mesh),
+    jax.set_mesh(job.mesh),
     checkpoint_lib.Checkpoints(config.workdir, config.keep) as checkpoints,
     _Terminated() as terminated,
   ):
-    loop = _Loop(setup, init, abstract, data, checkpoints)
-    loop.run(terminated, make_evaluator(corpus, setup))
-    model = loop.model()
-  return Result(model, corpus, loop.step, loop.step >= config.steps)
+    loop = _Loop(job, checkpoints)
+    loop.run(terminated)
+    return Result(loop.weights, loop.step, loop.finished)
 
 
 class _Loop:
   """The state of a run, and how it advances."""
 
-  def __init__(self, setup: Setup, init, abstract, data, checkpoints):
-    self.setup, self.data, self.checkpoints = setup, data, checkpoints
-    self.train_step = make_train_step(setup, abstract)
-    workdir = setup.config.workdir
+  def __init__(self, job: Job, checkpoints: checkpoint_lib.Checkpoints):
+    self.job, self.checkpoints = job, checkpoints
+    self.train_step = make_train_step(
+      job.loss, job.optimizer, job.abstract, job.mesh, job.config.seed
+    )
     if checkpoints.latest() is not None:
-      self.step, self.params, self.opt_state = checkpoints.restore(
-        *abstract, data
-      )
-      print(f"resuming {workdir} at step {self.step}", flush=True)
+      self._restore()
+      print(f"resuming {job.config.workdir} at step {self.step}", flush=True)
     else:
       self.step = 0
-      self.params, self.opt_state = init(setup.config.seed)
-    count = sum(x.size for x in jax.tree.leaves(self.params))
-    print(
-      f"{workdir}: {count:,} parameters, funnel "
-      f"{format_funnel(setup.stages)}, mesh {dict(setup.mesh.shape)}",
-      flush=True,
-    )
+      self.weights, self.opt_state = job.init(job.config.seed)
+      self.best = _begin(job.stopping, self.weights)
+    print(f"{job.config.workdir}: {job.about}", flush=True)
 
-  def model(self) -> Gemma:
-    model = Gemma.abstract(self.setup.model_config, self.setup.stages)
-    return nnx.merge(nnx.graphdef(model), self.params)
+  @property
+  def finished(self) -> bool:
+    if self.step >= self.job.steps:
+      return True
+    patience = self.job.stopping and self.job.stopping.patience
+    return bool(patience) and int(self.best["waited"]) >= patience
 
   def save(self) -> None:
-    self.checkpoints.save(
-      self.step, self.params, self.opt_state, self.data, self.setup.config
-    )
+    trees = {**self.weights, "opt_state": self.opt_state}
+    if self.best is not None:
+      trees["best"] = self.best
+    self.checkpoints.save(self.step, trees, self.job.data, self.job.config)
 
-  def run(self, terminated: "_Terminated", evaluate: Evaluator) -> None:
-    config = self.setup.config
+  def _restore(self) -> None:
+    weights, opt_state = self.job.abstract
+    trees = {**weights, "opt_state": opt_state}
+    if self.job.stopping:
+      trees["best"] = jax.eval_shape(
+        lambda w: _begin(self.job.stopping, w), weights
+      )
+      trees["best"] = place(trees["best"], self.job.mesh)
+    self.step, trees = self.checkpoints.restore(trees, self.job.data)
+    self.opt_state = trees["opt_state"]
+    self.best = trees.get("best")
+    self.weights = {name: trees[name] for name in weights}
+
+  def run(self, terminated: "_Terminated") -> None:
+    job, config = self.job, self.job.config
     # Metrics of a step are read when the next one is under way, so that the
     # device never waits for the host. A checkpoint is written only of steps
     # whose metrics have been read and are finite.
     pending = None
-    with _Metrics(config, self.step) as metrics:
-      while self.step < config.steps and not terminated:
-        batch = sharding.put_batch(next(self.data), self.setup.mesh)
-        self.params, self.opt_state, values = self.train_step(
-          self.params, self.opt_state, batch
-        )
+    with Metrics(config, self.step, job.steps) as metrics:
+      while not self.finished and not terminated:
+        host = next(job.data)
+        self.weights, self.opt_state, values = self.train_step(
+          job.member(self.step), self.weights, self.opt_state, job.frozen,
+          sharding.put_batch(host, job.mesh), jnp.int32(self.step),
+        )  # fmt: skip
         self.step += 1
         self._read(metrics, pending)
-        pending = (self.step, values)
-        due = lambda every: self.step % every == 0 or self.step == config.steps
+        pending = (self.step, values, host["tokens"].size)
+        due = lambda every: self.step % every == 0 or self.step == job.steps
         if due(config.checkpoint_every) or due(config.eval_every):
           self._read(metrics, pending)
           pending = None
         # All metrics up to a checkpoint are written before it, so that a run
         # that resumes at it has them.
         if due(config.eval_every):
-          metrics.evaluated(self.step, evaluate(self.model()))
-        if due(config.checkpoint_every):
+          self._evaluate(metrics)
+        if due(config.checkpoint_every) and not self.finished:
           self.save()
       self._read(metrics, pending)
+      if self.finished and self.best is not None:
+        self.weights = self.best["weights"]
       self.save()
       self.checkpoints.wait()
-    if self.step < config.steps:
+    if not self.finished:
       print(
         f"SIGTERM: saved {config.workdir} at step {self.step}; the same "
         "command goes on from there",
         flush=True,
       )
 
-  def _read(self, metrics: "_Metrics", pending) -> None:
+  def _evaluate(self, metrics: Metrics) -> None:
+    values = self.job.evaluate(self.weights)
+    metrics.evaluated(self.step, values)
+    stopping = self.job.stopping
+    if stopping is None:
+      return
+    value = values[stopping.metric]
+    if value is None or not math.isfinite(value):
+      value = -math.inf
+    elif not stopping.higher:
+      value = -value
+    if value > float(self.best["value"]):
+      # A copy: the next step gives the weights away.
+      weights = jax.tree.map(jnp.copy, self.weights)
+      self.best = _best(weights, value, self.step, 0)
+    else:
+      self.best |= {"waited": self.best["waited"] + 1}
+
+  def _read(self, metrics: Metrics, pending) -> None:
     if pending is None:
       return
-    step, values = pending
+    step, values, slots = pending
     values = {name: float(value) for name, value in values.items()}
     for name in ("loss", "grad_norm"):
       if not math.isfinite(values[name]):
@@ -297,96 +265,23 @@ class _Loop:
           f"{name} is {values[name]} at step {step}; the last good "
           f"checkpoint is {'none' if good is None else f'of step {good}'}"
         )
-    values["learning_rate"] = float(self.setup.schedule(step - 1))
-    metrics.trained(step, values)
+    values["learning_rate"] = float(self.job.schedule(step - 1))
+    metrics.trained(step, values, slots * jax.process_count())
 
 
-class _Metrics:
-  """Progress on the terminal; metrics as JSON lines and for TensorBoard."""
-
-  def __init__(self, config: ml_collections.ConfigDict, step: int):
-    self._config = config
-    self._first = self._last = (step, time.monotonic())
-    self._path = pathlib.Path(config.workdir) / "metrics.jsonl"
-    self._board = None
-    if jax.process_index() == 0:
-      _keep_until(self._path, step)
-      if config.tensorboard:
-        import tensorboardX
-
-        self._board = tensorboardX.SummaryWriter(
-          os.path.join(config.workdir, "tensorboard"), purge_step=step + 1
-        )
-
-  def __enter__(self) -> "_Metrics":
-    return self
-
-  def __exit__(self, *_) -> None:
-    if self._board:
-      self._board.close()
-
-  def trained(self, step: int, values: dict[str, float]) -> None:
-    """Takes the metrics of a step; tells of every `log_every`-th."""
-    self._write(step, "train", values)
-    if step % self._config.log_every and step != self._config.steps:
-      return
-    now = time.monotonic()
-    steps, seconds = step - self._last[0], now - self._last[1]
-    self._last = (step, now)
-    slots = self._config.batch_size * self._config.length
-    left = self._config.steps - step
-    mean_seconds = (now - self._first[1]) / (step - self._first[0])
-    self._say(
-      step,
-      f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-      f"grad {values['grad_norm']:.2f}  "
-      f"{steps * slots / max(seconds, 1e-9):,.0f} tokens/s  "
-      f"ETA {_duration(left * mean_seconds)}",
-    )
-
-  def evaluated(self, step: int, values: dict[str, float]) -> None:
-    """Takes held-out metrics, and tells of them."""
-    self._write(step, "heldout", values)
-    self._say(
-      step,
-      f"held out: loss {values['loss']:.4f}  bits per byte "
-      f"{values['bits_per_byte']:.4f}",
-    )
-
-  def _say(self, step: int, text: str) -> None:
-    if jax.process_index() == 0:
-      print(f"step {step}/{self._config.steps}  {text}", flush=True)
-
-  def _write(self, step: int, kind: str, values: dict[str, float]) -> None:
-    if jax.process_index() != 0:
-      return
-    with self._path.open("a") as f:
-      f.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-    if self._board:
-      for name, value in values.items():
-        self._board.add_scalar(f"{kind}/{name}", value, step)
+def _best(weights: Weights, value: float, step: int, waited: int):
+  return {
+    "weights": weights,
+    "value": jnp.float32(value),
+    "step": jnp.int32(step),
+    "waited": jnp.int32(waited),
+  }
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
-  """Drops the lines of steps that are about to be taken again."""
-  if not path.exists():
-    return
-  kept = []
-  for line in path.read_text().splitlines():
-    try:
-      if json.loads(line)["step"] <= step:
-        kept.append(line + "\n")
-    except json.JSONDecodeError:
-      continue  # A line cut short by a kill.
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(kept))
-  os.replace(temporary, path)
-
-
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+def _begin(stopping: Stopping | None, weights: Weights):
+  if stopping is None:
+    return None
+  return _best(jax.tree.map(jnp.copy, weights), -math.inf, 0, 0)
 
 
 class _Terminated:

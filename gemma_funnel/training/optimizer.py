@@ -7,8 +7,8 @@ import ml_collections
 import optax
 
 # Parameters that weight decay leaves alone: norm scales are offsets from one,
-# and a funnel's vectors from a mean.
-_UNDECAYED = r"scale$|^funnel/\d+/(pool_query|gate)$"
+# a funnel's and a head's vectors from a mean or from no preference.
+_UNDECAYED = r"scale$|funnel/\d+/(pool_query|gate)$|head/(pool_query|bias)$"
 
 
 def path_of(key_path: tuple) -> str:

@@ -31,7 +31,9 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"mlp/(gate|up)$", P(None, "fsdp", "tensor")),
   (r"mlp/down$", P(None, "tensor", "fsdp")),
   (r"scale$", P()),
-  (r"(count|step)$", P()),
+  # What is trained on top of a model is small.
+  (r"head/\w+$", P()),
+  (r"(count|step|value|waited)$", P()),
 )
 
 

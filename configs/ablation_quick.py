@@ -1,0 +1,95 @@
+r"""The study of funnels, small: what they cost and save, and what helps.
+
+  python -m gemma_funnel.evaluation.ablation --config=configs/ablation_quick.py
+  python -m gemma_funnel.evaluation.ablation --config=configs/ablation_quick.py \
+    --config.dry_run
+
+On two CPU cores it takes under 20 minutes, offline, and ends with tables, plots
+and report.html in its folder. Interrupted, the same command goes on. Expect
+every recovery to lose little on the task of whole texts, more on the one of
+tokens, and "repeat" to lose most there.
+"""
+
+import pathlib
+import runpy
+
+import ml_collections
+from ml_collections import config_dict
+
+from gemma_funnel.evaluation import plan
+from gemma_funnel.tasks import presets
+
+
+def sibling(name: str) -> ml_collections.ConfigDict:
+  """The configuration of another file of this folder."""
+  path = pathlib.Path(__file__).with_name(f"{name}.py")
+  return runpy.run_path(str(path))["get_config"]()
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The configuration of a study."""
+  pretrain = sibling("quickstart")
+  model = pretrain.model
+  model.update(
+    vocab_size=2048, num_layers=6, embed_dim=96, mlp_dim=384, head_dim=24,
+    query_pre_attn_scalar=24.0, window=64, max_length=512,
+  )  # fmt: skip
+  pretrain.update(steps=150, batch_size=16, length=128, tensorboard=False)
+  pretrain.optimizer.update(learning_rate=5e-3, warmup_steps=20)
+  pretrain.update(log_every=50, eval_every=10_000, checkpoint_every=10_000)
+  finetune = sibling("finetune")
+  finetune.update(epochs=3.0, batch_size=32, length=96, tensorboard=False)
+  finetune.optimizer.update(learning_rate=2e-3, warmup_steps=5)
+  finetune.log_every = 1000
+  tasks = {}
+  for name in ("code_tags", "code_packages"):
+    task = presets.preset(name)
+    task.update(max_train=1000, max_dev=150, max_test=400)
+    # What fine-tuning on this task has otherwise than `finetune`.
+    tasks[name] = dict(task=task, tune=dict())
+  return config_dict.create(
+    workdir="runs/ablation_quick",
+    title="What a funnel costs and saves (quick study)",
+    # Every combination is a cell. "standard" pretraining has no funnel; "aware"
+    # has the cell's, "switched" from switch_step on; "sampled" draws one of all
+    # of them (and none) each step; "distilled" goes on from "standard" for
+    # distill_steps, into the cell's. A stop of None is the depth.
+    axes=dict(
+      model=("small",),
+      pretraining=("standard", "aware"),
+      finetuning=("off", "on"),
+      inference=("off", "on"),
+      start=(1, 2, 3),
+      stop=(None,),
+      stride=(2,),
+      pool=("mean",),
+      recover=("average", "add", "repeat"),
+      task=("code_tags", "code_packages"),
+      seed=(0, 1),
+    ),
+    # Combinations to leave out.
+    exclude=(
+      "pretraining=aware,finetuning=off",
+      "finetuning=on,inference=off",
+    ),
+    models=dict(small=model.to_dict()),
+    tasks=tasks,
+    pretrain=plan.training_keys(pretrain, "pretrain"),
+    switch_step=75,
+    distill_steps=50,
+    finetune=plan.training_keys(finetune, "finetune"),
+    # How tasks that a language model answers by itself are put.
+    generative=dict(
+      split="test", batch_size=16, few_shot=0, max_new_tokens=64
+    ),
+    # What each funnel saves here; 0 repeats is none.
+    latency=dict(batch_size=8, length=256, repeats=5),
+    # Held-out rows that show how states move by depth; 0 is none.
+    similarity=dict(rows=8, length=128),
+    # Whether fine-tuned runs are kept when they have been measured.
+    keep_finetuned=False,
+    # Whether cells that failed before are run again.
+    retry=False,
+    # Whether to print the plan and end there.
+    dry_run=False,
+  )

@@ -1,0 +1,588 @@
+"""Tasks that a language model answers by itself, with each of its funnels.
+
+"choice": the likeliest of some continuations. "perplexity": how likely texts
+are. "generation": what the model writes, against the answers that are right.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import json
+import math
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from gemma_funnel import decode, flops, generate, tasks
+from gemma_funnel.config import check_recovers, format_funnel
+from gemma_funnel.data import tokenizer as tokenizer_lib
+from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from gemma_funnel.evaluation import funnels as funnels_lib
+from gemma_funnel.evaluation import plots, report, scoring
+from gemma_funnel.evaluation import subject as subject_lib
+from gemma_funnel.model import Gemma
+from gemma_funnel.sampling import GREEDY, Sampling
+from gemma_funnel.tasks.task import GENERATIVE_KINDS, SPLITS, Task
+
+Row = dict[str, Any]
+TRAINED = "trained"
+_MAX_EXPONENT = 709.0
+# Tokens between looks for a stop string.
+_CHUNK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How a task is put to a model.
+
+  Attributes:
+    batch_size: rows of a pass.
+    max_length: tokens that a pass is given at most; None is the model's
+      max_length. Of a prompt too long the beginning is cut, BOS kept.
+    split: what results are of.
+    max_examples: the first so many; None is all.
+    few_shot: examples put before each prompt, the first of the train split.
+    shot_format: each of them, of {prompt} and {answer}, the first right one.
+    prompt_format: the prompt itself.
+    max_new_tokens: of an answer that is generated.
+    stop: strings that end it, and are no part of it; so does EOS.
+    answer_pattern: a regular expression whose first group (or match, without
+      one) is the answer within what was generated. Commas between digits and a
+      full stop at its end are dropped. None is all of it.
+    lower_case: whether answers are compared without regard to case.
+  """
+
+  batch_size: int = 8
+  max_length: int | None = None
+  split: str = "test"
+  max_examples: int | None = None
+  few_shot: int = 0
+  shot_format: str = "{prompt}{answer}\n\n"
+  prompt_format: str = "{prompt}"
+  max_new_tokens: int = 128
+  stop: tuple[str, ...] = ()
+  answer_pattern: str | None = None
+  lower_case: bool = False
+
+  def __post_init__(self):
+    for name, least in (
+        ("batch_size", 1), ("max_new_tokens", 1), ("few_shot", 0),
+    ):  # fmt: skip
+      _require_int(name, getattr(self, name), least)
+    for name, least in (("max_length", 2), ("max_examples", 1)):
+      if getattr(self, name) is not None:
+        _require_int(name, getattr(self, name), least)
+    if self.split not in SPLITS:
+      raise ValueError(f"split={self.split!r}: expected one of {list(SPLITS)}")
+    if isinstance(self.stop, str) or not all(
+      isinstance(s, str) and s for s in self.stop
+    ):
+      raise ValueError(
+        f"stop={self.stop!r}: expected a tuple of texts, none of them empty"
+      )
+    _check_format("prompt_format", self.prompt_format, ("prompt",))
+    _check_format("shot_format", self.shot_format, ("prompt", "answer"))
+    if self.answer_pattern is not None:
+      try:
+        re.compile(self.answer_pattern)
+      except re.error as error:
+        raise ValueError(
+          f"answer_pattern={self.answer_pattern!r} is no regular expression: "
+          f"{error}"
+        ) from error
+
+
+def _require_int(name: str, value: Any, least: int) -> None:
+  is_int = isinstance(value, int) and not isinstance(value, bool)
+  if not is_int or value < least:
+    raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
+
+
+def _check_format(name: str, text: str, fields: Sequence[str]) -> None:
+  marks = {field: f"\0{field}\0" for field in fields}
+  try:
+    made = text.format(**marks)
+  except (KeyError, IndexError, ValueError, AttributeError) as error:
+    raise ValueError(
+      f"{name}={text!r}: expected a text with {_braced(fields)} ({error!r})"
+    ) from error
+  missing = [field for field, mark in marks.items() if mark not in made]
+  if missing:
+    raise ValueError(f"{name}={text!r}: expected {_braced(missing)} in it")
+
+
+def _braced(fields: Sequence[str]) -> str:
+  return " and ".join(f"{{{field}}}" for field in fields)
+
+
+def evaluate(
+  task: Task, model: Gemma, tokenizer: Tokenizer, settings: Settings
+) -> Row:
+  """Metrics of a task.
+
+  Args:
+    task: of one of GENERATIVE_KINDS.
+    model: with the funnel to run it with.
+    tokenizer: the model's.
+    settings: how to put the task.
+
+  Returns:
+    `num_examples`; `num_cut`, how many of them lost the beginning of their
+    prompt; and of "choice", `accuracy` by summed log-likelihoods,
+    `accuracy_norm` by those a byte of the choice without the spaces before it
+    (lm_eval's acc_bytes), `num_ties`, examples whose likeliest choices are
+    equally likely, which count as wrong, and `groups`, the same by group; of
+    "perplexity", `loss` in nats a token, `perplexity`, its exponential,
+    `bits_per_byte` of UTF-8, `word_perplexity` (words as lm_eval counts them:
+    pieces between spaces, empty ones at either end included) and `num_tokens`;
+    of "generation", `exact_match` after spaces were made one and stripped, and
+    `num_found`, answers that `answer_pattern` found. What is not finite is None.
+
+  Raises:
+    ValueError: a task of another kind, no examples, a setting that does not
+      fit, or a funnel that does not recover.
+    FloatingPointError: a log-likelihood that is not finite.
+  """
+  return summarize(task.kind, predict(task, model, tokenizer, settings))
+
+
+def predict(
+  task: Task, model: Gemma, tokenizer: Tokenizer, settings: Settings
+) -> list[Row]:
+  """What a model makes of each example; JSON values, in order.
+
+  Args and errors are those of `evaluate`.
+  """
+  check(task, settings)
+  check_recovers(model.stages, f"the task {task.name}")
+  longest = model.config.max_length
+  if settings.max_length is not None:
+    if settings.max_length > longest:
+      raise ValueError(
+        f"max_length={settings.max_length}: expected at most "
+        f"model.max_length={longest}"
+      )
+    longest = settings.max_length
+  examples = task.splits[settings.split][: settings.max_examples]
+  function = _PREDICTORS[task.kind]
+  return function(task, examples, model, tokenizer, settings, longest)
+
+
+def check(task: Task, settings: Settings) -> None:
+  """Checks what can be known without a model.
+
+  Raises:
+    ValueError: see `evaluate`.
+  """
+  if task.kind not in GENERATIVE_KINDS:
+    raise ValueError(
+      f"task {task.name} is of kind {task.kind!r}, which a head is fine-tuned "
+      f"for: expected one of {list(GENERATIVE_KINDS)}"
+    )
+  if not task.splits.get(settings.split):
+    raise ValueError(
+      f"task {task.name} has no examples in split={settings.split!r}: those "
+      f"with some are {sorted(k for k, v in task.splits.items() if v)}"
+    )
+  if settings.few_shot and task.kind == "perplexity":
+    raise ValueError(f"few_shot={settings.few_shot}: perplexity has no prompts")
+  there = len(task.splits.get("train", ()))
+  if settings.few_shot > there:
+    raise ValueError(
+      f"few_shot={settings.few_shot}: task {task.name} has {there} examples in "
+      "its train split"
+    )
+  if settings.few_shot and settings.split == "train":
+    raise ValueError(
+      f"few_shot={settings.few_shot} with split='train' would show answers: "
+      "expected another split"
+    )
+  main_metric(task)
+
+
+def main_metric(task: Task) -> str:
+  """The first metric of the task that is measured.
+
+  Raises:
+    ValueError: none of them is.
+  """
+  known = _METRICS[task.kind]
+  for name in task.metrics or known:
+    if name in known:
+      return name
+  raise ValueError(
+    f"task {task.name}: metrics={task.metrics}: expected one of {list(known)}, "
+    f"its kind is {task.kind!r}"
+  )
+
+
+def _prompt_maker(
+  task: Task, settings: Settings, answer_of: Callable[[Any], str]
+) -> Callable[[Any], str]:
+  shots = "".join(
+    settings.shot_format.format(prompt=shot.prompt, answer=answer_of(shot))
+    for shot in task.splits.get("train", ())[: settings.few_shot]
+  )
+  return lambda example: (
+    shots + settings.prompt_format.format(prompt=example.prompt)
+  )
+
+
+def _predict_choices(task, examples, model, tokenizer, settings, longest):
+  prompt_of = _prompt_maker(task, settings, lambda e: e.choices[e.answer])
+  requests = []
+  for number, example in enumerate(examples):
+    prompt = prompt_of(example)
+    for choice in example.choices:
+      requests.append(_pair(task, number, tokenizer, prompt, choice))
+  scores = iter(
+    scoring.log_likelihoods(
+      model,
+      requests,
+      batch_size=settings.batch_size,
+      lengths=scoring.bucket_lengths(longest),
+    )  # fmt: skip
+  )
+  fed = iter([len(a) + len(b) - 1 for a, b in requests])
+  return [
+    _choice_record(
+      example,
+      [next(scores).log_likelihood for _ in example.choices],
+      [next(fed) for _ in example.choices],
+      longest,
+    )  # fmt: skip
+    for example in examples
+  ]
+
+
+def _pair(task, number, tokenizer, prompt, choice):
+  try:
+    return scoring.encode_pair(tokenizer, prompt, choice)
+  except ValueError as error:
+    raise ValueError(f"task {task.name}, example {number}: {error}") from error
+
+
+def _choice_record(example, scores, fed, longest) -> Row:
+  sizes = [max(1, len(c.lstrip().encode())) for c in example.choices]
+  chosen, tied = _best(scores)
+  per_byte = [s / n for s, n in zip(scores, sizes, strict=True)]
+  chosen_norm, tied_norm = _best(per_byte)
+  return {
+      "prompt": example.prompt, "choices": list(example.choices),
+      "answer": example.answer, "group": example.group,
+      "log_likelihoods": scores, "chosen": chosen, "tied": tied,
+      "correct": chosen == example.answer and not tied,
+      "chosen_norm": chosen_norm,
+      "correct_norm": chosen_norm == example.answer and not tied_norm,
+      "num_fed": max(fed), "cut": max(fed) > longest,
+  }  # fmt: skip
+
+
+def _best(scores: Sequence[float]) -> tuple[int, bool]:
+  """(the first of the highest, whether there are several)."""
+  highest = max(scores)
+  return scores.index(highest), scores.count(highest) > 1
+
+
+def _predict_texts(task, examples, model, tokenizer, settings, longest):
+  del task
+  texts = [tokenizer.encode(example.text) for example in examples]
+  totals = scoring.rolling(
+      model, texts, batch_size=settings.batch_size,
+      lengths=scoring.bucket_lengths(longest),
+  )  # fmt: skip
+  return [
+    {
+        "log_likelihood": total, "num_tokens": len(ids),
+        "num_bytes": len(example.text.encode()),
+        "num_words": len(re.split(r"\s+", example.text)),
+        "num_fed": min(1 + len(ids), longest), "cut": False,
+    }
+    for example, ids, total in zip(examples, texts, totals, strict=True)
+  ]  # fmt: skip
+
+
+def _predict_generated(task, examples, model, tokenizer, settings, longest):
+  prompt_of = _prompt_maker(task, settings, lambda e: e.answers[0])
+  prompts = [
+    [BOS_ID, *tokenizer.encode(prompt_of(example))] for example in examples
+  ]
+  texts = continuations(
+      model, tokenizer, prompts, stop=settings.stop, longest=longest,
+      max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
+  )  # fmt: skip
+  room = longest - settings.max_new_tokens
+  records = []
+  for example, ids, text in zip(examples, prompts, texts, strict=True):
+    found = extract(text, settings.answer_pattern)
+    normal = lambda text: _normal(text, settings)
+    right = {normal(answer) for answer in example.answers}
+    records.append(
+      {
+          "prompt": example.prompt, "answers": list(example.answers),
+          "text": text, "found": found,
+          "correct": found is not None and normal(found) in right,
+          "num_fed": min(len(ids), room), "cut": len(ids) > room,
+      }
+    )  # fmt: skip
+  return records
+
+
+def extract(text: str, pattern: str | None) -> str | None:
+  """The answer within a text; None where the pattern is not in it."""
+  if pattern is None:
+    return text
+  match = re.search(pattern, text)
+  if match is None:
+    return None
+  return match[1] if match.re.groups else match[0]
+
+
+def _normal(text: str | None, settings: Settings) -> str:
+  text = " ".join((text or "").split())
+  if settings.answer_pattern is not None:
+    text = re.sub(r"(?<=\d),(?=\d)", "", text).removesuffix(".")
+  return text.lower() if settings.lower_case else text
+
+
+def continuations(
+  model: Gemma,
+  tokenizer: Tokenizer,
+  prompts: Sequence[Sequence[int]],
+  *,
+  stop: Sequence[str],
+  max_new_tokens: int,
+  batch_size: int,
+  longest: int,
+  sampling: Sampling = GREEDY,
+  seed: int = 0,
+) -> list[str]:
+  """Texts that go on from prompts, up to EOS or the first stop string.
+
+  Args:
+    model: with the funnel to decode with.
+    tokenizer: the model's.
+    prompts: token ids, BOS first. One too long loses tokens after BOS.
+    stop: strings that end a text, and are no part of it.
+    max_new_tokens: of each.
+    batch_size: prompts that run together.
+    longest: tokens of a prompt and its continuation at most.
+    sampling: how tokens are drawn.
+    seed: of what is drawn.
+
+  Raises:
+    ValueError: no room for a prompt beside `max_new_tokens`, or see `Decoder`.
+  """
+  room = longest - max_new_tokens
+  if room < 1:
+    raise ValueError(
+      f"max_new_tokens={max_new_tokens}: expected less than the {longest} "
+      "tokens that a prompt and its continuation may have"
+    )
+  if not prompts:
+    return []
+  cut = lambda ids: [*ids[:1], *ids[1:][max(0, len(ids) - room) :]]
+  prompts = [cut(list(ids)) for ids in prompts]
+  order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+  cache_length = len(prompts[order[0]]) + max_new_tokens
+  decoder = decode.Decoder(model, cache_length)
+  texts = [""] * len(prompts)
+  size = min(batch_size, len(prompts))
+  for start in range(0, len(order), size):
+    batch = order[start : start + size]
+    # A batch that is not full would be compiled for anew.
+    full = batch + batch[-1:] * (size - len(batch))
+    for results in decoder.stream(
+        [prompts[n] for n in full], max_new_tokens=max_new_tokens,
+        sampling=sampling, stop_ids=[EOS_ID], seed=seed, first_row=start,
+        chunk=_CHUNK,
+    ):  # fmt: skip
+      whole = [generate.decode(tokenizer, r.tokens) for r in results]
+      done = [
+        r.stopped or any(s in text for s in stop)
+        for r, text in zip(results, whole, strict=True)
+      ]
+      if all(done):
+        break
+    for number, text in zip(batch, whole, strict=False):
+      texts[number] = _before(text, stop)
+  return texts
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+  """What comes before the first of the stop strings."""
+  return text[: min([len(text), *(text.find(s) for s in stop if s in text)])]
+
+
+def summarize(kind: str, records: Sequence[Row]) -> Row:
+  """Metrics of the records of `predict`; see `evaluate`."""
+  total = lambda key: sum(record[key] for record in records)
+  counts = {"num_examples": len(records), "num_cut": total("cut")}
+  match kind:
+    case "choice":
+      groups = {}
+      for record in records:
+        groups.setdefault(record["group"], []).append(record)
+      if len(groups) > 1:
+        counts["groups"] = {k: _rates(v) for k, v in sorted(groups.items())}
+      return _rates(records) | counts
+    case "perplexity":
+      return _perplexities(*map(
+          total, ("log_likelihood", "num_tokens", "num_bytes", "num_words")
+      )) | counts  # fmt: skip
+  found = sum(record["found"] is not None for record in records)
+  rate = total("correct") / len(records)
+  return {"exact_match": rate, "num_found": found} | counts
+
+
+def _rates(records) -> Row:
+  count = len(records)
+  return {
+      "accuracy": sum(r["correct"] for r in records) / count,
+      "accuracy_norm": sum(r["correct_norm"] for r in records) / count,
+      "num_ties": sum(r["tied"] for r in records), "num_examples": count,
+  }  # fmt: skip
+
+
+def _perplexities(log_likelihood, tokens, num_bytes, words) -> Row:
+  if not tokens:
+    raise ValueError("the texts have no tokens: expected one at least")
+  power = lambda x: math.exp(x) if x < _MAX_EXPONENT else None
+  return {
+      "loss": -log_likelihood / tokens,
+      "perplexity": power(-log_likelihood / tokens),
+      "bits_per_byte": -log_likelihood / math.log(2) / num_bytes,
+      "word_perplexity": power(-log_likelihood / words), "num_tokens": tokens,
+  }  # fmt: skip
+
+
+_PREDICTORS = {
+    "choice": _predict_choices, "perplexity": _predict_texts,
+    "generation": _predict_generated,
+}  # fmt: skip
+# The first is the main one of a task that names none.
+_METRICS = {
+    "choice": ("accuracy", "accuracy_norm"),
+    "perplexity": ("loss", "perplexity", "bits_per_byte", "word_perplexity"),
+    "generation": ("exact_match",),
+}  # fmt: skip
+COLUMNS = (
+  report.Column("funnel", "funnel"),
+  report.Column("resolved", "in full"),
+  report.Column("accuracy", "accuracy %", ".2f", 100),
+  report.Column("accuracy_norm", "a byte, %", ".2f", 100),
+  report.Column("num_ties", "ties", "d"),
+  report.Column("exact_match", "exact match %", ".2f", 100),
+  report.Column("num_found", "answers found", "d"),
+  report.Column("loss", "loss (nats/token)", ".4f"),
+  report.Column("perplexity", "perplexity", ".3f"),
+  report.Column("bits_per_byte", "bits/byte", ".4f"),
+  report.Column("word_perplexity", "word perplexity", ".3f"),
+  report.Column("num_cut", "cut", "d"),
+  report.Column("ideal_reduction", "FLOPs saved %", ".1f", 100),
+)
+_SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+KEYS = (
+    "checkpoint", "tokenizer", "dtype", "funnels", "task", "out", *_SETTINGS
+)  # fmt: skip
+
+
+def measure(
+  task: Task,
+  model: Gemma,
+  funnels: Mapping[str, funnels_lib.Stages],
+  tokenizer: Tokenizer,
+  settings: Settings,
+) -> tuple[list[Row], list[Row]]:
+  """Evaluates a model on a task with each of several funnels.
+
+  Returns:
+    A row for each funnel: what `evaluate` returns, `funnel`, `resolved`,
+    `metric` and `value`, the main one, and `ideal_reduction`, the share of a
+    pass's FLOPs saved at the examples' mean length, head included (None for
+    "generation"). And what `predict` returns, with `funnel`.
+
+  Raises:
+    ValueError, FloatingPointError: see `evaluate`.
+  """
+  check(task, settings)
+  config, metric = model.config, main_metric(task)
+  if task.kind == "generation":
+    # Otherwise each funnel's decoder would hold a copy of all layers.
+    model = decode.unstacked(model)
+  rows, predictions = [], []
+  for name, stages in funnels.items():
+    print(f"task {task.name}: {name}", flush=True)
+    records = predict(task, model.with_funnel(stages), tokenizer, settings)
+    found = summarize(task.kind, records)
+    saved = None
+    if task.kind != "generation":
+      length = max(1, round(float(np.mean([r["num_fed"] for r in records]))))
+      saved = flops.ideal_reduction(config, stages, 1, length)
+    row = {"funnel": name, "resolved": format_funnel(stages), **found}
+    row |= {"metric": metric, "value": found[metric], "ideal_reduction": saved}
+    rows.append(row)
+    predictions += [{"funnel": name, **record} for record in records]
+  return rows, predictions
+
+
+def run(config: Any) -> list[Row]:
+  """Puts a task to a checkpoint, and writes a table, a plot and predictions.
+
+  Writes TASK.json, .md, .png and TASK.predictions.jsonl to `config.out`.
+
+  Args:
+    config: a ConfigDict with the keys of configs/eval_task.py.
+
+  Returns:
+    The rows of `measure`.
+
+  Raises:
+    ValueError: a key that is missing, or a value out of range.
+    FloatingPointError: a log-likelihood that is not finite.
+  """
+  missing = [key for key in KEYS if key not in config]
+  if missing:
+    raise ValueError(f"the configuration lacks {missing}")
+  values = {name: config[name] for name in _SETTINGS}
+  if not isinstance(values["stop"], str):
+    values["stop"] = tuple(values["stop"])
+  settings = Settings(**values)
+  # What can be said before a checkpoint is read.
+  _require_recovery(funnels_lib.parse(config.funnels, {TRAINED: ()}))
+  task = tasks.load(config.task)
+  check(task, settings)
+  subject = subject_lib.load(config, dtype=config.dtype)
+  model = subject_lib.on_this_device(subject.model)
+  path = subject.tokenizer_path
+  tokenizer = tokenizer_lib.find_tokenizer(path, path, model.config.vocab_size)
+  named = funnels_lib.resolve(
+    config.funnels, model.config.num_layers, {TRAINED: model.stages}
+  )
+  _require_recovery(named)
+  rows, predictions = measure(task, model, named, tokenizer, settings)
+  out = config.out or subject_lib.folder(config.checkpoint)
+  name = re.sub(r"[^\w.-]", "_", task.name)
+  kept = dict(
+      checkpoint=config.checkpoint, step=subject.step, task=config.task.to_dict(),
+      skipped=dict(task.skipped), model=model.config.to_dict(),
+      **dataclasses.asdict(settings),
+  )  # fmt: skip
+  step = "" if subject.step is None else f", step {subject.step}"
+  note = f"{rows[0]['num_examples']} examples of split {settings.split}."
+  report.write(
+      out, name, rows, COLUMNS, f"{task.name}: {config.checkpoint}{step}",
+      plots.task, settings=kept, notes=[note],
+  )  # fmt: skip
+  with open(
+    os.path.join(out, f"{name}.predictions.jsonl"), "w", encoding="utf-8"
+  ) as file:
+    for record in predictions:
+      file.write(json.dumps(record, ensure_ascii=False) + "\n")
+  return rows
+
+
+def _require_recovery(named: Mapping[str, funnels_lib.Stages]) -> None:
+  for stages in named.values():
+    check_recovers(stages, "a task that a language model answers")

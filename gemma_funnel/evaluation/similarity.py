@@ -1,0 +1,187 @@
+"""How far a funnel moves the hidden states, layer by layer."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_funnel import funnel as funnel_lib
+from gemma_funnel import model as model_lib
+from gemma_funnel.config import Funnel, resolve_funnel
+from gemma_funnel.layers import normalize
+from gemma_funnel.model import Gemma
+from gemma_funnel.stream import make_stream, take
+
+
+def by_depth(
+  model: Gemma,
+  funnel: Funnel,
+  tokens_BT: jax.Array,
+  segment_BT: jax.Array | None = None,
+  *,
+  causal: bool,
+  funnelled: Gemma | None = None,
+) -> list[dict[str, int | float | bool | str]]:
+  """Compares the states without and with a funnel, after every layer.
+
+  The state of a token within a stage is that of the short slot it reads back;
+  one that bypasses a stage keeps the state it had before.
+
+  Args:
+    model: its parameters run without a funnel, whatever funnel it has.
+    funnel: what the other run has.
+    tokens_BT: int token ids.
+    segment_BT: as for `Gemma.encode`; what is 0 is not compared.
+    causal: whether a token sees only what came before it.
+    funnelled: its parameters run with the funnel; None is `model`.
+
+  Returns:
+    A row for each layer's output (`at` "layer") and, after that of a stage's
+    last layer, one for what the stage's recovery makes of it (`at` "recovery").
+    `layer` counts from 0 and is the last layer that ran; `short` is whether the
+    compared states were read from a short stream. `cosine` is the mean over
+    tokens; `error` is the distance of RMS-normalised states over the length of
+    the plain one, root-mean-square over tokens: 0 where they are the same,
+    sqrt(2) where they are orthogonal.
+
+  Raises:
+    ValueError: arguments that `Gemma.encode` does not take; a funnel that does
+      not fit; models of unlike shapes; no tokens; states that are not finite.
+  """
+  funnelled = model if funnelled is None else funnelled
+  for name in ("vocab_size", "num_layers", "embed_dim"):
+    ours, theirs = (getattr(m.config, name) for m in (model, funnelled))
+    if ours != theirs:
+      raise ValueError(
+        f"by_depth: model.{name} is {ours} without the funnel and {theirs} "
+        "with it: expected models of the same shape"
+      )
+  tokens_BT = np.asarray(tokens_BT)
+  if segment_BT is None:
+    segment_BT = np.ones(tokens_BT.shape, np.int32)
+  segment_BT = np.asarray(segment_BT)
+  plain, other = _under(model, ()), _under(funnelled, funnel)
+  other._check(tokens_BT, segment_BT, causal)
+  if not np.any(segment_BT):
+    raise ValueError("by_depth: segment_BT is 0 everywhere: expected tokens")
+  compared = _compare(
+    *nnx.split(plain), *nnx.split(other), causal, tokens_BT, segment_BT
+  )
+  rows = []
+  for (layer, at, short), numbers in zip(_points(other), compared, strict=True):
+    cosine, error = map(float, numbers)
+    if not np.isfinite(cosine + error):
+      raise ValueError(
+        f"by_depth: states after layer {layer} are not finite: expected "
+        "parameters that can run"
+      )
+    rows.append(
+        {"layer": layer, "at": at, "short": short, "cosine": cosine,
+         "error": error}
+    )  # fmt: skip
+  return rows
+
+
+def _under(model: Gemma, funnel: Funnel) -> Gemma:
+  """The model under the funnel; itself where it has that one already."""
+  same = resolve_funnel(funnel, model.config.num_layers) == model.stages
+  return model if same else model.with_funnel(funnel)
+
+
+def _single_layers(model: Gemma) -> list:
+  """The model's schedule with a run for each layer."""
+  steps = []
+  for step in funnel_lib.schedule(model.stages, model.config.num_layers):
+    if not isinstance(step, funnel_lib.Run):
+      steps.append(step)
+      continue
+    for layer in range(step.start, step.stop):
+      steps.append(
+        funnel_lib.Run(layer, layer + 1, step.stages, step.query_only)
+      )
+  return steps
+
+
+def _points(model: Gemma) -> list[tuple[int, str, bool]]:
+  """(last layer that ran, what has just ended, whether a stage is open) of
+  each of `states`."""
+  points, depth = [], 0
+  for step in _single_layers(model):
+    match step:
+      case funnel_lib.Run():
+        points.append((step.start, "layer", depth > 0))
+      case funnel_lib.Reduce():
+        depth += 1
+      case funnel_lib.Restore(stage):
+        depth -= 1
+        points.append((model.stages[stage].stop - 1, "recovery", depth > 0))
+  return points
+
+
+def states(
+  model: Gemma, tokens_BT: jax.Array, segment_BT: jax.Array, causal: bool
+) -> list[jax.Array]:
+  """What each token reads back after each layer and recovery: [B, T, D]s.
+
+  In order; the last is what the final norm sees, read back where it is short.
+  """
+  block, stacked_L = nnx.split(model.layers)
+  around, found = [], []
+
+  def report(stream):
+    hidden_BTD = stream.hidden_BTD
+    for before, read_BT in reversed(around):
+      deep_BTD = take(hidden_BTD, jnp.maximum(read_BT, 0))
+      bypass_BT1 = (read_BT == funnel_lib.BYPASS)[..., None]
+      hidden_BTD = jnp.where(bypass_BT1, before.hidden_BTD, deep_BTD)
+    found.append(hidden_BTD)
+    return stream
+
+  def run(step, stream, keys):
+    span = model_lib._Span(block, model.config, step.start, step.stop, causal)
+    return report(model_lib._run(span, stacked_L, stream, keys))
+
+  def reduce(stage, stream):
+    short, read_BT = model.funnel[stage].reduce(stream, causal)
+    around.append((stream, read_BT))
+    return short, read_BT
+
+  def restore(stage, *args):
+    around.pop()
+    return report(model.funnel[stage].restore(*args, causal))
+
+  stream = make_stream(model.embed(tokens_BT), segment_BT)
+  funnel_lib.walk(_single_layers(model), stream, run, reduce, restore)
+  return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 4))
+def _compare(
+  plain_def, plain_params, other_def, other_params, causal, tokens_BT,
+  segment_BT,
+):  # fmt: skip
+  """(cosine, error) for each of the funnelled model's states."""
+  plain = nnx.merge(plain_def, plain_params)
+  other = nnx.merge(other_def, other_params)
+  of_layer = states(plain, tokens_BT, segment_BT, causal)
+  found = states(other, tokens_BT, segment_BT, causal)
+  return [
+    _likeness(of_layer[layer], hidden_BTD, segment_BT != 0)
+    for (layer, _, _), hidden_BTD in zip(_points(other), found, strict=True)
+  ]
+
+
+def _likeness(x_BTD, y_BTD, counts_BT):
+  """(mean cosine, root-mean-square relative distance) where it counts.
+
+  The cosine is 1 - |x - y|^2 / 2 of unit vectors, which is 1 exactly where
+  they are equal.
+  """
+  unit = lambda z: normalize(z, 1e-30) * z.shape[-1] ** -0.5
+  square_BT = jnp.sum(jnp.square(unit(x_BTD) - unit(y_BTD)), axis=-1)
+  # Padding may hold anything.
+  square_BT = jnp.where(counts_BT, square_BT, 0)
+  square = jnp.sum(square_BT) / jnp.sum(counts_BT)
+  return 1 - square / 2, jnp.sqrt(square)

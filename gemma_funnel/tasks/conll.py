@@ -1,0 +1,276 @@
+"""CoNLL files: a word and its columns a line; tags become BIO2."""
+
+import collections
+from collections.abc import Iterable, Sequence
+import dataclasses
+import re
+from typing import Any
+
+from gemma_funnel.tasks import tables
+from gemma_funnel.tasks.task import SPLITS, TaggedExample, Task
+
+SCHEMES = ("auto", "bio1", "bio2", "iobes", "plain")
+OUTSIDE = "O"
+SPAN_METRICS = ("span_f1", "span_precision", "span_recall", "token_accuracy")
+PLAIN_METRICS = ("token_accuracy", "token_macro_f1")
+_DOCUMENT_MARK = "-DOCSTART-"
+# L and U are E and S by other names (BILOU).
+_PREFIXES = {"bio1": "BI", "bio2": "BI", "iobes": "BIESLU"}
+_SEPARATORS = {"tab": "\t", "space": " "}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentence:
+  """Words and tags as they were read; `place` is where, for messages."""
+
+  place: str
+  words: tuple[str, ...]
+  tags: tuple[str, ...]
+  fault: str = ""
+
+
+def load(config: Any) -> Task:
+  """Reads the splits that a configuration names; see `tasks.load`.
+
+  Raises:
+    ValueError: a file or a sentence that is not as it should be.
+  """
+  raw = {
+    split: read_sentences(
+      config[split], config.word_column, config.tag_column, config.separator
+    )
+    for split in SPLITS
+    if config[split]
+  }
+  for split, part in raw.items():
+    if not part:
+      raise ValueError(
+        f"{config[split]}: no sentences; expected at least one in {split}"
+      )
+  return make_task(config, raw)
+
+
+def make_task(config: Any, raw: dict[str, list[Sentence]]) -> Task:
+  """Converts tags to the labels of a task.
+
+  Args:
+    config: `name`, `scheme`, `labels`, `on_bad`.
+    raw: sentences by split.
+
+  Returns:
+    The task. Labels are those of the file `labels`, or of train: "O" and, for
+    each type of span, B- and I-; plain tags are sorted.
+
+  Raises:
+    ValueError: a tag that the scheme does not have, or that train has not.
+  """
+  bad = tables.Bad(config.on_bad)
+  scheme = config.scheme
+  if scheme not in SCHEMES:
+    raise ValueError(f"scheme={scheme!r}: expected one of {list(SCHEMES)}")
+  if scheme == "auto":
+    scheme = detect_scheme(s.tags for part in raw.values() for s in part)
+  splits = {
+    split: bad.keep(part, lambda s: _in_bio2(s, scheme), split)
+    for split, part in raw.items()
+  }
+  plain = scheme == "plain"
+  if config.labels:
+    labels = tables.read_labels(config.labels)
+  else:
+    labels = _labels(splits.get("train", []), plain)
+  index = {tag: i for i, tag in enumerate(labels)}
+  return Task(
+      name=config.name or "", kind="tagging", labels=labels,
+      metrics=PLAIN_METRICS if plain else SPAN_METRICS,
+      splits={
+          split: bad.keep(part, lambda s: _indexed(s, index), split)
+          for split, part in splits.items()
+      },
+      skipped=bad.skipped,
+  )  # fmt: skip
+
+
+def read_sentences(
+  path: str,
+  word_column: int = 0,
+  tag_column: int = -1,
+  separator: str | None = None,
+) -> list[Sentence]:
+  """The sentences of a file.
+
+  A line of white space alone ends a sentence, and so does one whose word is
+  -DOCSTART-, which is left out. A line that starts with "#" is a comment where
+  it precedes the first word of a sentence and has another number of columns
+  than the file's: "#" with its columns is a word.
+
+  Args:
+    path: a UTF-8 file.
+    word_column: the number of the word's column, from 0; -1 is the last.
+    tag_column: that of the tag's.
+    separator: "tab", "space", or None: any run of spaces and tabs.
+
+  Raises:
+    ValueError: the file cannot be read, has no such column, or no such
+      separator is known.
+  """
+  if separator not in (None, "", *_SEPARATORS):
+    raise ValueError(
+      f"separator={separator!r}: expected None (any spaces and tabs) or one of "
+      f"{list(_SEPARATORS)}"
+    )
+  split = _splitter(separator)
+  lines = [
+    (number, line, split(line) if line.strip() else [])
+    for number, line in tables.lines_of(tables.read_text(path))
+  ]
+  width = _width(lines)
+  for key, column in (("word_column", word_column), ("tag_column", tag_column)):
+    if width and not -width <= column < width:
+      raise ValueError(f"{path}: {key}={column}, but it has {width} columns")
+  sentences, rows = [], []
+  for number, line, cells in [*lines, (0, "", [])]:
+    if not cells or _DOCUMENT_MARK in (cells[0], *cells[word_column:][:1]):
+      if rows:
+        sentences.append(_sentence(path, rows, width, word_column, tag_column))
+      rows = []
+    elif rows or len(cells) == width or not line.startswith("#"):
+      rows.append((number, cells))
+  return sentences
+
+
+def _splitter(separator: str | None):
+  if separator:
+    return lambda line: line.split(_SEPARATORS[separator])
+  # Not str.split(), which cuts at no-break spaces, too.
+  return lambda line: re.split(r"[ \t]+", line.strip(" \t"))
+
+
+def _width(lines) -> int:
+  """The commonest number of columns; of lines with "#" if there are no other.
+
+  Not the first line's, which may be a comment or the one that is malformed.
+  """
+  counts = collections.Counter(
+    len(cells) for _, line, cells in lines if cells and line[0] != "#"
+  ) or collections.Counter(len(cells) for _, _, cells in lines if cells)
+  return counts.most_common(1)[0][0] if counts else 0
+
+
+def _sentence(path, rows, width, word_column, tag_column) -> Sentence:
+  for number, cells in rows:
+    fault = ""
+    if len(cells) != width:
+      fault = f"found {len(cells)} columns; expected {width}"
+    elif not cells[word_column].strip():
+      fault = "the word is empty"
+    elif not cells[tag_column].strip():
+      fault = "the tag is empty"
+    if fault:
+      return Sentence(f"{path}, line {number}", (), (), fault)
+  return Sentence(
+    f"{path}, line {rows[0][0]}",
+    tuple(cells[word_column] for _, cells in rows),
+    tuple(cells[tag_column] for _, cells in rows),
+  )
+
+
+def detect_scheme(sentences: Iterable[Sequence[str]]) -> str:
+  """The scheme of tags: "plain", "iobes", "bio1" or "bio2".
+
+  Tags are plain where none but "O" is B-, I-, E-, S-, L- or U- and a type. A
+  file that is neither of bio1 and bio2 is read as bio1, the more lenient.
+  """
+  sentences = [tuple(tags) for tags in sentences]
+  tags = {tag for sentence in sentences for tag in sentence} - {OUTSIDE}
+  prefixes = {tag[0] for tag in tags if re.match("[BIESLU]-.", tag)}
+  if tags and not prefixes & {"B", "I"}:
+    # S-X alone can be the tags of single words.
+    return "iobes" if prefixes & {"S", "U"} else "plain"
+  if prefixes - {"B", "I"}:
+    return "iobes"
+  try:
+    for sentence in sentences:
+      to_bio2([t for t in sentence if t == OUTSIDE or t[1:2] == "-"], "bio2")
+  except ValueError:
+    return "bio1"
+  return "bio2"
+
+
+def to_bio2(tags: Sequence[str], scheme: str) -> tuple[str, ...]:
+  """A sentence's tags as BIO2: each span starts with B-.
+
+  In bio1 a span starts with I-, or with B- right after another of its type; as
+  conlleval does, B- starts one anywhere.
+
+  Raises:
+    ValueError: a tag, or its place, that the scheme does not allow.
+  """
+  result, previous = [], OUTSIDE
+  for i, tag in enumerate(tags):
+    prefix, _, type_ = tag.partition("-")
+    if tag == OUTSIDE:
+      prefix = OUTSIDE
+    elif not type_ or len(prefix) != 1 or prefix not in _PREFIXES[scheme]:
+      raise ValueError(
+        f"found the tag {tag!r} (word {i + 1}); expected 'O', or one of "
+        f"{list(_PREFIXES[scheme])}, '-' and a type (scheme={scheme!r})"
+      )
+    continues = previous[0] in "BI" and previous[2:] == type_
+    if scheme == "iobes":
+      _check_iobes(tag, prefix, i, previous, continues)
+    elif scheme == "bio2" and prefix == "I" and not continues:
+      raise ValueError(
+        f"found the tag {tag!r} (word {i + 1}) after {previous!r}; with "
+        "scheme='bio2' a span starts with 'B-' (see 'bio1')"
+      )
+    if tag == OUTSIDE:
+      result.append(OUTSIDE)
+    else:
+      inside = prefix in "IEL" and continues
+      result.append(("I-" if inside else "B-") + type_)
+    previous = tag
+  if scheme == "iobes":
+    _check_iobes(OUTSIDE, OUTSIDE, len(tags), previous, False)
+  return tuple(result)
+
+
+def _check_iobes(tag, prefix, i, previous, continues) -> None:
+  must = previous[0] in "BI"
+  if must != (prefix in ("I", "E", "L")) or (must and not continues):
+    raise ValueError(
+      f"found the tag {tag!r} (word {i + 1}) after {previous!r}; with "
+      "scheme='iobes' a span is S- alone, or B-, I- and E- of one type"
+    )
+
+
+def _in_bio2(sentence: Sentence, scheme: str) -> Sentence:
+  if sentence.fault:
+    raise ValueError(f"{sentence.place}: {sentence.fault}")
+  if scheme == "plain":
+    return sentence
+  try:
+    tags = to_bio2(sentence.tags, scheme)
+  except ValueError as e:
+    raise ValueError(f"{sentence.place}: {e}") from e
+  return dataclasses.replace(sentence, tags=tags)
+
+
+def _labels(sentences: list[Sentence], plain: bool) -> tuple[str, ...]:
+  tags = {tag for sentence in sentences for tag in sentence.tags}
+  if plain:
+    return tuple(sorted(tags))
+  types = sorted({tag[2:] for tag in tags if tag != OUTSIDE})
+  return (OUTSIDE, *(f"{p}-{type_}" for type_ in types for p in "BI"))
+
+
+def _indexed(sentence: Sentence, index: dict[str, int]) -> TaggedExample:
+  for i, tag in enumerate(sentence.tags):
+    if tag not in index:
+      raise ValueError(
+        f"{sentence.place}: found the tag {tag!r} (word {i + 1}); expected one "
+        f"that occurs in train or in the file of labels: {list(index)[:20]}"
+      )
+  return TaggedExample(
+    sentence.words, tuple(index[tag] for tag in sentence.tags)
+  )

@@ -1,0 +1,266 @@
+"""Examples of a task as rows of tokens, and rows as batches.
+
+A text is [BOS] text [EOS], a pair [BOS] first [EOS] second [EOS]. Words that
+are tagged are encoded one by one, so that each of them has tokens of its own
+whatever the tokenizer does; a word's label stands at its last token, which in a
+causal model has seen all of it.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+
+import grain
+import numpy as np
+
+from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
+from gemma_funnel.tasks.task import TaggedExample, Task, TextExample
+
+LONG = ("truncate", "window")
+# Where nothing is to be predicted.
+IGNORE = -1
+# Batches are of rows about as long as each other, among so many batches' rows.
+_SORT_BATCHES = 16
+_LEAST_WIDTH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of tokens and what is to be predicted of it.
+
+  Attributes:
+    tokens: int32 [n].
+    label: an index or a number; int32 [n] where tokens are tagged, IGNORE at
+      all but the last token of each word.
+    example: which example it is of.
+    first_word: of the row, among the words of that example.
+  """
+
+  tokens: np.ndarray
+  label: int | float | np.ndarray
+  example: int
+  first_word: int = 0
+
+
+def encode(
+  task: Task,
+  examples: Sequence[TextExample] | Sequence[TaggedExample],
+  tokenizer: Tokenizer,
+  length: int,
+  long: str = "truncate",
+) -> list[Row]:
+  """Rows of all examples, in order.
+
+  Args:
+    task: whose examples they are.
+    examples: of one of its splits.
+    tokenizer: what they are encoded with.
+    length: tokens of a row at most.
+    long: what becomes of tagged sentences beyond it: "truncate" drops the words
+      that do not fit (they are then predicted as the first label), "window"
+      makes several rows of them. Texts are cut; of a pair, the longer first.
+
+  Raises:
+    ValueError: a length without room for a token, or no such `long`.
+  """
+  if long not in LONG:
+    raise ValueError(f"long={long!r}: expected one of {list(LONG)}")
+  if length < 4:
+    raise ValueError(f"length={length}: expected at least 4 for a task")
+  if task.kind == "tagging":
+    return [
+      row
+      for number, example in enumerate(examples)
+      for row in _tagged_rows(number, example, tokenizer, length, long)
+    ]
+  return [
+    Row(_text_tokens(example, tokenizer, length), example.label, number)
+    for number, example in enumerate(examples)
+  ]
+
+
+def _text_tokens(example: TextExample, tokenizer: Tokenizer, length: int):
+  first = tokenizer.encode(example.text)
+  if example.second is None:
+    ids = [BOS_ID, *first[: length - 2], EOS_ID]
+    return np.asarray(ids, np.int32)
+  second = tokenizer.encode(example.second)
+  room = length - 3
+  # The longer of the two is cut, until both fit.
+  keep_second = min(len(second), max(room - len(first), room // 2))
+  keep_first = min(len(first), room - keep_second)
+  ids = [BOS_ID, *first[:keep_first], EOS_ID, *second[:keep_second], EOS_ID]
+  return np.asarray(ids, np.int32)
+
+
+def _tagged_rows(
+  number: int, example: TaggedExample, tokenizer: Tokenizer, length, long
+) -> Iterator[Row]:
+  room = length - 2  # BOS and EOS.
+  tokens, labels, first_word = [], [], 0
+
+  def row():
+    return Row(
+      np.asarray([BOS_ID, *tokens, EOS_ID], np.int32),
+      np.asarray([IGNORE, *labels, IGNORE], np.int32),
+      number,
+      first_word,
+    )
+
+  for at, (ids, tag) in enumerate(
+    zip(_word_tokens(example, tokenizer), example.tags, strict=True)
+  ):
+    ids = ids[-room:]  # Of a word that no row would hold, the end.
+    if len(tokens) + len(ids) > room:
+      yield row()
+      if long == "truncate":
+        return
+      tokens, labels, first_word = [], [], at
+    tokens += ids
+    labels += [IGNORE] * (len(ids) - 1) + [tag]
+  yield row()
+
+
+def _word_tokens(example: TaggedExample, tokenizer: Tokenizer):
+  before = example.before or ("", *[" "] * (len(example.words) - 1))
+  for space, word in zip(before, example.words, strict=True):
+    # Nothing may be left of a word that is all unknown to a tokenizer.
+    yield tokenizer.encode(space + word) or [UNK_ID]
+
+
+def join_words(
+  task: Task, rows: Sequence[Row], labels: Sequence[np.ndarray], examples
+) -> list[list[str]]:
+  """Tags of each example's words, of its rows' predictions.
+
+  Args:
+    task: the labels' names; words that no row has get the outside tag "O", or
+      the first label where there is none.
+    rows: from `encode`.
+    labels: predicted label indices of each row, [n] as its tokens.
+    examples: what `rows` were made of.
+  """
+  outside = "O" if "O" in task.labels else task.labels[0]
+  tags = [[outside] * len(example.words) for example in examples]
+  for row, predicted in zip(rows, labels, strict=True):
+    found = np.asarray(predicted)[row.label != IGNORE]
+    for offset, index in enumerate(found):
+      tags[row.example][row.first_word + offset] = task.labels[int(index)]
+  return tags
+
+
+def _width(rows: Sequence[Row], chosen: Sequence[int], length: int) -> int:
+  """A power of two that holds the chosen rows, or `length` if that is less.
+
+  Programs are compiled for a width: there are to be few.
+  """
+  longest = max(len(rows[i].tokens) for i in chosen)
+  width = _LEAST_WIDTH
+  while width < longest:
+    width *= 2
+  return min(width, length)
+
+
+def batch(rows: Sequence[Row], size: int, width: int) -> dict[str, np.ndarray]:
+  """Rows padded to a width of tokens, and filled up to `size` of them.
+
+  Returns:
+    "tokens" and "segment" (1 at tokens), int32 [B, T]; "label", [B] or [B, T],
+    int32, or float32 where labels are numbers; "weight", float32 like "label":
+    0 where there is nothing to predict.
+  """
+  tokens = np.zeros((size, width), np.int32)
+  segment = np.zeros((size, width), np.int32)
+  first = rows[0].label
+  per_token = isinstance(first, np.ndarray)
+  dtype = np.float32 if isinstance(first, float) else np.int32
+  label = np.zeros((size, width) if per_token else size, dtype)
+  weight = np.zeros(label.shape, np.float32)
+  for at, row in enumerate(rows):
+    count = len(row.tokens)
+    tokens[at, :count] = row.tokens
+    segment[at, :count] = 1
+    if per_token:
+      label[at, :count] = np.maximum(row.label, 0)
+      weight[at, :count] = row.label != IGNORE
+    else:
+      label[at], weight[at] = row.label, 1
+  return {
+    "tokens": tokens, "segment": segment, "label": label, "weight": weight
+  }  # fmt: skip
+
+
+class TrainBatches:
+  """The batches of so many steps, each of them at random access.
+
+  Rows are shuffled anew each epoch, and sorted by length within some batches,
+  so that little of a batch is padding. The last rows of an epoch that make no
+  whole batch are left to the next ones.
+  """
+
+  def __init__(
+    self,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    length: int,
+    seed: int,
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    self._rows, self._length, self._seed = rows, length, seed
+    self._batch_size, self._num_steps = batch_size, num_steps
+    self._process = process_index, process_count
+    self._order = functools.lru_cache(maxsize=1)(self._make_order)
+
+  @property
+  def epoch_steps(self) -> int:
+    return steps_of_epoch(len(self._rows), self._batch_size)
+
+  def __len__(self) -> int:
+    return self._num_steps
+
+  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    epoch, at = divmod(step, self.epoch_steps)
+    chosen = self._order(epoch)[at]
+    # Of the whole batch: all processes' parts of it are as wide.
+    width = _width(self._rows, chosen, self._length)
+    index, count = self._process
+    mine = [self._rows[i] for i in chosen[index::count]]
+    return batch(mine, len(mine), width)
+
+  def _make_order(self, epoch: int) -> list[np.ndarray]:
+    rng = np.random.default_rng((self._seed, epoch))
+    size = self._batch_size
+    order = rng.permutation(len(self._rows))
+    order = np.resize(order, self.epoch_steps * size)
+    batches = []
+    for start in range(0, len(order), _SORT_BATCHES * size):
+      part = order[start : start + _SORT_BATCHES * size]
+      lengths = [len(self._rows[i].tokens) for i in part]
+      part = part[np.argsort(lengths, kind="stable")]
+      batches += np.split(part, len(part) // size)
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def steps_of_epoch(num_rows: int, batch_size: int) -> int:
+  """Whole batches of an epoch; one at least, with rows twice if need be."""
+  return max(1, num_rows // batch_size)
+
+
+def train_iterator(batches: TrainBatches) -> grain.DatasetIterator:
+  """Batches in order, with a state that a checkpoint can hold."""
+  dataset = grain.MapDataset.source(batches)
+  return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+
+
+def eval_batches(
+  rows: Sequence[Row], batch_size: int, length: int
+) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+  """(indices of rows, batch), all rows once, the shortest first."""
+  order = np.argsort([len(row.tokens) for row in rows], kind="stable")
+  for start in range(0, len(order), batch_size):
+    chosen = [int(i) for i in order[start : start + batch_size]]
+    width = _width(rows, chosen, length)
+    yield chosen, batch([rows[i] for i in chosen], batch_size, width)

@@ -1,0 +1,345 @@
+"""Tasks that need no download, of the standard library's own sources.
+
+`code_tags`: what each word of a snippet of code is (a parameter, an attribute,
+a call...), which for names its place in the syntax tree tells and the word
+alone does not. `code_packages`: the package a snippet is from.
+
+No file is in two splits, so that what is nearly the same does not leak. Labels
+and sizes are those of the running Python: another version has other sources.
+"""
+
+import ast
+import builtins
+from collections.abc import Iterator, Sequence
+import dataclasses
+import hashlib
+import io
+import keyword
+import re
+import tokenize
+from typing import Any
+import warnings
+
+from gemma_funnel.data import sources
+from gemma_funnel.tasks import conll, examples, splits
+from gemma_funnel.tasks.task import SPLITS, TaggedExample, Task, TextExample
+
+# Words of a snippet to tag, and the longest word: a docstring is one, and
+# would crowd the rest out.
+MIN_WORDS, MAX_WORDS = 24, 60
+MAX_WORD_CHARACTERS = 80
+# Snippets of one file, for many files to be seen.
+_TAGGED_PER_FILE = 20
+_TEXTS_PER_FILE = 40
+# Lines of a snippet whose package is to be told.
+_TEXT_LINES = 12
+# How many packages, and how many files each must have.
+MAX_PACKAGES = 10
+MIN_FILES = 12
+_TEST_FRACTION = 0.1
+
+TAGS = (
+  "attribute", "builtin", "call", "class", "comment", "function", "import",
+  "keyword", "keyword_argument", "number", "operator", "parameter", "string",
+  "variable",
+)  # fmt: skip
+# Classes of names that no list of words can tell apart.
+NAME_TAGS = (
+  "attribute", "call", "class", "function", "import", "keyword_argument",
+  "parameter", "variable",
+)  # fmt: skip
+_BUILTINS = frozenset(dir(builtins))
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+  """A word of code: its tag, its text, and where it is (lines from 1)."""
+
+  tag: str
+  text: str
+  start: tuple[int, int]
+  end: tuple[int, int]
+
+
+def load(config: Any) -> Task:
+  """Makes the task; see `tasks.load`.
+
+  Sizes are `max_train`, `max_dev` and `max_test`, or what there is: only as
+  many files are read as it takes. Classes of code_packages have equal sizes.
+
+  Raises:
+    ValueError: the standard library's sources are not there, or too few.
+  """
+  documents = sources.stdlib_documents()
+  if config.format == "code_tags":
+    return _tags_task(documents, config)
+  return _packages_task(documents, config)
+
+
+def split_files(
+  documents: Sequence[sources.Document], config: Any
+) -> dict[str, list[sources.Document]]:
+  """Files by split, each in a random order; at least one in dev and in test."""
+  shuffled = _shuffled(documents, config)
+  test = max(1, round(_TEST_FRACTION * len(shuffled)))
+  dev = max(1, round(config.dev_fraction * len(shuffled)))
+  if test + dev >= len(shuffled):
+    raise ValueError(
+      f"dev_fraction={config.dev_fraction}: leaves no file of {len(shuffled)} "
+      f"to train on; expected less than {1 - _TEST_FRACTION}"
+    )
+  return {
+    "test": shuffled[:test],
+    "dev": shuffled[test : test + dev],
+    "train": shuffled[test + dev :],
+  }
+
+
+def _shuffled(documents, config) -> list[sources.Document]:
+  key = lambda d: hashlib.sha256(f"{config.split_seed}:{d.key}".encode())
+  return sorted(documents, key=lambda d: key(d).digest())
+
+
+def _tags_task(documents, config) -> Task:
+  files = split_files(documents, config)
+  index = {tag: i for i, tag in enumerate(TAGS)}
+  parts = {}
+  for split in SPLITS:
+    wanted, part = config[f"max_{split}"], []
+    for document in files[split]:
+      if wanted is not None and len(part) >= wanted:
+        break
+      found = list(_snippets(document.text, index))
+      found = splits.sample(found, _TAGGED_PER_FILE, config, document.key)
+      part += found[: None if wanted is None else wanted - len(part)]
+    parts[split] = part
+  return Task(
+      name="code_tags", kind="tagging", labels=TAGS,
+      metrics=conll.PLAIN_METRICS, splits=parts,
+  )  # fmt: skip
+
+
+def _snippets(source: str, index: dict[str, int]) -> Iterator[TaggedExample]:
+  """Disjoint runs of words within functions and classes, exact to the blank."""
+  try:
+    words, inside = words_of(source)
+  except (SyntaxError, ValueError, tokenize.TokenError, RecursionError):
+    return  # A file for another version: lib2to3 has some.
+  lines = _lines(source)
+  run: list[Word] = []
+  for word in [*words, None]:
+    fits = (
+      word is not None
+      and len(word.text) <= MAX_WORD_CHARACTERS
+      and word.start[0] in inside
+    )
+    new_line = bool(run) and fits and word.start[0] != run[-1].end[0]
+    is_full = len(run) == MAX_WORDS or (new_line and len(run) >= MIN_WORDS)
+    if run and (not fits or is_full):
+      if len(run) >= MIN_WORDS:
+        yield _example(run, lines, index)
+      run = []
+    if fits:
+      run.append(word)
+
+
+def _example(run: list[Word], lines, index) -> TaggedExample:
+  before = [""]
+  for previous, word in zip(run, run[1:], strict=False):
+    before.append(_slice(lines, previous.end, word.start))
+  return TaggedExample(
+    tuple(word.text for word in run),
+    tuple(index[word.tag] for word in run),
+    tuple(before),
+  )
+
+
+def _lines(source: str) -> list[str]:
+  # As tokenize reads them: not splitlines(), which cuts at form feeds.
+  return list(io.StringIO(source, newline=None))
+
+
+def _slice(lines: list[str], start, end) -> str:
+  (row, column), (last, stop) = start, end
+  if row == last:
+    return lines[row - 1][column:stop]
+  middle = lines[row : last - 1]
+  return "".join([lines[row - 1][column:], *middle, lines[last - 1][:stop]])
+
+
+def words_of(source: str) -> tuple[list[Word], set[int]]:
+  """The words of a file with their tags, and the lines within a def or class.
+
+  Raises:
+    SyntaxError, ValueError, tokenize.TokenError: it is no Python of this
+      version.
+  """
+  lines = _lines(source)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Of escapes that are invalid.
+    tree = ast.parse("".join(lines))
+  names, inside = _names(tree, lines)
+  words, previous, depth, opened = [], "", 0, (0, 0)
+  for token in tokenize.generate_tokens(iter([*lines, ""]).__next__):
+    kind = tokenize.tok_name[token.type]
+    # From 3.12 on, an f-string is many tokens: one word, as before.
+    if kind == "FSTRING_START":
+      opened = token.start if depth == 0 else opened
+      depth += 1
+    elif kind == "FSTRING_END":
+      depth -= 1
+      if depth == 0:
+        text = _slice(lines, opened, token.end)
+        words.append(Word("string", text, opened, token.end))
+    elif depth == 0 and token.string.strip() and kind != "ENDMARKER":
+      tag = _tag(kind, token, previous, names)
+      if tag:
+        words.append(Word(tag, token.string, token.start, token.end))
+        previous = token.string
+  return words, inside
+
+
+def _tag(kind: str, token, previous: str, names) -> str | None:
+  simple = {
+    "STRING": "string",
+    "NUMBER": "number",
+    "COMMENT": "comment",
+    "OP": "operator",
+  }
+  if kind != "NAME":
+    return simple.get(kind)
+  if keyword.iskeyword(token.string):
+    return "keyword"
+  if previous in ("def", "class"):
+    return "function" if previous == "def" else "class"
+  if token.start in names:
+    return names[token.start]
+  # `match`, `case` and `type` have no place of their own in the tree; names
+  # that `global`, `except ... as` and patterns bind have none either.
+  soft = keyword.issoftkeyword(token.string) and token.string != "_"
+  return "keyword" if soft else "variable"
+
+
+def _names(tree: ast.AST, lines: list[str]):
+  """Tags of names by place, and the lines within a def or class."""
+  names, inside, nodes = {}, set(), list(ast.walk(tree))
+  called = {id(n.func) for n in nodes if isinstance(n, ast.Call)}
+
+  def put(line: int, offset: int, tag: str) -> None:
+    # The tree counts bytes, tokenize characters.
+    if not lines[line - 1].isascii():
+      offset = len(lines[line - 1].encode()[:offset].decode())
+    names[line, offset] = tag
+
+  for node in nodes:
+    match node:
+      case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+        inside.update(range(node.lineno, node.end_lineno + 1))
+      case ast.arg():
+        put(node.lineno, node.col_offset, "parameter")
+      case ast.keyword(arg=str()):
+        put(node.lineno, node.col_offset, "keyword_argument")
+      case ast.Attribute():
+        tag = "call" if id(node) in called else "attribute"
+        size = len(node.attr.encode())
+        put(node.end_lineno, node.end_col_offset - size, tag)
+      case ast.Name():
+        tag = "call" if id(node) in called else "variable"
+        tag = "builtin" if node.id in _BUILTINS else tag
+        put(node.lineno, node.col_offset, tag)
+      case ast.Import() | ast.ImportFrom():
+        _put_imports(node, lines, names)
+  return names, inside
+
+
+def _put_imports(node, lines: list[str], names) -> None:
+  """Every name of an import statement: modules, parts of them, aliases."""
+  for row in range(node.lineno, node.end_lineno + 1):
+    for found in re.finditer(r"\w+", lines[row - 1].split("#")[0]):
+      names.setdefault((row, found.start()), "import")
+
+
+def _packages_task(documents, config) -> Task:
+  texts = _texts_by_package(documents, config)
+  labels = tuple(texts)
+  if len(labels) < 2:
+    raise ValueError(
+      f"format='code_packages': {len(labels)} packages of the standard library "
+      f"have {MIN_FILES} source files or more; expected two"
+    )
+  by_split = {p: _split_texts(p, texts[p], config) for p in labels}
+  parts = {
+    split: _balanced({p: by_split[p][split] for p in labels}, split, config)
+    for split in SPLITS
+  }
+  return Task(
+      name="code_packages", kind="classification", labels=labels,
+      metrics=examples.METRICS["classification"], splits=parts,
+  )  # fmt: skip
+
+
+def _texts_by_package(documents, config) -> dict[str, list[list[str]]]:
+  """Snippets of each file that has any, in a random order, by package."""
+  found: dict[str, list[list[str]]] = {}
+  for document in _shuffled(documents, config):
+    package, _, rest = document.key.partition("/")
+    if not rest or not package.isidentifier():
+      continue
+    texts = _texts(document.text, package)
+    if texts:
+      texts = splits.sample(texts, _TEXTS_PER_FILE, config, document.key)
+      found.setdefault(package, []).append(texts)
+  large = {p: files for p, files in found.items() if len(files) >= MIN_FILES}
+  # The richest: those left out differ from one Python to the next.
+  ranked = sorted(large, key=lambda p: (-sum(map(len, large[p])), p))
+  return {p: large[p] for p in sorted(ranked[:MAX_PACKAGES])}
+
+
+def _split_texts(package: str, files: list[list[str]], config):
+  """Whole files go to test, then to dev, until their share of snippets is."""
+  total = sum(map(len, files))
+  parts: dict[str, list[str]] = {split: [] for split in SPLITS}
+  for texts in files:
+    if len(parts["test"]) < _TEST_FRACTION * total:
+      parts["test"] += texts
+    elif len(parts["dev"]) < config.dev_fraction * total:
+      parts["dev"] += texts
+    else:
+      parts["train"] += texts
+  if not parts["train"]:
+    raise ValueError(
+      f"dev_fraction={config.dev_fraction}: leaves no file of {package!r} to "
+      "train on; expected less"
+    )
+  return parts
+
+
+def _balanced(
+  found: dict[str, list[str]], split: str, config: Any
+) -> list[TextExample]:
+  """As many snippets of every package: what the least of them has, at most."""
+  wanted = config[f"max_{split}"]
+  if wanted is not None and wanted < len(found):
+    raise ValueError(
+      f"max_{split}={wanted}: expected at least one example for each of the "
+      f"{len(found)} packages"
+    )
+  count = min(len(texts) for texts in found.values())
+  if wanted is not None:
+    count = min(count, wanted // len(found))
+  part = []
+  for label, (package, texts) in enumerate(found.items()):
+    chosen = splits.sample(texts, count, config, f"{split}:{package}")
+    part += [TextExample(text, None, label) for text in chosen]
+  return part
+
+
+def _texts(source: str, package: str) -> list[str]:
+  """Snippets of so many lines with text; none that names the package."""
+  lines = [line for line in source.split("\n") if line.strip()]
+  chunks = [
+    "\n".join(lines[i : i + _TEXT_LINES])
+    for i in range(0, len(lines) - _TEXT_LINES + 1, _TEXT_LINES)
+  ]
+  named = re.compile(rf"(?i)(?<![a-z]){re.escape(package)}(?![a-z])")
+  return [chunk for chunk in chunks if not named.search(chunk)]

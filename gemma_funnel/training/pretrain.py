@@ -1,0 +1,371 @@
+"""Training a model on text: next tokens, masked tokens, or distillation."""
+
+from collections.abc import Callable
+import contextlib
+import dataclasses
+import functools
+import operator
+import os
+from typing import Any
+
+from flax import nnx
+import jax
+import ml_collections
+import optax
+
+from gemma_funnel import convert
+from gemma_funnel.config import GemmaConfig, format_funnel
+from gemma_funnel.data import pipeline
+from gemma_funnel.model import Gemma
+from gemma_funnel.training import checkpoint as checkpoint_lib
+from gemma_funnel.training import loop, objectives, schedules, sharding
+from gemma_funnel.training import optimizer as optimizer_lib
+
+OBJECTIVES = ("next_token", "masked", "distill")
+# Of a checkpoint that training starts from, sizes are its own; these are not.
+RUNTIME = (
+    "param_dtype", "dtype", "softmax_dtype", "kernel", "scan_layers", "remat",
+)  # fmt: skip
+
+# Gives at least "loss".
+Evaluator = Callable[[Gemma], dict[str, float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a run's configuration amounts to; made before any long work."""
+
+  config: ml_collections.ConfigDict
+  model_config: GemmaConfig
+  funnels: schedules.FunnelSchedule
+  mesh: jax.sharding.Mesh
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
+
+  @property
+  def stages(self) -> schedules.Stages:
+    """Of the funnel that the checkpoint is said to be trained with."""
+    return self.funnels.funnel
+
+  @property
+  def causal(self) -> bool:
+    return self.config.objective != "masked"
+
+  @property
+  def gap(self) -> int:
+    """Padding that packing leaves after a segment at least."""
+    return segment_gap(self.funnels, self.causal)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """How a call of `train` ended.
+
+  Attributes:
+    model: with the last parameters.
+    corpus: the data it was trained on.
+    steps: how many steps the run has taken in all.
+    finished: False if a SIGTERM ended it early.
+  """
+
+  model: Gemma
+  corpus: pipeline.Corpus
+  steps: int
+  finished: bool
+
+
+def segment_gap(funnels: schedules.FunnelSchedule, causal: bool) -> int:
+  """Padding after packed segments: a first token kept apart takes a group."""
+  kept = any(stage.keep_first for m in funnels.members for stage in m)
+  return funnels.align if kept and not causal else 0
+
+
+def check_numbers(config: Any, at_least: dict[str, int | float]) -> None:
+  """Checks keys such as "latency.length"; a key without a value passes.
+
+  Raises:
+    ValueError: one is below its least value, or no number.
+  """
+  for name, least in at_least.items():
+    value = functools.reduce(operator.getitem, name.split("."), config)
+    if value is not None and not value >= least:  # A NaN neither.
+      bound = f"at least {least}" if least else ">= 0"
+      raise ValueError(f"{name}={value}: expected {bound}")
+
+
+def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
+  """Checks that `config.batch_size` rows can lie on a mesh.
+
+  Raises:
+    ValueError: they cannot.
+  """
+  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  if config.batch_size % rows:
+    raise ValueError(
+      f"batch_size={config.batch_size} must be a multiple of {rows}, the "
+      "mesh's data x fsdp"
+    )
+
+
+def find_model(config: Any) -> GemmaConfig:
+  """The sizes of `config.model`, or of the checkpoint `config.init_from`.
+
+  Raises:
+    ValueError: no checkpoint there, or a value that cannot be.
+  """
+  wanted = GemmaConfig.from_dict(config.model)
+  if config.init_from is None:
+    return wanted
+  if not os.path.exists(config.init_from):
+    raise ValueError(f"init_from={config.init_from!r} is not there")
+  how = {name: getattr(wanted, name) for name in RUNTIME}
+  found = convert.describe(config.init_from).config
+  return dataclasses.replace(found, **how)
+
+
+def with_model(
+  config: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, GemmaConfig]:
+  """(a copy whose `model` is what will be trained, the same as GemmaConfig)."""
+  config = config.copy_and_resolve_references()
+  model_config = find_model(config)
+  for name, value in model_config.to_dict().items():
+    config.model[name] = value
+  return config, model_config
+
+
+def make_setup(config: ml_collections.ConfigDict) -> Setup:
+  """Checks a configuration whole.
+
+  Raises:
+    ValueError: a value that cannot be, named.
+  """
+  config, model_config = with_model(config)
+  if config.init_from is not None and config.data.tokenizer is None:
+    found = convert.describe(config.init_from)
+    config.data.tokenizer = found.tokenizer_path
+  if config.objective not in OBJECTIVES:
+    raise ValueError(
+      f"objective={config.objective!r}: expected one of {list(OBJECTIVES)}"
+    )
+  funnels = schedules.make_schedule(
+    config, model_config.num_layers, "training to predict tokens"
+  )
+  ones = ("steps", "batch_size", "length", "loss_chunk", "log_every",
+          "eval_every", "eval_documents", "heldout_documents",
+          "checkpoint_every", "keep", "latency.batch_size",
+          "latency.length")  # fmt: skip
+  zeros = ("z_loss", "seed", "latency.repeats", "distill.logits",
+           "distill.hidden", "distill.tokens")  # fmt: skip
+  check_numbers(config, {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)})
+  for name in ("length", "latency.length"):
+    value = config.length if name == "length" else config.latency.length
+    used = name == "length" or config.latency.repeats
+    if used and value > model_config.max_length:
+      raise ValueError(
+        f"{name}={value} is beyond model.max_length={model_config.max_length}"
+      )
+  if config.length % funnels.align:
+    raise ValueError(
+      f"length={config.length} must be a multiple of the funnel's total stride "
+      f"{funnels.align}, for packing"
+    )
+  _check_objective(config)
+  mesh = sharding.make_mesh(config.mesh)
+  check_batch(config, mesh)
+  optimizer, schedule = optimizer_lib.make_optimizer(
+    config.optimizer, config.steps
+  )
+  setup = Setup(config, model_config, funnels, mesh, optimizer, schedule)
+  if config.length - setup.gap < 2:
+    raise ValueError(
+      f"length={config.length} leaves no room for text beside keep_first's "
+      f"padding of {setup.gap}"
+    )
+  return setup
+
+
+def _check_objective(config: Any) -> None:
+  if not 0 < config.mask_rate < 1:
+    raise ValueError(
+      f"mask_rate={config.mask_rate}: expected a number between 0 and 1"
+    )
+  if not config.distill.temperature > 0:
+    raise ValueError(
+      f"distill.temperature={config.distill.temperature}: expected > 0"
+    )
+  if config.objective != "distill":
+    return
+  if config.init_from is None:
+    raise ValueError(
+      "objective='distill' needs init_from: the checkpoint that is the teacher, "
+      "without a funnel, and what the student starts from"
+    )
+  if not (config.distill.logits or config.distill.hidden):
+    raise ValueError(
+      "distill.logits=0 and distill.hidden=0: nothing is learned of the teacher"
+    )
+
+
+def restrict(weights: dict[str, Any], model: nnx.Module) -> nnx.Module:
+  """`model` with the parameters it has among `weights`; unused ones are left.
+
+  A funnel's member may learn less than the funnel that the run is of.
+
+  Raises:
+    ValueError: a parameter that `weights` has not.
+  """
+  graphdef, state = nnx.split(model)
+  have = dict(nnx.to_flat_state(nnx.State(weights)))
+  flat = {}
+  for path, _ in nnx.to_flat_state(state):
+    if path not in have:
+      raise ValueError(
+        f"funnel {format_funnel(model.stages)} learns "
+        f"{'/'.join(map(str, path))}, which the run's own funnel has not: name "
+        "a funnel that has it, or sample funnels that learn nothing"
+      )
+    flat[path] = have[path]
+  return nnx.merge(graphdef, nnx.to_pure_dict(nnx.from_flat_state(flat)))
+
+
+def make_init(setup: Setup):
+  """(init, abstract): makes (weights, opt_state) from a seed, and its shapes.
+
+  `abstract` holds ShapeDtypeStructs with shardings; nothing is ever whole on
+  one device.
+  """
+  optimizer = setup.optimizer
+
+  def fresh(seed):
+    rngs = nnx.Rngs(jax.random.key(seed))
+    model = Gemma(setup.model_config, setup.stages, rngs=rngs)
+    weights = {"params": nnx.to_pure_dict(nnx.state(model))}
+    return weights, optimizer.init(weights)
+
+  abstract = loop.place(jax.eval_shape(fresh, 0), setup.mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  if setup.config.init_from is None:
+    return jax.jit(fresh, out_shardings=shardings), abstract
+
+  def loaded(seed):
+    del seed
+    weights = {"params": load_params(setup.config, setup.stages, setup.mesh)}
+    start = jax.jit(optimizer.init, out_shardings=shardings[1])
+    return weights, start(weights)
+
+  return loaded, abstract
+
+
+def load_params(config: Any, stages, mesh: jax.sharding.Mesh):
+  """The parameters of `config.init_from` under a funnel, on a mesh."""
+  model = convert.load(
+    config.init_from,
+    format_funnel(stages),
+    config.model.param_dtype,
+    mesh=mesh,
+  )
+  return nnx.to_pure_dict(nnx.state(model))
+
+
+def make_loss(setup: Setup):
+  """The loss of a `loop.Job`; its members are the schedule's funnels.
+
+  Raises:
+    ValueError: a member that learns what the run's own funnel has not.
+  """
+  config = setup.config
+  models = {
+    stages: Gemma.abstract(setup.model_config, stages)
+    for stages in (*setup.funnels.members, ())
+  }
+  made = nnx.to_pure_dict(nnx.state(models[setup.stages]))
+  for stages in setup.funnels.members:
+    restrict(made, models[stages])
+  chunk = config.loss_chunk
+
+  def loss(stages, weights, frozen, batch, key):
+    model = restrict(weights["params"], models[stages])
+    match config.objective:
+      case "next_token":
+        return objectives.next_token(
+          model, batch, chunk=chunk, z_loss=config.z_loss
+        )
+      case "masked":
+        return objectives.masked_tokens(
+          model, batch, key, rate=config.mask_rate, chunk=chunk,
+          z_loss=config.z_loss,
+        )  # fmt: skip
+      case "distill":
+        teacher = restrict(frozen, models[()])
+        return objectives.distill(
+          model, teacher, batch, chunk=chunk, **config.distill
+        )
+
+  return loss
+
+
+def train(
+  config: ml_collections.ConfigDict,
+  make_evaluator: Callable[[pipeline.Corpus, Setup], Evaluator],
+) -> Result:
+  """Trains, or goes on training, the run in `config.workdir`.
+
+  Args:
+    config: as in configs/quickstart.py.
+    make_evaluator: gives what measures the model every `eval_every` steps.
+
+  Raises:
+    ValueError: a mistake in the configuration, the data or the folder.
+    FloatingPointError: see `loop.run`.
+  """
+  setup = make_setup(config)
+  config = setup.config
+  loss = make_loss(setup)
+  init, abstract = make_init(setup)  # Fails if the mesh does not fit.
+  checkpoint_lib.claim_workdir(config)
+  corpus = pipeline.load_corpus(
+    config.data, setup.model_config.vocab_size, config.workdir
+  )
+  data = pipeline.train_iterator(
+    corpus.train,
+    corpus.tokenizer,
+    batch_size=config.batch_size // jax.process_count(),
+    length=config.length,
+    align=setup.funnels.align,
+    gap=setup.gap,
+    seed=config.data.seed,
+    num_workers=config.data.num_workers,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  graphdef = nnx.graphdef(Gemma.abstract(setup.model_config, setup.stages))
+  evaluate = make_evaluator(corpus, setup)
+  count = sum(x.size for x in jax.tree.leaves(abstract[0]))
+  with contextlib.closing(data):  # It may have worker processes.
+    result = loop.run(
+      loop.Job(
+        config=config,
+        about=f"{count:,} parameters, funnel {format_funnel(setup.stages)}, "
+        f"mesh {dict(setup.mesh.shape)}",
+        steps=config.steps,
+        mesh=setup.mesh,
+        optimizer=setup.optimizer,
+        schedule=setup.schedule,
+        abstract=abstract,
+        init=init,
+        loss=loss,
+        frozen=_teacher(setup),
+        member=setup.funnels.at,
+        data=data,
+        evaluate=lambda w: evaluate(nnx.merge(graphdef, w["params"])),
+      )
+    )
+  model = nnx.merge(graphdef, result.weights["params"])
+  return Result(model, corpus, result.steps, result.finished)
+
+
+def _teacher(setup: Setup):
+  if setup.config.objective != "distill":
+    return None
+  return load_params(setup.config, (), setup.mesh)

@@ -1,0 +1,302 @@
+"""Tables as tasks of each kind, and what messages say of bad rows."""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+from gemma_funnel import tasks
+from gemma_funnel.tasks.task import (
+  ChoiceExample,
+  Document,
+  GenerationExample,
+  TextExample,
+)
+
+
+def _load(tmp_path, files, **keys):
+  """Files by split: a list is written as .jsonl, a string as .tsv."""
+  config = tasks.default_config()
+  for split, content in files.items():
+    if isinstance(content, list):
+      path = tmp_path / f"{split}.jsonl"
+      path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    else:
+      path = tmp_path / f"{split}.tsv"
+      path.write_text(content)
+    setattr(config, split, str(path))
+  config.update(keys)
+  return tasks.load(config)
+
+
+_TRAIN = "text\tlabel\nx\tpos\ny\tneg\nz\tpos\n"
+_TEST = "text\tlabel\nu\tneg\n"
+
+
+def _classify(tmp_path, train=_TRAIN, dev=_TEST, test=_TEST, **keys):
+  keys = {"kind": "classification", "text": "text", "label": "label", **keys}
+  return _load(tmp_path, dict(train=train, dev=dev, test=test), **keys)
+
+
+class TestClassification:
+  def test_labels_are_those_of_train_sorted(self, tmp_path):
+    task = _classify(tmp_path)
+    assert task.labels == ("neg", "pos")
+    assert task.splits["train"] == (
+      TextExample("x", None, 1), TextExample("y", None, 0),
+      TextExample("z", None, 1),
+    )  # fmt: skip
+    assert task.metrics == ("accuracy", "macro_f1")
+    assert not task.skipped
+
+  def test_pairs(self, tmp_path):
+    content = "b\ta\tlabel\n1\t2\tx\n"
+    files = dict(train=content, dev=content, test=content)
+    task = _load(
+        tmp_path, files, kind="classification", text="a", second="b",
+        label="label",
+    )  # fmt: skip
+    assert task.splits["test"] == (TextExample("2", "1", 0),)
+
+  def test_names_or_ids_of_a_file(self, tmp_path):
+    (tmp_path / "labels.txt").write_text("pos\nneg\nother\n")
+    task = _classify(
+      tmp_path, test="text\tlabel\nu\t2\nv\tneg\n",
+      labels=str(tmp_path / "labels.txt"),
+    )  # fmt: skip
+    assert task.labels == ("pos", "neg", "other")
+    assert [e.label for e in task.splits["test"]] == [2, 1]
+    assert [e.label for e in task.splits["train"]] == [0, 1, 0]
+
+  def test_labels_that_are_numbers_are_names_first(self, tmp_path):
+    (tmp_path / "labels.txt").write_text("1\n0\n")
+    content = "text\tlabel\nu\t1\nv\t0\n"
+    task = _classify(
+      tmp_path, content, content, content, labels=str(tmp_path / "labels.txt")
+    )
+    assert [e.label for e in task.splits["test"]] == [0, 1]
+
+  @pytest.mark.parametrize("split", ["dev", "test"])
+  def test_unknown_label(self, tmp_path, split):
+    with pytest.raises(
+      ValueError, match=rf"{split}.tsv, line 3: found the label 'new'.*neg, pos"
+    ):
+      _classify(tmp_path, **{split: _TEST + "v\tnew\n"})
+
+  def test_id_out_of_range(self, tmp_path):
+    (tmp_path / "labels.txt").write_text("pos\nneg\n")
+    with pytest.raises(ValueError, match="test.tsv, line 2: .*'2'.*below 2"):
+      _classify(
+        tmp_path, test="text\tlabel\nu\t2\n",
+        labels=str(tmp_path / "labels.txt"),
+      )  # fmt: skip
+
+  def test_several_labels_in_a_cell(self, tmp_path):
+    train = "text\tlabel\nx\t1\ny\t3\nz\t1,3\n"
+    rows = dict(train=train, dev=train, test="text\tlabel\nx\t1\n")
+    with pytest.raises(ValueError, match="line 4: found the labels '1,3'"):
+      _classify(tmp_path, **rows)
+    task = _classify(tmp_path, **rows, on_bad="skip")
+    assert task.labels == ("1", "3")
+    assert task.skipped == {"train": 1, "dev": 1}
+
+  def test_a_comma_in_a_name(self, tmp_path):
+    content = "text\tlabel\nx\tyes, sir\ny\tno\n"
+    task = _classify(tmp_path, content, content, content)
+    assert task.labels == ("no", "yes, sir")
+
+  @pytest.mark.parametrize(
+    ("row", "message"),
+    [
+      ("x\n", "found 1 columns; expected 2"),
+      (" \tpos\n", "'text' is empty"),
+      ("x\t \n", "found the label ' '"),
+    ],
+  )
+  def test_bad_rows(self, tmp_path, row, message):
+    with pytest.raises(ValueError, match=f"train.tsv, line 5: .*{message}"):
+      _classify(tmp_path, train=_TRAIN + row)
+    task = _classify(tmp_path, train=_TRAIN + row, on_bad="skip")
+    assert len(task.splits["train"]) == 3
+    assert task.skipped == {"train": 1}
+
+  def test_bad_json(self, tmp_path):
+    rows = [{"text": "x", "label": True}, {"text": "y", "label": 0}]
+    task = _classify(tmp_path, rows, rows, rows)
+    assert task.labels == ("0", "true")
+    for value, message in [
+        (["x"], "'text' is a list"), ("\ud800", "not Unicode"),
+    ]:  # fmt: skip
+      bad = [*rows, {"text": value, "label": 0}]
+      with pytest.raises(ValueError, match=f"jsonl, line 3: .*{message}"):
+        _classify(tmp_path, rows, rows, bad)
+    with pytest.raises(ValueError, match="found the label None"):
+      _classify(tmp_path, rows, rows, [{"text": "x", "label": None}])
+
+  @pytest.mark.parametrize("content", ["", "text\tlabel\n"])
+  def test_empty_file(self, tmp_path, content):
+    with pytest.raises(ValueError, match="train.tsv: no rows"):
+      _classify(tmp_path, train=content)
+
+  def test_all_rows_skipped(self, tmp_path):
+    with pytest.raises(ValueError, match=r"split test .* empty \(1 malformed"):
+      _classify(tmp_path, test="text\tlabel\nu\tnew\n", on_bad="skip")
+
+
+class TestRegression:
+  def test_numbers(self, tmp_path):
+    rows = [{"text": "x", "label": 1}, {"text": "y", "label": "-2.5e1"}]
+    files = dict(train=rows, dev=rows, test=rows)
+    task = _load(tmp_path, files, kind="regression", text="text", label="label")
+    assert [e.label for e in task.splits["test"]] == [1.0, -25.0]
+    assert task.labels == ()
+    assert task.metrics == ("pearson", "spearman")
+
+  @pytest.mark.parametrize("value", ["nan", "inf", "four", "", None, True, [1]])
+  def test_no_finite_number(self, tmp_path, value):
+    rows = [{"text": "x", "label": 1}]
+    files = dict(train=rows, dev=rows, test=[{"text": "x", "label": value}])
+    with pytest.raises(ValueError, match="line 1: .*expected a finite number"):
+      _load(tmp_path, files, kind="regression", text="text", label="label")
+
+
+class TestChoice:
+  def test_minimal_pairs(self, tmp_path):
+    rows = [{"good": "She runs.", "bad": "She run.", "uid": "agreement"}]
+    task = _load(
+      tmp_path, {"test": rows}, kind="choice", choices="good, bad", group="uid"
+    )
+    assert task.splits == {
+      "test": (ChoiceExample("", ("She runs.", "She run."), 0, "agreement"),)
+    }
+    assert task.metrics == ("accuracy",)
+
+  @pytest.mark.parametrize(
+    ("answer", "index"), [(1, 1), ("0", 0), ("blue", 2), ("4", 1)]
+  )
+  def test_answers_in_a_list(self, tmp_path, answer, index):
+    rows = [{"q": "It is", "c": ["red", "4", "blue"], "a": answer}]
+    task = _load(
+      tmp_path, {"test": rows}, kind="choice", prompt="q", choices="c",
+      answer="a",
+    )  # fmt: skip
+    expected = ChoiceExample("It is", ("red", "4", "blue"), index)
+    assert task.splits["test"] == (expected,)
+
+  def test_answer_names_a_column(self, tmp_path):
+    rows = [{"a": "x", "b": "y", "right": "b"}]
+    task = _load(
+      tmp_path, {"test": rows}, kind="choice", choices="a,b", answer="right"
+    )
+    assert task.splits["test"][0].answer == 1
+
+  @pytest.mark.parametrize(
+    ("choices", "answer", "message"),
+    [
+      (["x", "y"], 2, "found the answer 2; expected an index from 0 to 1"),
+      (["x", "y"], -1, "found the answer -1"),
+      (["x", "y"], True, "found the answer True"),
+      (["x", "x"], "x", "found the answer 'x'"),
+      (["x"], 0, "found 1 choices"),
+      ("xy", 0, "expected a list of strings"),
+      (["x", ""], 0, "is empty"),
+    ],
+  )
+  def test_bad_rows(self, tmp_path, choices, answer, message):
+    rows = [{"c": choices, "a": answer}]
+    with pytest.raises(ValueError, match=f"test.jsonl, line 1: .*{message}"):
+      _load(tmp_path, {"test": rows}, kind="choice", choices="c", answer="a")
+
+  def test_a_list_needs_an_answer(self, tmp_path):
+    with pytest.raises(ValueError, match="answer is not set"):
+      _load(tmp_path, {"test": [{"c": ["x", "y"]}]}, kind="choice", choices="c")
+
+
+class TestGeneration:
+  def test_pattern_finds_the_answer(self, tmp_path):
+    rows = [{"q": "1 + 1?", "a": "It is 1 + 1 = 2.\n#### 2 "}]
+    task = _load(
+      tmp_path, {"test": rows}, kind="generation", prompt="q", answer="a",
+      answer_pattern="#### (.*)",
+    )  # fmt: skip
+    assert task.splits["test"] == (GenerationExample("1 + 1?", ("2",)),)
+    assert task.metrics == ("exact_match",)
+
+  def test_several_answers(self, tmp_path):
+    rows = [{"q": "x", "a": ["one", "1"]}]
+    task = _load(
+      tmp_path, {"test": rows}, kind="generation", prompt="q", answer="a"
+    )
+    assert task.splits["test"][0].answers == ("one", "1")
+
+  @pytest.mark.parametrize(
+    ("answer", "pattern", "message"),
+    [
+      ("none", "#### (.*)", "line 1: .*finds nothing in the answer 'none'"),
+      ("####", "####(.*)", "line 1: .*finds nothing"),
+      ("x", "(", r"answer_pattern='\(': no regular expression"),
+      ([], None, "line 1: no answer"),
+      (2, None, "line 1: .*'a' is a int"),
+    ],
+  )
+  def test_bad(self, tmp_path, answer, pattern, message):
+    with pytest.raises(ValueError, match=message):
+      _load(
+          tmp_path, {"test": [{"q": "x", "a": answer}]}, kind="generation",
+          prompt="q", answer="a", answer_pattern=pattern,
+      )  # fmt: skip
+
+
+class TestPerplexity:
+  def test_a_text_file_is_one_document(self, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\ntwo\n")
+    task = _load(tmp_path, {}, kind="perplexity", test=str(tmp_path / "a.txt"))
+    assert task.splits["test"] == (Document("one\r\n\ntwo\n"),)
+    assert task.metrics == ()
+
+  def test_a_table_has_many(self, tmp_path):
+    rows = {"test": [{"t": "one"}, {"t": "two"}]}
+    task = _load(tmp_path, rows, kind="perplexity", text="t")
+    assert task.splits["test"] == (Document("one"), Document("two"))
+    with pytest.raises(ValueError, match="text is not set"):
+      _load(tmp_path, rows, kind="perplexity")
+
+  def test_empty(self, tmp_path):
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="split test .* is empty"):
+      _load(tmp_path, {}, kind="perplexity", test=str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize(
+  ("keys", "message"),
+  [
+    ({"kind": None}, "kind=None: expected one of"),
+    ({"kind": "tagging"}, "kind='tagging': expected one of"),
+    ({"label": None}, "label is not set"),
+    ({"prompt": "text"}, "prompt='text': kind='classification' has no such"),
+    ({"answer_pattern": "x"}, "answer_pattern='x'"),
+    ({"text": "none"}, r"train.tsv: no column 'none'; found \['text'"),
+    ({"kind": "regression", "labels": "x"}, "labels='x'.*has no labels"),
+  ],
+)
+def test_keys(tmp_path, keys, message):
+  with pytest.raises(ValueError, match=message):
+    _classify(tmp_path, **keys)
+
+
+@pytest.mark.skipif(
+  "GEMMA_FUNNEL_DATA" not in os.environ, reason="needs GEMMA_FUNNEL_DATA"
+)
+def test_real_tables():
+  root = pathlib.Path(os.environ["GEMMA_FUNNEL_DATA"])
+  config = tasks.default_config()
+  folder = root / "cls" / "goemotions_group"
+  config.update(
+    kind="classification", header=False, text="0", label="1", on_bad="skip",
+    train=str(folder / "train.tsv"), dev=str(folder / "dev.tsv"),
+    test=str(folder / "test.tsv"), labels=str(folder / "labels.txt"),
+  )  # fmt: skip
+  task = tasks.load(config)
+  assert len(task.splits["train"]) == 18454
+  assert task.skipped["train"] == 20000 - 18454

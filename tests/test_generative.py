@@ -1,0 +1,374 @@
+"""Tasks answered by a language model: metrics against sums taken by hand."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+
+from flax import nnx
+import numpy as np
+import pytest
+import tiny_run
+
+from gemma_funnel import evaluation, tasks
+from gemma_funnel.config import GemmaConfig
+from gemma_funnel.data import sources
+from gemma_funnel.data import tokenizer as tokenizer_lib
+from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID
+from gemma_funnel.decode import Decoder
+from gemma_funnel.evaluation import generative, scoring
+from gemma_funnel.evaluation import subject as subject_lib
+from gemma_funnel.evaluation.generative import Settings
+from gemma_funnel.model import Gemma
+from gemma_funnel.tasks.task import (
+  ChoiceExample,
+  Document,
+  GenerationExample,
+  Task,
+  TextExample,
+)
+
+VOCAB = 300
+FUNNEL = "start=1,stride=2"
+CONFIG = GemmaConfig.preset(
+  "tiny", num_layers=2, vocab_size=VOCAB, max_length=64
+)
+CHOICES = (
+  ChoiceExample("one two", (" three", " four five six", " ü"), 0, "a"),
+  ChoiceExample("a cat", (" sat", " satsatsat"), 1, "b"),
+  ChoiceExample("red green", (" blue", " grey", " blue"), 0, "b"),
+)
+
+
+def make_task(kind, examples, train=(), metrics=()):
+  splits = {"test": tuple(examples), "train": tuple(train)}
+  return Task("my task", kind, (), metrics, splits)
+
+
+@pytest.fixture(scope="module")
+def model():
+  model = Gemma(CONFIG, rngs=nnx.Rngs(0))
+  for norm in (model.layers.post_attn_norm, model.layers.post_mlp_norm):
+    norm.scale[...] = norm.scale[...] + 6
+  return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  path = tmp_path_factory.mktemp("tokenizer") / "t.model"
+  words = "one two three four five six a cat sat red green blue grey"
+  lines = [f"{w} {v}" for w in words.split() for v in words.split()]
+  documents = [sources.Document(str(n), x) for n, x in enumerate(lines)]
+  return tokenizer_lib.train(documents, VOCAB, path)
+
+
+def log_likelihood(model, tokenizer, prompt, text):
+  context = [BOS_ID, *tokenizer.encode(prompt)]
+  rest = [BOS_ID, *tokenizer.encode(prompt + text)][len(context) :]
+  scores = scoring.log_likelihoods(model, [(context, rest)], batch_size=3)
+  return scores[0].log_likelihood
+
+
+def test_choices_are_told_by_log_likelihood(model, tokenizer):
+  model = model.with_funnel(FUNNEL)
+  task = make_task("choice", CHOICES)
+  settings = Settings(batch_size=3)
+  records = generative.predict(task, model, tokenizer, settings)
+  for record, example in zip(records, CHOICES, strict=True):
+    expected = [
+      log_likelihood(model, tokenizer, example.prompt, c)
+      for c in example.choices
+    ]
+    assert record["log_likelihoods"] == pytest.approx(expected, rel=1e-4)
+    assert record["chosen"] == np.argmax(expected)
+    sizes = [len(c[1:].encode()) for c in example.choices]
+    assert record["chosen_norm"] == np.argmax(np.divide(expected, sizes))
+  found = generative.evaluate(task, model, tokenizer, settings)
+  right = [r["correct"] for r in records]
+  assert found["accuracy"] == np.mean(right)
+  assert found["groups"]["b"]["accuracy"] == np.mean(right[1:])
+  assert found["groups"]["a"]["num_examples"] == 1
+  assert found["num_examples"] == 3 and found["num_cut"] == 0
+
+
+def choice_record(scores, choices, answer, group=""):
+  example = ChoiceExample("p", choices, answer, group)
+  return generative._choice_record(example, scores, [5] * len(scores), 9)
+
+
+def test_ties_are_wrong_and_counted():
+  records = [
+    choice_record([-1.0, -2.0], ("aa", "bb"), 0),
+    choice_record([-1.0, -1.0], ("aa", "aa"), 0),
+    choice_record([-1.0, -2.0, -2.0], ("a", "b", "b"), 0),
+  ]
+  found = generative.summarize("choice", records)
+  assert found["num_ties"] == 1
+  assert found["accuracy"] == found["accuracy_norm"] == pytest.approx(2 / 3)
+  assert "groups" not in found
+
+
+def test_the_norm_is_of_bytes_without_the_space_before():
+  # 4 characters, and of bytes 4 or 8; the space before would make them 5 or 9.
+  record = choice_record([-4.0, -7.9], (" abcd", " üüüü"), 1)
+  assert record["chosen"] == 0 and record["chosen_norm"] == 1
+  record = choice_record([-4.0, -8.1], (" abcd", " üüüü"), 0)
+  assert record["chosen_norm"] == 0
+
+
+def test_minimal_pairs_have_no_prompt(model, tokenizer):
+  pair = ChoiceExample("", ("the cat sat", "cat the sat"), 0, "order")
+  task = make_task("choice", [pair, dataclasses.replace(pair, answer=1)])
+  [first, second] = generative.predict(task, model, tokenizer, Settings())
+  expected = [
+    log_likelihood(model, tokenizer, "", text) for text in pair.choices
+  ]
+  assert first["log_likelihoods"] == pytest.approx(expected, rel=1e-4)
+  assert first["correct"] != second["correct"]
+
+
+def test_few_shots_come_first(model, tokenizer, monkeypatch):
+  seen = []
+  inner = scoring.encode_pair
+  monkeypatch.setattr(
+    scoring, "encode_pair", lambda *a: seen.append(a[1:]) or inner(*a)
+  )
+  train = [ChoiceExample(p, (" no", " {yes}"), 1) for p in ("x{}", "y", "z")]
+  task = make_task("choice", CHOICES[:1], train)
+  settings = Settings(
+      few_shot=2, shot_format="Q: {prompt}{answer}.", prompt_format="Q: {prompt}"
+  )  # fmt: skip
+  generative.evaluate(task, model, tokenizer, settings)
+  assert seen[0] == ("Q: x{} {yes}.Q: y {yes}.Q: one two", " three")
+
+
+def test_prompts_too_long_are_counted(model, tokenizer):
+  long = dataclasses.replace(CHOICES[0], prompt="one two three " * 30)
+  task = make_task("choice", [CHOICES[0], long])
+  assert generative.evaluate(task, model, tokenizer, Settings())["num_cut"] == 1
+
+
+def test_perplexity_by_hand(model, tokenizer):
+  model = model.with_funnel(FUNNEL)
+  texts = ["one two", "red grün blue " + "cat sat " * 40, "six"]
+  task = make_task(
+    "perplexity", map(Document, texts), metrics=("bits_per_byte",)
+  )
+  settings = Settings(batch_size=2, max_length=32)
+  found = generative.evaluate(task, model, tokenizer, settings)
+  total, tokens = 0.0, 0
+  for text in texts:
+    ids = tokenizer.encode(text)
+    tokens += len(ids)
+    for context, rest in scoring.windows(ids, 32):
+      [score] = scoring.log_likelihoods(
+        model, [(context, rest)], batch_size=1, lengths=(32,)
+      )
+      total += score.log_likelihood
+  size = sum(len(text.encode()) for text in texts)
+  words = sum(len(re.split(r"\s+", text)) for text in texts)
+  assert size > sum(map(len, texts))
+  expected = {
+      "loss": -total / tokens, "perplexity": math.exp(-total / tokens),
+      "bits_per_byte": -total / math.log(2) / size,
+      "word_perplexity": math.exp(-total / words), "num_tokens": tokens,
+      "num_examples": 3, "num_cut": 0,
+  }  # fmt: skip
+  assert found == pytest.approx(expected, rel=1e-4)
+  assert generative.main_metric(task) == "bits_per_byte"
+
+
+@pytest.fixture(scope="module")
+def written(model, tokenizer):
+  """What the model writes after some prompts."""
+  decoder, found = Decoder(model.with_funnel(FUNNEL), 64), {}
+  for prompt in ("one two", "a cat sat on", "red"):
+    [result] = decoder.generate(
+        [[BOS_ID, *tokenizer.encode(prompt)]], max_new_tokens=20,
+        stop_ids=[EOS_ID],
+    )  # fmt: skip
+    found[prompt] = tokenizer.decode(result.tokens)
+  return found
+
+
+def test_generation_is_the_decoder_s(model, tokenizer, written):
+  examples = [
+    GenerationExample(p, (f" {t.upper()}\n" if n else "no",))
+    for n, (p, t) in enumerate(written.items())
+  ]
+  task = make_task("generation", examples)
+  model = model.with_funnel(FUNNEL)
+  settings = Settings(batch_size=2, max_new_tokens=20, lower_case=True)
+  records = generative.predict(task, model, tokenizer, settings)
+  assert [r["text"] for r in records] == list(written.values())
+  found = generative.summarize("generation", records)
+  assert found["exact_match"] == pytest.approx(2 / 3)
+  assert generative._normal(" A\n b", settings) == "a b"
+  assert generative._normal(" A\n b", Settings()) == "A b"
+
+
+def test_stop_strings_end_a_text(model, tokenizer, written):
+  model = model.with_funnel(FUNNEL)
+  prompt, text = max(written.items(), key=lambda item: len(item[1]))
+  stop, later = text[3:5], text[6:9]
+  found = generative.continuations(
+      model, tokenizer, [[BOS_ID, *tokenizer.encode(prompt)]],
+      stop=[later, stop], max_new_tokens=20, batch_size=8, longest=64,
+  )  # fmt: skip
+  assert found == [text[: min(text.index(stop), text.index(later))]]
+
+
+def test_a_long_prompt_is_cut_on_the_left(model, tokenizer):
+  ids = [BOS_ID, *tokenizer.encode("one two three four " * 20)]
+  options = dict(stop=(), max_new_tokens=8, batch_size=8, longest=40)
+  kept, less = [BOS_ID, *ids[-31:]], [BOS_ID, *ids[-30:]]
+  found = generative.continuations(
+    model, tokenizer, [ids, kept, less], **options
+  )
+  assert len(ids) > 40
+  assert found[0] == found[1]
+  with pytest.raises(ValueError, match="max_new_tokens=40: expected less than"):
+    generative.continuations(
+      model, tokenizer, [ids], **{**options, "max_new_tokens": 40}
+    )
+  assert generative.continuations(model, tokenizer, [], **options) == []
+
+
+@pytest.mark.parametrize(
+  "text, pattern, found, right",
+  [
+    ("so 7\n#### 1,234.", r"#### (-?[0-9.,]+)", "1,234.", "1234"),
+    ("so 7", r"#### (-?[0-9.,]+)", None, None),
+    ("-5 or 6", r"-?\d+", "-5", "-5"),
+    (" a,\n b ", None, " a,\n b ", "a, b"),
+  ],
+)
+def test_answers_are_extracted(text, pattern, found, right):
+  assert generative.extract(text, pattern) == found
+  if right is not None:
+    settings = Settings(answer_pattern=pattern)
+    assert generative._normal(found, settings) == right
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(batch_size=0), "batch_size=0: expected an integer >= 1"),
+    (dict(few_shot=-1), "few_shot=-1: expected an integer >= 0"),
+    (dict(max_length=1), "max_length=1: expected an integer >= 2"),
+    (dict(split="valid"), "split='valid': expected one of"),
+    (dict(stop="x"), "stop='x': expected a tuple"),
+    (dict(stop=("",)), "none of them empty"),
+    (dict(prompt_format="{text}"), "prompt_format='{text}': .*{prompt}"),
+    (dict(shot_format="{prompt}"), "shot_format='{prompt}': .*{answer} in it"),
+    (dict(shot_format="{prompt"), "shot_format='{prompt': expected a text"),
+    (dict(answer_pattern="("), r"answer_pattern='\(' is no regular"),
+  ],
+)
+def test_settings_out_of_range_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    Settings(**changes)
+
+
+@pytest.mark.parametrize(
+  "task, changes, message",
+  [
+    (make_task("classification", [TextExample("a", None, 0)]), {},
+     "'classification', which a head is fine-tuned for"),
+    (make_task("choice", []), {}, "no examples in split='test'"),
+    (make_task("choice", CHOICES), dict(few_shot=1), "has 0 examples in its"),
+    (make_task("choice", CHOICES, CHOICES), dict(few_shot=1, split="train"),
+     "would show answers"),
+    (make_task("perplexity", [Document("a")]), dict(few_shot=1), "no prompts"),
+    (make_task("perplexity", [Document("")]), {}, "the texts have no tokens"),
+    (make_task("choice", CHOICES, metrics=("f1",)), {}, "metrics=.'f1',."),
+    (make_task("choice", CHOICES), dict(max_length=65), "model.max_length=64"),
+    (make_task("choice", [ChoiceExample("a", ("", " b"), 0)]), {},
+     "task my task, example 0: the continuation '' has no tokens"),
+  ],
+)  # fmt: skip
+def test_mistakes_are_named(model, tokenizer, task, changes, message):
+  with pytest.raises(ValueError, match=message):
+    generative.evaluate(task, model, tokenizer, Settings(**changes))
+
+
+def test_a_funnel_that_does_not_recover(model, tokenizer):
+  task = make_task("choice", CHOICES)
+  with pytest.raises(ValueError, match="recover='none'"):
+    generative.evaluate(
+      task, model.with_funnel("start=1,recover=none"), tokenizer, Settings()
+    )
+
+
+@pytest.fixture
+def config(model, tokenizer, tmp_path, monkeypatch):
+  """configs/eval_task.py, whose checkpoint and task are those here."""
+  config = tiny_run.load_config("eval_task")
+  path = tmp_path / "run"
+  path.mkdir()
+  config.checkpoint = str(path)
+  config.out = str(tmp_path / "out")
+  subject = subject_lib.Subject(
+    model.with_funnel(FUNNEL), tokenizer.name, None, 7
+  )
+  monkeypatch.setattr(subject_lib, "load", lambda *a, **k: subject)
+  monkeypatch.setattr(tasks, "load", lambda c: make_task("choice", CHOICES))
+  return config
+
+
+def test_run_writes_a_table_and_predictions(config, model, tokenizer, capsys):
+  config.funnels = ("trained", "off", FUNNEL)
+  rows = evaluation.run(config)
+  assert [row["funnel"] for row in rows] == ["trained", "off"]
+  task = make_task("choice", CHOICES)
+  for row, funnel in zip(rows, (FUNNEL, "off"), strict=True):
+    expected = generative.evaluate(
+      task, model.with_funnel(funnel), tokenizer, Settings()
+    )
+    assert {k: row[k] for k in expected} == expected
+    assert row["metric"] == "accuracy" and row["value"] == row["accuracy"]
+  assert rows[0]["ideal_reduction"] > rows[1]["ideal_reduction"] == 0
+  out = pathlib.Path(config.out)
+  content = json.loads((out / "my_task.json").read_text())
+  assert content["rows"] == rows and content["settings"]["step"] == 7
+  assert content["settings"]["prompt_format"] == "{prompt}"
+  lines = (out / "my_task.predictions.jsonl").read_text().splitlines()
+  names = [json.loads(line)["funnel"] for line in lines]
+  assert names == ["trained"] * 3 + ["off"] * 3
+  assert (out / "my_task.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+  assert "accuracy %" in capsys.readouterr().out
+
+
+def test_run_of_a_generation_task(
+  config, model, tokenizer, written, monkeypatch
+):
+  examples = [GenerationExample(p, (t,)) for p, t in written.items()]
+  task = make_task("generation", examples)
+  monkeypatch.setattr(tasks, "load", lambda c: task)
+  config.max_new_tokens = 20
+  config.funnels = ("trained",)
+  [row] = evaluation.run(config)
+  assert row["exact_match"] == 1.0 and row["ideal_reduction"] is None
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(funnels=("half",)), "funnels: 'half'"),
+    (dict(funnels=("start=1,recover=none",)), "recover='none'"),
+    (dict(stop="x"), "stop='x': expected a tuple"),
+    (dict(few_shot=5), "few_shot=5: task my task has 0"),
+  ],
+)
+def test_run_names_mistakes_before_it_loads(
+  config, changes, message, monkeypatch
+):
+  monkeypatch.setattr(subject_lib, "load", None)
+  with config.ignore_type():
+    config.update(changes)
+  with pytest.raises(ValueError, match=message):
+    evaluation.run(config)
+  del config.batch_size
+  with pytest.raises(ValueError, match=r"lacks \['batch_size'\]"):
+    evaluation.run(config)

@@ -1,0 +1,209 @@
+"""Metrics equal formulas written down again, absent classes and all."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gemma_funnel.tasks import metrics
+
+LABELS = ("a", "b", "c", "d")
+
+
+def _compute(name, predictions, references, labels=LABELS):
+  return metrics.compute([name], labels, predictions, references)[name]
+
+
+def _counts(label, predictions, references):
+  pairs = list(zip(predictions, references, strict=True))
+  hit = sum(p == r == label for p, r in pairs)
+  return (
+    hit,
+    sum(p == label for p, _ in pairs),
+    sum(r == label for _, r in pairs),
+  )
+
+
+def _f1_of(hit, said, true):
+  return 2 * hit / (said + true) if said + true else 0.0
+
+
+def _matthews(predictions, references):
+  """The determinant-free form of Gorodkin (2004), R_K."""
+  c = np.zeros((4, 4))
+  for p, r in zip(predictions, references, strict=True):
+    c[r, p] += 1
+  n, t, p = c.sum(), c.sum(1), c.sum(0)
+  cov = np.trace(c) * n - t @ p
+  var = (n**2 - p @ p) * (n**2 - t @ t)
+  return cov / math.sqrt(var) if var else 0.0
+
+
+def _draws(count=25):
+  """Random predictions in which classes are often absent."""
+  rng = np.random.default_rng(0)
+  for _ in range(count):
+    size = rng.integers(1, 12)
+    used = rng.choice(4, rng.integers(1, 5), replace=False)
+    yield rng.choice(used, size).tolist(), rng.choice(used, size).tolist()
+
+
+def test_classification():
+  for predictions, references in _draws():
+    agree = sum(p == r for p, r in zip(predictions, references, strict=True))
+    assert _compute("accuracy", predictions, references) == pytest.approx(
+      agree / len(references)
+    )
+    f1s = [
+      _f1_of(*_counts(c, predictions, references))
+      for c in set(predictions) | set(references)
+    ]
+    assert _compute("macro_f1", predictions, references) == pytest.approx(
+      sum(f1s) / len(f1s)
+    )
+    assert _compute("matthews", predictions, references) == pytest.approx(
+      _matthews(predictions, references)
+    )
+
+
+def test_f1_is_of_the_last_of_two_labels():
+  rng = np.random.default_rng(1)
+  for ones in (0, 0.2, 0.7, 1):
+    predictions = (rng.random(20) < ones).astype(int)
+    references = (rng.random(20) < ones).astype(int)
+    expected = _f1_of(*_counts(1, predictions, references))
+    found = _compute("f1", predictions, references, ("no", "yes"))
+    assert found == pytest.approx(expected)
+  with pytest.raises(ValueError, match="'f1': found 4 labels; expected two"):
+    _compute("f1", [0], [0])
+
+
+def _ranks(values):
+  return [
+    sum(w < v for w in values) + (sum(w == v for w in values) + 1) / 2
+    for v in values
+  ]
+
+
+def test_correlations():
+  rng = np.random.default_rng(2)
+  for _ in range(10):
+    x = rng.integers(0, 5, 12) + rng.random(12).round(1)
+    y = (x + rng.normal(size=12) * 3).round()
+    pearson = np.corrcoef(x, y)[0, 1]
+    spearman = np.corrcoef(_ranks(x), _ranks(y))[0, 1]
+    assert _compute("pearson", x.tolist(), y, ()) == pytest.approx(pearson)
+    assert _compute("spearman", x.tolist(), y, ()) == pytest.approx(spearman)
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+class TestUndefined:
+  def test_constants_have_no_correlation(self, name):
+    assert _compute(name, [2.0, 2.0, 2.0], [1.0, 2.0, 3.0], ()) is None
+    assert _compute(name, [1.0, 2.0, 3.0], [0.0, 0.0, 0.0], ()) is None
+    assert _compute(name, [1.0], [2.0], ()) is None
+
+  def test_nearly_constant_is_a_number_or_none(self, name):
+    values = [1.0, 1.0, 1.0 + 1e-15]
+    found = _compute(name, values, [1.0, 2.0, 3.0], ())
+    assert found is None or math.isfinite(found)
+
+  @pytest.mark.parametrize("value", [math.nan, math.inf])
+  def test_not_finite(self, name, value):
+    with pytest.raises(FloatingPointError, match="prediction 1 is"):
+      _compute(name, [1.0, value], [1.0, 2.0], ())
+    with pytest.raises(FloatingPointError, match="reference 0 is"):
+      _compute(name, [1.0, 2.0], [value, 2.0], ())
+
+
+def _spans(tags):
+  """As conlleval: B- starts a span, and I- does after another type."""
+  spans, start, type_ = set(), 0, None
+  for i, tag in enumerate([*tags, "O"]):
+    continues = tag[0] == "I" and tag[2:] == type_
+    if type_ is not None and not continues:
+      spans.add((start, i, type_))
+    if not continues:
+      start, type_ = i, tag[2:] or None
+  return spans
+
+
+def test_spans_as_conlleval_counts_them():
+  rng = np.random.default_rng(3)
+  tags = ("O", "O", "B-A", "I-A", "B-B", "I-B")
+  for _ in range(60):
+    sizes = rng.integers(1, 9, 3)
+    ours, theirs = (
+      [rng.choice(tags, n).tolist() for n in sizes] for _ in range(2)
+    )
+    hit = said = true = 0
+    for a, b in zip(map(_spans, ours), map(_spans, theirs), strict=True):
+      hit, said, true = hit + len(a & b), said + len(a), true + len(b)
+    found = metrics.compute(
+      ["span_f1", "span_precision", "span_recall"], tags, ours, theirs
+    )
+    assert found == pytest.approx({
+        "span_f1": _f1_of(hit, said, true),
+        "span_precision": hit / said if said else 0.0,
+        "span_recall": hit / true if true else 0.0,
+    })  # fmt: skip
+
+
+def test_no_spans_at_all():
+  assert _compute("span_f1", [["O", "O"]], [["O", "O"]]) == 0.0
+  assert _compute("span_f1", [["O"]], [["B-A"]]) == 0.0
+
+
+def test_tokens():
+  ours, theirs = [["a", "b"], ["c"]], [["a", "a"], ["b"]]
+  assert _compute("token_accuracy", ours, theirs) == pytest.approx(1 / 3)
+  # a: 2/3, b: 0, c: 0.
+  assert _compute("token_macro_f1", ours, theirs) == pytest.approx(2 / 9)
+
+
+def test_exact_match():
+  found = _compute("exact_match", [" 18", "2", "x"], ["18", ("1", "2 "), "X"])
+  assert found == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+  ("name", "predictions", "references", "message"),
+  [
+    ("bleu", [0], [0], "metric 'bleu': expected one of .*'accuracy'.*'span_f1'"),
+    ("accuracy", [], [], "found 0 predictions and 0 references"),
+    ("accuracy", [0], [0, 1], "found 1 predictions and 2 references"),
+    ("span_f1", [["O"]], [["O", "O"]], "sentence 0: found 1 .* expected 2"),
+    ("span_f1", [["PER"]], [["O"]], "'span_f1': found the tag 'PER'"),
+    ("token_accuracy", ["ab"], [["a", "b"]], "sentence 0: found a string"),
+    ("token_accuracy", [[]], [[]], "sentences without words"),
+  ],
+)  # fmt: skip
+def test_bad_input(name, predictions, references, message):
+  with pytest.raises(ValueError, match=message):
+    _compute(name, predictions, references)
+
+
+def test_names_fit_kinds():
+  metrics.check_names(["accuracy", "matthews"], "classification")
+  with pytest.raises(
+    ValueError, match="metric 'pearson': not of kind='tagging'"
+  ):
+    metrics.check_names(["pearson"], "tagging")
+  with pytest.raises(ValueError, match="metric 'rouge'"):
+    metrics.check_names(["rouge"], "generation")
+
+
+def test_libraries_are_imported_when_wanted():
+  program = (
+    "import sys; import gemma_funnel.tasks\n"
+    "heavy = {'sklearn', 'scipy.stats', 'seqeval', 'tensorflow_datasets', "
+    "'tensorflow'}\n"
+    "print(heavy & set(sys.modules))"
+  )
+  found = subprocess.run(
+    [sys.executable, "-c", program],
+    check=True, capture_output=True, text=True,
+  ).stdout  # fmt: skip
+  assert found == "set()\n"
