@@ -25,10 +25,11 @@ from gemma_funnel.evaluation import report
 
 Row = Mapping[str, Any]
 
-# What tells results apart.
+# What tells results apart; of how states move, what a model is made by.
 AXES = (
   "model", "pretraining", "finetuning", "inference", "funnel", "task", "seed",
 )  # fmt: skip
+MODEL_AXES = ("model", "pretraining", "funnel")
 SHAPE = ("start", "stop", "stride", "pool")
 POINTS, PERCENT = "points", "% of the baseline"
 CAVEAT = (
@@ -109,12 +110,13 @@ def organise(rows: Iterable[Row]) -> Results:
     }.get(kind)  # fmt: skip
     if needed is None:
       continue
-    missing = [key for key in (*AXES, *needed) if key not in row]
+    axes = MODEL_AXES if kind == "similarity" else AXES
+    missing = [key for key in (*axes, *needed) if key not in row]
     if missing:
       raise ValueError(
         f"result row {number} ({kind}) has no {missing}; it has {sorted(row)}"
       )
-    key = tuple(row[name] for name in AXES)
+    key = tuple(row[name] for name in axes)
     if kind == "similarity":
       similarity[key] = row
       continue
