@@ -34,17 +34,17 @@ def get_config() -> ml_collections.ConfigDict:
     vocab_size=2048, num_layers=6, embed_dim=96, mlp_dim=384, head_dim=24,
     query_pre_attn_scalar=24.0, window=64, max_length=512,
   )  # fmt: skip
-  pretrain.update(steps=150, batch_size=16, length=128, tensorboard=False)
+  pretrain.update(steps=120, batch_size=16, length=128, tensorboard=False)
   pretrain.optimizer.update(learning_rate=5e-3, warmup_steps=20)
   pretrain.update(log_every=50, eval_every=10_000, checkpoint_every=10_000)
   finetune = sibling("finetune")
-  finetune.update(epochs=3.0, batch_size=32, length=96, tensorboard=False)
+  finetune.update(epochs=3.0, batch_size=32, length=64, tensorboard=False)
   finetune.optimizer.update(learning_rate=2e-3, warmup_steps=5)
   finetune.log_every = 1000
   tasks = {}
   for name in ("code_tags", "code_packages"):
     task = presets.preset(name)
-    task.update(max_train=1000, max_dev=150, max_test=400)
+    task.update(max_train=800, max_dev=100, max_test=400)
     # What fine-tuning on this task has otherwise than `finetune`.
     tasks[name] = dict(task=task, tune=dict())
   return config_dict.create(
@@ -75,13 +75,11 @@ def get_config() -> ml_collections.ConfigDict:
     models=dict(small=model.to_dict()),
     tasks=tasks,
     pretrain=plan.training_keys(pretrain, "pretrain"),
-    switch_step=75,
+    switch_step=60,
     distill_steps=50,
     finetune=plan.training_keys(finetune, "finetune"),
     # How tasks that a language model answers by itself are put.
-    generative=dict(
-      split="test", batch_size=16, few_shot=0, max_new_tokens=64
-    ),
+    generative=dict(split="test", batch_size=16, few_shot=0, max_new_tokens=64),
     # What each funnel saves here; 0 repeats is none.
     latency=dict(batch_size=8, length=256, repeats=5),
     # Held-out rows that show how states move by depth; 0 is none.

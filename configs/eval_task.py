@@ -1,4 +1,4 @@
-r"""A task that a language model answers by itself, with several funnels.
+r"""A task put to a checkpoint, with several funnels.
 
   python eval.py --config=configs/eval_task.py --config.checkpoint=RUN \
     --config.task....=...
@@ -6,8 +6,11 @@ r"""A task that a language model answers by itself, with several funnels.
     --config.funnels="('trained', 'off', 'start=2,stride=3')"
 
 RUN is the folder of a training run, or whatever gemma_funnel.load reads, with
---config.tokenizer where it has none. Expect a model to be best with the funnel
-it was trained with, and one that has not learned the task at chance with all.
+--config.tokenizer where it has none. A language model answers by itself; a run
+of configs/finetune.py, or the folder around its seeds, is measured on the test
+split of its own task unless --config.task names another. Expect a model to be
+best with the funnel it was trained with, and one that has not learned the task
+at chance with all.
 """
 
 from ml_collections import config_dict
@@ -31,14 +34,17 @@ def get_config() -> config_dict.ConfigDict:
   # "trained" is the checkpoint's own; others as "start=2,stride=2" or "off".
   config.funnels = ("trained", "off")
 
-  # Of kind "choice", "generation" or "perplexity".
+  # Of kind "choice", "generation" or "perplexity"; of a fine-tuned run, which
+  # needs none, one with the same labels.
   config.task = tasks.default_config()
   config.split = "test"
   config.max_examples = config_dict.placeholder(int)  # Unset is all of them.
 
-  config.batch_size = 8
+  # Unset is 8, or a fine-tuned run's.
+  config.batch_size = config_dict.placeholder(int)
   # Tokens that a pass is given at most; of a longer prompt the beginning is
-  # cut. Unset is the model's max_length.
+  # cut. Unset is the model's max_length. This and what follows, but for `out`,
+  # is not of fine-tuned runs.
   config.max_length = config_dict.placeholder(int)
 
   # Choice and generation: how many examples of the train split, its first ones,

@@ -18,7 +18,6 @@ quickstart's run, code_tags ends far above what the most frequent tag reaches.
 import ml_collections
 from ml_collections import config_dict
 
-
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.tasks import presets
 

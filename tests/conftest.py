@@ -3,13 +3,13 @@
 import os
 import shutil
 
+from tiny_run import FAST_COMPILE
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8"
-  # Tests spend their time compiling: half of it with this.
-  + " --xla_backend_optimization_level=0"
+  + f" --xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 )
 
 import jax  # noqa: E402

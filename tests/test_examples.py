@@ -300,3 +300,32 @@ def test_real_tables():
   task = tasks.load(config)
   assert len(task.splits["train"]) == 18454
   assert task.skipped["train"] == 20000 - 18454
+
+
+def test_a_split_may_be_several_files(tmp_path):
+  for name, label in (("a", "x"), ("b", "y"), ("c,d", "x")):
+    (tmp_path / f"{name}.tsv").write_text(f"text\tlabel\nof {name}\t{label}\n")
+  at = lambda *names: ", ".join(str(tmp_path / f"{n}.tsv") for n in names)
+  config = tasks.default_config()
+  config.update(kind="classification", text="text", label="label")
+  config.update(train=at("a", "b"), dev=at("c,d"), test=at("b"))
+  task = tasks.load(config)
+  texts = lambda split: [e.text for e in task.splits[split]]
+  assert texts("train") == ["of a", "of b"] and texts("dev") == ["of c,d"]
+  config.train = at("a", "missing")
+  with pytest.raises(ValueError, match="missing.tsv: cannot be read"):
+    tasks.load(config)
+
+
+def test_a_text_is_a_document_or_its_lines_are(tmp_path):
+  path = tmp_path / "text.txt"
+  path.write_text("one\x85still one\n\n  \ntwo\n")
+  config = tasks.default_config()
+  config.update(kind="perplexity", test=str(path))
+  assert len(tasks.load(config).splits["test"]) == 1
+  config.documents = "line"
+  texts = [e.text for e in tasks.load(config).splits["test"]]
+  assert texts == ["one\x85still one", "two"]
+  config.documents = "page"
+  with pytest.raises(ValueError, match="documents='page'"):
+    tasks.load(config)

@@ -5,19 +5,20 @@ import json
 import math
 import pathlib
 import re
+import types
 
 from flax import nnx
 import numpy as np
 import pytest
 import tiny_run
 
-from gemma_funnel import evaluation, tasks
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel import decode, evaluation, tasks
+from gemma_funnel.config import GemmaConfig, format_funnel
 from gemma_funnel.data import sources
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID
 from gemma_funnel.decode import Decoder
-from gemma_funnel.evaluation import generative, scoring
+from gemma_funnel.evaluation import asking, generative, scoring
 from gemma_funnel.evaluation import subject as subject_lib
 from gemma_funnel.evaluation.generative import Settings
 from gemma_funnel.model import Gemma
@@ -30,10 +31,14 @@ from gemma_funnel.tasks.task import (
 )
 
 VOCAB = 300
+LONGEST = 32
 FUNNEL = "start=1,stride=2"
 CONFIG = GemmaConfig.preset(
-  "tiny", num_layers=2, vocab_size=VOCAB, max_length=64
+  "tiny", num_layers=2, vocab_size=VOCAB, max_length=LONGEST
 )
+# One shape almost throughout: tests spend their time compiling.
+SETTINGS = Settings(batch_size=4)
+NEW = 16
 CHOICES = (
   ChoiceExample("one two", (" three", " four five six", " ü"), 0, "a"),
   ChoiceExample("a cat", (" sat", " satsatsat"), 1, "b"),
@@ -48,7 +53,7 @@ def make_task(kind, examples, train=(), metrics=()):
 
 @pytest.fixture(scope="module")
 def model():
-  model = Gemma(CONFIG, rngs=nnx.Rngs(0))
+  model = nnx.jit(lambda: Gemma(CONFIG, FUNNEL, rngs=nnx.Rngs(0)))()
   for norm in (model.layers.post_attn_norm, model.layers.post_mlp_norm):
     norm.scale[...] = norm.scale[...] + 6
   return model
@@ -66,15 +71,13 @@ def tokenizer(tmp_path_factory):
 def log_likelihood(model, tokenizer, prompt, text):
   context = [BOS_ID, *tokenizer.encode(prompt)]
   rest = [BOS_ID, *tokenizer.encode(prompt + text)][len(context) :]
-  scores = scoring.log_likelihoods(model, [(context, rest)], batch_size=3)
+  scores = scoring.log_likelihoods(model, [(context, rest)], batch_size=4)
   return scores[0].log_likelihood
 
 
 def test_choices_are_told_by_log_likelihood(model, tokenizer):
-  model = model.with_funnel(FUNNEL)
   task = make_task("choice", CHOICES)
-  settings = Settings(batch_size=3)
-  records = generative.predict(task, model, tokenizer, settings)
+  records = generative.predict(task, model, tokenizer, SETTINGS)
   for record, example in zip(records, CHOICES, strict=True):
     expected = [
       log_likelihood(model, tokenizer, example.prompt, c)
@@ -84,7 +87,7 @@ def test_choices_are_told_by_log_likelihood(model, tokenizer):
     assert record["chosen"] == np.argmax(expected)
     sizes = [len(c[1:].encode()) for c in example.choices]
     assert record["chosen_norm"] == np.argmax(np.divide(expected, sizes))
-  found = generative.evaluate(task, model, tokenizer, settings)
+  found = generative.summarize("choice", records)
   right = [r["correct"] for r in records]
   assert found["accuracy"] == np.mean(right)
   assert found["groups"]["b"]["accuracy"] == np.mean(right[1:])
@@ -120,7 +123,7 @@ def test_the_norm_is_of_bytes_without_the_space_before():
 def test_minimal_pairs_have_no_prompt(model, tokenizer):
   pair = ChoiceExample("", ("the cat sat", "cat the sat"), 0, "order")
   task = make_task("choice", [pair, dataclasses.replace(pair, answer=1)])
-  [first, second] = generative.predict(task, model, tokenizer, Settings())
+  [first, second] = generative.predict(task, model, tokenizer, SETTINGS)
   expected = [
     log_likelihood(model, tokenizer, "", text) for text in pair.choices
   ]
@@ -136,8 +139,9 @@ def test_few_shots_come_first(model, tokenizer, monkeypatch):
   )
   train = [ChoiceExample(p, (" no", " {yes}"), 1) for p in ("x{}", "y", "z")]
   task = make_task("choice", CHOICES[:1], train)
-  settings = Settings(
-      few_shot=2, shot_format="Q: {prompt}{answer}.", prompt_format="Q: {prompt}"
+  settings = dataclasses.replace(
+      SETTINGS, few_shot=2, shot_format="Q: {prompt}{answer}.",
+      prompt_format="Q: {prompt}",
   )  # fmt: skip
   generative.evaluate(task, model, tokenizer, settings)
   assert seen[0] == ("Q: x{} {yes}.Q: y {yes}.Q: one two", " three")
@@ -146,24 +150,23 @@ def test_few_shots_come_first(model, tokenizer, monkeypatch):
 def test_prompts_too_long_are_counted(model, tokenizer):
   long = dataclasses.replace(CHOICES[0], prompt="one two three " * 30)
   task = make_task("choice", [CHOICES[0], long])
-  assert generative.evaluate(task, model, tokenizer, Settings())["num_cut"] == 1
+  assert generative.evaluate(task, model, tokenizer, SETTINGS)["num_cut"] == 1
 
 
 def test_perplexity_by_hand(model, tokenizer):
-  model = model.with_funnel(FUNNEL)
   texts = ["one two", "red grün blue " + "cat sat " * 40, "six"]
   task = make_task(
     "perplexity", map(Document, texts), metrics=("bits_per_byte",)
   )
-  settings = Settings(batch_size=2, max_length=32)
+  settings = Settings(batch_size=4, max_length=16)
   found = generative.evaluate(task, model, tokenizer, settings)
   total, tokens = 0.0, 0
   for text in texts:
     ids = tokenizer.encode(text)
     tokens += len(ids)
-    for context, rest in scoring.windows(ids, 32):
+    for context, rest in scoring.windows(ids, 16):
       [score] = scoring.log_likelihoods(
-        model, [(context, rest)], batch_size=1, lengths=(32,)
+        model, [(context, rest)], batch_size=4, lengths=(16,)
       )
       total += score.log_likelihood
   size = sum(len(text.encode()) for text in texts)
@@ -180,57 +183,105 @@ def test_perplexity_by_hand(model, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def written(model, tokenizer):
-  """What the model writes after some prompts."""
-  decoder, found = Decoder(model.with_funnel(FUNNEL), 64), {}
-  for prompt in ("one two", "a cat sat on", "red"):
-    [result] = decoder.generate(
-        [[BOS_ID, *tokenizer.encode(prompt)]], max_new_tokens=20,
-        stop_ids=[EOS_ID],
-    )  # fmt: skip
-    found[prompt] = tokenizer.decode(result.tokens)
-  return found
+def decoder(model):
+  """Makes a decoder of the model here, or gives one made before.
+
+  One has programs of its own, and to compile them is most of what it takes.
+  """
+  made = {}
+
+  def make(model, cache_length):
+    key = format_funnel(model.stages), cache_length
+    if key not in made:
+      made[key] = Decoder(model, cache_length)
+    return made[key]
+
+  return make
 
 
-def test_generation_is_the_decoder_s(model, tokenizer, written):
+@pytest.fixture(scope="module")
+def written(model, tokenizer, decoder):
+  """What the model writes after some prompts, the longest first."""
+  prompts = sorted(("a cat sat on", "one two", "red"), key=len, reverse=True)
+  ids = [[BOS_ID, *tokenizer.encode(prompt)] for prompt in prompts]
+  results = decoder(model, len(ids[0]) + NEW).generate(
+    ids, max_new_tokens=NEW, stop_ids=[EOS_ID]
+  )
+  texts = [tokenizer.decode(result.tokens) for result in results]
+  assert len(set(texts)) == 3
+  return dict(zip(prompts, texts, strict=True))
+
+
+def test_generation_is_the_decoder_s(
+  model, tokenizer, written, decoder, monkeypatch
+):
+  monkeypatch.setattr(decode, "Decoder", decoder)
+  # Answered out of order: the shortest prompt is run last.
+  items = list(reversed(written.items()))
   examples = [
     GenerationExample(p, (f" {t.upper()}\n" if n else "no",))
-    for n, (p, t) in enumerate(written.items())
+    for n, (p, t) in enumerate(items)
   ]
   task = make_task("generation", examples)
-  model = model.with_funnel(FUNNEL)
-  settings = Settings(batch_size=2, max_new_tokens=20, lower_case=True)
+  settings = Settings(batch_size=3, max_new_tokens=NEW, lower_case=True)
   records = generative.predict(task, model, tokenizer, settings)
-  assert [r["text"] for r in records] == list(written.values())
+  assert [r["text"] for r in records] == [text for _, text in items]
   found = generative.summarize("generation", records)
   assert found["exact_match"] == pytest.approx(2 / 3)
-  assert generative._normal(" A\n b", settings) == "a b"
-  assert generative._normal(" A\n b", Settings()) == "A b"
+  assert asking.normalize(" A\n b", settings) == "a b"
+  assert asking.normalize(" A\n b", Settings()) == "A b"
 
 
-def test_stop_strings_end_a_text(model, tokenizer, written):
-  model = model.with_funnel(FUNNEL)
-  prompt, text = max(written.items(), key=lambda item: len(item[1]))
-  stop, later = text[3:5], text[6:9]
+def test_stop_strings_end_a_text(
+  model, tokenizer, written, decoder, monkeypatch
+):
+  monkeypatch.setattr(decode, "Decoder", decoder)
+  text = max(written.values(), key=len)
+  stop = [text[6:9], text[3:5]]
   found = generative.continuations(
-      model, tokenizer, [[BOS_ID, *tokenizer.encode(prompt)]],
-      stop=[later, stop], max_new_tokens=20, batch_size=8, longest=64,
+      model, tokenizer, [[BOS_ID, *tokenizer.encode(p)] for p in written],
+      stop=stop, max_new_tokens=NEW, batch_size=3, longest=LONGEST,
   )  # fmt: skip
-  assert found == [text[: min(text.index(stop), text.index(later))]]
+  for whole, cut in zip(written.values(), found, strict=True):
+    assert whole.startswith(cut) and not any(s in cut for s in stop)
+    rest = whole[len(cut) :]
+    assert not rest or any(rest.startswith(s) for s in stop)
+  assert text not in found
 
 
-def test_a_long_prompt_is_cut_on_the_left(model, tokenizer):
-  ids = [BOS_ID, *tokenizer.encode("one two three four " * 20)]
-  options = dict(stop=(), max_new_tokens=8, batch_size=8, longest=40)
-  kept, less = [BOS_ID, *ids[-31:]], [BOS_ID, *ids[-30:]]
-  found = generative.continuations(
-    model, tokenizer, [ids, kept, less], **options
-  )
-  assert len(ids) > 40
-  assert found[0] == found[1]
-  with pytest.raises(ValueError, match="max_new_tokens=40: expected less than"):
+@dataclasses.dataclass
+class Spy:
+  """In place of a decoder: notes what it is given, and writes nothing."""
+
+  seen: list
+
+  def __call__(self, model, cache_length):
+    self.cache_length = cache_length
+    return self
+
+  def stream(self, prompts, **options):
+    self.seen.append((prompts, options["first_row"]))
+    yield [types.SimpleNamespace(tokens=[], stopped=True) for _ in prompts]
+
+
+def test_a_long_prompt_is_cut_on_the_left(model, tokenizer, monkeypatch):
+  spy = Spy([])
+  monkeypatch.setattr(decode, "Decoder", spy)
+  options = dict(stop=(), max_new_tokens=8, batch_size=2, longest=20)
+  make = lambda count: [BOS_ID, *range(100, 99 + count)]
+  prompts = [make(5), make(12), make(13), make(40), make(1)]
+  texts = generative.continuations(model, tokenizer, prompts, **options)
+  assert texts == [""] * 5 and spy.cache_length == 20
+  # 12 is what fits; the longest first, and the last one twice.
+  cut = lambda ids: [BOS_ID, *ids[-11:]]
+  [(first, at), (second, then), (third, last)] = spy.seen
+  assert first == [prompts[1], cut(prompts[2])]
+  assert second == [cut(prompts[3]), prompts[0]]
+  assert third == [prompts[4]] * 2
+  assert (at, then, last) == (0, 2, 4)
+  with pytest.raises(ValueError, match="max_new_tokens=20: expected less than"):
     generative.continuations(
-      model, tokenizer, [ids], **{**options, "max_new_tokens": 40}
+      model, tokenizer, prompts, **{**options, "max_new_tokens": 20}
     )
   assert generative.continuations(model, tokenizer, [], **options) == []
 
@@ -245,10 +296,10 @@ def test_a_long_prompt_is_cut_on_the_left(model, tokenizer):
   ],
 )
 def test_answers_are_extracted(text, pattern, found, right):
-  assert generative.extract(text, pattern) == found
+  assert asking.extract(text, pattern) == found
   if right is not None:
     settings = Settings(answer_pattern=pattern)
-    assert generative._normal(found, settings) == right
+    assert asking.normalize(found, settings) == right
 
 
 @pytest.mark.parametrize(
@@ -283,14 +334,16 @@ def test_settings_out_of_range_are_named(changes, message):
     (make_task("perplexity", [Document("a")]), dict(few_shot=1), "no prompts"),
     (make_task("perplexity", [Document("")]), {}, "the texts have no tokens"),
     (make_task("choice", CHOICES, metrics=("f1",)), {}, "metrics=.'f1',."),
-    (make_task("choice", CHOICES), dict(max_length=65), "model.max_length=64"),
+    (make_task("choice", CHOICES), dict(max_length=33), "model.max_length=32"),
     (make_task("choice", [ChoiceExample("a", ("", " b"), 0)]), {},
      "task my task, example 0: the continuation '' has no tokens"),
   ],
 )  # fmt: skip
 def test_mistakes_are_named(model, tokenizer, task, changes, message):
   with pytest.raises(ValueError, match=message):
-    generative.evaluate(task, model, tokenizer, Settings(**changes))
+    generative.evaluate(
+      task, model, tokenizer, dataclasses.replace(SETTINGS, **changes)
+    )
 
 
 def test_a_funnel_that_does_not_recover(model, tokenizer):
@@ -307,11 +360,9 @@ def config(model, tokenizer, tmp_path, monkeypatch):
   config = tiny_run.load_config("eval_task")
   path = tmp_path / "run"
   path.mkdir()
-  config.checkpoint = str(path)
+  config.checkpoint, config.batch_size = str(path), 4
   config.out = str(tmp_path / "out")
-  subject = subject_lib.Subject(
-    model.with_funnel(FUNNEL), tokenizer.name, None, 7
-  )
+  subject = subject_lib.Subject(model, tokenizer.name, None, 7)
   monkeypatch.setattr(subject_lib, "load", lambda *a, **k: subject)
   monkeypatch.setattr(tasks, "load", lambda c: make_task("choice", CHOICES))
   return config
@@ -324,7 +375,7 @@ def test_run_writes_a_table_and_predictions(config, model, tokenizer, capsys):
   task = make_task("choice", CHOICES)
   for row, funnel in zip(rows, (FUNNEL, "off"), strict=True):
     expected = generative.evaluate(
-      task, model.with_funnel(funnel), tokenizer, Settings()
+      task, model.with_funnel(funnel), tokenizer, SETTINGS
     )
     assert {k: row[k] for k in expected} == expected
     assert row["metric"] == "accuracy" and row["value"] == row["accuracy"]
@@ -340,16 +391,36 @@ def test_run_writes_a_table_and_predictions(config, model, tokenizer, capsys):
   assert "accuracy %" in capsys.readouterr().out
 
 
-def test_run_of_a_generation_task(
-  config, model, tokenizer, written, monkeypatch
-):
+def test_run_of_a_generation_task(config, written, decoder, monkeypatch):
+  monkeypatch.setattr(decode, "Decoder", decoder)
   examples = [GenerationExample(p, (t,)) for p, t in written.items()]
   task = make_task("generation", examples)
   monkeypatch.setattr(tasks, "load", lambda c: task)
-  config.max_new_tokens = 20
-  config.funnels = ("trained",)
+  config.update(max_new_tokens=NEW, batch_size=3, funnels=("trained",))
   [row] = evaluation.run(config)
   assert row["exact_match"] == 1.0 and row["ideal_reduction"] is None
+
+
+def test_predictions_are_whole_or_not_there(config, monkeypatch):
+  config.funnels = ("trained",)
+  path = pathlib.Path(config.out, "my_task.predictions.jsonl")
+  evaluation.run(config)
+  before = path.read_text()
+
+  def fail(*args):
+    raise OSError("killed")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(generative.report.os, "replace", fail)
+    with pytest.raises(OSError, match="killed"):
+      generative.report.write_atomically(str(path), b"half")
+  assert path.read_text() == before
+  assert not list(path.parent.glob("*.tmp"))
+
+
+def test_defaults_of_the_configuration_are_those_of_settings():
+  config = tiny_run.load_config("eval_task")
+  assert generative._settings(config) == Settings()
 
 
 @pytest.mark.parametrize(

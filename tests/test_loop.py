@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import pretrain, progress
+from gemma_funnel.training import pretrain
 
 # Long enough to be interrupted in the middle.
 STEPS = 120
@@ -174,19 +174,6 @@ def test_a_finished_run_is_not_trained_again(source, tmp_path, capsys):
     jax.device_get(nnx.to_pure_dict(nnx.state(first.model))),
     jax.device_get(nnx.to_pure_dict(nnx.state(second.model))),
   )
-
-
-def test_lines_of_steps_to_be_taken_again_are_dropped(tmp_path):
-  path = tmp_path / "metrics.jsonl"
-  line = lambda step, kind="train": json.dumps({"step": step, "kind": kind})
-  kept = [line(1), line(2), line(2, "heldout")]
-  path.write_text("\n".join([*kept, line(3), line(4), '{"step": 2, "ki']))
-  progress._keep_until(path, 2)
-  assert path.read_text() == "\n".join(kept) + "\n"
-  progress._keep_until(path, 0)
-  assert path.read_text() == ""
-  progress._keep_until(tmp_path / "none", 3)
-  assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(source, tmp_path):

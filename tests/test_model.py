@@ -54,16 +54,19 @@ def numbers(model):
   return _loss_and_grads(model)
 
 
+# With the funnel, no loop over layers runs more than once; without, one does.
 @pytest.mark.parametrize(
-  "changes",
+  "model,changes",
   [
-    dict(scan_layers=False),
-    dict(kernel="reference"),
-    dict(remat="dots"),
-    dict(remat="block"),
-    dict(scan_layers=False, remat="block"),
+    ("off", dict(scan_layers=False)),
+    ("off", dict(remat="block")),
+    (FUNNEL, dict(scan_layers=False)),
+    (FUNNEL, dict(kernel="reference")),
+    (FUNNEL, dict(remat="dots")),
+    (FUNNEL, dict(remat="block")),
   ],
   ids=str,
+  indirect=["model"],
 )
 def test_switches_that_keep_the_numbers(model, numbers, changes):
   _check_same_numbers(_loss_and_grads(_variant(model, **changes)), numbers)

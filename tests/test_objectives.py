@@ -1,4 +1,4 @@
-"""The loss: against full logits, in value, gradient and memory."""
+"""Losses: against full logits, in value, gradient and memory."""
 
 import math
 
@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.metrics
 
 from gemma_funnel.config import GemmaConfig
+from gemma_funnel.data.tokenizer import BOS_ID, MASK_ID
 from gemma_funnel.model import Gemma
 from gemma_funnel.training import objectives
 
@@ -200,3 +202,203 @@ def test_full_logits_never_exist():
 
   assert temporaries(whole) > 4 * full
   assert temporaries(chunked) < 4 * full
+
+
+VOCAB = 97
+
+
+def test_what_is_masked():
+  shape, rate = (400, 60), 0.2
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(5, VOCAB, shape)
+  tokens[:, 0] = tokens[:, 30] = BOS_ID
+  segment = np.ones(shape, np.int32)
+  segment[:, 30:] = 2
+  segment[:, 50:] = 0  # Whose tokens are not all 0.
+  shown, weight = map(
+    np.asarray,
+    objectives.mask(
+      jnp.asarray(tokens, jnp.int32), jnp.asarray(segment),
+      jax.random.key(0), rate, VOCAB,
+    ),
+  )  # fmt: skip
+  chosen = weight == 1
+  may = (segment > 0) & (tokens != BOS_ID)
+  assert np.all(may[chosen]) and set(np.unique(weight)) == {0, 1}
+  assert weight.dtype == np.float32
+  np.testing.assert_array_equal(shown[~chosen], tokens[~chosen])
+  near = lambda share, expected, n: (
+    abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / n)
+  )
+  assert near(chosen[may].mean(), rate, may.sum())
+  count = chosen.sum()
+  masked = shown[chosen] == MASK_ID
+  assert near(masked.mean(), 0.8, count)
+  stay = shown[chosen] == tokens[chosen]
+  # A random token is now and then the same.
+  assert near(stay.mean(), 0.1 + 0.1 / (VOCAB - 5), count)
+  drawn = shown[chosen][~masked & ~stay]
+  assert near(len(drawn) / count, 0.1 - 0.1 / (VOCAB - 5), count)
+  assert drawn.min() == MASK_ID + 1 and drawn.max() == VOCAB - 1
+  assert len(np.unique(drawn)) > 85
+  other, _ = objectives.mask(
+      jnp.asarray(tokens, jnp.int32), jnp.asarray(segment), jax.random.key(1),
+      rate, VOCAB,
+  )  # fmt: skip
+  assert np.any(other != shown)
+
+
+@pytest.mark.parametrize("funnel", FUNNELS)
+def test_masked_tokens_are_those_of_full_logits(funnel):
+  model, batch, key = _model(funnel), _batch(), jax.random.key(3)
+  shown, weight = objectives.mask(
+    batch["tokens"], batch["segment"], key, 0.4, VOCAB
+  )
+  logits = np.asarray(
+    model(shown, batch["segment"], batch["position"], causal=False), np.float64
+  )
+  log_z = np.log(np.sum(np.exp(logits), axis=-1))
+  target, weight = np.asarray(batch["tokens"]), np.asarray(weight)
+  own = np.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+  count = weight.sum()
+  assert 10 < count < 30
+  nll = ((log_z - own) * weight).sum() / count
+  hits = ((logits.argmax(-1) == target) * weight).sum() / count
+  for chunk in (1, 7, 100):
+    loss, metrics = objectives.masked_tokens(
+      model, batch, key, rate=0.4, chunk=chunk, z_loss=0.1
+    )
+    square = (log_z**2 * weight).sum() / count
+    np.testing.assert_allclose(loss, nll + 0.1 * square, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], nll, rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], hits, rtol=1e-5)
+    assert metrics["tokens"] == count
+
+
+def test_masked_tokens_need_a_recovery():
+  model = _model("start=1,recover=none")
+  with pytest.raises(ValueError, match="recover='none'.*masked tokens"):
+    objectives.masked_tokens(
+      model, _batch(), jax.random.key(0), rate=0.2, chunk=8
+    )
+
+
+TERMS = dict(temperature=2.0, logits=0.7, hidden=0.3, tokens=0.2)
+
+
+def _direct(student, teacher, batch, terms):
+  """The distillation's loss and terms, of full logits in float64."""
+  inputs = batch["tokens"], batch["segment"], batch["position"]
+  wide = lambda x: np.asarray(x, np.float64)
+  log_softmax = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
+  segment = np.asarray(batch["segment"])
+  weight = np.zeros(segment.shape)
+  weight[:, :-1] = (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] > 0)
+  own, theirs = wide(student(*inputs)), wide(teacher(*inputs))
+  t = terms["temperature"]
+  log_p, log_q = log_softmax(theirs / t), log_softmax(own / t)
+  mean = lambda x: (x * weight).sum() / weight.sum()
+  kl = mean((np.exp(log_p) * (log_p - log_q)).sum(-1))
+
+  def normal(model):
+    h = wide(model.encode(*inputs, causal=True))
+    return h / np.sqrt((h**2).mean(-1, keepdims=True) + model.config.norm_eps)
+
+  hidden = mean(((normal(student) - normal(teacher)) ** 2).mean(-1))
+  target = np.roll(np.asarray(batch["tokens"]), -1, axis=1)[..., None]
+  nll = mean(-np.take_along_axis(log_softmax(own), target, -1)[..., 0])
+  total = terms["logits"] * t**2 * kl + terms["hidden"] * hidden
+  return total + terms["tokens"] * nll, {
+    "kl": kl,
+    "hidden": hidden,
+    "loss": nll,
+  }
+
+
+def test_distillation_is_that_of_full_logits():
+  teacher, batch = _model(), _batch()
+  student = teacher.with_funnel(FUNNELS[1])
+  expected, parts = _direct(student, teacher, batch, TERMS)
+  assert parts["kl"] > 1e-3 and parts["hidden"] > 1e-2
+  for chunk in (1, 7, 100):
+    loss, metrics = objectives.distill(
+      student, teacher, batch, chunk=chunk, **TERMS
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    for name, value in parts.items():
+      np.testing.assert_allclose(metrics[name], value, rtol=1e-4)
+
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn():
+  model, batch = _model(), _batch()
+  terms = TERMS | {"tokens": 0.0}
+  loss, metrics = objectives.distill(model, model, batch, chunk=8, **terms)
+  assert abs(loss) < 1e-6 and metrics["loss"] > 1
+
+
+def test_no_gradient_enters_the_teacher():
+  teacher, batch = _model(num_layers=2), _batch()
+  student = teacher.with_funnel("start=1,stride=2")
+  (own_def, own), (def_, params) = nnx.split(student), nnx.split(teacher)
+
+  def loss(own, params):
+    return objectives.distill(
+        nnx.merge(own_def, own), nnx.merge(def_, params), batch, chunk=9,
+        **TERMS,
+    )[0]  # fmt: skip
+
+  of_own, of_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(own, params)
+  assert all(np.any(g) for g in jax.tree.leaves(of_own))
+  assert not any(np.any(g) for g in jax.tree.leaves(of_teacher))
+
+
+def test_a_student_that_does_not_recover_is_refused():
+  with pytest.raises(ValueError, match="recover='none'"):
+    objectives.distill(
+      _model("start=1,recover=none"), _model(), _batch(), chunk=8, **TERMS
+    )
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("class_weights", [None, (0.5, 3.0, 1.0)])
+def test_classes_cost_what_scikit_learn_says(class_weights, per_token):
+  rng = np.random.default_rng(0)
+  shape = (6, 5) if per_token else (30,)
+  outputs = rng.normal(size=(*shape, 3)).astype(np.float32)
+  label = rng.integers(0, 3, shape).astype(np.int32)
+  weight = (rng.random(shape) < 0.7).astype(np.float32)
+  weight_C = class_weights and jnp.asarray(class_weights)
+  batch = {"label": jnp.asarray(label), "weight": jnp.asarray(weight)}
+  loss, metrics = objectives.labelled(jnp.asarray(outputs), batch, weight_C)
+  real = weight == 1
+  wide = outputs[real].astype(np.float64)
+  share = np.exp(wide) / np.exp(wide).sum(-1, keepdims=True)
+  expected = sklearn.metrics.log_loss(
+      label[real], share, labels=[0, 1, 2],
+      sample_weight=class_weights and np.asarray(class_weights)[label[real]],
+  )  # fmt: skip
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  assert metrics["loss"] == loss
+  hits = (wide.argmax(-1) == label[real]).mean()
+  np.testing.assert_allclose(metrics["accuracy"], hits, rtol=1e-6)
+  # What has no weight counts for nothing.
+  outputs[~real], label[~real] = 100.0, 0
+  batch["label"] = jnp.asarray(label)
+  other, _ = objectives.labelled(jnp.asarray(outputs), batch, weight_C)
+  np.testing.assert_allclose(other, loss, rtol=1e-6)
+
+
+def test_numbers_cost_their_squared_error():
+  batch = {
+    "label": jnp.asarray([1.0, 2.5, 9.0]),
+    "weight": jnp.asarray([1.0, 1.0, 0.0]),
+  }
+  outputs = jnp.asarray([[2.0], [0.5], [3.0]])
+  loss, metrics = objectives.labelled(outputs, batch, None)
+  assert loss == (1 + 4) / 2 and set(metrics) == {"loss"}
+
+
+def test_nothing_with_a_weight_costs_nothing():
+  for label in (jnp.zeros(3), jnp.zeros(3, jnp.int32)):
+    batch = {"label": label, "weight": jnp.zeros(3)}
+    assert objectives.labelled(jnp.ones((3, 2)), batch, None)[0] == 0

@@ -6,8 +6,10 @@ import grain
 import numpy as np
 import pytest
 
+from gemma_funnel.config import resolve_funnel, total_stride
 from gemma_funnel.data import packing, sources
 from gemma_funnel.data import tokenizer as tokenizer_lib
+from gemma_funnel.funnel import check_segments
 
 LENGTH = 24
 
@@ -27,10 +29,10 @@ def _documents(count=60):
   ]
 
 
-def _pack(documents, *, align=1, length=LENGTH, shuffle_seed=None):
+def _pack(documents, *, align=1, length=LENGTH, gap=0, shuffle_seed=None):
   dataset = grain.MapDataset.source(documents).to_iter_dataset()
   rows = packing.pack(
-      dataset, FakeTokenizer(), length=length, align=align,
+      dataset, FakeTokenizer(), length=length, align=align, gap=gap,
       shuffle_seed=shuffle_seed,
   )  # fmt: skip
   return list(rows)
@@ -93,6 +95,52 @@ def test_every_token_is_in_exactly_one_segment(align):
     for c in packing.chunk(FakeTokenizer().encode(d.text), LENGTH)
   )
   assert found == expected
+
+
+@pytest.mark.parametrize("align", [1, 2, 3, 4])
+def test_a_gap_is_left_after_each_segment(align):
+  documents = _documents()
+  rows = _pack(documents, align=align, gap=align)
+  several = 0
+  for row in rows:
+    ends = np.flatnonzero(np.diff(row["segment"], append=0) != 0) + 1
+    ends = [e for e in ends if row["segment"][e - 1]]
+    several += len(ends) > 1
+    for end in ends:
+      # Up to the end of the row too: the short row ends there as well.
+      assert end + align <= LENGTH
+      assert not row["segment"][end : end + align].any()
+      assert not row["tokens"][end : end + align].any()
+      assert not row["position"][end : end + align].any()
+  assert several > 5
+  found = collections.Counter(tuple(s.tolist()) for s in _segments(rows))
+  expected = collections.Counter(
+    tuple(c.tolist())
+    for d in documents
+    for c in packing.chunk(FakeTokenizer().encode(d.text), LENGTH - align)
+  )
+  assert found == expected
+
+
+@pytest.mark.parametrize(
+  "funnel, align",
+  [
+    ("start=1,stride=2,keep_first=true", 2),
+    ("start=1,stride=3,keep_first=true", 3),
+    ("start=0,stride=2,keep_first=true+start=1,stride=2,keep_first=true", 4),
+    ("start=0,stride=2+start=1,stride=3,keep_first=true", 6),
+  ],
+)
+def test_a_gap_makes_room_for_first_tokens_kept_apart(funnel, align):
+  stages = resolve_funnel(funnel, 4)
+  assert total_stride(stages) == align
+  stack = lambda gap: np.stack(
+    [r["segment"] for r in _pack(_documents(120), align=align, gap=gap)]
+  )
+  check_segments(stack(align), stages, causal=False)
+  with pytest.raises(ValueError, match="leave a stride of padding"):
+    check_segments(stack(0), stages, causal=False)
+  check_segments(stack(0), stages, causal=True)
 
 
 def test_eos_only_at_the_end_of_documents():

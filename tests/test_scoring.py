@@ -19,11 +19,13 @@ CONFIG = GemmaConfig.preset(
   "tiny", num_layers=2, vocab_size=VOCAB, max_length=LONGEST
 )
 FUNNELS = ("off", "start=1,stride=3")
+# One shape almost throughout: tests spend their time compiling.
+SHAPE = dict(batch_size=4, lengths=(LONGEST,))
 
 
 @pytest.fixture(scope="module")
 def model():
-  model = Gemma(CONFIG, rngs=nnx.Rngs(0))
+  model = nnx.jit(lambda: Gemma(CONFIG, rngs=nnx.Rngs(0)))()
   # Fresh layers add little to the embedding: the context would not matter.
   for norm in (model.layers.post_attn_norm, model.layers.post_mlp_norm):
     norm.scale[...] = norm.scale[...] + 3
@@ -59,9 +61,7 @@ def values(scores):
 def test_scores_equal_full_logits(model, funnel):
   model = model.with_funnel(funnel)
   requests = draw_requests(0)
-  found = scoring.log_likelihoods(
-    model, requests, batch_size=4, lengths=(LONGEST,)
-  )
+  found = scoring.log_likelihoods(model, requests, **SHAPE)
   for score, (context, continuation) in zip(found, requests, strict=True):
     expected, greedy = naive(model, context, continuation)
     assert score.log_likelihood == pytest.approx(expected, rel=2e-5)
@@ -72,37 +72,51 @@ def test_scores_equal_full_logits(model, funnel):
 def test_funnels_differ(model):
   requests = draw_requests(0)
   each = [
-    values(
-      scoring.log_likelihoods(model.with_funnel(f), requests, batch_size=4)
-    )
+    values(scoring.log_likelihoods(model.with_funnel(f), requests, **SHAPE))
     for f in FUNNELS
   ]
   assert np.abs(np.subtract(each[0], each[1])).max() > 0.1
 
 
-@pytest.mark.parametrize("funnel", FUNNELS[:2])
-def test_padding_and_batch_do_not_matter(model, funnel):
-  model = model.with_funnel(funnel)
+def test_padding_and_batch_do_not_matter(model):
+  model = model.with_funnel(FUNNELS[1])
   requests = draw_requests(1)
-  expected = values(scoring.log_likelihoods(model, requests, batch_size=1))
-  for batch_size, lengths in [(5, (LONGEST,)), (16, (61,))]:
-    found = scoring.log_likelihoods(
-      model, requests, batch_size=batch_size, lengths=lengths
-    )
-    np.testing.assert_allclose(values(found), expected, rtol=2e-5)
+  expected = values(scoring.log_likelihoods(model, requests, **SHAPE))
+  found = scoring.log_likelihoods(model, requests, batch_size=3, lengths=(61,))
+  np.testing.assert_allclose(values(found), expected, rtol=2e-5)
 
 
-@pytest.mark.parametrize("logits", [7])
-def test_pieces_of_logits_do_not_matter(model, logits, monkeypatch):
-  requests = draw_requests(2)
-  options = dict(batch_size=2, lengths=(LONGEST,))
-  expected = scoring.log_likelihoods(model, requests, **options)
-  monkeypatch.setattr(scoring, "_LOGITS", logits)
-  # _LOGITS is read while tracing.
-  jax.clear_caches()
-  found = scoring.log_likelihoods(model, requests, **options)
+def test_padding_is_told_from_tokens(model, monkeypatch):
+  class Seen(Exception):
+    """Has what the model is given."""
+
+  def encode(self, tokens_BT, segment_BT, *, causal):
+    raise Seen(tokens_BT, segment_BT, causal)
+
+  monkeypatch.setattr(Gemma, "encode", encode)
+  inputs = scoring._arrays([((2, 5), (7, 8)), ((2,), (9,))], 3, 5)
+  with pytest.raises(Seen) as seen:
+    scoring._batch_scores.__wrapped__(*nnx.split(model), inputs)
+  tokens, segment, causal = seen.value.args
+  # The last token of each is not fed; a row of none has a query that sees.
+  assert tokens.tolist() == [[2, 5, 7, 0, 0], [2, 0, 0, 0, 0], [0] * 5]
+  assert segment.tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
+  assert causal is True
+
+
+def test_pieces_of_logits_do_not_matter(model, monkeypatch):
+  requests = draw_requests(0)
+  expected = scoring.log_likelihoods(model, requests, **SHAPE)
+  # Read while tracing: 2 positions of each of 4 rows, and a function that has
+  # not been traced yet.
+  monkeypatch.setattr(scoring, "_LOGITS", 11)
+  inner = scoring._batch_scores.__wrapped__
+  monkeypatch.setattr(
+    scoring, "_batch_scores",
+    jax.jit(lambda *args: inner(*args), static_argnums=0),
+  )  # fmt: skip
+  found = scoring.log_likelihoods(model, requests, **SHAPE)
   np.testing.assert_allclose(values(found), values(expected), rtol=2e-5)
-  jax.clear_caches()
 
 
 def test_logits_are_made_of_a_piece_only(model):
@@ -130,14 +144,14 @@ def test_greedy_is_known(model):
     tokens.append(likeliest[-1])
   almost = [*likeliest[:3], (likeliest[3] + 1) % VOCAB]
   found = scoring.log_likelihoods(
-    model, [(context, likeliest), (context, almost)], batch_size=2
+    model, [(context, likeliest), (context, almost)], **SHAPE
   )
   assert [score.is_greedy for score in found] == [True, False]
 
 
 def test_bos_is_put_first_once(model):
   requests = [([5, 6], [7, 8]), ([BOS_ID, 5, 6], [7, 8]), ([], [7])]
-  found = scoring.log_likelihoods(model, requests, batch_size=2)
+  found = scoring.log_likelihoods(model, requests, **SHAPE)
   assert found[0] == found[1]
   expected, _ = naive(model, [BOS_ID], [7])
   assert found[2].log_likelihood == pytest.approx(expected, rel=2e-5)
@@ -150,7 +164,7 @@ def test_a_long_context_is_cut_on_the_left(model, fed):
   for count in (1, 5, fed - 1, fed):
     continuation = [draw.randrange(3, VOCAB) for _ in range(count)]
     [found] = scoring.log_likelihoods(
-      model, [(context, continuation)], batch_size=1, lengths=(10, fed)
+      model, [(context, continuation)], batch_size=4, lengths=(10, fed)
     )
     kept = [BOS_ID, *context[len(context) - (fed - count) :]]
     assert len(kept) + count - 1 == fed
@@ -186,19 +200,18 @@ def test_windows_are_those_of_lm_eval_after_bos():
   assert list(scoring.windows([], 8)) == []
 
 
-@pytest.mark.parametrize("funnel", FUNNELS[:2])
-def test_rolling_sums_windows(model, funnel):
-  model = model.with_funnel(funnel)
+def test_rolling_sums_windows(model):
+  model = model.with_funnel(FUNNELS[1])
   draw = random.Random(4)
   texts = [
     [draw.randrange(3, VOCAB) for _ in range(n)] for n in (1, 19, 20, 75, 0)
   ]
-  found = scoring.rolling(model, texts, batch_size=3, lengths=(20,))
+  found = scoring.rolling(model, texts, batch_size=4, lengths=(20,))
   for total, ids in zip(found, texts, strict=True):
     expected = sum(naive(model, *w)[0] for w in scoring.windows(ids, 20))
     assert total == pytest.approx(expected, rel=2e-5)
   # A text that fits is one pass.
-  whole = scoring.rolling(model, texts[1:2], batch_size=1)
+  whole = scoring.rolling(model, texts[1:2], **SHAPE)
   assert whole[0] == pytest.approx(
     naive(model, [BOS_ID], texts[1])[0], rel=2e-5
   )
@@ -211,14 +224,15 @@ def test_equal_requests_have_equal_scores(model, monkeypatch):
     scoring, "_batch_scores", lambda *a: passes.append(1) or inner(*a)
   )
   request = ([BOS_ID, 9], [10, 11])
-  found = scoring.log_likelihoods(model, [request] * 7, batch_size=2)
+  found = scoring.log_likelihoods(model, [request] * 7, **SHAPE)
   assert len(set(found)) == 1 and len(passes) == 1
 
 
 def test_few_programs_are_compiled(model):
   requests = draw_requests(5, count=40, longest=32)
   before = scoring._batch_scores._cache_size()
-  scoring.log_likelihoods(model, requests, batch_size=6)
+  scoring.log_likelihoods(model, requests, batch_size=4)
+  # Of lengths 32 and 64.
   assert scoring._batch_scores._cache_size() - before <= 2
 
 
@@ -279,7 +293,7 @@ def test_more_mistakes(model):
   broken = jax.tree.map(lambda p: p * np.nan, nnx.state(model))
   with pytest.raises(FloatingPointError, match="a log-likelihood is nan"):
     scoring.log_likelihoods(
-      nnx.merge(nnx.graphdef(model), broken), [([], [5])], batch_size=1
+      nnx.merge(nnx.graphdef(model), broken), [([], [5])], **SHAPE
     )
 
 

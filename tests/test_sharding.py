@@ -59,15 +59,15 @@ def _steps(setup, count=2):
   with jax.set_mesh(setup.mesh):
     init, abstract = pretrain.make_init(setup)
     step = loop.make_train_step(
-      pretrain.make_loss(setup), setup.optimizer, abstract, setup.mesh, seed=0
+      pretrain.make_loss(setup), setup.optimizer, abstract, setup.mesh
     )
     weights, opt_state = init(0)
     before = jax.device_get(weights["params"])
     every = []
-    for number in range(count):
+    for _ in range(count):
       batch = sharding.put_batch(_batch(), setup.mesh)
       weights, opt_state, metrics = step(
-        setup.stages, weights, opt_state, None, batch, np.int32(number)
+        setup.stages, weights, opt_state, None, batch, jax.random.key(0)
       )
       every.append(jax.device_get(metrics))
     return jax.device_get(weights["params"]), before, every

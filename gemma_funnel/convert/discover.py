@@ -309,13 +309,16 @@ def find_companions(weights: Weights) -> dict[str, pathlib.Path]:
   found = {}
   if weights.format == "run":
     file = weights.folder / CONFIG
-    data = read_json(file).get("data")
+    config = read_json(file)
+    data = config.get("data", config)  # A fine-tuned run says it at the top.
     if not isinstance(data, dict) or "tokenizer" not in data:
       raise ValueError(
         f"{file} is no configuration of a training run: expected a "
         "data.tokenizer"
       )
-    if data["tokenizer"]:
+    # A fine-tuned run has a copy, whatever becomes of the original.
+    own = any((weights.folder / name).is_file() for name in TOKENIZERS)
+    if data["tokenizer"] and not own:
       found["tokenizer.model"] = pathlib.Path(data["tokenizer"])
   places = [weights.folder, weights.folder / "tokenizer"]
   if weights.format == "google" and is_orbax_tree(weights.folder):

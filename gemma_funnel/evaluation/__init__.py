@@ -1,8 +1,8 @@
 """What a funnel costs and saves: `python eval.py --config=configs/eval_*.py`.
 
 `latency` measures time against the same code with the funnel off, `accuracy`
-the loss on held-out text, `task` what the model answers by itself, and `report`
-writes each as a table, JSON and a plot.
+the loss on held-out text, `task` what the model answers, by itself or by its
+head, and `report` writes each as a table, JSON and a plot.
 """
 
 from typing import Any

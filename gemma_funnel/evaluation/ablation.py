@@ -27,10 +27,17 @@ from gemma_funnel import cli, convert, flops
 from gemma_funnel.config import OFF, GemmaConfig, parse_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.data.tokenizer import Tokenizer
-from gemma_funnel.evaluation import generative, latency, plan, report
-from gemma_funnel.evaluation import similarity, study, timing
+from gemma_funnel.evaluation import (
+  generative,
+  latency,
+  plan,
+  report,
+  similarity,
+  study,
+  timing,
+)
 from gemma_funnel.evaluation.plan import Cell, Pretraining, Tuning
-from gemma_funnel.training import finetune, pretrain, progress
+from gemma_funnel.training import checkpoint, finetune, pretrain, progress
 
 RESULTS = "results.jsonl"
 # What a stage may fail with, and the study go on without it.
@@ -48,6 +55,10 @@ def run(config: ml_collections.ConfigDict) -> None:
   Raises:
     ValueError: a configuration that cannot be, before anything is trained.
   """
+  if not jax.config.jax_compilation_cache_dir:
+    # Trainings that differ by a seed or by their data share programs.
+    folder = os.path.join(config.workdir, "programs")
+    jax.config.update("jax_compilation_cache_dir", folder)
   study_plan = plan.make(config)
   runner = Runner(config, study_plan)
   print(study_plan.describe(runner.done, _rate(config)), flush=True)
@@ -93,7 +104,11 @@ class Results:
         # The last line may have been cut short by a kill.
         if number < len(text.splitlines()):
           raise ValueError(f"{self._path}, line {number}: {error}") from error
-        self._path.write_text("".join(text.splitlines(keepends=True)[:-1]))
+        text = "".join(text.splitlines(keepends=True)[:-1])
+        self._path.write_text(text)
+    if text and not text.endswith("\n"):
+      # Cut between a line and its end: the next one is not to go on with it.
+      self._path.write_text(text + "\n")
 
   def add(self, line: Mapping[str, Any]) -> None:
     """Writes a line; it is on disk when this returns."""
@@ -134,9 +149,7 @@ class Runner:
     }
     lines = [x for x in self._results.lines if x["hash"] in wanted]
     good = {x["hash"] for x in lines if x["kind"] == "cell"}
-    return [
-      x for x in lines if x["kind"] != "failure" or x["hash"] not in good
-    ]
+    return [x for x in lines if x["kind"] != "failure" or x["hash"] not in good]
 
   def run(self) -> None:
     """Runs what is left; a failure leaves out the cells that depend on it."""
@@ -152,8 +165,10 @@ class Runner:
         self._guarded([cell], self._generative, cell, path)
       self._say(total)
       for tuning, own in tunings.items():
-        if own := self._left(own):
-          self._guarded(own, self._tuned, tuning, own, path)
+        if left := self._left(own):
+          # Whatever is left of them, it is the same training: one folder.
+          folder = f"{pathlib.Path(path).name}-{own[0].hash}"
+          self._guarded(left, self._tuned, tuning, left, path, folder)
           self._say(total)
 
   def _left(self, cells: Iterable[Cell]) -> list[Cell]:
@@ -185,22 +200,29 @@ class Runner:
     config = stage.config(self._config, self._config.workdir)
     if stage.kind == "distilled":
       config.init_from = self._pretrained(self._plan.teacher(stage))
-    self._make_tokenizer(config)
-    print(f"pretraining {stage.model}, {stage.kind}: {stage.funnel}", flush=True)
+    self._give_tokenizer(config)
+    print(
+      f"pretraining {stage.model}, {stage.kind}: {stage.funnel}", flush=True
+    )
     result = pretrain.train(config, _no_evaluator)
     if not result.finished:
       raise KeyboardInterrupt  # SIGTERM: the same command goes on.
     self._similarity(stage, result)
     return config.workdir
 
-  def _make_tokenizer(self, config: Any) -> None:
-    path = pathlib.Path(config.data.tokenizer)
-    if path.exists():
+  def _give_tokenizer(self, config: Any) -> None:
+    """Puts the study's own tokenizer, trained once, where a run has one."""
+    if config.data.tokenizer is not None:
       return
-    data = config.data.copy_and_resolve_references()
-    data.tokenizer = None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pipeline.load_corpus(data, config.model.vocab_size, path.parent)
+    vocab_size = config.model.vocab_size
+    kept = pathlib.Path(plan.tokenizer_path(self._config.workdir, vocab_size))
+    if not kept.exists():
+      kept.parent.mkdir(parents=True, exist_ok=True)
+      pipeline.load_corpus(config.data, vocab_size, kept.parent)
+    checkpoint.claim_workdir(pretrain.make_setup(config).config)
+    own = pathlib.Path(config.workdir) / checkpoint.TOKENIZER
+    if not own.exists():
+      shutil.copyfile(kept, own)
 
   def _similarity(self, stage: Pretraining, result: pretrain.Result) -> None:
     """How far each funnel moves the states of this model, by layer."""
@@ -229,7 +251,8 @@ class Runner:
       axes = {axis: getattr(funnel, axis) for axis in plan.FUNNEL_AXES}
       self._results.add({
           "kind": "similarity", "hash": stage.hash, "model": stage.model,
-          "pretraining": stage.kind, "funnel": name, **axes, **self._common,
+          "pretraining": stage.kind, "finetuning": None, "funnel": name,
+          **axes, **self._common,
           "layers": layers,
       })  # fmt: skip
 
@@ -244,10 +267,11 @@ class Runner:
     metrics = {k: v for k, v in found.items() if isinstance(v, float)}
     self._measured(cell, metric, metrics, len(task.splits[settings.split]), {})
 
-  def _tuned(self, tuning: Tuning, cells: list[Cell], path: str) -> None:
+  def _tuned(
+    self, tuning: Tuning, cells: list[Cell], path: str, name: str
+  ) -> None:
     """Fine-tunes, and measures with each cell's funnel."""
     task = self._plan.tasks[tuning.task]
-    name = "-".join([pathlib.Path(path).name, cells[0].hash])
     folder = self._folder / "finetune" / name
     config = self._plan.finetune_config(
       cells[0].pretraining, tuning, path, str(folder)
@@ -258,17 +282,20 @@ class Runner:
     if not result.finished:
       raise KeyboardInterrupt
     train_s = time.monotonic() - start
-    measure = functools.partial(
-      finetune.measure, task=task, batch_size=setup.config.batch_size,
-      length=setup.config.length,
-    )  # fmt: skip
-    for cell in cells:
-      encoder = result.encoder.with_funnel(cell.measured_with)
-      found = measure(encoder, split="test", rows=setup.rows["test"])
+
+    def measure(cell: Cell) -> None:
+      found = finetune.measure(
+        result.encoder.with_funnel(cell.measured_with), task, "test",
+        setup.rows["test"], batch_size=setup.config.batch_size,
+        length=setup.config.length,
+      )  # fmt: skip
       self._measured(
         cell, task.metrics[0], found, len(task.splits["test"]),
         {"train_s": train_s, "steps": result.steps},
       )  # fmt: skip
+
+    for cell in cells:
+      self._guarded([cell], measure, cell)
     if not self._config.keep_finetuned:
       shutil.rmtree(folder)
 

@@ -4,7 +4,7 @@
 are. "generation": what the model writes, against the answers that are right.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import math
@@ -18,102 +18,19 @@ from gemma_funnel import decode, flops, generate, tasks
 from gemma_funnel.config import check_recovers, format_funnel
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from gemma_funnel.evaluation import asking, finetuned, plots, report, scoring
 from gemma_funnel.evaluation import funnels as funnels_lib
-from gemma_funnel.evaluation import plots, report, scoring
 from gemma_funnel.evaluation import subject as subject_lib
+from gemma_funnel.evaluation.asking import Settings, check, main_metric
 from gemma_funnel.model import Gemma
 from gemma_funnel.sampling import GREEDY, Sampling
-from gemma_funnel.tasks.task import GENERATIVE_KINDS, SPLITS, Task
+from gemma_funnel.tasks.task import Task
 
 Row = dict[str, Any]
 TRAINED = "trained"
 _MAX_EXPONENT = 709.0
 # Tokens between looks for a stop string.
 _CHUNK = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How a task is put to a model.
-
-  Attributes:
-    batch_size: rows of a pass.
-    max_length: tokens that a pass is given at most; None is the model's
-      max_length. Of a prompt too long the beginning is cut, BOS kept.
-    split: what results are of.
-    max_examples: the first so many; None is all.
-    few_shot: examples put before each prompt, the first of the train split.
-    shot_format: each of them, of {prompt} and {answer}, the first right one.
-    prompt_format: the prompt itself.
-    max_new_tokens: of an answer that is generated.
-    stop: strings that end it, and are no part of it; so does EOS.
-    answer_pattern: a regular expression whose first group (or match, without
-      one) is the answer within what was generated. Commas between digits and a
-      full stop at its end are dropped. None is all of it.
-    lower_case: whether answers are compared without regard to case.
-  """
-
-  batch_size: int = 8
-  max_length: int | None = None
-  split: str = "test"
-  max_examples: int | None = None
-  few_shot: int = 0
-  shot_format: str = "{prompt}{answer}\n\n"
-  prompt_format: str = "{prompt}"
-  max_new_tokens: int = 128
-  stop: tuple[str, ...] = ()
-  answer_pattern: str | None = None
-  lower_case: bool = False
-
-  def __post_init__(self):
-    for name, least in (
-        ("batch_size", 1), ("max_new_tokens", 1), ("few_shot", 0),
-    ):  # fmt: skip
-      _require_int(name, getattr(self, name), least)
-    for name, least in (("max_length", 2), ("max_examples", 1)):
-      if getattr(self, name) is not None:
-        _require_int(name, getattr(self, name), least)
-    if self.split not in SPLITS:
-      raise ValueError(f"split={self.split!r}: expected one of {list(SPLITS)}")
-    if isinstance(self.stop, str) or not all(
-      isinstance(s, str) and s for s in self.stop
-    ):
-      raise ValueError(
-        f"stop={self.stop!r}: expected a tuple of texts, none of them empty"
-      )
-    _check_format("prompt_format", self.prompt_format, ("prompt",))
-    _check_format("shot_format", self.shot_format, ("prompt", "answer"))
-    if self.answer_pattern is not None:
-      try:
-        re.compile(self.answer_pattern)
-      except re.error as error:
-        raise ValueError(
-          f"answer_pattern={self.answer_pattern!r} is no regular expression: "
-          f"{error}"
-        ) from error
-
-
-def _require_int(name: str, value: Any, least: int) -> None:
-  is_int = isinstance(value, int) and not isinstance(value, bool)
-  if not is_int or value < least:
-    raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
-
-
-def _check_format(name: str, text: str, fields: Sequence[str]) -> None:
-  marks = {field: f"\0{field}\0" for field in fields}
-  try:
-    made = text.format(**marks)
-  except (KeyError, IndexError, ValueError, AttributeError) as error:
-    raise ValueError(
-      f"{name}={text!r}: expected a text with {_braced(fields)} ({error!r})"
-    ) from error
-  missing = [field for field, mark in marks.items() if mark not in made]
-  if missing:
-    raise ValueError(f"{name}={text!r}: expected {_braced(missing)} in it")
-
-
-def _braced(fields: Sequence[str]) -> str:
-  return " and ".join(f"{{{field}}}" for field in fields)
 
 
 def evaluate(
@@ -169,68 +86,8 @@ def predict(
   return function(task, examples, model, tokenizer, settings, longest)
 
 
-def check(task: Task, settings: Settings) -> None:
-  """Checks what can be known without a model.
-
-  Raises:
-    ValueError: see `evaluate`.
-  """
-  if task.kind not in GENERATIVE_KINDS:
-    raise ValueError(
-      f"task {task.name} is of kind {task.kind!r}, which a head is fine-tuned "
-      f"for: expected one of {list(GENERATIVE_KINDS)}"
-    )
-  if not task.splits.get(settings.split):
-    raise ValueError(
-      f"task {task.name} has no examples in split={settings.split!r}: those "
-      f"with some are {sorted(k for k, v in task.splits.items() if v)}"
-    )
-  if settings.few_shot and task.kind == "perplexity":
-    raise ValueError(f"few_shot={settings.few_shot}: perplexity has no prompts")
-  there = len(task.splits.get("train", ()))
-  if settings.few_shot > there:
-    raise ValueError(
-      f"few_shot={settings.few_shot}: task {task.name} has {there} examples in "
-      "its train split"
-    )
-  if settings.few_shot and settings.split == "train":
-    raise ValueError(
-      f"few_shot={settings.few_shot} with split='train' would show answers: "
-      "expected another split"
-    )
-  main_metric(task)
-
-
-def main_metric(task: Task) -> str:
-  """The first metric of the task that is measured.
-
-  Raises:
-    ValueError: none of them is.
-  """
-  known = _METRICS[task.kind]
-  for name in task.metrics or known:
-    if name in known:
-      return name
-  raise ValueError(
-    f"task {task.name}: metrics={task.metrics}: expected one of {list(known)}, "
-    f"its kind is {task.kind!r}"
-  )
-
-
-def _prompt_maker(
-  task: Task, settings: Settings, answer_of: Callable[[Any], str]
-) -> Callable[[Any], str]:
-  shots = "".join(
-    settings.shot_format.format(prompt=shot.prompt, answer=answer_of(shot))
-    for shot in task.splits.get("train", ())[: settings.few_shot]
-  )
-  return lambda example: (
-    shots + settings.prompt_format.format(prompt=example.prompt)
-  )
-
-
 def _predict_choices(task, examples, model, tokenizer, settings, longest):
-  prompt_of = _prompt_maker(task, settings, lambda e: e.choices[e.answer])
+  prompt_of = asking.prompt_maker(task, settings, lambda e: e.choices[e.answer])
   requests = []
   for number, example in enumerate(examples):
     prompt = prompt_of(example)
@@ -304,7 +161,7 @@ def _predict_texts(task, examples, model, tokenizer, settings, longest):
 
 
 def _predict_generated(task, examples, model, tokenizer, settings, longest):
-  prompt_of = _prompt_maker(task, settings, lambda e: e.answers[0])
+  prompt_of = asking.prompt_maker(task, settings, lambda e: e.answers[0])
   prompts = [
     [BOS_ID, *tokenizer.encode(prompt_of(example))] for example in examples
   ]
@@ -315,8 +172,8 @@ def _predict_generated(task, examples, model, tokenizer, settings, longest):
   room = longest - settings.max_new_tokens
   records = []
   for example, ids, text in zip(examples, prompts, texts, strict=True):
-    found = extract(text, settings.answer_pattern)
-    normal = lambda text: _normal(text, settings)
+    found = asking.extract(text, settings.answer_pattern)
+    normal = lambda text: asking.normalize(text, settings)
     right = {normal(answer) for answer in example.answers}
     records.append(
       {
@@ -327,23 +184,6 @@ def _predict_generated(task, examples, model, tokenizer, settings, longest):
       }
     )  # fmt: skip
   return records
-
-
-def extract(text: str, pattern: str | None) -> str | None:
-  """The answer within a text; None where the pattern is not in it."""
-  if pattern is None:
-    return text
-  match = re.search(pattern, text)
-  if match is None:
-    return None
-  return match[1] if match.re.groups else match[0]
-
-
-def _normal(text: str | None, settings: Settings) -> str:
-  text = " ".join((text or "").split())
-  if settings.answer_pattern is not None:
-    text = re.sub(r"(?<=\d),(?=\d)", "", text).removesuffix(".")
-  return text.lower() if settings.lower_case else text
 
 
 def continuations(
@@ -461,12 +301,6 @@ _PREDICTORS = {
     "choice": _predict_choices, "perplexity": _predict_texts,
     "generation": _predict_generated,
 }  # fmt: skip
-# The first is the main one of a task that names none.
-_METRICS = {
-    "choice": ("accuracy", "accuracy_norm"),
-    "perplexity": ("loss", "perplexity", "bits_per_byte", "word_perplexity"),
-    "generation": ("exact_match",),
-}  # fmt: skip
 COLUMNS = (
   report.Column("funnel", "funnel"),
   report.Column("resolved", "in full"),
@@ -530,7 +364,8 @@ def measure(
 def run(config: Any) -> list[Row]:
   """Puts a task to a checkpoint, and writes a table, a plot and predictions.
 
-  Writes TASK.json, .md, .png and TASK.predictions.jsonl to `config.out`.
+  Writes TASK.json, .md, .png and TASK.predictions.jsonl to `config.out`. A
+  fine-tuned run is measured on what its head is for: see `finetuned.evaluate`.
 
   Args:
     config: a ConfigDict with the keys of configs/eval_task.py.
@@ -545,10 +380,9 @@ def run(config: Any) -> list[Row]:
   missing = [key for key in KEYS if key not in config]
   if missing:
     raise ValueError(f"the configuration lacks {missing}")
-  values = {name: config[name] for name in _SETTINGS}
-  if not isinstance(values["stop"], str):
-    values["stop"] = tuple(values["stop"])
-  settings = Settings(**values)
+  settings = _settings(config)
+  if finetuned.find_runs(config.checkpoint):
+    return finetuned.evaluate(config, settings)
   # What can be said before a checkpoint is read.
   _require_recovery(funnels_lib.parse(config.funnels, {TRAINED: ()}))
   task = tasks.load(config.task)
@@ -575,12 +409,19 @@ def run(config: Any) -> list[Row]:
       out, name, rows, COLUMNS, f"{task.name}: {config.checkpoint}{step}",
       plots.task, settings=kept, notes=[note],
   )  # fmt: skip
-  with open(
-    os.path.join(out, f"{name}.predictions.jsonl"), "w", encoding="utf-8"
-  ) as file:
-    for record in predictions:
-      file.write(json.dumps(record, ensure_ascii=False) + "\n")
+  lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
+  report.write_atomically(
+    os.path.join(out, f"{name}.predictions.jsonl"), "".join(lines).encode()
+  )
   return rows
+
+
+def _settings(config: Any) -> Settings:
+  values = {name: config[name] for name in _SETTINGS}
+  if values["stop"] is not None and not isinstance(values["stop"], str):
+    values["stop"] = tuple(values["stop"])
+  # What is unset is as `Settings` has it.
+  return Settings(**{k: v for k, v in values.items() if v is not None})
 
 
 def _require_recovery(named: Mapping[str, funnels_lib.Stages]) -> None:

@@ -22,6 +22,9 @@ from gemma_funnel.training import finetune, pretrain, progress
 PRETRAININGS = ("standard", "aware", "switched", "sampled", "distilled")
 _FUNNELLED = ("aware", "switched", "distilled")
 SWITCH = ("off", "on")
+# "sampled": each step draws one of the study's funnels, or none, and what comes
+# of it is measured with all of them.
+FINETUNINGS = (*SWITCH, "sampled")
 FUNNEL_AXES = ("start", "stop", "stride", "pool", "recover")
 AXES = (
     "model", "pretraining", "finetuning", "inference", *FUNNEL_AXES, "task",
@@ -80,7 +83,10 @@ class Pretraining:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-  """A pretrained model fine-tuned on a task, with a funnel or "off"."""
+  """A pretrained model fine-tuned on a task.
+
+  `funnel` is what it has then: one, "off", or "sampled".
+  """
 
   task: str
   funnel: str
@@ -93,7 +99,7 @@ class Cell:
 
   Attributes:
     pretraining: what it starts from.
-    finetuning: whether fine-tuning has the funnel; None for a task without it.
+    finetuning: one of FINETUNINGS; None for a task without it.
     inference: whether the funnel is on when it is measured.
     funnel: the cell's, as its axes say; None where nothing is funnelled.
     tuning: the fine-tuning; None for a task without it.
@@ -137,10 +143,12 @@ def make(study: ml_collections.ConfigDict) -> "Plan":
   """
   _check(study)
   read = {name: _read_task(study, name) for name in study.axes.task}
-  excluded = [_parse_exclusion(text) for text in study.exclude]
+  excluded = [_parse_exclusion(text, _known(study)) for text in study.exclude]
   cells = {}
   for values in itertools.product(*(study.axes[axis] for axis in AXES)):
     axes = dict(zip(AXES, values, strict=True))
+    if read[axes["task"]].kind in GENERATIVE_KINDS:
+      axes["finetuning"] = None
     if any(all(axes[k] == v for k, v in x.items()) for x in excluded):
       continue
     cell = _make_cell(study, axes, read[axes["task"]])
@@ -150,7 +158,12 @@ def make(study: ml_collections.ConfigDict) -> "Plan":
     raise ValueError("the study has no cells: exclude leaves nothing")
   plan = Plan(study, read, tuple(cells.values()))
   for pretraining in plan.pretrainings:
-    pretrain.make_setup(pretraining.config(study, ""))
+    config = pretraining.config(study, "")
+    if pretraining.kind == "distilled":
+      # Its teacher is yet to be trained: that, and all else, can be checked.
+      pretrain.make_setup(plan.teacher(pretraining).config(study, ""))
+      config.objective = "next_token"
+    pretrain.make_setup(config)
   return plan
 
 
@@ -161,10 +174,7 @@ def _check(study: Any) -> None:
       raise ValueError(
         f"axes.{axis}={values!r}: expected a tuple of one value at least"
       )
-    known = {
-        "model": tuple(study.models), "task": tuple(study.tasks),
-        "pretraining": PRETRAININGS, "finetuning": SWITCH, "inference": SWITCH,
-    }.get(axis, values)  # fmt: skip
+    known = _known(study).get(axis, values)
     for value in values:
       if value not in known:
         raise ValueError(
@@ -173,9 +183,28 @@ def _check(study: Any) -> None:
   for seed in study.axes.seed:
     if not isinstance(seed, int) or seed < 0:
       raise ValueError(f"axes.seed: found {seed!r}, expected integers >= 0")
+  for name in study.axes.task:
+    tuned = study.finetune.copy_and_resolve_references().lock()
+    try:
+      tuned.update(study.tasks[name].tune)
+    except (AttributeError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"tasks.{name}.tune: {error}; expected keys of finetune"
+      ) from error
 
 
-def _parse_exclusion(text: str) -> dict[str, Any]:
+def _known(study: Any) -> dict[str, tuple[str, ...]]:
+  """What some axes may hold."""
+  return {
+      "model": tuple(study.models), "task": tuple(study.tasks),
+      "pretraining": PRETRAININGS, "finetuning": FINETUNINGS,
+      "inference": SWITCH,
+  }  # fmt: skip
+
+
+def _parse_exclusion(
+  text: str, known: Mapping[str, tuple[str, ...]]
+) -> dict[str, Any]:
   """{"pretraining": "aware", ..} of "pretraining=aware,finetuning=off"."""
   found = {}
   for item in text.split(","):
@@ -185,7 +214,11 @@ def _parse_exclusion(text: str) -> dict[str, Any]:
         f"exclude: {text!r}: expected such as 'pretraining=aware,inference="
         f"off', of the axes {list(AXES)}"
       )
+    if value not in known.get(key, (value,)):
+      raise ValueError(f"exclude: {text!r}: {key} is one of {list(known[key])}")
     found[key] = int(value) if value.lstrip("-").isdigit() else value
+    if (key, value) == ("stop", "None"):
+      found[key] = None
   return found
 
 
@@ -206,14 +239,14 @@ def _make_cell(study: Any, axes: Mapping[str, Any], task: Task) -> Cell | None:
   (funnel,) = resolve_funnel(funnel, depth)
   finetuning, seed = axes["finetuning"], axes["seed"]
   if task.kind in GENERATIVE_KINDS:
-    finetuning, seed = None, study.pretrain.seed
+    seed = study.pretrain.seed
   kind = axes["pretraining"]
   if kind not in _FUNNELLED and "on" not in (finetuning, axes["inference"]):
     funnel = None
   pretraining = _make_pretraining(study, axes["model"], kind, funnel)
   tuning = None
   if finetuning is not None:
-    own = str(funnel) if finetuning == "on" else OFF
+    own = {"on": str(funnel), "off": OFF}.get(finetuning, finetuning)
     tuning = Tuning(axes["task"], own, seed)
   settings = study.finetune.to_dict(), study.generative.to_dict()
   hash_ = _hash(
@@ -230,7 +263,17 @@ def _make_cell(study: Any, axes: Mapping[str, Any], task: Task) -> Cell | None:
 def _make_pretraining(study, model: str, kind: str, funnel) -> Pretraining:
   name = str(funnel) if kind in _FUNNELLED else OFF
   config = _pretrain_config(study, model, kind, name, "")
-  return Pretraining(model, kind, name, _hash(kind, config.to_dict()))
+  return Pretraining(
+    model, kind, name, _pretrain_hash(study, model, kind, config)
+  )
+
+
+def _pretrain_hash(study, model: str, kind: str, config: Any) -> str:
+  """Of all that determines a pretraining; of a teacher's too."""
+  teacher = kind == "distilled" and _pretrain_config(
+    study, model, "standard", OFF, ""
+  )
+  return _hash(kind, config.to_dict(), teacher and teacher.to_dict())
 
 
 def _pretrain_config(study, model: str, kind: str, funnel: str, folder: str):
@@ -251,11 +294,8 @@ def _pretrain_config(study, model: str, kind: str, funnel: str, folder: str):
     config.workdir = ""
   if folder:
     config.workdir = os.path.join(
-      folder, "pretrain", f"{kind}-{_hash(kind, config.to_dict())}"
+      folder, "pretrain", f"{kind}-{_pretrain_hash(study, model, kind, config)}"
     )
-    if config.data.tokenizer is None:
-      # One is trained for all of them.
-      config.data.tokenizer = tokenizer_path(folder, config.model.vocab_size)
   return config
 
 
@@ -330,6 +370,11 @@ class Plan:
       config.tokenizer = ml_collections.config_dict.placeholder(str)
       config.funnel, config.funnel_from = tuning.funnel, 0
       config.funnel_sampled = ()
+      if tuning.funnel == "sampled":
+        config.funnel = OFF
+        config.funnel_sampled = (
+          OFF, *sampled_funnels(study, pretraining.model)
+        )  # fmt: skip
       config.seed, config.workdir = tuning.seed, workdir
     return config
 
@@ -358,9 +403,10 @@ class Plan:
     rows = len(self.tasks[tuning.task].splits["train"]) * config.epochs
     # Rows are shorter than the limit; how much is the tokenizer's to say.
     length = max(1, config.length // 2)
-    return 3.0 * rows * flops.forward(
-      model, tuning.funnel, 1, length, head=False, causal=False
-    )
+    # Sampled ones are counted as the longest of them.
+    funnel = OFF if tuning.funnel == "sampled" else tuning.funnel
+    each = flops.forward(model, funnel, 1, length, head=False, causal=False)
+    return 3.0 * rows * each
 
   def describe(self, done: set[str], rate: float, overhead: float = 6.0) -> str:
     """What will be run, and about how long it takes.

@@ -169,8 +169,8 @@ def write(
     for extension in ("json", "md", "png")[: 3 if plot_fn else 2]
   }
   encoded = json.dumps(content, indent=1, allow_nan=False) + "\n"
-  _write_atomically(paths["json"], encoded.encode())
-  _write_atomically(paths["md"], (text + "\n").encode())
+  write_atomically(paths["json"], encoded.encode())
+  write_atomically(paths["md"], (text + "\n").encode())
   if plot_fn:
     _write_figure(paths["png"], plot_fn(rows))
   print(text, flush=True)
@@ -193,7 +193,7 @@ def _write_figure(path: str, figure: Any) -> None:
     figure.savefig(temporary, format="png")
 
 
-def _write_atomically(path: str, content: bytes) -> None:
+def write_atomically(path: str, content: bytes) -> None:
   with _temporary(path) as temporary:
     with open(temporary, "wb") as f:
       f.write(content)

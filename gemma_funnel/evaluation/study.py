@@ -313,7 +313,8 @@ def _claim_training(cells: Sequence[Row], unit: str) -> list[str]:
   lines = []
   names = [v for v in levels(cells, "pretraining") if v != "standard"]
   asked = [("pretraining", name, "standard") for name in names]
-  for axis, name, other in [*asked, ("finetuning", "on", "off")]:
+  asked += [("finetuning", name, "off") for name in ("on", "sampled")]
+  for axis, name, other in asked:
     values = differences(cells, axis, name, other)
     if not values:
       continue
@@ -450,7 +451,7 @@ def write(
   os.makedirs(out_dir, exist_ok=True)
   paths = {name: os.path.join(out_dir, name) for name in files}
   for name, data in files.items():
-    report._write_atomically(paths[name], data)
+    report.write_atomically(paths[name], data)
   return paths
 
 

@@ -42,7 +42,8 @@ def default_config() -> config_dict.ConfigDict:
       format="table",
       # One of task.KINDS; only tables need it.
       kind=placeholder(str),
-      # Files; for TFDS, splits of the data set, by default the official ones.
+      # Files, several joined by commas; for TFDS, splits of the data set, by
+      # default the official ones.
       train=placeholder(str), dev=placeholder(str), test=placeholder(str),
       # TFDS: a name such as "glue/sst2", and the folder it was prepared in
       # (None is $TFDS_DATA_DIR or ~/tensorflow_datasets).
@@ -67,6 +68,8 @@ def default_config() -> config_dict.ConfigDict:
       answer=placeholder(str), group=placeholder(str),
       # Generation: a regular expression that finds the answer; its first group.
       answer_pattern=placeholder(str),
+      # Perplexity: whether a text file is one document ("file"), or each "line".
+      documents="file",
       # CoNLL: columns from 0, -1 is the last; "tab", "space", or None for any
       # run of both; "auto" or one of conll.SCHEMES.
       word_column=0, tag_column=-1, separator=placeholder(str), scheme="auto",
@@ -116,6 +119,10 @@ def _check(config: Any) -> None:
   if config.format not in FORMATS:
     raise ValueError(
       f"format={config.format!r}: expected one of {list(FORMATS)}"
+    )
+  if config.documents not in ("file", "line"):
+    raise ValueError(
+      f"documents={config.documents!r}: expected 'file' or 'line'"
     )
   if config.kind is not None and config.kind not in KINDS:
     raise ValueError(f"kind={config.kind!r}: expected one of {list(KINDS)}")

@@ -36,9 +36,13 @@ def load(config: Any) -> Task:
     ValueError: a file or a sentence that is not as it should be.
   """
   raw = {
-    split: read_sentences(
-      config[split], config.word_column, config.tag_column, config.separator
-    )
+    split: [
+      sentence
+      for path in tables.paths_of(config[split])
+      for sentence in read_sentences(
+        path, config.word_column, config.tag_column, config.separator
+      )
+    ]
     for split in SPLITS
     if config[split]
   }

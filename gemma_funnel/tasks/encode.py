@@ -73,8 +73,12 @@ def encode(
       for number, example in enumerate(examples)
       for row in _tagged_rows(number, example, tokenizer, length, long)
     ]
+  # A regression's labels are numbers, however they are written.
+  label_of = float if task.kind == "regression" else int
   return [
-    Row(_text_tokens(example, tokenizer, length), example.label, number)
+    Row(
+      _text_tokens(example, tokenizer, length), label_of(example.label), number
+    )
     for number, example in enumerate(examples)
   ]
 

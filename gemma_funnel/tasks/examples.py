@@ -66,18 +66,19 @@ def load(config: Any) -> Task:
   _check_columns(config, kind)
   columns = _wanted(config, kind)
   bad = tables.Bad(config.on_bad)
-  paths = {split: config[split] for split in SPLITS if config[split]}
+  paths = {
+    split: tables.paths_of(config[split]) for split in SPLITS if config[split]
+  }
   if kind == "perplexity":
     read = lambda path, split: _documents(path, split, config, bad)
-    splits = {split: read(path, split) for split, path in paths.items()}
-    return _task(config, (), splits, bad)
-  rows = {
-    split: tables.read_rows(path, columns, config.header)
-    for split, path in paths.items()
-  }
-  for split, path in paths.items():
+    return _task(config, (), _each(paths, read), bad)
+  read = lambda path, split: tables.read_rows(path, columns, config.header)
+  rows = _each(paths, read)
+  for split in paths:
     if not rows[split]:
-      raise ValueError(f"{path}: no rows; expected at least one in {split}")
+      raise ValueError(
+        f"{config[split]}: no rows; expected at least one in {split}"
+      )
   labels, parse = (), _parser(config, kind)
   if kind == "classification":
     labels, parse = _label_parser(config, rows)
@@ -85,6 +86,14 @@ def load(config: Any) -> Task:
     split: bad.keep(rows[split], _whole(parse), split) for split in rows
   }
   return _task(config, labels, splits, bad)
+
+
+def _each(paths, read) -> dict[str, list]:
+  """What `read` gives for each file of a split, in one list."""
+  return {
+    split: [item for path in of_split for item in read(path, split)]
+    for split, of_split in paths.items()
+  }
 
 
 def _task(config, labels, splits, bad) -> Task:
@@ -349,7 +358,7 @@ def _generation_parser(config):
 
 
 def _documents(path: str, split: str, config, bad) -> list[Document]:
-  """A table's texts, or a whole file of any other extension."""
+  """A table's texts; of any other extension, the whole file or its lines."""
   if os.path.splitext(path)[1] in tables.EXTENSIONS:
     if not config.text:
       raise ValueError(f"text is not set; {path} needs the column of its text")
@@ -357,4 +366,7 @@ def _documents(path: str, split: str, config, bad) -> list[Document]:
     parse = lambda row: Document(_text(row, config.text))
     return bad.keep(rows, _whole(parse), split)
   text = tables.read_text(path)
-  return [Document(text)] if text.strip() else []
+  texts = [text]
+  if config.documents == "line":
+    texts = [line for _, line in tables.lines_of(text)]
+  return [Document(text) for text in texts if text.strip()]

@@ -67,6 +67,13 @@ class Bad:
     return kept
 
 
+def paths_of(value: str) -> list[str]:
+  """The files of a split: one, or several joined by commas."""
+  if os.path.exists(os.path.expanduser(value)):
+    return [value]  # A comma may be part of its name.
+  return [part.strip() for part in value.split(",") if part.strip()] or [value]
+
+
 def read_text(path: str) -> str:
   """A file's text; line ends are kept, a byte order mark is not.
 

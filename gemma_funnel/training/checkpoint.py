@@ -31,6 +31,8 @@ from gemma_funnel.training import sharding
 FOLDER = "checkpoints"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
+# Of a run; a fine-tuned one has a copy of what it was given.
+TOKENIZERS = (TOKENIZER, "tokenizer.json")
 SUMS = "sums.json"
 
 # What may differ between the calls that make up one run: where it lies, and
@@ -399,7 +401,10 @@ def load_run(
 
   def abstract_trees(config: dict):
     model = abstract_model(config)
-    trees = {"params": nnx.to_pure_dict(nnx.state(model)), **extra(model.config)}
+    trees = {
+      "params": nnx.to_pure_dict(nnx.state(model)),
+      **extra(model.config),
+    }
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = (
       jax.tree.map(lambda _: device, trees)
@@ -420,10 +425,11 @@ def load_run(
   if funnel is not None:
     model = model.with_funnel(funnel)
   given = config.get("data", config)["tokenizer"]
+  own = [p for p in map(path.joinpath, TOKENIZERS) if p.exists()]
   return Run(
     model=model,
     config=ml_collections.ConfigDict(config),
-    tokenizer_path=given or str(path / TOKENIZER),
+    tokenizer_path=str(own[0]) if own else given or str(path / TOKENIZER),
     step=step,
     extra=trees,
   )

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import pathlib
+import shutil
 from typing import Any
 
 from flax import nnx
@@ -23,9 +24,14 @@ from gemma_funnel.model import Gemma
 from gemma_funnel.tasks import encode, metrics
 from gemma_funnel.tasks.task import ENCODER_KINDS, Task
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import loop, objectives, pretrain, schedules
+from gemma_funnel.training import (
+  loop,
+  objectives,
+  pretrain,
+  schedules,
+  sharding,
+)
 from gemma_funnel.training import optimizer as optimizer_lib
-from gemma_funnel.training import sharding
 
 HEAD_FILE = "head.json"
 CLASS_WEIGHTS = ("none", "balanced")
@@ -254,9 +260,7 @@ def _make_loss(setup: Setup):
 
 
 def _abstract_head(config: GemmaConfig, head: HeadConfig) -> Head:
-  return nnx.eval_shape(
-    lambda: Head(config.embed_dim, head, rngs=nnx.Rngs(0))
-  )
+  return nnx.eval_shape(lambda: Head(config.embed_dim, head, rngs=nnx.Rngs(0)))
 
 
 def train(setup: Setup) -> Result:
@@ -272,7 +276,7 @@ def train(setup: Setup) -> Result:
   init, abstract = _make_init(setup)
   loss = _make_loss(setup)
   checkpoint_lib.claim_workdir(config)
-  _write_head(config.workdir, task, setup.head)
+  _write_files(setup)
   model = Gemma.abstract(setup.model_config, setup.funnels.funnel)
   head = _abstract_head(setup.model_config, setup.head)
   encoder_of = lambda weights: Encoder(
@@ -313,11 +317,17 @@ def train(setup: Setup) -> Result:
   return Result(encoder_of(result.weights), result.steps, result.finished)
 
 
-def _write_head(workdir: str, task: Task, head: HeadConfig) -> None:
-  """What `load` needs besides the configuration."""
-  said = {"labels": list(task.labels), "head": dataclasses.asdict(head)}
-  path = pathlib.Path(workdir) / HEAD_FILE
-  path.write_text(json.dumps(said, indent=1) + "\n")
+def _write_files(setup: Setup) -> None:
+  """What `load` needs besides the configuration, and the tokenizer."""
+  folder = pathlib.Path(setup.config.workdir)
+  head = dataclasses.asdict(setup.head)
+  said = {"labels": list(setup.task.labels), "head": head}
+  (folder / HEAD_FILE).write_text(json.dumps(said, indent=1) + "\n")
+  tokenizer = pathlib.Path(setup.config.tokenizer)
+  suffix = ".json" if tokenizer.suffix == ".json" else ".model"
+  copy = folder / f"tokenizer{suffix}"
+  if not copy.exists():
+    shutil.copyfile(tokenizer, copy)
 
 
 def load(

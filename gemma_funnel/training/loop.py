@@ -103,17 +103,16 @@ def place(tree, mesh: jax.sharding.Mesh):
 
 
 def make_train_step(
-  loss, optimizer: optax.GradientTransformation, abstract, mesh, seed: int
+  loss, optimizer: optax.GradientTransformation, abstract, mesh
 ):
   """One pure step, jitted, compiled for each member.
 
   Returns:
-    (member, weights, opt_state, frozen, batch, step) -> (weights, opt_state,
+    (member, weights, opt_state, frozen, batch, key) -> (weights, opt_state,
     metrics); weights and state are given away.
   """
 
-  def train_step(member, weights, opt_state, frozen, batch, step):
-    key = jax.random.fold_in(jax.random.key(seed), step)
+  def train_step(member, weights, opt_state, frozen, batch, key):
     of_weights = lambda w: loss(member, w, frozen, batch, key)
     grads, metrics = jax.grad(of_weights, has_aux=True)(weights)
     updates, opt_state = optimizer.update(grads, opt_state, weights)
@@ -159,8 +158,10 @@ class _Loop:
   def __init__(self, job: Job, checkpoints: checkpoint_lib.Checkpoints):
     self.job, self.checkpoints = job, checkpoints
     self.train_step = make_train_step(
-      job.loss, job.optimizer, job.abstract, job.mesh, job.config.seed
+      job.loss, job.optimizer, job.abstract, job.mesh
     )
+    # Handed to the step: runs that differ by a seed alone share a program.
+    self.key = jax.random.key(job.config.seed)
     if checkpoints.latest() is not None:
       self._restore()
       print(f"resuming {job.config.workdir} at step {self.step}", flush=True)
@@ -207,7 +208,8 @@ class _Loop:
         host = next(job.data)
         self.weights, self.opt_state, values = self.train_step(
           job.member(self.step), self.weights, self.opt_state, job.frozen,
-          sharding.put_batch(host, job.mesh), jnp.int32(self.step),
+          sharding.put_batch(host, job.mesh),
+          jax.random.fold_in(self.key, self.step),
         )  # fmt: skip
         self.step += 1
         self._read(metrics, pending)
@@ -245,12 +247,15 @@ class _Loop:
       value = -math.inf
     elif not stopping.higher:
       value = -value
-    if value > float(self.best["value"]):
+    best, waited = float(self.best["value"]), self.best["waited"] + 1
+    if value > best or best == -math.inf:
+      # Where none had a value, the newest weights are better than the first.
+      waited = 0 if value > best else waited
       # A copy: the next step gives the weights away.
       weights = jax.tree.map(jnp.copy, self.weights)
-      self.best = _best(weights, value, self.step, 0)
+      self.best = _best(weights, value, self.step, waited)
     else:
-      self.best |= {"waited": self.best["waited"] + 1}
+      self.best |= {"waited": waited}
 
   def _read(self, metrics: Metrics, pending) -> None:
     if pending is None:

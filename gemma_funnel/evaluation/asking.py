@@ -1,0 +1,185 @@
+"""How a task is put to a language model, and how its answers are read."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import re
+from typing import Any
+
+from gemma_funnel.tasks.task import GENERATIVE_KINDS, SPLITS, Task
+
+# The first is the main one of a task that names none.
+METRICS = {
+    "choice": ("accuracy", "accuracy_norm"),
+    "perplexity": ("loss", "perplexity", "bits_per_byte", "word_perplexity"),
+    "generation": ("exact_match",),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How a task is put to a model.
+
+  Attributes:
+    batch_size: rows of a pass.
+    max_length: tokens that a pass is given at most; None is the model's
+      max_length. Of a prompt too long the beginning is cut, BOS kept.
+    split: what results are of.
+    max_examples: the first so many; None is all.
+    few_shot: examples put before each prompt, the first of the train split.
+    shot_format: each of them, of {prompt} and {answer}, the first right one.
+    prompt_format: the prompt itself.
+    max_new_tokens: of an answer that is generated.
+    stop: strings that end it, and are no part of it; so does EOS.
+    answer_pattern: a regular expression whose first group (or match, without
+      one) is the answer within what was generated. Commas between digits and a
+      full stop at its end are dropped. None is all of it.
+    lower_case: whether answers are compared without regard to case.
+  """
+
+  batch_size: int = 8
+  max_length: int | None = None
+  split: str = "test"
+  max_examples: int | None = None
+  few_shot: int = 0
+  shot_format: str = "{prompt}{answer}\n\n"
+  prompt_format: str = "{prompt}"
+  max_new_tokens: int = 128
+  stop: tuple[str, ...] = ()
+  answer_pattern: str | None = None
+  lower_case: bool = False
+
+  def __post_init__(self):
+    for name, least in (
+        ("batch_size", 1), ("max_new_tokens", 1), ("few_shot", 0),
+    ):  # fmt: skip
+      _require_int(name, getattr(self, name), least)
+    for name, least in (("max_length", 2), ("max_examples", 1)):
+      if getattr(self, name) is not None:
+        _require_int(name, getattr(self, name), least)
+    if self.split not in SPLITS:
+      raise ValueError(f"split={self.split!r}: expected one of {list(SPLITS)}")
+    if isinstance(self.stop, str) or not all(
+      isinstance(s, str) and s for s in self.stop
+    ):
+      raise ValueError(
+        f"stop={self.stop!r}: expected a tuple of texts, none of them empty"
+      )
+    _check_format("prompt_format", self.prompt_format, ("prompt",))
+    _check_format("shot_format", self.shot_format, ("prompt", "answer"))
+    if self.answer_pattern is not None:
+      try:
+        re.compile(self.answer_pattern)
+      except re.error as error:
+        raise ValueError(
+          f"answer_pattern={self.answer_pattern!r} is no regular expression: "
+          f"{error}"
+        ) from error
+
+
+def _require_int(name: str, value: Any, least: int) -> None:
+  is_int = isinstance(value, int) and not isinstance(value, bool)
+  if not is_int or value < least:
+    raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
+
+
+def _check_format(name: str, text: str, fields: Sequence[str]) -> None:
+  marks = {field: f"\0{field}\0" for field in fields}
+  try:
+    made = text.format(**marks)
+  except (KeyError, IndexError, ValueError, AttributeError) as error:
+    raise ValueError(
+      f"{name}={text!r}: expected a text with {_braced(fields)} ({error!r})"
+    ) from error
+  missing = [field for field, mark in marks.items() if mark not in made]
+  if missing:
+    raise ValueError(f"{name}={text!r}: expected {_braced(missing)} in it")
+
+
+def _braced(fields: Sequence[str]) -> str:
+  return " and ".join(f"{{{field}}}" for field in fields)
+
+
+def check(task: Task, settings: Settings) -> None:
+  """Checks what can be known without a model.
+
+  Raises:
+    ValueError: see `generative.evaluate`.
+  """
+  if task.kind not in GENERATIVE_KINDS:
+    raise ValueError(
+      f"task {task.name} is of kind {task.kind!r}, which a head is fine-tuned "
+      f"for: expected one of {list(GENERATIVE_KINDS)}, or as checkpoint a "
+      "fine-tuned run (train.py --config=configs/finetune.py)"
+    )
+  if not task.splits.get(settings.split):
+    raise ValueError(
+      f"task {task.name} has no examples in split={settings.split!r}: those "
+      f"with some are {sorted(k for k, v in task.splits.items() if v)}"
+    )
+  if settings.few_shot and task.kind == "perplexity":
+    raise ValueError(f"few_shot={settings.few_shot}: perplexity has no prompts")
+  there = len(task.splits.get("train", ()))
+  if settings.few_shot > there:
+    raise ValueError(
+      f"few_shot={settings.few_shot}: task {task.name} has {there} examples in "
+      "its train split"
+    )
+  if settings.few_shot and settings.split == "train":
+    raise ValueError(
+      f"few_shot={settings.few_shot} with split='train' would show answers: "
+      "expected another split"
+    )
+  main_metric(task)
+
+
+def main_metric(task: Task) -> str:
+  """The first metric of the task that is measured.
+
+  Raises:
+    ValueError: none of them is.
+  """
+  known = METRICS[task.kind]
+  for name in task.metrics or known:
+    if name in known:
+      return name
+  raise ValueError(
+    f"task {task.name}: metrics={task.metrics}: expected one of {list(known)}, "
+    f"its kind is {task.kind!r}"
+  )
+
+
+def prompt_maker(
+  task: Task, settings: Settings, answer_of: Callable[[Any], str]
+) -> Callable[[Any], str]:
+  """What makes an example's prompt: few-shot examples, and its own.
+
+  Args:
+    task: whose train split the examples put first are of.
+    settings: how many they are, and the formats.
+    answer_of: the right answer of an example.
+  """
+  shots = "".join(
+    settings.shot_format.format(prompt=shot.prompt, answer=answer_of(shot))
+    for shot in task.splits.get("train", ())[: settings.few_shot]
+  )
+  return lambda example: (
+    shots + settings.prompt_format.format(prompt=example.prompt)
+  )
+
+
+def extract(text: str, pattern: str | None) -> str | None:
+  """The answer within a text; None where the pattern is not in it."""
+  if pattern is None:
+    return text
+  match = re.search(pattern, text)
+  if match is None:
+    return None
+  return match[1] if match.re.groups else match[0]
+
+
+def normalize(text: str | None, settings: Settings) -> str:
+  """An answer as it is compared: see `Settings`; "" where there is none."""
+  text = " ".join((text or "").split())
+  if settings.answer_pattern is not None:
+    text = re.sub(r"(?<=\d),(?=\d)", "", text).removesuffix(".")
+  return text.lower() if settings.lower_case else text

@@ -1,0 +1,250 @@
+"""The study: run, interrupted, failed and run again."""
+
+import functools
+import json
+import pathlib
+import shutil
+
+import jax
+import pytest
+import tiny_run
+import tiny_study
+
+from gemma_funnel.evaluation import ablation, plan
+from gemma_funnel.training import finetune, pretrain, sharding
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_device():
+  """Programs for eight take long to compile; test_loop.py has those."""
+  with pytest.MonkeyPatch.context() as patch:
+    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    patch.setattr(sharding, "make_mesh", make)
+    yield
+
+
+def _lines(folder, kind=None):
+  text = (pathlib.Path(folder) / ablation.RESULTS).read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  return [x for x in lines if kind in (None, x["kind"])]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+  """(text to train on, keys of the tasks)."""
+  folder = tmp_path_factory.mktemp("inputs")
+  return tiny_run.write_corpus(folder), tiny_study.write_tasks(folder)
+
+
+@pytest.fixture
+def count(monkeypatch):
+  """Counts trainings: {"pretrain": .., "finetune": ..}."""
+  counts = {"pretrain": 0, "finetune": 0}
+  for module in (pretrain, finetune):
+    name = module.__name__.rpartition(".")[2]
+
+    def train(*args, name=name, train=module.train):
+      counts[name] += 1
+      return train(*args)
+
+    monkeypatch.setattr(module, "train", train)
+  return counts
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+  """The folder of a study that was run."""
+  folder = tmp_path_factory.mktemp("study") / "done"
+  config = tiny_study.make_study(folder, *inputs)
+  config.similarity.update(rows=2, length=16)
+  config.latency.update(batch_size=1, length=32, repeats=1)
+  ablation.run(config)
+  return folder
+
+
+@pytest.fixture
+def again(finished, inputs, tmp_path):
+  """A copy of the finished study, and its configuration."""
+  folder = tmp_path / "copy"
+  shutil.copytree(finished, folder)
+  config = tiny_study.make_study(folder, *inputs)
+  config.similarity.update(rows=2, length=16)
+  config.latency.update(batch_size=1, length=32, repeats=1)
+  return config
+
+
+@pytest.mark.slow
+def test_a_study_is_complete(finished, again):
+  cells = plan.make(again).cells
+  lines = _lines(finished, "cell")
+  assert [x["hash"] for x in lines] and len(lines) == len(cells) == 14
+  assert {x["hash"] for x in lines} == {c.hash for c in cells}
+  assert not _lines(finished, "failure")
+  for line in lines:
+    assert 0 <= line["value"] <= 1 and line["metric"] == "accuracy"
+    assert line["num_test"] == 8 and line["higher_is_better"]
+    on = line["inference"] == "on"
+    assert (line["ideal_reduction"] > 0) == on
+    assert line["latency_s"] > 0 and (line["reduction"] != 0) == on
+    assert ("train_s" in line) == (line["task"] == "words")
+  # Of the plain model with each funnel, and of each model with its own.
+  moved = _lines(finished, "similarity")
+  assert len(moved) == 4 and all(len(x["layers"]) >= 2 for x in moved)
+  names = {path.name for path in finished.iterdir()}
+  assert {"results.jsonl", "report.html", "pretrain"} <= names
+  assert not list((finished / "finetune").iterdir())
+  assert len(list((finished / "pretrain").iterdir())) == 3
+  assert (finished / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_finished_study_trains_nothing(again, count):
+  path = pathlib.Path(again.workdir)
+  before = (path / ablation.RESULTS).read_text()
+  (path / "report.html").unlink()
+  ablation.run(again)
+  assert count == {"pretrain": 0, "finetune": 0}
+  assert (path / ablation.RESULTS).read_text() == before
+  assert (path / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", ["within a line", "before its end"])
+def test_a_killed_study_goes_on(cut, again, count):
+  path = pathlib.Path(again.workdir) / ablation.RESULTS
+  lines = path.read_text().splitlines()
+  keep = next(n for n, x in enumerate(lines) if json.loads(x).get("train_s"))
+  text = "\n".join(lines[: keep + 1])
+  path.write_text(text if cut == "before its end" else text[:-7])
+  expected = {c.hash for c in plan.make(again).cells}
+  ablation.run(again)
+  found = _lines(again.workdir, "cell")
+  assert {x["hash"] for x in found} == expected and len(found) == 14
+  # Values are what they were: training is the same again.
+  value = {x["hash"]: x["value"] for x in map(json.loads, lines)
+           if x["kind"] == "cell"}  # fmt: skip
+  assert {x["hash"]: x["value"] for x in found} == value
+  assert count["finetune"] == 5
+
+
+@pytest.mark.slow
+def test_a_failure_leaves_the_rest(inputs, tmp_path, count, capsys):
+  config = tiny_study.make_study(
+      tmp_path, *inputs, recover=("average",), inference=("on",),
+      pretraining=("standard",),
+  )  # fmt: skip
+  config.exclude = ()
+  config.finetune.epochs = 2.0
+  with config.unlocked():
+    config.tasks.words.tune = dict(optimizer=dict(learning_rate=1e30))
+  ablation.run(config)
+  failures = _lines(tmp_path, "failure")
+  assert len(failures) == 2 and {x["task"] for x in failures} == {"words"}
+  assert all(x["error"].startswith("FloatingPoint") for x in failures)
+  (cell,) = _lines(tmp_path, "cell")
+  assert cell["task"] == "pairs"
+  assert capsys.readouterr().out.count("failed, and left out: Floa") == 2
+  assert count == {"pretrain": 1, "finetune": 2}
+  assert (tmp_path / "report.html").exists()
+  # It is not tried again, unless that is asked for.
+  ablation.run(config)
+  assert count["finetune"] == 2
+  config.retry = True
+  ablation.run(config)
+  assert count["finetune"] == 4 and len(_lines(tmp_path, "cell")) == 1
+  with config.unlocked():
+    config.tasks.words.tune = dict()
+  ablation.run(config)
+  assert len(_lines(tmp_path, "cell")) == 3
+
+
+@pytest.mark.slow
+def test_a_student_is_distilled_from_the_plain_model(inputs, tmp_path, count):
+  config = tiny_study.make_study(
+      tmp_path, *inputs, recover=("average",), inference=("on",),
+      pretraining=("distilled",), task=("pairs",),
+  )  # fmt: skip
+  config.exclude = ()
+  ablation.run(config)
+  (cell,) = _lines(tmp_path, "cell")
+  assert cell["pretraining"] == "distilled" and not _lines(tmp_path, "failure")
+  assert count == {"pretrain": 2, "finetune": 0}
+
+
+def test_a_dry_run_trains_nothing(inputs, tmp_path, count, capsys, monkeypatch):
+  monkeypatch.setattr(ablation, "_rate", lambda config: 1e9)
+  config = tiny_study.make_study(tmp_path / "study", *inputs)
+  config.dry_run = True
+  ablation.run(config)
+  assert "14 cells, 14 to be measured, from 3 pretr" in capsys.readouterr().out
+  assert count == {"pretrain": 0, "finetune": 0}
+  assert not (tmp_path / "study").exists()
+
+
+def test_lines_of_results(tmp_path):
+  made = ablation.Results(tmp_path)
+  assert made.lines == []
+  made.add({"kind": "cell", "hash": "a"})
+  made.add({"kind": "cell", "hash": "b"})
+  path = tmp_path / ablation.RESULTS
+  whole = path.read_text()
+  for cut, left in ((0, 2), (1, 2), (2, 1), (20, 1)):
+    path.write_text(whole[: len(whole) - cut])
+    found = ablation.Results(tmp_path)
+    assert [x["hash"] for x in found.lines] == ["a", "b"][:left]
+    found.add({"kind": "cell", "hash": "c"})
+    again = ablation.Results(tmp_path)
+    assert [x["hash"] for x in again.lines] == [*["a", "b"][:left], "c"]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+  (tmp_path / ablation.RESULTS).write_text('{"kind": "cell"\n{"kind": "x"}\n')
+  with pytest.raises(ValueError, match="results.jsonl, line 1: "):
+    ablation.Results(tmp_path)
+
+
+def test_values_that_are_no_json_are_not_written(tmp_path):
+  made = ablation.Results(tmp_path)
+  with pytest.raises(ValueError, match="not JSON compliant"):
+    made.add({"value": float("nan")})
+  assert made.lines == [] and not (tmp_path / ablation.RESULTS).exists()
+
+
+def test_one_cell_that_cannot_be_measured_leaves_the_others(
+  inputs, tmp_path, monkeypatch
+):
+  config = tiny_study.make_study(
+    tmp_path, *inputs, task=("words",), pretraining=("standard",)
+  )
+  config.keep_finetuned = True
+  made = plan.make(config)
+  runner = ablation.Runner(config, made)
+  values = iter([None, 0.5, 0.25])
+
+  class Stub:
+    steps, finished = 1, True
+    rows = {"test": ()}
+    config = made.study.finetune
+
+    @property
+    def encoder(self):
+      return self
+
+    def with_funnel(self, funnel):
+      return funnel
+
+  monkeypatch.setattr(finetune, "make_setup", lambda *args: Stub())
+  monkeypatch.setattr(finetune, "train", lambda setup: Stub())
+  monkeypatch.setattr(
+    finetune, "measure", lambda *args, **kwargs: {"accuracy": next(values)}
+  )
+  (_, _, tunings), *_ = made.by_pretraining()
+  tuning, cells = next(iter(tunings.items()))
+  assert len(cells) == 3
+  runner._tuned(tuning, cells, "path", "name")
+  kinds = [(x["kind"], x["hash"]) for x in _lines(tmp_path)]
+  assert kinds == [
+    ("failure", cells[0].hash),
+    ("cell", cells[1].hash),
+    ("cell", cells[2].hash),
+  ]
