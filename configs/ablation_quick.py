@@ -31,11 +31,11 @@ def get_config() -> ml_collections.ConfigDict:
   pretrain = sibling("quickstart")
   model = pretrain.model
   model.update(
-    vocab_size=2048, num_layers=6, embed_dim=96, mlp_dim=384, head_dim=24,
-    query_pre_attn_scalar=24.0, window=64, max_length=512,
+    vocab_size=1024, num_layers=6, embed_dim=64, mlp_dim=256, head_dim=16,
+    query_pre_attn_scalar=16.0, window=64, max_length=512,
   )  # fmt: skip
-  pretrain.update(steps=120, batch_size=16, length=128, tensorboard=False)
-  pretrain.optimizer.update(learning_rate=5e-3, warmup_steps=20)
+  pretrain.update(steps=60, batch_size=16, length=128, tensorboard=False)
+  pretrain.optimizer.update(learning_rate=6e-3, warmup_steps=10)
   pretrain.update(log_every=50, eval_every=10_000, checkpoint_every=10_000)
   finetune = sibling("finetune")
   finetune.update(epochs=3.0, batch_size=32, length=64, tensorboard=False)
@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
   tasks = {}
   for name in ("code_tags", "code_packages"):
     task = presets.preset(name)
-    task.update(max_train=800, max_dev=100, max_test=400)
+    task.update(max_train=480, max_dev=100, max_test=400)
     # What fine-tuning on this task has otherwise than `finetune`.
     tasks[name] = dict(task=task, tune=dict())
   return config_dict.create(
@@ -53,14 +53,15 @@ def get_config() -> ml_collections.ConfigDict:
     # Every combination is a cell. "standard" pretraining has no funnel; "aware"
     # has the cell's, "switched" from switch_step on; "sampled" draws one of all
     # of them (and none) each step; "distilled" goes on from "standard" for
-    # distill_steps, into the cell's. A stop of None is the depth.
+    # distill_steps, into the cell's. A stop of None is the depth; there, "add"
+    # would be "average" but for a factor, which the final norm removes.
     axes=dict(
       model=("small",),
       pretraining=("standard", "aware"),
       finetuning=("off", "on"),
       inference=("off", "on"),
       start=(1, 2, 3),
-      stop=(None,),
+      stop=(5,),
       stride=(2,),
       pool=("mean",),
       recover=("average", "add", "repeat"),
@@ -75,8 +76,8 @@ def get_config() -> ml_collections.ConfigDict:
     models=dict(small=model.to_dict()),
     tasks=tasks,
     pretrain=plan.training_keys(pretrain, "pretrain"),
-    switch_step=60,
-    distill_steps=50,
+    switch_step=30,
+    distill_steps=20,
     finetune=plan.training_keys(finetune, "finetune"),
     # How tasks that a language model answers by itself are put.
     generative=dict(split="test", batch_size=16, few_shot=0, max_new_tokens=64),

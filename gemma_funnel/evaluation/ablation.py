@@ -129,6 +129,7 @@ class Runner:
     self._folder = pathlib.Path(config.workdir)
     self._results = Results(config.workdir)
     self._start = time.monotonic()
+    self._trained: set[Pretraining] = set()
     self._common = {
       "git": report.revision(),
       "device": report.device(),
@@ -153,7 +154,7 @@ class Runner:
 
   def run(self) -> None:
     """Runs what is left; a failure leaves out the cells that depend on it."""
-    total = self._plan.work(self.done)
+    total = self._plan.work(self.done, ())
     for stage, cells, tunings in self._plan.by_pretraining():
       left = self._left([*cells, *itertools.chain(*tunings.values())])
       if not left:
@@ -176,7 +177,7 @@ class Runner:
 
   def _say(self, total: float) -> None:
     spent = time.monotonic() - self._start
-    share = 1 - self._plan.work(self.done) / total
+    share = 1 - self._plan.work(self.done, self._trained) / total
     eta = progress.duration(spent * (1 - share) / share) if share else "?"
     print(f"study: {share:.0%} of the training done, ETA {eta}", flush=True)
 
@@ -208,6 +209,7 @@ class Runner:
     if not result.finished:
       raise KeyboardInterrupt  # SIGTERM: the same command goes on.
     self._similarity(stage, result)
+    self._trained.add(stage)
     return config.workdir
 
   def _give_tokenizer(self, config: Any) -> None:

@@ -378,12 +378,17 @@ class Plan:
       config.seed, config.workdir = tuning.seed, workdir
     return config
 
-  def work(self, done: Iterable[str] = ()) -> float:
-    """FLOPs of training that is left; measuring counts for a tenth of it."""
-    total, done = 0.0, set(done)
+  def work(self, done: set[str], trained: Iterable[Pretraining]) -> float:
+    """FLOPs of training that is left.
+
+    Args:
+      done: hashes of cells that have a result.
+      trained: pretrainings that are there.
+    """
+    total = 0.0
     for pretraining, cells, tunings in self.by_pretraining():
       left = {t: own for t, own in tunings.items() if _left(own, done)}
-      if left or _left(cells, done):
+      if pretraining not in trained and (left or _left(cells, done)):
         total += self._pretraining_work(pretraining)
       total += sum(self._tuning_work(pretraining, t) for t in left)
     return total
