@@ -39,38 +39,39 @@ def get_config() -> ml_collections.ConfigDict:
   config.workdir = "runs/ablation"
   config.title = "What a funnel costs and saves"
   config.models.small.update(
-    vocab_size=4096, embed_dim=96, mlp_dim=384, head_dim=24,
-    query_pre_attn_scalar=24.0,
+    vocab_size=4096, embed_dim=128, mlp_dim=512, head_dim=32,
+    query_pre_attn_scalar=32.0,
   )  # fmt: skip
-  config.pretrain.update(steps=180, batch_size=16, length=128)
-  config.pretrain.optimizer.update(learning_rate=5e-3, warmup_steps=20)
+  config.pretrain.update(steps=450, batch_size=16, length=128)
   config.pretrain.data.source = _path(
     "lm/middlemarch.txt", "lm/war_and_peace.txt", "lm/tiny_shakespeare.txt"
   )
-  config.switch_step, config.distill_steps = 90, 45
+  config.pretrain.optimizer.update(learning_rate=4e-3, warmup_steps=50)
+  config.switch_step, config.distill_steps = 225, 90
   config.finetune.update(epochs=3.0, batch_size=32, length=64)
+  config.finetune.optimizer.update(learning_rate=1.5e-3, warmup_steps=20)
   config.tasks = dict(
     wnut17=_task(
-      "conll", train=_path("ner/wnut17/train.conll"), max_train=1000,
+      "conll", train=_path("ner/wnut17/train.conll"), max_train=1500,
       dev=_path("ner/wnut17/dev.conll"), max_dev=200,
       test=_path("ner/wnut17/test.conll"),
     ),
     banking77=_task(
       kind="classification", text="text", label="label",
-      train=_path("cls/banking77/train.tsv"), max_train=2000, max_dev=200,
+      train=_path("cls/banking77/train.tsv"), max_train=3000, max_dev=200,
       test=_path("cls/banking77/test.tsv"), max_test=1000,
       tune=dict(epochs=5.0),
     ),
     stsb=_task(
       kind="regression", text="sentence1", second="sentence2", label="score",
-      train=_path("cls/stsb_open/train.tsv"), max_train=1000,
+      train=_path("cls/stsb_open/train.tsv"), max_train=1500,
       dev=_path("cls/stsb_open/dev.tsv"), max_dev=200,
       test=_path("cls/stsb_open/test.tsv"),
     ),
-    blimp=_task("blimp", test=_path("gen/blimp/blimp.jsonl"), max_test=1000),
+    blimp=_task("blimp", test=_path("gen/blimp/blimp.jsonl"), max_test=2000),
     wikitext=_task(
       kind="perplexity", test=_path("lm/wikitext2/valid.txt"),
-      documents="line", max_test=300,
+      documents="line", max_test=400,
     ),
   )  # fmt: skip
   config.axes.update(

@@ -49,7 +49,7 @@ def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
     # words: "truncate", or "window", which makes several rows of one.
     length=128,
     long="truncate",
-    # "none", "balanced", or a number for each class.
+    # "none", "balanced", or a number for each class, such as "1,2.5".
     class_weights="none",
     optimizer=dict(
       learning_rate=5e-4,

@@ -65,7 +65,8 @@ def make_study(workdir, source, files, **axes):
       task.update(keys)
       study.tasks[name] = dict(task=task, tune=dict())
     study.axes.update(
-        start=(1,), recover=("average", "repeat"), task=tuple(files), seed=(0,),
+        start=(1,), stop=(None,), recover=("average", "repeat"),
+        task=tuple(files), seed=(0,),
     )  # fmt: skip
     study.axes.update(axes)
   return study

@@ -65,10 +65,13 @@ def run(config: ml_collections.ConfigDict) -> None:
   if config.dry_run:
     return
   runner.run()
-  study.write(
-    runner.rows(), config.workdir, config.title,
+  rows = runner.rows()
+  paths = study.write(
+    rows, config.workdir, config.title,
     settings={"config": config.to_dict(), "git": report.revision()},
   )  # fmt: skip
+  print("\n".join(["", *(f"- {line}" for line in study.claims(rows))]))
+  print(f"\nwritten: {', '.join(paths.values())}", flush=True)
 
 
 def _rate(config: Any) -> float:

@@ -10,7 +10,7 @@ from gemma_funnel.tasks.task import GENERATIVE_KINDS, SPLITS, Task
 # The first is the main one of a task that names none.
 METRICS = {
     "choice": ("accuracy", "accuracy_norm"),
-    "perplexity": ("loss", "perplexity", "bits_per_byte", "word_perplexity"),
+    "perplexity": ("bits_per_byte", "loss", "perplexity", "word_perplexity"),
     "generation": ("exact_match",),
 }  # fmt: skip
 

@@ -12,9 +12,15 @@ from typing import Any
 import ml_collections
 
 from gemma_funnel import flops, tasks
-from gemma_funnel.config import OFF, FunnelConfig, GemmaConfig, resolve_funnel
+from gemma_funnel.config import (
+  OFF,
+  FunnelConfig,
+  GemmaConfig,
+  check_recovers,
+  resolve_funnel,
+)
 from gemma_funnel.tasks.task import GENERATIVE_KINDS, Task
-from gemma_funnel.training import finetune, pretrain, progress
+from gemma_funnel.training import finetune, optimizer, pretrain, progress
 
 # Without a funnel; with the cell's own, from the first step or from a later
 # one; with any of the study's, drawn for each step; and without, and then
@@ -152,8 +158,7 @@ def make(study: ml_collections.ConfigDict) -> "Plan":
     if any(all(axes[k] == v for k, v in x.items()) for x in excluded):
       continue
     cell = _make_cell(study, axes, read[axes["task"]])
-    if cell is not None:
-      cells.setdefault(cell.hash, cell)
+    cells.setdefault(cell.hash, cell)
   if not cells:
     raise ValueError("the study has no cells: exclude leaves nothing")
   plan = Plan(study, read, tuple(cells.values()))
@@ -164,7 +169,22 @@ def make(study: ml_collections.ConfigDict) -> "Plan":
       pretrain.make_setup(plan.teacher(pretraining).config(study, ""))
       config.objective = "next_token"
     pretrain.make_setup(config)
+  for tuning in {
+    c.tuning.task: c.tuning for c in plan.cells if c.tuning
+  }.values():
+    _check_tuning(plan, tuning)
   return plan
+
+
+def _check_tuning(plan: "Plan", tuning: Tuning) -> None:
+  """Raises on a fine-tuning's schedule that cannot be, as far as is known."""
+  config = plan.finetune_config(plan.pretrainings[0], tuning)
+  rows = len(plan.tasks[tuning.task].splits["train"])
+  try:
+    steps = finetune.num_steps(config, rows)
+    optimizer.make_optimizer(config.optimizer, steps)
+  except ValueError as error:
+    raise ValueError(f"tasks.{tuning.task}: {error}") from error
 
 
 def _check(study: Any) -> None:
@@ -232,11 +252,13 @@ def _read_task(study: Any, name: str) -> Task:
   return task
 
 
-def _make_cell(study: Any, axes: Mapping[str, Any], task: Task) -> Cell | None:
-  """The cell of some axes; None if they cannot be together."""
+def _make_cell(study: Any, axes: Mapping[str, Any], task: Task) -> Cell:
+  """The cell of some axes; those that make no difference to it are dropped."""
   depth = study.models[axes["model"]].num_layers
   funnel = FunnelConfig(**{name: axes[name] for name in FUNNEL_AXES})
   (funnel,) = resolve_funnel(funnel, depth)
+  if task.kind not in ("classification", "regression"):
+    check_recovers((funnel,), f"task {axes['task']}")
   finetuning, seed = axes["finetuning"], axes["seed"]
   if task.kind in GENERATIVE_KINDS:
     seed = study.pretrain.seed
@@ -248,7 +270,9 @@ def _make_cell(study: Any, axes: Mapping[str, Any], task: Task) -> Cell | None:
   if finetuning is not None:
     own = {"on": str(funnel), "off": OFF}.get(finetuning, finetuning)
     tuning = Tuning(axes["task"], own, seed)
-  settings = study.finetune.to_dict(), study.generative.to_dict()
+  settings = [study.finetune.to_dict(), study.generative.to_dict()]
+  if tuning and tuning.funnel == "sampled":
+    settings.append(sampled_funnels(study, axes["model"]))
   hash_ = _hash(
     pretraining.hash, tuning and dataclasses.astuple(tuning),
     axes["task"], study.tasks[axes["task"]].to_dict(), axes["inference"],
@@ -378,14 +402,16 @@ class Plan:
       config.seed, config.workdir = tuning.seed, workdir
     return config
 
-  def work(self, done: set[str], trained: Iterable[Pretraining]) -> float:
+  def work(
+    self, done: Iterable[str] = (), trained: Iterable[Pretraining] = ()
+  ) -> float:
     """FLOPs of training that is left.
 
     Args:
       done: hashes of cells that have a result.
       trained: pretrainings that are there.
     """
-    total = 0.0
+    total, done = 0.0, set(done)
     for pretraining, cells, tunings in self.by_pretraining():
       left = {t: own for t, own in tunings.items() if _left(own, done)}
       if pretraining not in trained and (left or _left(cells, done)):

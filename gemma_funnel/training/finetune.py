@@ -93,8 +93,6 @@ def make_setup(
   ones = ("batch_size", "length", "log_every", "eval_every", "patience",
           "keep")  # fmt: skip
   pretrain.check_numbers(config, {**dict.fromkeys(ones, 1), "seed": 0})
-  if not config.epochs > 0:
-    raise ValueError(f"epochs={config.epochs}: expected > 0")
   if config.length > model_config.max_length:
     raise ValueError(
       f"length={config.length} is beyond "
@@ -124,7 +122,7 @@ def make_setup(
     for split in ("train", "dev", "test")
   }
   epoch = encode.steps_of_epoch(len(rows["train"]), config.batch_size)
-  steps = max(1, math.ceil(config.epochs * epoch))
+  steps = num_steps(config, len(rows["train"]))
   config.eval_every = config.eval_every or min(epoch, steps)
   with config.unlocked():
     config.checkpoint_every = config.eval_every
@@ -134,6 +132,18 @@ def make_setup(
     _class_weights(config.class_weights, task), steps, mesh, optimizer,
     schedule,
   )  # fmt: skip
+
+
+def num_steps(config: Any, num_rows: int) -> int:
+  """Steps of `config.epochs` epochs of so many rows.
+
+  Raises:
+    ValueError: no positive number of epochs.
+  """
+  if not 0 < config.epochs < math.inf:
+    raise ValueError(f"epochs={config.epochs}: expected > 0")
+  epoch = encode.steps_of_epoch(num_rows, config.batch_size)
+  return max(1, math.ceil(config.epochs * epoch))
 
 
 def check_task(task: Task) -> Task:
@@ -164,7 +174,7 @@ def _find_tokenizer(config: Any) -> str:
   return convert.describe(config.init_from).tokenizer_path
 
 
-def _class_weights(wanted: Any, task: Task) -> tuple[float, ...] | None:
+def _class_weights(wanted: str, task: Task) -> tuple[float, ...] | None:
   """Of the loss; "balanced" gives every class the same sum."""
   if wanted == "none":
     return None
@@ -179,14 +189,17 @@ def _class_weights(wanted: Any, task: Task) -> tuple[float, ...] | None:
     )
     found = np.bincount(labels, minlength=count)
     return tuple(len(labels) / (count * np.maximum(found, 1)))
-  if isinstance(wanted, str) or len(wanted) != count:
+  try:
+    weights = tuple(map(float, wanted.split(",")))
+  except ValueError:
+    weights = ()
+  valid = all(0 <= w < math.inf for w in weights) and any(weights)
+  if len(weights) != count or not valid:
     raise ValueError(
       f"class_weights={wanted!r}: expected one of {list(CLASS_WEIGHTS)}, or a "
-      f"number for each of the {count} labels of {task.name}"
+      f"number >= 0 for each of the {count} labels of {task.name}, as '1,2.5'"
     )
-  if not all(w >= 0 for w in wanted) or not any(wanted):
-    raise ValueError(f"class_weights={wanted!r}: expected numbers >= 0")
-  return tuple(map(float, wanted))
+  return weights
 
 
 def _labels_of(example, task: Task):
