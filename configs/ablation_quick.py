@@ -2,7 +2,7 @@ r"""The study of funnels, small: what they cost and save, and what helps.
 
   python -m gemma_funnel.evaluation.ablation --config=configs/ablation_quick.py
   python -m gemma_funnel.evaluation.ablation --config=configs/ablation_quick.py \
-    --config.dry_run
+    --dry-run
 
 On two CPU cores it takes under 20 minutes, offline, and ends with tables, plots
 and report.html in its folder. Interrupted, the same command goes on. Expect

@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import time
 from typing import Any
 
@@ -354,5 +355,13 @@ def _no_evaluator(corpus, setup):
   return lambda model: {}
 
 
-if __name__ == "__main__":
+def main() -> None:
+  """The command; --dry-run prints the plan and ends there."""
+  sys.argv = [
+    "--config.dry_run" if given == "--dry-run" else given for given in sys.argv
+  ]
   cli.main(run)
+
+
+if __name__ == "__main__":
+  main()
