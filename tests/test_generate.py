@@ -65,8 +65,10 @@ def folder(tmp_path_factory):
   model = _loud(Gemma(CONFIG, TRAINED, rngs=nnx.Rngs(0)))
   with checkpoint_lib.Checkpoints(folder) as checkpoints:
     checkpoints.save(
-        7, nnx.to_pure_dict(nnx.state(model)), {"x": np.zeros(1)}, batches,
-        config,
+        7,
+        {"params": nnx.to_pure_dict(nnx.state(model)),
+         "opt_state": {"x": np.zeros(1)}},
+        batches, config,
     )  # fmt: skip
     checkpoints.wait()
   return folder
