@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     # A third less time for a step of so small a model.
     scan_layers=False,
   )  # fmt: skip
-  pretrain.update(steps=60, batch_size=16, length=128, tensorboard=False)
+  pretrain.update(steps=50, batch_size=16, length=128, tensorboard=False)
   pretrain.optimizer.update(learning_rate=6e-3, warmup_steps=10)
   pretrain.update(log_every=50, eval_every=10_000, checkpoint_every=10_000)
   finetune = sibling("finetune")
@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
   tasks = {}
   for name in ("code_tags", "code_packages"):
     task = presets.preset(name)
-    task.update(max_train=480, max_dev=100, max_test=400)
+    task.update(max_train=320, max_dev=64, max_test=300)
     # What fine-tuning on this task has otherwise than `finetune`.
     tasks[name] = dict(task=task, tune=dict())
   return config_dict.create(
@@ -78,7 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
     models=dict(small=model.to_dict()),
     tasks=tasks,
     pretrain=plan.training_keys(pretrain, "pretrain"),
-    switch_step=30,
+    switch_step=25,
     distill_steps=20,
     finetune=plan.training_keys(finetune, "finetune"),
     # How tasks that a language model answers by itself are put.
