@@ -5,9 +5,8 @@ r"""The study of funnels on real tasks; they are read from a folder.
 
 DATA holds lm/ (English text to pretrain on, and wikitext2/), ner/wnut17/,
 cls/banking77/, cls/stsb_open/ and gen/blimp/; docs/study.md says where each is
-from. It takes minutes on a GPU and about an hour on two CPU cores. Expect what
-docs/study.md says: the numbers of one such run, and which of the paper's claims
-hold at this size.
+from. It takes an hour or two on two CPU cores (planned, not yet run whole). Expect
+what docs/study.md says.
 """
 
 import os
