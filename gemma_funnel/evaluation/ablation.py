@@ -203,6 +203,8 @@ class Runner:
   def _pretrained(self, stage: Pretraining) -> str:
     """The folder of a pretraining, which is run if need be."""
     config = stage.config(self._config, self._config.workdir)
+    if stage in self._trained:  # A teacher has several students.
+      return config.workdir
     if stage.kind == "distilled":
       config.init_from = self._pretrained(self._plan.teacher(stage))
     self._give_tokenizer(config)
