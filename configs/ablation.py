@@ -46,31 +46,32 @@ def get_config() -> ml_collections.ConfigDict:
     "lm/middlemarch.txt", "lm/war_and_peace.txt", "lm/tiny_shakespeare.txt"
   )
   config.pretrain.optimizer.update(learning_rate=4e-3, warmup_steps=50)
+  config.latency.repeats = 21
   config.switch_step, config.distill_steps = 225, 90
-  config.finetune.update(epochs=3.0, batch_size=32, length=64)
+  config.finetune.update(epochs=3.0, batch_size=16, length=48)
   config.finetune.optimizer.update(learning_rate=1.5e-3, warmup_steps=20)
   config.tasks = dict(
     wnut17=_task(
-      "conll", train=_path("ner/wnut17/train.conll"), max_train=1500,
+      "conll", train=_path("ner/wnut17/train.conll"), max_train=1200,
       dev=_path("ner/wnut17/dev.conll"), max_dev=200,
-      test=_path("ner/wnut17/test.conll"),
+      test=_path("ner/wnut17/test.conll"), max_test=800,
     ),
     banking77=_task(
       kind="classification", text="text", label="label",
-      train=_path("cls/banking77/train.tsv"), max_train=3000, max_dev=200,
-      test=_path("cls/banking77/test.tsv"), max_test=1000,
-      tune=dict(epochs=5.0),
+      train=_path("cls/banking77/train.tsv"), max_train=2000, max_dev=200,
+      test=_path("cls/banking77/test.tsv"), max_test=800,
+      tune=dict(epochs=4.0),
     ),
     stsb=_task(
       kind="regression", text="sentence1", second="sentence2", label="score",
-      train=_path("cls/stsb_open/train.tsv"), max_train=1500,
+      train=_path("cls/stsb_open/train.tsv"), max_train=1200,
       dev=_path("cls/stsb_open/dev.tsv"), max_dev=200,
       test=_path("cls/stsb_open/test.tsv"),
     ),
-    blimp=_task("blimp", test=_path("gen/blimp/blimp.jsonl"), max_test=2000),
+    blimp=_task("blimp", test=_path("gen/blimp/blimp.jsonl"), max_test=1005),
     wikitext=_task(
       kind="perplexity", test=_path("lm/wikitext2/valid.txt"),
-      documents="line", max_test=400,
+      documents="line", max_test=200,
     ),
   )  # fmt: skip
   config.axes.update(
