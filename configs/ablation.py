@@ -6,8 +6,9 @@ r"""The study of funnels on real tasks; they are read from a folder.
 DATA holds lm/ (English text to pretrain on, and wikitext2/), ner/wnut17/,
 ner/sec_filings/, cls/banking77/, cls/stsb_open/ and gen/blimp/; docs/study.md says
 where each is from. It takes about two hours on two CPU cores. Expect what
-what docs/study.md says.
 docs/study.md says.
+"""
+
 import os
 import pathlib
 import runpy
