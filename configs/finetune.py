@@ -20,6 +20,7 @@ from ml_collections import config_dict
 
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.tasks import presets
+from gemma_funnel.training import loop
 
 
 def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
@@ -52,22 +53,41 @@ def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
     # "none", "balanced", or a number for each class, such as "1,2.5".
     class_weights="none",
     optimizer=dict(
+      name="adamw",  # "adafactor", "lion" or "muon".
       learning_rate=5e-4,
+      # After the warm-up "cosine", "linear", "constant", or "wsd" or
+      # "wsd_sqrt", which fall in the last decay_fraction of the steps only.
+      schedule="cosine",
       warmup_steps=10,
       final_fraction=0.0,
-      b1=0.9,
+      decay_fraction=config_dict.placeholder(float),
+      # Unset is the optimizer's own default (training/optimizer.py).
+      b1=config_dict.placeholder(float),
       b2=0.98,
-      eps=1e-8,
+      eps=config_dict.placeholder(float),
+      momentum=config_dict.placeholder(float),  # Of muon.
+      # Of first moments; unset is that of the parameters.
+      moment_dtype=config_dict.placeholder(str),
       weight_decay=0.01,
+      # Regular expressions of parameter paths, such as "layers/attn/query":
+      # what does not decay (unset: norms, biases and the like), and what is
+      # not trained.
+      decay_exclude=config_dict.placeholder(str),
+      freeze=config_dict.placeholder(str),
       clip_norm=1.0,
+      # Of a moving average of the weights; unset is none.
+      ema_decay=config_dict.placeholder(float),
+      # Of parameters that are bfloat16.
+      stochastic_rounding=False,
     ),
-    mesh=dict(data=-1, fsdp=1, tensor=1),
-    log_every=20,
-    # Unset is once an epoch.
-    eval_every=config_dict.placeholder(int),
     # Evaluations without a better one that end the training; unset never does.
     # The weights of the best one are kept either way.
     patience=config_dict.placeholder(int),
-    keep=1,
-    tensorboard=True,
+    # The mesh, accumulation, checkpoints, dashboards: see there. It is
+    # evaluated once an epoch if eval_every is unset, and saved each time.
+    **loop.default_config(
+      eval_every=config_dict.placeholder(int),
+      checkpoint_every=config_dict.placeholder(int),
+      keep=1,
+    ),
   )

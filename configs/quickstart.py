@@ -12,6 +12,7 @@ from ml_collections import config_dict
 
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.data import pipeline
+from gemma_funnel.training import loop
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -40,28 +41,41 @@ def get_config() -> ml_collections.ConfigDict:
     funnel_sampled=(),
     data=pipeline.default_config(),
     optimizer=dict(
+      name="adamw",  # "adafactor", "lion" or "muon".
       learning_rate=3e-3,
+      # After the warm-up "cosine", "linear", "constant", or "wsd" or
+      # "wsd_sqrt", which fall in the last decay_fraction of the steps only.
+      schedule="cosine",
       warmup_steps=30,
       final_fraction=0.1,
-      b1=0.9,
-      b2=0.95,
-      eps=1e-8,
+      decay_fraction=config_dict.placeholder(float),
+      # Unset is the optimizer's own default (training/optimizer.py).
+      b1=config_dict.placeholder(float),
+      b2=config_dict.placeholder(float),
+      eps=config_dict.placeholder(float),
+      momentum=config_dict.placeholder(float),  # Of muon.
+      # Of first moments; unset is that of the parameters.
+      moment_dtype=config_dict.placeholder(str),
       weight_decay=0.1,
+      # Regular expressions of parameter paths, such as "layers/attn/query":
+      # what does not decay (unset: norms, biases and the like), and what is
+      # not trained.
+      decay_exclude=config_dict.placeholder(str),
+      freeze=config_dict.placeholder(str),
       clip_norm=1.0,
+      # Of a moving average of the weights; unset is none.
+      ema_decay=config_dict.placeholder(float),
+      # Of parameters that are bfloat16.
+      stochastic_rounding=False,
     ),
     z_loss=1e-4,
     # Positions of a row that have logits at one time.
     loss_chunk=128,
-    # Axes of the device mesh; -1 is what is left.
-    mesh=dict(data=-1, fsdp=1, tensor=1),
-    log_every=20,
-    eval_every=140,
     # Held-out documents measured while training, and at the end.
     eval_documents=2,
     heldout_documents=16,
-    checkpoint_every=70,
-    keep=2,
-    tensorboard=True,
+    # The mesh, accumulation, checkpoints, dashboards: see there.
+    **loop.default_config(eval_every=140, checkpoint_every=70),
     # The latency report at the end; 0 repeats is none.
     latency=dict(batch_size=8, length=1024, repeats=9),
   )

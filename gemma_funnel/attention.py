@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_funnel import mesh as mesh_lib
 from gemma_funnel.stream import Stream
 
 # Logits within +-this can be exponentiated and summed in float32 as they are.
@@ -128,7 +129,7 @@ def attend(
     packed=queries.packed or keys.packed,
     unequal=queries is not keys,
     uneven=not (queries.even and keys.even),
-    length=q_BTNH.shape[1],
+    length=q_BTNH.shape[1] // _parts(queries),
     softmax_dtype=softmax_dtype,
   )
   return _KERNELS[name](
@@ -377,6 +378,21 @@ def _blocked(q_BTNH, k_BSKH, v_BSKH, queries, keys, *, causal, window, **kw):
   when the program is traced. A block's weights are never kept for the backward
   pass.
   """
+  if _parts(queries) > 1:
+    call = functools.partial(
+      _blocked_slots, causal=causal, window=window, **kw
+    )
+    return _per_shard(
+      call, q_BTNH, k_BSKH, v_BSKH, _slots(queries).replace(packed=True), _slots(keys)
+    )
+  return _blocked_slots(
+      q_BTNH, k_BSKH, v_BSKH, queries, keys, causal=causal, window=window, **kw
+  )  # fmt: skip
+
+
+def _blocked_slots(
+    q_BTNH, k_BSKH, v_BSKH, queries, keys, *, causal, window, **kw
+):  # fmt: skip
   q, k, v = _head_major(q_BTNH, k_BSKH, v_BSKH)
   length = q.shape[2]
   block = max(_BLOCK, -(-length // (_MAX_BLOCKS * _BLOCK)) * _BLOCK)
@@ -419,7 +435,8 @@ def _tokamax(
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
-  unequal = queries is not keys
+  # A part of a row is not its keys.
+  unequal = queries is not keys or _parts(queries) > 1
   uneven = window is not None and not keys.even
   reach = None if unequal else _slots_in_window(window, keys)
   local = None if reach is None else (reach, 0 if causal else reach)
@@ -437,7 +454,9 @@ def _tokamax(
     )  # fmt: skip
     return jnp.where(seen_BT[:, :, None, None], o_BTNH, 0)
 
-  return _per_shard(call)(q_BTNH, k_BSKH, v_BSKH, _slots(queries), _slots(keys))
+  return _per_shard(
+    call, q_BTNH, k_BSKH, v_BSKH, _slots(queries), _slots(keys)
+  )
 
 
 def _splash(
@@ -449,32 +468,36 @@ def _splash(
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   reach = _slots_in_window(window, queries)
+  _, length, heads, _ = q_BTNH.shape
+  shape, parts = (length, length), _parts(queries)
+  head_parts = mesh_lib.size(mesh_lib.dividing(mesh_lib.HEADS, heads))
+  if reach is not None:
+    mask = splash.LocalMask(shape, (reach, 0 if causal else reach), offset=0)
+  else:
+    mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([mask] * (heads // head_parts)),
+    head_shards=1,
+    q_seq_shards=parts,
+    block_sizes=_splash_blocks(splash, length // parts),
+    attn_logits_soft_cap=softcap,
+    interpret=interpret,
+  )
 
-  def call(q_BTNH, k_BSKH, v_BSKH, queries, keys):
-    del keys  # The same stream, as the table says.
-    segment_BT = queries.segment_BT  # Positions: implied by the order.
-    _, length, heads, _ = q_BTNH.shape
-    shape = (length, length)
-    if reach is not None:
-      mask = splash.LocalMask(shape, (reach, 0 if causal else reach), offset=0)
-    else:
-      mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
-    kernel = splash.make_splash_mha_single_device(
-      splash.MultiHeadMask([mask] * heads),
-      block_sizes=_splash_blocks(splash, length),
-      attn_logits_soft_cap=softcap,
-      interpret=interpret,
-    )
-    ids = splash.SegmentIds(segment_BT, segment_BT) if queries.packed else None
+  def call(q_BTNH, k_BSKH, v_BSKH, queries, keys, kernel):
+    segments = (queries.segment_BT, keys.segment_BT)  # Positions: implied.
+    ids = splash.SegmentIds(*segments) if queries.packed else None
     in_axes = (0, 0, 0, None if ids is None else 0)
     heads_first = lambda x: x.transpose(0, 2, 1, 3)
     o_BNTH = jax.vmap(kernel, in_axes=in_axes)(
       *map(heads_first, (q_BTNH, k_BSKH, v_BSKH)), ids
     )
-    seen = (segment_BT != 0)[:, :, None, None]
+    seen = (queries.segment_BT != 0)[:, :, None, None]
     return jnp.where(seen, heads_first(o_BNTH), 0).astype(q_BTNH.dtype)
 
-  return _per_shard(call)(q_BTNH, k_BSKH, v_BSKH, _slots(queries), _slots(keys))
+  return _per_shard(
+      call, q_BTNH, k_BSKH, v_BSKH, _slots(queries), _slots(keys), kernel
+  )  # fmt: skip
 
 
 def _splash_blocks(splash, length: int):
@@ -485,26 +508,48 @@ def _splash_blocks(splash, length: int):
   return splash.BlockSizes(**{f"block_{name}": block for name in names})
 
 
-def _per_shard(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """Runs a hand-written kernel on each device's own rows and heads.
+def _parts(queries: Stream) -> int:
+  """How many devices share each row's slots."""
+  length = queries.segment_BT.shape[1]
+  return mesh_lib.size(mesh_lib.dividing(mesh_lib.TOKENS, length))
+
+
+def _per_shard(call, q_BTNH, k_BSKH, v_BSKH, queries, keys, *kernel):
+  """Runs a hand-written kernel on each device's own rows, heads and queries.
 
   The compiler cannot partition such a kernel, so where the ambient mesh has
-  several devices it is mapped over the mesh: rows over "data" and "fsdp", heads
-  over "tensor". `call` takes q, k, v and two streams without hidden states.
+  several devices it is mapped over the mesh. Keys and values of a row that is
+  split over devices are gathered: each has its queries and all keys (context
+  parallelism, as in arXiv 2407.21783, section 3.3.2).
+
+  Args:
+    call: takes the other arguments; streams have no hidden states.
+    kernel: one of splash, whose masks are split as queries are; or nothing.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return call
-  rows = tuple(a for a in ("data", "fsdp") if a in mesh.axis_names) or None
-  heads = "tensor" if "tensor" in mesh.axis_names else None
+    return call(q_BTNH, k_BSKH, v_BSKH, queries, keys, *kernel)
+  batch, length, num_heads, _ = q_BTNH.shape
+  rows = mesh_lib.dividing(mesh_lib.ROWS, batch)
+  slots = mesh_lib.dividing(mesh_lib.TOKENS, length)
+  heads = mesh_lib.dividing(mesh_lib.HEADS, num_heads)
+  kv_heads, parts = k_BSKH.shape[2], mesh_lib.size(heads)
+  if kv_heads % parts:
+    # Fewer than the axis: each device has the one that its queries read.
+    times = (num_heads if parts % kv_heads else parts) // kv_heads
+    k_BSKH, v_BSKH = (jnp.repeat(x, times, axis=2) for x in (k_BSKH, v_BSKH))
   P = jax.sharding.PartitionSpec
-  x_BTNH = P(rows, None, heads, None)
+  masks = tuple(
+    k.manual_sharding_spec(jax.sharding.NamedSharding(mesh, P(None, slots)))
+    for k in kernel
+  )
+  q_spec, k_spec = P(rows, slots, heads, None), P(rows, None, heads, None)
   return jax.shard_map(
     call,
-    in_specs=(x_BTNH, x_BTNH, x_BTNH, P(rows), P(rows)),
-    out_specs=x_BTNH,
+    in_specs=(q_spec, k_spec, k_spec, P(rows, slots), P(rows), *masks),
+    out_specs=q_spec,
     check_vma=False,
-  )
+  )(q_BTNH, k_BSKH, v_BSKH, queries, keys, *kernel)
 
 
 _KERNELS: dict[str, Callable[..., jax.Array]] = {

@@ -102,7 +102,7 @@ class Progress:
 
 
 def main(run: Callable[[ml_collections.ConfigDict], object]) -> None:
-  """Parses `--config` and calls `run` with it.
+  """Parses `--config` and calls `run` with it, one of several processes if so.
 
   A mistake in the flags, or one that the package names, is one line on stderr
   and exit status 2; anything else is a traceback.
@@ -111,12 +111,14 @@ def main(run: Callable[[ml_collections.ConfigDict], object]) -> None:
     "config", None, "A file with get_config(); --config.key=value overrides."
   )
   flags.mark_flag_as_required("config")
+  _define_distributed()
 
   def guarded(argv: Sequence[str]) -> None:
     if len(argv) > 1:
       _fail(f"unexpected arguments {list(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
     try:
+      _join()
       run(config.value)
     except _NAMED as error:
       if not _is_ours(error):
@@ -124,6 +126,33 @@ def main(run: Callable[[ml_collections.ConfigDict], object]) -> None:
       _fail(str(error))
 
   app.run(guarded, flags_parser=_parse)
+
+
+def _define_distributed() -> None:
+  own = dict(flag_values=flags.FLAGS)
+  flags.DEFINE_string(
+    "distributed",
+    "off",
+    "Whether this is one of several processes: 'off', or 'auto' for those that "
+    "jax finds of the cluster (Cloud TPU, GKE, SLURM, Open MPI).",
+    **own,
+  )
+  where = "HOST:PORT of process 0, where jax cannot find it."
+  flags.DEFINE_string("coordinator", None, where, **own)
+  for name in ("num_processes", "process_id"):
+    flags.DEFINE_integer(name, None, "With --coordinator.", **own)
+
+
+def _join() -> None:
+  values = flags.FLAGS
+  names = ("coordinator", "num_processes", "process_id")
+  options = {name: values[name].value for name in names}
+  how = values["distributed"].value
+  if how == "off" and set(options.values()) == {None}:
+    return
+  from gemma_funnel.training import processes  # It imports jax.
+
+  processes.join(how, **options)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

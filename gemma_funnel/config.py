@@ -16,7 +16,7 @@ POOLS = ("mean", "max", "first", "last", "attention", "every")
 RECOVERIES = ("average", "add", "repeat", "gate", "attend", "none")
 POSITIONS = ("last", "first", "mean")
 KERNELS = ("auto", "reference", "blocked", "tokamax", "splash")
-REMATS = ("none", "dots", "block")
+REMATS = ("none", "dots", "offload", "block")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -304,7 +304,8 @@ class GemmaConfig:
       that can do what is asked on the device at hand.
     scan_layers: layers as one `lax.scan` (fast to compile), or unrolled.
     remat: what the backward pass recomputes: "none", "dots" (all but matrix
-      products), "block" (everything within a block).
+      products), "offload" (the same, with products kept in the host's memory),
+      "block" (everything within a block).
   """
 
   vocab_size: int

@@ -16,8 +16,9 @@ from gemma_funnel.training import pretrain
 def run(config: ml_collections.ConfigDict) -> None:
   """Trains on text as `pretrain.train` does, or on a task as `finetune.run`.
 
-  A finished run is measured whole. On text, this prints a table of held-out bits per byte and one of latency with the funnel
-  and without; heldout.* and latency.* in the run's folder hold the same.
+  A finished run is measured whole. On text, this prints a table of held-out
+  bits per byte and, of a run of one process, one of latency with the funnel and
+  without; heldout.* and latency.* in the run's folder hold the same.
 
   Raises:
     ValueError, FloatingPointError: see there.
@@ -28,11 +29,12 @@ def run(config: ml_collections.ConfigDict) -> None:
     finetuned.run(config)
     return
   result = pretrain.train(config, _sampled_evaluator)
-  if not result.finished or jax.process_index() != 0:
+  if not result.finished:
     return
   if config.objective != "masked":  # Its table would be of next tokens.
     _report_heldout(config, result)
-  if config.latency.repeats and result.model.stages:
+  alone = jax.process_count() == 1  # Or one device has not the whole model.
+  if alone and config.latency.repeats and result.model.stages:
     _report_latency(config, result.model)
 
 
@@ -68,6 +70,8 @@ def _report_heldout(config, result: pretrain.Result) -> None:
   rows = accuracy.measure(
     result.model, (accuracy.TRAINED,), heldout, config.loss_chunk
   )
+  if jax.process_index() != 0:
+    return
   report.write(
       config.workdir, "heldout", rows, accuracy.COLUMNS,
       f"Held-out text after {result.steps} steps", plots.accuracy,

@@ -215,6 +215,25 @@ def forward(
   return batch * total
 
 
+def train_step(
+  config: GemmaConfig,
+  funnel: Funnel,
+  batch: int,
+  length: int,
+  causal: bool = True,
+) -> int:
+  """FLOPs of a forward and backward pass: three times the forward's.
+
+  What is recomputed (remat) is not counted: it is work that a larger memory
+  would not need, so that model FLOPs utilisation falls by it (PaLM, arXiv
+  2204.02311, appendix B).
+
+  Raises:
+    ValueError: see `forward`.
+  """
+  return 3 * forward(config, funnel, batch, length, causal=causal)
+
+
 def _check(config: GemmaConfig, funnel: Funnel, head: bool):
   """The stages of a funnel, which recover if there is a head."""
   stages = resolve_funnel(funnel, config.num_layers)

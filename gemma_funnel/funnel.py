@@ -427,6 +427,20 @@ def num_groups(length: int, funnel: FunnelConfig, causal: bool) -> int:
   return -(-length // funnel.stride)
 
 
+def short_lengths(
+  length: int, stages: Sequence[FunnelConfig], causal: bool
+) -> list[int]:
+  """Slots of a row of `length` tokens within each stage, those around it too."""
+  found = []
+  for number, funnel in enumerate(stages):
+    slots = length
+    around = [s for s in stages[:number] if funnel.start < s.stop]
+    for stage in (*around, funnel):
+      slots = num_groups(slots, stage, causal)
+    found.append(slots)
+  return found
+
+
 def check_segments(
   segment_BT: np.ndarray, stages: Sequence[FunnelConfig], causal: bool
 ) -> None:

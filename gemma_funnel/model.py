@@ -21,6 +21,7 @@ import numpy as np
 
 from gemma_funnel import config as config_lib
 from gemma_funnel import funnel as funnel_lib
+from gemma_funnel import mesh as mesh_lib
 from gemma_funnel.config import Funnel, GemmaConfig
 from gemma_funnel.layers import Block, RMSNorm, make_look, rope_angles
 from gemma_funnel.stream import Stream, make_stream
@@ -49,13 +50,20 @@ class _Span:
           stream.hidden_BTD, ropes[0], see,
           keys and keys.hidden_BTD, ropes[1],
       )  # fmt: skip
-      return stream.replace(hidden_BTD=hidden_BTD)
+      return stream.replace(hidden_BTD=_by_tokens(hidden_BTD))
 
     policies = jax.checkpoint_policies
     match self.config.remat:
       case "dots":
         call = jax.checkpoint(
           call, policy=policies.dots_with_no_batch_dims_saveable
+        )
+      case "offload":
+        call = jax.checkpoint(
+          call,
+          policy=policies.offload_dot_with_no_batch_dims(
+            "device", "pinned_host"
+          ),
         )
       case "block":
         call = jax.checkpoint(call, policy=policies.nothing_saveable)
@@ -280,7 +288,7 @@ class Gemma(nnx.Module):
     """Embeddings times sqrt(D), which is rounded to the compute dtype first."""
     dtype = jnp.dtype(self.config.dtype)
     scale = jnp.asarray(math.sqrt(self.config.embed_dim), dtype)
-    return self.embedding[...][tokens_BT].astype(dtype) * scale
+    return _by_tokens(self.embedding[...][tokens_BT].astype(dtype) * scale)
 
   def trunk(self, stream: Stream, *, causal: bool) -> Stream:
     """All layers, and what the funnel's stages do between them.
@@ -303,14 +311,9 @@ class Gemma(nnx.Module):
 
   def logits(self, hidden_BTD: jax.Array) -> jax.Array:
     """The tied head: softcapped float32 logits [B, T, V]."""
-    logits_BTV = jnp.einsum(
-      "BTD,VD->BTV",
-      hidden_BTD,
-      self.embedding[...].astype(hidden_BTD.dtype),
-      preferred_element_type=jnp.float32,
+    return head_logits(
+      self.embedding[...], hidden_BTD, self.config.final_softcap
     )
-    cap = self.config.final_softcap
-    return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
   def _check(self, tokens_BT, segment_BT, causal):
     if tokens_BT.ndim != 2 or tokens_BT.size == 0:
@@ -339,11 +342,33 @@ class Gemma(nnx.Module):
       funnel_lib.check_segments(np.asarray(segment_BT), self.stages, causal)
 
 
+def head_logits(
+  embedding_VD: jax.Array, hidden_BTD: jax.Array, softcap: float | None
+) -> jax.Array:
+  """Softcapped float32 logits [B, T, V] of a tied head."""
+  logits_BTV = jnp.einsum(
+    "BTD,VD->BTV",
+    hidden_BTD,
+    embedding_VD.astype(hidden_BTD.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  logits_BTV = mesh_lib.constrain(
+    logits_BTV, mesh_lib.ROWS, mesh_lib.TOKENS, mesh_lib.HEADS
+  )
+  if softcap is None:
+    return logits_BTV
+  return softcap * jnp.tanh(logits_BTV / softcap)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _encode(graphdef, causal, params, tokens_BT, segment_BT, position_BT):
   model = nnx.merge(graphdef, params)
   stream = make_stream(model.embed(tokens_BT), segment_BT, position_BT)
   return model.final_norm(model.trunk(stream, causal=causal).hidden_BTD)
+
+
+def _by_tokens(hidden_BTD: jax.Array) -> jax.Array:
+  return mesh_lib.constrain(hidden_BTD, mesh_lib.ROWS, mesh_lib.TOKENS)
 
 
 def _parts(stage: funnel_lib.Stage) -> dict[tuple[str, ...], nnx.Param]:

@@ -20,6 +20,7 @@ from gemma_funnel.data import packing, pipeline
 from gemma_funnel.evaluation import accuracy
 from gemma_funnel.model import Gemma
 from gemma_funnel.training import checkpoint as checkpoint_lib
+from gemma_funnel.training import workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCAB = 400
@@ -51,7 +52,7 @@ def run(tmp_path_factory):
       workdir=str(folder), funnel=TRAINED, batch_size=4, length=LENGTH,
       model=GemmaConfig.preset("tiny", vocab_size=VOCAB).to_dict(), data=data,
   )  # fmt: skip
-  checkpoint_lib.claim_workdir(config)
+  workdir.claim(config)
   corpus = pipeline.load_corpus(data, VOCAB, folder)
   batches = pipeline.train_iterator(
       corpus.train, corpus.tokenizer, batch_size=4, length=LENGTH, align=2,
@@ -64,7 +65,7 @@ def run(tmp_path_factory):
         7,
         {"params": nnx.to_pure_dict(nnx.state(model)),
          "opt_state": {"x": np.zeros(1)}},
-        batches, config,
+        {"data": batches.get_state()}, config,
     )  # fmt: skip
     checkpoints.wait()
   return folder, model, corpus

@@ -18,7 +18,7 @@ from gemma_funnel.config import FunnelConfig, GemmaConfig
 from gemma_funnel.convert import __main__ as command
 from gemma_funnel.model import Gemma
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import pretrain, sharding
+from gemma_funnel.training import pretrain, sharding, workdir
 
 
 def _no_evaluator(corpus, setup):
@@ -58,7 +58,7 @@ def copy(trained, tmp_path):
 
 
 def _only(folder, step):
-  for path in (folder / checkpoint_lib.FOLDER).iterdir():
+  for path in (folder / workdir.FOLDER).iterdir():
     if path.name != str(step):
       shutil.rmtree(path)
   return folder
@@ -277,7 +277,7 @@ DAMAGES = (_truncate, _delete, _zero, _flip)
 
 
 def _files(folder, step):
-  found = (folder / checkpoint_lib.FOLDER / str(step)).rglob("*")
+  found = (folder / workdir.FOLDER / str(step)).rglob("*")
   return sorted(p for p in found if p.is_file())
 
 
@@ -324,7 +324,8 @@ def _restore(folder, source):
   with checkpoint_lib.Checkpoints(folder, keep=3) as checkpoints:
     abstract = pretrain.make_init(setup)[1]
     trees = {**abstract[0], "opt_state": abstract[1]}
-    step, trees = checkpoints.restore(trees, data)
+    step, trees, progress = checkpoints.restore(trees)
+    data.set_state(progress["data"])
     return step, jax.device_get(trees["params"]), next(data)
 
 
@@ -405,10 +406,10 @@ def _config(workdir, **changes):
 
 def test_a_workdir_is_claimed_once(tmp_path):
   config = _config(tmp_path / "run")
-  checkpoint_lib.claim_workdir(config)
+  workdir.claim(config)
   written = json.loads((tmp_path / "run" / "config.json").read_text())
   assert written == json.loads(config.to_json())
-  checkpoint_lib.claim_workdir(config)
+  workdir.claim(config)
   assert os.listdir(tmp_path / "run") == ["config.json"]
 
 
@@ -416,59 +417,64 @@ def test_a_workdir_is_claimed_once(tmp_path):
     "changes",
     [
         {"steps": 13}, {"batch_size": 16}, {"length": 64}, {"seed": 1},
-        {"funnel": "off"}, {"loss_chunk": 8}, {"z_loss": 0.0},
+        {"funnel": "off"}, {"z_loss": 0.0}, {"data.lanes": 2},
         {"model.dtype": "bfloat16"}, {"optimizer.b2": 0.9},
-        {"data.seed": 1}, {"data.num_workers": 1}, {"data.tokenizer": "x"},
-        {"mesh.fsdp": 2},
+        {"data.seed": 1}, {"data.tokenizer": "x"},
     ],
     ids=str,
 )  # fmt: skip
 def test_a_workdir_of_another_run_is_refused(changes, tmp_path):
-  checkpoint_lib.claim_workdir(_config(tmp_path))
+  workdir.claim(_config(tmp_path))
   (tmp_path / "tokenizer.model").write_text("")
   config = _config(tmp_path, **changes)
   with pytest.raises(ValueError) as error:
-    checkpoint_lib.claim_workdir(config)
+    workdir.claim(config)
   (key,) = changes
   text = str(error.value)
   assert f"{key}: " in text and text.count(" / ") == 2 and "\n" not in text
 
 
-def test_what_changes_no_number_may_change(tmp_path):
-  checkpoint_lib.claim_workdir(_config(tmp_path / "run"))
+def test_what_changes_rounding_at_most_may_change(tmp_path):
+  workdir.claim(_config(tmp_path / "run"))
   (tmp_path / "run" / "checkpoints").mkdir()
   changes = {
       "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "keep": 1,
       "tensorboard": True, "latency.repeats": 3, "heldout_documents": 9,
-      "eval_documents": 3,
+      "eval_documents": 3, "mesh.fsdp": 2, "accumulate": 2,
+      "model.remat": "block", "loss_chunk": 8, "data.num_workers": 1,
+      "watchdog_minutes": 3.0, "keep_best": 1, "rollback.factor": 2.0,
   }  # fmt: skip
-  checkpoint_lib.claim_workdir(_config(tmp_path / "run", **changes))
+  workdir.claim(_config(tmp_path / "run", **changes))
   moved = (tmp_path / "run").rename(tmp_path / "moved")
-  checkpoint_lib.claim_workdir(_config(moved))
+  workdir.claim(_config(moved))
+  # Of data whose place is a number of rows.
+  with pytest.raises(ValueError, match="batch_size"):
+    workdir.claim(_config(moved, batch_size=16))
+  workdir.claim(_config(moved, batch_size=16), free=("batch_size",))
 
 
 def test_workdirs_that_cannot_be_claimed(tmp_path):
   file = tmp_path / "file"
   file.write_text("")
   with pytest.raises(ValueError, match="is a file"):
-    checkpoint_lib.claim_workdir(_config(file))
+    workdir.claim(_config(file))
   with pytest.raises(ValueError, match="cannot be written to: Not a dir"):
-    checkpoint_lib.claim_workdir(_config(file / "run"))
+    workdir.claim(_config(file / "run"))
   for content in ("{", "\0\0", "[]"):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json is no"):
-      checkpoint_lib.claim_workdir(_config(tmp_path))
+      workdir.claim(_config(tmp_path))
   (tmp_path / "config.json").unlink()
   for name in ("checkpoints", "tokenizer.model"):
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=r"but no config\.json"):
-      checkpoint_lib.claim_workdir(_config(tmp_path))
+      workdir.claim(_config(tmp_path))
     (tmp_path / name).rmdir()
 
 
 def test_a_call_that_failed_early_may_be_corrected(tmp_path):
-  checkpoint_lib.claim_workdir(_config(tmp_path, **{"data.source": "wrong"}))
-  checkpoint_lib.claim_workdir(_config(tmp_path))
+  workdir.claim(_config(tmp_path, **{"data.source": "wrong"}))
+  workdir.claim(_config(tmp_path))
   written = json.loads((tmp_path / "config.json").read_text())
   assert written["data"]["source"] == "corpus.txt"
 
@@ -515,7 +521,7 @@ def test_a_run_is_exported(trained, tmp_path, capsys):
 
 
 def test_the_newest_intact_checkpoint_is_exported(copy, tmp_path, capsys):
-  newest = copy / checkpoint_lib.FOLDER / "12" / "params"
+  newest = copy / workdir.FOLDER / "12" / "params"
   (newest / "manifest.ocdbt").write_bytes(b"")
   gemma_funnel.convert.convert(copy, tmp_path / "there", "orbax")
   assert "checkpoint 12 is damaged" in capsys.readouterr().out

@@ -27,6 +27,7 @@ from gemma_funnel.decode import Decoder, Generation
 from gemma_funnel.model import Gemma
 from gemma_funnel.sampling import GREEDY, Sampling
 from gemma_funnel.training import checkpoint as checkpoint_lib
+from gemma_funnel.training import workdir
 
 VOCAB = 320
 TRAINED = "start=1,stride=2"
@@ -56,7 +57,7 @@ def folder(tmp_path_factory):
     folder, data.source, funnel=TRAINED, model__vocab_size=VOCAB
   )
   config.model.update(CONFIG.to_dict())
-  checkpoint_lib.claim_workdir(config)
+  workdir.claim(config)
   corpus = pipeline.load_corpus(data, VOCAB, folder)
   batches = pipeline.train_iterator(
       corpus.train, corpus.tokenizer, batch_size=4, length=32, align=2, seed=0
@@ -68,7 +69,7 @@ def folder(tmp_path_factory):
         7,
         {"params": nnx.to_pure_dict(nnx.state(model)),
          "opt_state": {"x": np.zeros(1)}},
-        batches, config,
+        {"data": batches.get_state()}, config,
     )  # fmt: skip
     checkpoints.wait()
   return folder

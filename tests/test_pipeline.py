@@ -3,11 +3,13 @@
 import collections
 import json
 import math
+import random
 
 import grain
 import numpy as np
 import pytest
 
+from gemma_funnel.data import lanes as lanes_lib
 from gemma_funnel.data import packing, pipeline, sources
 from gemma_funnel.data import tokenizer as tokenizer_lib
 
@@ -128,6 +130,58 @@ class TestTrain:
     assert set.union(*seen) == set(_chunks(documents, tokenizer))
     assert sum(map(len, seen)) == len(set.union(*seen))
 
+  def test_one_lane_does_not_depend_on_batches(self, make_iterator):
+    rows = lambda size, steps: [
+      row.tolist()
+      for batch in _take(make_iterator(batch_size=size), steps)
+      for row in batch["tokens"]
+    ]
+    assert rows(3, 10) == rows(5, 6)
+
+  def test_lanes_do_not_read_neighbours_together(self, make_iterator):
+    """With one seed for all they would: each has as many documents."""
+    documents = [
+      sources.Document(str(i), chr(0x4E00 + i) * 5) for i in range(64)
+    ]
+    first = [
+      make_iterator(documents, lanes=8, process_count=8, process_index=p)
+      for p in range(8)
+    ]
+    # Pieces are of bytes: the document's number is that of its text.
+    number = {
+      tuple(first[0]._make_lane.keywords["tokenizer"].encode(d.text)): i
+      for i, d in enumerate(documents)
+    }
+    orders = []
+    for p, iterator in enumerate(first):
+      found = [
+        number[s[1:-1]] for b in _take(iterator, 6) for s in _segments(b)
+      ]
+      assert {n % 8 for n in found} == {p}
+      orders.append([n // 8 for n in found])
+    assert len({tuple(order) for order in orders}) == 8
+
+  def test_rows_stay_full_with_many_lanes(self, make_iterator):
+    documents = [
+      sources.Document(str(i), f"{i} " * (i % 13)) for i in range(640)
+    ]
+    fill = [
+      np.mean([b["segment"] > 0 for b in _take(iterator, 30)])
+      for iterator in (
+        make_iterator(documents, lanes=n, length=48) for n in (1, 8)
+      )
+    ]
+    assert fill[0] - fill[1] < 0.06
+
+  def test_documents_without_text(self, make_iterator, monkeypatch):
+    some = [sources.Document(str(i), "a b" * (i % 2)) for i in range(8)]
+    batch = next(make_iterator(some))
+    assert len({s for s in _segments(batch)}) == 1
+    monkeypatch.setattr(packing, "_MOST_EMPTY", 100)
+    nothing = [sources.Document(str(i), "") for i in range(8)]
+    with pytest.raises(ValueError, match="last 100 documents have no text"):
+      next(make_iterator(nothing))
+
   def test_chunks_of_a_document_are_spread(self, make_iterator, monkeypatch):
     """Over batches: side by side without the window, apart with it."""
     long = [sources.Document(str(i), f"{i} " * 2000) for i in range(8)]
@@ -170,26 +224,58 @@ class TestResume:
     iterator.set_state(state)
     assert _equal(_take(iterator, 30), expected)
 
-  @pytest.mark.parametrize("num_workers", [1, 2])
-  def test_workers(self, make_iterator, num_workers):
-    iterator = make_iterator(num_workers=num_workers)
-    start = _take(iterator, 19)
-    state = json.loads(json.dumps(iterator.get_state()))
-    expected = _take(iterator, 20)
+  def test_workers(self, make_iterator):
+    """Their number changes neither the order nor the state."""
+    in_process = make_iterator(lanes=3)
+    expected = _take(in_process, 19)
+    state = json.loads(json.dumps(in_process.get_state()))
+    following = _take(in_process, 20)
+    iterator = make_iterator(lanes=3, num_workers=2)
+    assert _equal(_take(iterator, 19), expected)
+    assert json.loads(json.dumps(iterator.get_state())) == state
+    # Where lane 0 is not the next one.
+    assert state["rows"] % 3
     iterator.set_state(state)
-    assert _equal(_take(iterator, 20), expected)
-    restored = make_iterator(num_workers=num_workers)
-    restored.set_state(state)
-    assert _equal(_take(restored, 20), expected)
-    if num_workers == 1:
-      in_process = make_iterator()
-      assert _equal(_take(in_process, 39), [*start, *expected])
+    assert _equal(_take(iterator, 20), following)
 
-  def test_two_workers_cover_everything(self, make_iterator, tokenizer):
-    chunks = set()
-    for batch in _take(make_iterator(num_workers=2), 128):
-      chunks.update(_segments(batch))
-    assert chunks == set(_chunks(_documents(), tokenizer))
+  def test_processes_batches_and_workers_may_change(self, make_iterator):
+    """The rows of a whole run, in order, against those of one process."""
+    draw = random.Random(0)
+    lanes, rows, state = 4, [], None
+    for _ in range(4):
+      count = draw.choice([1, 2, 4])
+      size, steps = draw.randint(1, 5), draw.randint(1, 6)
+      processes = [
+        make_iterator(
+            lanes=lanes, batch_size=size, process_index=p, process_count=count
+        )
+        for p in range(count)
+      ]  # fmt: skip
+      for process in processes:
+        if state is not None:
+          process.set_state(json.loads(json.dumps(state)))
+      for _ in range(steps):
+        ours = [iter(next(p)["tokens"].tolist()) for p in processes]
+        at = len(rows)
+        rows += [next(ours[g % count]) for g in range(at, at + size * count)]
+      state = lanes_lib.merge_states([p.get_state() for p in processes])
+      assert state["rows"] == len(rows)
+    whole = make_iterator(lanes=lanes, batch_size=1)
+    assert rows == [b["tokens"][0].tolist() for b in _take(whole, len(rows))]
+    assert len(rows) > 20
+
+  def test_a_state_is_not_of_what_comes_after_it(self, make_iterator):
+    iterator = make_iterator(lanes=2)
+    _take(iterator, 3)
+    state = iterator.get_state()
+    before = json.dumps(state)
+    _take(iterator, 40)
+    assert json.dumps(state) == before
+
+  def test_the_state_of_another_version(self, make_iterator):
+    grains_own = {"parent": {"next_index": 3}, "next_row": 1, "counter": 9}
+    with pytest.raises(ValueError, match="'next_row', 'parent'.*of another ve"):
+      make_iterator().set_state(grains_own)
 
   def test_orbax(self, make_iterator, tmp_path):
     import grain.checkpoint
@@ -219,7 +305,17 @@ class TestResume:
       dict(process_index=2, process_count=2),
       "process_index=2: expected an integer >= 0 and < 2",
     ),
-    (dict(process_count=51), "50 training documents for process_count=51"),
+    (dict(process_count=51), "50 training documents for data.lanes=51"),
+    (dict(lanes=51), "50 training documents for data.lanes=51: expected at "),
+    (dict(lanes=0), "data.lanes=0: expected an integer >= 1"),
+    (
+      dict(lanes=3, process_count=2),
+      "data.lanes=3 with 2 processes: expected a multiple",
+    ),
+    (
+      dict(lanes=4, process_count=2, num_workers=3),
+      "data.num_workers=3 with data.lanes=4 and 2 processes: expected at most 2",
+    ),
   ],
 )
 def test_train_errors(make_iterator, changes, message):
@@ -354,7 +450,7 @@ class TestLoadCorpus:
   def test_default_config(self):
     assert pipeline.default_config().to_dict() == dict(
         source="stdlib", heldout=None, heldout_fraction=0.1, text_key="text",
-        tokenizer=None, num_workers=0, seed=0,
+        mixture={}, tokenizer=None, lanes=1, num_workers=0, seed=0,
     )  # fmt: skip
     cfg = pipeline.default_config()
     cfg.tokenizer = "a.model"  # Placeholders take the type they name.
@@ -369,7 +465,8 @@ class TestLoadCorpus:
     assert corpus.tokenizer.vocab_size == 300
     assert (workdir / "tokenizer.model").exists()
     again = pipeline.load_corpus(cfg, 300, workdir)
-    assert again.train == corpus.train and again.heldout == corpus.heldout
+    assert list(again.train) == list(corpus.train)
+    assert list(again.heldout) == list(corpus.heldout)
     assert next(make_iterator(corpus.train))["tokens"].shape == (4, 24)
 
   def test_tokenizer_sees_the_train_split_only(self, tmp_path):
@@ -390,8 +487,9 @@ class TestLoadCorpus:
   @pytest.mark.parametrize(
     ("changes", "message"),
     [
-      (dict(num_workers=-1), "num_workers=-1: expected"),
-      (dict(seed=-1), "seed=-1: expected"),
+      (dict(num_workers=-1), "data.num_workers=-1: expected"),
+      (dict(lanes=0), "data.lanes=0: expected"),
+      (dict(seed=-1), "data.seed=-1: expected"),
       (dict(heldout_fraction=2.0), "heldout_fraction=2.0: expected"),
       (dict(source="none*"), "'none\\*': no file matches"),
       (dict(tokenizer="none.model"), "none.model: cannot be read"),

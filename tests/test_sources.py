@@ -3,10 +3,15 @@
 import json
 import os
 import pathlib
+import pickle
+import sys
 
+from array_record.python import array_record_module
+from etils.epath import backend, gpath
+import numpy as np
 import pytest
 
-from gemma_funnel.data import sources
+from gemma_funnel.data import documents, sources
 
 
 @pytest.mark.parametrize(
@@ -164,6 +169,10 @@ class TestErrors:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
     with pytest.raises(ValueError, match=f"bad.jsonl, line 3: .*{message}"):
+      list(sources.load(str(path)))
+    # The first line of a file is read at once.
+    path.write_bytes(b"\n" + line)
+    with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{message}"):
       sources.load_split(str(path))
 
   def test_text_is_not_utf8(self, tmp_path):
@@ -204,3 +213,279 @@ class TestErrors:
   def test_fraction(self, fraction):
     with pytest.raises(ValueError, match="heldout_fraction=.* between 0 and 1"):
       sources.load_split(heldout_fraction=fraction)
+
+
+def _write_records(path, records):
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  for record in records:
+    writer.write(record)
+  writer.close()
+
+
+def _json_records(texts, key="text"):
+  return [json.dumps({key: text}).encode() for text in texts]
+
+
+TEXTS = [f"document {i} é\n" * (i % 5) for i in range(40)]
+
+
+class TestReadOnDemand:
+  def test_by_index(self, tmp_path):
+    for name in "ab":
+      path = tmp_path / f"{name}.jsonl"
+      path.write_bytes(b"\n".join(_json_records(TEXTS)))
+    (tmp_path / "c.txt").write_text("text\n" * 9000)
+    found = sources.file_documents(sources.paths_of(f"{tmp_path}/*"), "text")
+    assert len(found) == 32 + 32 + 3
+    everything = list(found)
+    # Texts that are empty keep their number.
+    assert [d.key for d in everything[30:34]] == [
+      "a.jsonl:38", "a.jsonl:39", "b.jsonl:1", "b.jsonl:2"
+    ]  # fmt: skip
+    assert [d.text for d in everything[:32]] == [t for t in TEXTS if t]
+    for i in (-1, -67, 66, np.int64(31), 32):
+      assert found[i] == everything[i]
+    assert list(found[60:2:-7]) == everything[60:2:-7]
+    for i in (67, -68):
+      with pytest.raises(IndexError):
+        found[i]
+    assert found.digests().tolist() == [
+      documents.digest(d.key) for d in everything
+    ]
+    assert list(pickle.loads(pickle.dumps(found))) == everything
+
+  @pytest.mark.parametrize("fraction", [0.1, 0.5, 1 / 3])
+  def test_split_is_that_of_keys(self, tmp_path, fraction):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(_json_records(TEXTS)))
+    train, held = sources.load_split(
+      f"{tmp_path}/a.jsonl", heldout_fraction=fraction
+    )
+    everything = sources.load(f"{tmp_path}/a.jsonl")
+    for part, is_held in ((train, False), (held, True)):
+      assert list(part) == [
+        d for d in everything if sources.is_heldout(d.key, fraction) is is_held
+      ]
+
+  def test_texts_are_not_kept(self, tmp_path):
+    path = tmp_path / "big.jsonl"
+    path.write_bytes(b"\n".join(_json_records(["x" * 100_000] * 50)))
+    assert len(pickle.dumps(sources.load(str(path)))) < 5000
+
+  def test_a_file_that_has_changed(self, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(_json_records(TEXTS)))
+    found = sources.load(str(path))
+    path.write_bytes(b'{"text": ""}')
+    with pytest.raises(ValueError, match="a.jsonl: .* not what it was"):
+      found[30]
+    path.unlink()
+    with pytest.raises(ValueError, match="a.jsonl: cannot be read: No such"):
+      found[30]
+
+
+class TestRecords:
+  @pytest.mark.parametrize("end", ["array_record", "arrayrecord"])
+  def test_json(self, tmp_path, end):
+    path = tmp_path / f"a.{end}"
+    _write_records(path, _json_records(TEXTS, "body"))
+    found = sources.load(str(path), "body")
+    assert [d.text for d in found] == TEXTS
+    assert found[7].key == f"a.{end}:7"
+    assert found.digests()[7] == documents.digest(found[7].key)
+    assert list(pickle.loads(pickle.dumps(found))) == list(found)
+
+  def test_a_bad_record(self, tmp_path):
+    path = tmp_path / "a.array_record"
+    _write_records(path, [b'{"text": "a"}', b'{"text": 3}'])
+    with pytest.raises(ValueError, match="record 1: the value of 'text' is"):
+      list(sources.load(str(path)))
+    _write_records(path, [b"text"])
+    with pytest.raises(ValueError, match="a.array_record, record 0: malformed"):
+      sources.load(str(path))
+
+  @pytest.mark.parametrize("content", [b"", b"no records" * 9])
+  def test_no_records(self, tmp_path, content):
+    path = tmp_path / "a.array_record"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.array_record: |split is empty"):
+      sources.load_split(str(path))
+
+
+class TestParquet:
+  def test_rows(self, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"id": list(range(40)), "body": TEXTS})
+    parquet.write_table(table, path, row_group_size=7)
+    found = sources.load(str(path), "body")
+    assert [d.text for d in found] == TEXTS
+    assert [found[i].text for i in (39, 0, 20, 6, 7)] == [
+      TEXTS[i] for i in (39, 0, 20, 6, 7)
+    ]
+    assert found[8].key == "a.parquet:8"
+    with pytest.raises(ValueError, match=r"no column 'text'; found .*'body'"):
+      sources.load(str(path))
+    with pytest.raises(ValueError, match="column 'id' is of int64; expected s"):
+      sources.load(str(path), "id")
+
+  def test_faults(self, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path = tmp_path / "null.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
+    with pytest.raises(ValueError, match="row 1: .* NoneType; expected a str"):
+      list(sources.load(str(path)))
+    path = tmp_path / "bad.parquet"
+    path.write_bytes(b"PAR1 is not all of it")
+    with pytest.raises(ValueError, match="bad.parquet: not a Parquet file"):
+      sources.load(str(path))
+
+  def test_without_the_package(self, tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"gemma-funnel\[parquet\]"):
+      sources.load(f"{tmp_path}/a.parquet")
+
+
+class _Bucket(type(backend.os_backend)):
+  """gs://bucket as a folder, which counts what it is asked for."""
+
+  def __init__(self, folder, secret=()):
+    self.folder, self.secret, self.opened = folder, secret, 0
+
+  def _local(self, path):
+    return str(path).replace("gs://bucket", str(self.folder), 1)
+
+  def open(self, path, mode):
+    self.opened += 1
+    if os.path.basename(path) in self.secret:
+      raise PermissionError(f"403 no storage.objects.get access to {path}")
+    return super().open(self._local(path), mode)
+
+  def exists(self, path):
+    return super().exists(self._local(path))
+
+  def isdir(self, path):
+    return super().isdir(self._local(path))
+
+  def glob(self, path):
+    found = super().glob(self._local(path))
+    return [p.replace(str(self.folder), "gs://bucket", 1) for p in found]
+
+
+class TestBucket:
+  @pytest.fixture
+  def bucket(self, tmp_path, monkeypatch):
+    made = _Bucket(tmp_path)
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", made)
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.jsonl").write_bytes(b"\n".join(_json_records(TEXTS)))
+    (tmp_path / "b.txt").write_text("text\n" * 9000)
+    return made
+
+  def test_is_read_as_a_folder_is(self, bucket, tmp_path):
+    remote = sources.load_split("gs://bucket/*/*.jsonl, gs://bucket/*.txt")
+    local = sources.load_split(f"{tmp_path}/*/*.jsonl,{tmp_path}/*.txt")
+    by_key = lambda part: {d.key: d.text for d in part}
+    assert [by_key(p) for p in remote] == [by_key(p) for p in local]
+    assert bucket.opened > 30
+
+  def test_parquet(self, bucket, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
+    assert [d.text for d in sources.load("gs://bucket/a.parquet")] == TEXTS
+
+  def test_what_may_not_be_read(self, bucket):
+    bucket.secret = ("b.txt",)
+    message = "gs://bucket/b.txt: cannot be read: 403 no storage.objects.get"
+    with pytest.raises(ValueError, match=message):
+      sources.load("gs://bucket/b.txt")
+    found = sources.load("gs://bucket/sub/a.jsonl")
+    bucket.secret = ("a.jsonl",)
+    with pytest.raises(ValueError, match="gs://bucket/sub/a.jsonl: cannot be"):
+      found[3]
+
+  def test_what_may_not_be_listed(self, bucket, monkeypatch):
+    def glob(path):
+      raise RuntimeError("no credentials\nwere found")
+
+    monkeypatch.setattr(bucket, "glob", glob)
+    message = "bucket/x.*: cannot be read: RuntimeError: no credentials were"
+    with pytest.raises(ValueError, match=message):
+      sources.load("gs://bucket/x*")
+
+  def test_nothing_there(self, bucket):
+    with pytest.raises(ValueError, match=r"gs://bucket/x\*': no file matches"):
+      sources.load("gs://bucket/x*")
+    with pytest.raises(ValueError, match=r"'\*\*' would list a whole bucket"):
+      sources.load("gs://bucket/**/x*")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  tfds = pytest.importorskip("tensorflow_datasets")
+  root = tmp_path_factory.mktemp("tfds")
+  features = tfds.features.FeaturesDict(
+    {"body": tfds.features.Text(), "id": np.int64}
+  )
+  rows = [{"body": text, "id": i} for i, text in enumerate(TEXTS)]
+
+  class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, _):
+      return {"train": enumerate(rows), "validation": enumerate(rows[:5])}
+
+    def _generate_examples(self):
+      raise NotImplementedError
+
+  Made.name = "made"
+  Made(data_dir=str(root), file_format="array_record").download_and_prepare()
+  return str(root)
+
+
+class TestTfds:
+  def test_splits(self, data_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
+    train, held = sources.load_split(
+      "tfds:made", heldout="tfds:made:validation", text_key="body"
+    )
+    # TFDS shuffles what it writes.
+    assert sorted(d.text for d in train) == sorted(TEXTS)
+    assert len(held) == 5
+    assert train[3].key == "made/train:3" and held[1].key == "made/validation:1"
+    assert list(pickle.loads(pickle.dumps(train))) == list(train)
+    named = sources.load("tfds:made:1.0.0:validation", "body")
+    assert list(named) == list(held)
+
+  @pytest.mark.parametrize(
+    ("source", "message"),
+    [
+      ("tfds:none", "dataset='none': cannot be read from data_dir"),
+      ("tfds:made:2.0.0", r"it has the versions \['1.0.0'\]"),
+      ("tfds:made:dev", "source='dev': dataset 'made' .* Unknown split"),
+      ("tfds:made", r"text_key='text': 'tfds:made' has no such .* \['body'"),
+      ("tfds:made:train:x", r"expected 'tfds:NAME\[:VERSION\]\[:SPLIT\]'"),
+      ("tfds:", "expected 'tfds:NAME"),
+    ],
+  )
+  def test_errors(self, data_dir, monkeypatch, source, message):
+    monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
+    with pytest.raises(ValueError, match=message):
+      sources.load(source)
+
+  def test_what_is_no_text(self, data_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
+    with pytest.raises(ValueError, match="example 0: the value of 'id' is a"):
+      sources.load("tfds:made", "id")
+    with pytest.raises(ValueError, match="share 1 files, such as tfds:made"):
+      sources.load_split("tfds:made", heldout="tfds:made", text_key="body")

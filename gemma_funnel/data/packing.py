@@ -11,13 +11,20 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from gemma_funnel.data import sources
 from gemma_funnel.data import tokenizer as tokenizer_lib
+from gemma_funnel.data.documents import Document, TokenizedDocument
 
-# Chunks that are shuffled together in training.
+# Chunks that are shuffled together in training. All lanes share them, but none
+# has fewer than the second number.
 _SHUFFLE_WINDOW = 1024
-# Rows that are filled at the same time; more of them waste less padding.
+_LEAST_WINDOW = 128
+# Rows that are filled at the same time; more of them waste less padding. All
+# lanes share them as well.
 _NUM_OPEN_ROWS = 64
+_LEAST_OPEN_ROWS = 32
+# So many documents without text in a row are a mistake: a corpus of nothing
+# else would be read for ever.
+_MOST_EMPTY = 1 << 18
 
 
 def check_lengths(length: int, align: int) -> None:
@@ -49,7 +56,8 @@ def chunk(tokens: Sequence[int], length: int) -> list[np.ndarray]:
     int32 arrays [n], 2 <= n <= length, each starting with BOS. Without BOS
     they concatenate to `tokens` and one EOS.
   """
-  ids = np.asarray([*tokens, tokenizer_lib.EOS_ID], np.int32)
+  eos = np.asarray([tokenizer_lib.EOS_ID], np.int32)
+  ids = np.concatenate([np.asarray(tokens, np.int32), eos])
   parts = np.split(ids, range(length - 1, len(ids), length - 1))
   bos = np.asarray([tokenizer_lib.BOS_ID], np.int32)
   return [np.concatenate([bos, part]) for part in parts]
@@ -59,7 +67,7 @@ class ChunkDocuments(grain.experimental.FlatMapTransform):
   """Turns a `Document` into its chunks, padded to a multiple of `align`.
 
   Grain's packing then starts every chunk at a multiple of `align`. `gap` more
-  slots of padding follow each chunk.
+  slots of padding follow each chunk. A document without text has no chunks.
   """
 
   def __init__(
@@ -70,9 +78,25 @@ class ChunkDocuments(grain.experimental.FlatMapTransform):
     self._length = length - gap
     self._align = align
     self._gap = gap
+    self._empty = 0
 
-  def flat_map(self, element: sources.Document) -> list[dict[str, np.ndarray]]:
-    chunks = chunk(self._tokenizer.encode(element.text), self._length)
+  def flat_map(
+    self, element: Document | TokenizedDocument
+  ) -> list[dict[str, np.ndarray]]:
+    if not element.num_bytes:
+      self._empty += 1
+      if self._empty >= _MOST_EMPTY:
+        raise ValueError(
+          f"the last {self._empty:,} documents have no text, that of key "
+          f"{element.key!r} among them; expected some with text"
+        )
+      return []
+    self._empty = 0
+    if isinstance(element, TokenizedDocument):
+      tokens = element.tokens
+    else:
+      tokens = self._tokenizer.encode(element.text)
+    chunks = chunk(tokens, self._length)
     padding = lambda c: (0, -len(c) % self._align + self._gap)
     return [{"tokens": np.pad(c, padding(c))} for c in chunks]
 
@@ -89,6 +113,61 @@ def _to_row(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   }
 
 
+def chunks(
+  documents: grain.IterDataset,
+  tokenizer: tokenizer_lib.Tokenizer,
+  *,
+  length: int,
+  align: int,
+  gap: int = 0,
+) -> grain.IterDataset:
+  """The chunks of documents, in their order; see `pack`."""
+  return grain.experimental.FlatMapIterDataset(
+    documents, ChunkDocuments(tokenizer, length, align, gap)
+  )
+
+
+def pack_chunks(
+  chunks: grain.IterDataset,
+  *,
+  length: int,
+  shuffle_seed: int | None = None,
+  lanes: int = 1,
+) -> grain.IterDataset:
+  """Packs chunks into rows.
+
+  Args:
+    chunks: a dataset of {"tokens": int32 [n]}, as `chunks` gives them.
+    length: T, tokens of a row.
+    shuffle_seed: see `pack`.
+    lanes: how many datasets like this one there are. Each has its share of
+      the window in which chunks are shuffled and of the rows that are open at
+      the same time, though not less than what keeps rows full.
+
+  Returns:
+    A dataset of rows, as of `pack`.
+  """
+  # The least values do not raise smaller ones.
+  window = max(_SHUFFLE_WINDOW // lanes, min(_LEAST_WINDOW, _SHUFFLE_WINDOW))
+  open_rows = max(
+    _NUM_OPEN_ROWS // lanes, min(_LEAST_OPEN_ROWS, _NUM_OPEN_ROWS)
+  )
+  if shuffle_seed is not None:
+    # A long document's chunks would otherwise make up a batch of their own.
+    chunks = grain.experimental.WindowShuffleIterDataset(
+      chunks, window_size=window, seed=shuffle_seed
+    )
+  # First fit is a choice by age: early chunks leave early, little is held back.
+  rows = grain.experimental.FirstFitPackIterDataset(
+    chunks,
+    length_struct={"tokens": length},
+    num_packing_bins=open_rows,
+    seed=shuffle_seed or 0,
+    shuffle_bins=shuffle_seed is not None,
+  )
+  return rows.map(_to_row)
+
+
 def pack(
   documents: grain.IterDataset,
   tokenizer: tokenizer_lib.Tokenizer,
@@ -101,8 +180,8 @@ def pack(
   """Packs documents into rows.
 
   Args:
-    documents: a dataset of `Document`.
-    tokenizer: what they are encoded with.
+    documents: a dataset of `Document` or `TokenizedDocument`.
+    tokenizer: what they are, or have been, encoded with.
     length: T, tokens of a row; a multiple of `align`.
     align: segments start at multiples of it.
     gap: slots of padding after each segment at least; a multiple of `align`.
@@ -117,23 +196,11 @@ def pack(
   Raises:
     ValueError: see `check_lengths`.
   """
-  chunks = grain.experimental.FlatMapIterDataset(
-    documents, ChunkDocuments(tokenizer, length, align, gap)
+  return pack_chunks(
+    chunks(documents, tokenizer, length=length, align=align, gap=gap),
+    length=length,
+    shuffle_seed=shuffle_seed,
   )
-  if shuffle_seed is not None:
-    # A long document's chunks would otherwise make up a batch of their own.
-    chunks = grain.experimental.WindowShuffleIterDataset(
-      chunks, window_size=_SHUFFLE_WINDOW, seed=shuffle_seed
-    )
-  # First fit is a choice by age: early chunks leave early, little is held back.
-  rows = grain.experimental.FirstFitPackIterDataset(
-    chunks,
-    length_struct={"tokens": length},
-    num_packing_bins=_NUM_OPEN_ROWS,
-    seed=shuffle_seed or 0,
-    shuffle_bins=shuffle_seed is not None,
-  )
-  return rows.map(_to_row)
 
 
 def predicted_mask(segment_BT: np.ndarray) -> np.ndarray:

@@ -1,50 +1,32 @@
-"""Corpora: the standard library's sources, or text and JSONL files.
+"""Corpora: the standard library's sources, files, or prepared data sets.
 
 A corpus is split into train and held-out by a hash of each document's key, so
 that the split is the same on every machine and a document never moves.
 """
 
-from collections.abc import Iterable, Iterator
-import dataclasses
-import glob
-import hashlib
-import io
-import json
+from collections.abc import Iterable, Sequence
 import os
 import sysconfig
 
+import numpy as np
+
+from gemma_funnel.data import documents as documents_lib
+from gemma_funnel.data import files, tokenized
+from gemma_funnel.data.documents import Document, is_heldout
+from gemma_funnel.data.files import TEXT_DOCUMENT_BYTES
+
+__all__ = [
+    "STDLIB", "TEXT_DOCUMENT_BYTES", "Document", "check_disjoint",
+    "file_documents", "is_heldout", "load", "load_split", "paths_of",
+    "stdlib_documents",
+]  # fmt: skip
+
 STDLIB = "stdlib"
-# A big text file becomes documents of about this size, for it to have both
-# splits.
-TEXT_DOCUMENT_BYTES = 16 << 10
 
 _SKIPPED_DIRECTORIES = frozenset((
     "__pycache__", "dist-packages", "idle_test", "site-packages", "test",
     "tests",
 ))  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Document:
-  """A text and the key that decides which split it is in.
-
-  Attributes:
-    key: a name that is the same on every machine, such as
-      "asyncio/events.py" or "notes.txt:3".
-    text: the content; not empty.
-  """
-
-  key: str
-  text: str
-
-
-def is_heldout(key: str, heldout_fraction: float) -> bool:
-  """Whether the document of this key is held out: a hash below a threshold.
-
-  Raising the fraction moves documents to the held-out split only.
-  """
-  digest = hashlib.sha256(key.encode()).digest()
-  return int.from_bytes(digest[:8], "big") < heldout_fraction * 2**64
 
 
 def stdlib_documents(root: str | os.PathLike | None = None) -> list[Document]:
@@ -71,7 +53,7 @@ def stdlib_documents(root: str | os.PathLike | None = None) -> list[Document]:
       if not name.endswith(".py"):
         continue
       try:
-        text = _read_text(path)
+        text = files.read_bytes(path).decode("utf-8")
       except ValueError:
         continue
       key = os.path.relpath(path, root).replace(os.sep, "/")
@@ -85,143 +67,119 @@ def stdlib_documents(root: str | os.PathLike | None = None) -> list[Document]:
   return sorted(documents, key=lambda d: d.key)
 
 
-def _read_text(path: str) -> str:
-  """Reads UTF-8 without changing line ends."""
-  try:
-    with open(path, "rb") as f:
-      return f.read().decode("utf-8")
-  except OSError as e:
-    raise ValueError(f"{path}: cannot be read: {e.strerror}") from e
-  except UnicodeDecodeError as e:
-    raise ValueError(f"{path}: not UTF-8: {e}; expected UTF-8 text") from e
-
-
-def _match(globs: str) -> list[str]:
-  """The files that a comma-separated list of globs matches, sorted."""
-  patterns = [p.strip() for p in globs.split(",") if p.strip()]
-  if not patterns:
-    raise ValueError(f"source {globs!r}: expected 'stdlib' or globs of files")
-  paths = set()
-  for pattern in patterns:
-    matches = glob.glob(os.path.expanduser(pattern), recursive=True)
-    files = [path for path in matches if os.path.isfile(path)]
-    if not files:
-      raise ValueError(
-        f"source {pattern!r}: no file matches; expected text or JSONL files"
-      )
-    paths.update(files)
-  return sorted(paths)
-
-
-def _cut(text: str) -> Iterator[str]:
-  """Cuts at line ends into parts of at least TEXT_DOCUMENT_BYTES."""
-  lines, size = [], 0
-  # Not splitlines(), which also cuts at form feeds and the like.
-  for line in io.StringIO(text, newline="\n"):
-    lines.append(line)
-    size += len(line.encode())
-    if size >= TEXT_DOCUMENT_BYTES:
-      yield "".join(lines)
-      lines, size = [], 0
-  yield "".join(lines)
-
-
-def _jsonl_text(line: bytes, place: str, text_key: str) -> str:
-  """The text of one line of a JSONL file; `place` is its file and line."""
-  try:
-    record = json.loads(line.decode("utf-8"))
-  except UnicodeDecodeError as e:
-    raise ValueError(f"{place}: not UTF-8: {e}; expected UTF-8 JSON") from e
-  except json.JSONDecodeError as e:
-    raise ValueError(f"{place}: malformed JSON: {e}") from e
-  if not isinstance(record, dict):
-    raise ValueError(
-      f"{place}: found a JSON {type(record).__name__}; expected an object "
-      f"with the key {text_key!r}"
-    )
-  if text_key not in record:
-    raise ValueError(
-      f"{place}: no key {text_key!r}; found the keys {sorted(record)}"
-    )
-  text = record[text_key]
-  if not isinstance(text, str):
-    raise ValueError(
-      f"{place}: the value of {text_key!r} is a {type(text).__name__}; "
-      "expected a string"
-    )
-  try:
-    text.encode("utf-8")
-  except UnicodeEncodeError as e:
-    raise ValueError(f"{place}: {text_key!r} is not Unicode text: {e}") from e
-  return text
-
-
-def _jsonl_texts(path: str, text_key: str) -> Iterator[str]:
-  try:
-    with open(path, "rb") as f:
-      for number, line in enumerate(f, start=1):
-        if line.strip():
-          yield _jsonl_text(line, f"{path}, line {number}", text_key)
-  except OSError as e:
-    raise ValueError(f"{path}: cannot be read: {e.strerror}") from e
-
-
-def file_documents(paths: Iterable[str], text_key: str) -> list[Document]:
-  """Documents of files: a line of `.jsonl` each, or about 16 KiB of text.
+def paths_of(source: str) -> list[str]:
+  """The files of a source other than "stdlib", sorted, then TFDS's splits.
 
   Args:
-    paths: files; one that ends in ".jsonl" has a JSON object a line, any other
-      is UTF-8 text, cut at line ends.
-    text_key: the key of the text within a JSON object.
-
-  Returns:
-    Non-empty documents with keys "<file name>:<index within the file>".
+    source: comma-separated globs of files and of folders that `data.tokenize`
+      wrote, local or of a bucket, and "tfds:NAME[:VERSION][:SPLIT]".
 
   Raises:
-    ValueError: a file or line is not UTF-8, or a line is not a JSON object
-      with a string at `text_key`; file and line are named.
+    ValueError: there is no glob, or one that matches nothing.
   """
-  documents = []
-  for path in paths:
-    if path.endswith(".jsonl"):
-      texts = _jsonl_texts(path, text_key)
-    else:
-      texts = _cut(_read_text(path))
-    # The name alone, not the folder: the split is the same elsewhere.
-    name = os.path.basename(path)
-    documents += [
-      Document(f"{name}:{i}", text) for i, text in enumerate(texts) if text
-    ]
-  return documents
+  patterns = [p.strip() for p in source.split(",") if p.strip()]
+  if not patterns:
+    raise ValueError(f"source {source!r}: expected 'stdlib' or globs of files")
+  paths = set()
+  for pattern in patterns:
+    if pattern.startswith("tfds:"):
+      continue
+    found = []
+    for match in files.matches(pattern):
+      if files.is_file(match):
+        found.append(match)
+      elif tokenized.is_tokenized(match):
+        found += tokenized.shard_paths(match)
+    if not found:
+      raise ValueError(
+        f"source {pattern!r}: no file matches; expected text, JSONL, Parquet "
+        "or array_record files, or a folder that data.tokenize wrote"
+      )
+    paths.update(found)
+  splits = [p for p in patterns if p.startswith("tfds:")]
+  return [*sorted(paths), *dict.fromkeys(splits)]
+
+
+def _open(path: str, text_key: str) -> documents_lib.Lazy:
+  """The documents of a file, which its name's end tells the format of."""
+  if path.startswith("tfds:"):
+    return files.TfdsSplit(path, text_key)
+  if path.endswith(".jsonl"):
+    return files.JsonLines(path, text_key)
+  if path.endswith(".parquet"):
+    return files.ParquetFile(path, text_key)
+  if path.endswith((".array_record", ".arrayrecord")):
+    if tokenized.is_tokenized(os.path.dirname(path)):
+      return tokenized.TokenizedFile(path)
+    return files.JsonRecords(path, text_key)
+  return files.TextFile(path)
+
+
+def file_documents(paths: Iterable[str], text_key: str) -> documents_lib.Joined:
+  """Documents of files, each read when it is asked for.
+
+  Args:
+    paths: files. ".jsonl" has a JSON object a line, ".array_record" and
+      ".arrayrecord" one a record, or what `data.tokenize` wrote; ".parquet" has
+      a row each; any other is UTF-8 text, cut at line ends into about 16 KiB.
+      "tfds:.." is a split of TensorFlow Datasets.
+    text_key: the key or the column of the text.
+
+  Returns:
+    Documents with keys "<file name>:<index within the file>".
+
+  Raises:
+    ValueError: a file cannot be read, is not UTF-8 text, or does not begin with
+      a JSON object with a string at `text_key`. Of a later record, reading it
+      raises. File and line are named.
+  """
+  return documents_lib.Joined([_open(path, text_key) for path in paths])
+
+
+def load(source: str, text_key: str = "text") -> Sequence[Document]:
+  """All documents of a source; see `load_split`."""
+  if source == STDLIB:
+    return stdlib_documents()
+  return file_documents(paths_of(source), text_key)
 
 
 def _require_nonempty(
-  documents: list[Document], split: str, source: str, remedy: str
+  documents: Sequence[Document], split: str, source: str, remedy: str
 ) -> None:
   if not documents:
     raise ValueError(f"source {source!r}: the {split} split is empty; {remedy}")
 
 
+def _identity(path: str) -> str:
+  is_name = files.is_remote(path) or path.startswith("tfds:")
+  return path if is_name else os.path.realpath(path)
+
+
+def check_disjoint(source: str, heldout: str) -> None:
+  """Checks that no file is trained on and held out.
+
+  Raises:
+    ValueError: one is in both, or a glob matches no file.
+  """
+  held = {_identity(path) for path in paths_of(heldout)}
+  if source == STDLIB:
+    return
+  shared = held.intersection(map(_identity, paths_of(source)))
+  if shared:
+    raise ValueError(
+      f"source {source!r} and heldout {heldout!r} share {len(shared)} files, "
+      f"such as {min(shared)}; expected none in both"
+    )
+
+
 def _explicit_split(
   source: str, heldout: str, text_key: str
-) -> tuple[list[Document], list[Document]]:
+) -> tuple[Sequence[Document], Sequence[Document]]:
   """All of `source` to train on, all of `heldout` held out."""
-  heldout_paths = _match(heldout)
-  if source == STDLIB:
-    train = stdlib_documents()
-  else:
-    train_paths = _match(source)
-    shared = {os.path.realpath(p) for p in train_paths} & {
-      os.path.realpath(p) for p in heldout_paths
-    }
-    if shared:
-      raise ValueError(
-        f"source {source!r} and heldout {heldout!r} share {len(shared)} "
-        f"files, such as {min(shared)}; expected none in both"
-      )
-    train = file_documents(train_paths, text_key)
+  check_disjoint(source, heldout)
+  train = load(source, text_key)
   _require_nonempty(train, "train", source, "give files that are not empty")
-  held = file_documents(heldout_paths, text_key)
+  held = file_documents(paths_of(heldout), text_key)
   _require_nonempty(held, "held-out", heldout, "give files that are not empty")
   return train, held
 
@@ -232,17 +190,20 @@ def load_split(
   heldout: str | None = None,
   heldout_fraction: float = 0.1,
   text_key: str = "text",
-) -> tuple[list[Document], list[Document]]:
-  """Reads a corpus and splits it.
+) -> tuple[Sequence[Document], Sequence[Document]]:
+  """Finds the documents of a corpus and splits them.
+
+  Texts of files are read when they are asked for; that of "stdlib" is in
+  memory.
 
   Args:
     source: "stdlib" for the sources of the running interpreter's standard
-      library, or comma-separated globs of text and `.jsonl` files.
-    heldout: globs of the held-out files, which replace the split by hash; none
-      of them may be a file of `source`.
+      library, or what `paths_of` takes.
+    heldout: files as `source` names them, which replace the split by hash;
+      none of them may be a file of `source`.
     heldout_fraction: share of the documents that are held out by hash, in
       (0, 1); unused with `heldout`.
-    text_key: the key of the text within a JSON object.
+    text_key: the key or the column of the text.
 
   Returns:
     The train and the held-out documents, neither empty, in an order that is
@@ -254,20 +215,14 @@ def load_split(
   """
   if heldout:
     return _explicit_split(source, heldout, text_key)
-  is_number = isinstance(heldout_fraction, (int, float))
+  is_number = isinstance(heldout_fraction, (int, float, np.floating))
   if not is_number or not 0 < heldout_fraction < 1:
     raise ValueError(
       f"heldout_fraction={heldout_fraction!r}: expected a number between 0 "
       "and 1, both excluded"
     )
-  if source == STDLIB:
-    documents = stdlib_documents()
-  else:
-    documents = file_documents(_match(source), text_key)
-  train, held = [], []
-  for document in documents:
-    target = held if is_heldout(document.key, heldout_fraction) else train
-    target.append(document)
+  documents = load(source, text_key)
+  train, held = documents_lib.split(documents, heldout_fraction)
   found = f"of {len(documents)} documents, {heldout_fraction=}"
   _require_nonempty(
     train, "train", source, f"{found}: give more text, or lower the fraction"

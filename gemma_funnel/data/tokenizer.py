@@ -15,7 +15,7 @@ import os
 import re
 import uuid
 
-from gemma_funnel.data import sources
+from gemma_funnel.data.documents import Document, key_of
 
 PAD_ID = 0
 EOS_ID = 1
@@ -258,6 +258,16 @@ class Tokenizer:
     """What error messages call the tokenizer: its path if it has one."""
     return self._name
 
+  @property
+  def content(self) -> bytes:
+    """The file's content."""
+    return self._model
+
+  @property
+  def sha256(self) -> str:
+    """The hash of the content, in hexadecimal."""
+    return hashlib.sha256(self._model).hexdigest()
+
   def piece(self, i: int) -> str:
     """How a token is written in the vocabulary."""
     return self._backend.piece(i)
@@ -304,15 +314,13 @@ class Tokenizer:
     return self._backend.decode(kept)
 
 
-def _sample(
-  documents: Sequence[sources.Document], max_bytes: int
-) -> Iterator[str]:
+def _sample(documents: Sequence[Document], max_bytes: int) -> Iterator[str]:
   """Sentences of whole documents in the order of their keys' hashes."""
-  by_hash = sorted(
-    documents, key=lambda d: hashlib.sha256(d.key.encode()).digest()
-  )
+  # Keys alone: a corpus that is read from files may not fit in memory.
+  hash_of = lambda i: hashlib.sha256(key_of(documents, i).encode()).digest()
   size = 0
-  for document in by_hash:
+  for i in sorted(range(len(documents)), key=hash_of):
+    document = documents[i]
     # Sentences keep their line ends, or none would be part of a piece.
     for start in range(0, len(document.text), _SENTENCE_CHARS):
       yield document.text[start : start + _SENTENCE_CHARS]
@@ -365,7 +373,7 @@ def _train_model(sentences: Iterator[str], vocab_size: int) -> bytes:
 
 
 def train(
-  documents: Sequence[sources.Document],
+  documents: Sequence[Document],
   vocab_size: int,
   path: str | os.PathLike,
   *,
@@ -394,8 +402,10 @@ def train(
   """
   if not documents:
     raise ValueError(f"tokenizer {os.fspath(path)}: no documents to train on")
+  # Read first: an error of a file would not come through SentencePiece.
+  sample = list(_sample(documents, sample_bytes))
   try:
-    model = _train_model(_sample(documents, sample_bytes), vocab_size)
+    model = _train_model(iter(sample), vocab_size)
   except (RuntimeError, OSError) as e:
     raise ValueError(
       f"vocab_size={vocab_size}: cannot train a tokenizer of that size on "
@@ -444,7 +454,7 @@ def find_tokenizer(
 def get_tokenizer(
   path: str | os.PathLike | None,
   cache_path: str | os.PathLike,
-  train_documents: Sequence[sources.Document],
+  train_documents: Sequence[Document],
   vocab_size: int,
 ) -> Tokenizer:
   """Loads the tokenizer at `path` or `cache_path`, or trains the latter.

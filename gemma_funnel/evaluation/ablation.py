@@ -38,7 +38,7 @@ from gemma_funnel.evaluation import (
   timing,
 )
 from gemma_funnel.evaluation.plan import Cell, Pretraining, Tuning
-from gemma_funnel.training import checkpoint, finetune, pretrain, progress
+from gemma_funnel.training import finetune, pretrain, progress, workdir
 
 RESULTS = "results.jsonl"
 # What a stage may fail with, and the study go on without it.
@@ -227,8 +227,8 @@ class Runner:
     if not kept.exists():
       kept.parent.mkdir(parents=True, exist_ok=True)
       pipeline.load_corpus(config.data, vocab_size, kept.parent)
-    checkpoint.claim_workdir(pretrain.make_setup(config).config)
-    own = pathlib.Path(config.workdir) / checkpoint.TOKENIZER
+    workdir.claim(pretrain.make_setup(config).config)
+    own = pathlib.Path(config.workdir) / workdir.TOKENIZER
     if not own.exists():
       shutil.copyfile(kept, own)
 

@@ -6,42 +6,40 @@ A run is a folder:
   tokenizer.model  where the run trained its own
   checkpoints/N/   after N steps, one Orbax checkpoint of everything
 
-Orbax writes asynchronously and makes a checkpoint visible by a rename, when it
-is complete. Sums of its files are written before that, and checked before it
-is read.
+The folder may be on a bucket (gs://..). Orbax writes asynchronously, each process
+its own part, and makes a checkpoint visible when it is complete. Sums of its
+files are written before that, and checked before it is read.
 """
 
 from collections.abc import Callable
+from concurrent import futures
 import dataclasses
 import json
 import os
-import pathlib
 from typing import Any
 import zlib
 
+from etils import epath
 from flax import nnx
 import jax
-from jax.experimental import multihost_utils
 import ml_collections
 
 from gemma_funnel.config import Funnel, GemmaConfig, resolve_funnel
 from gemma_funnel.model import Gemma
-from gemma_funnel.training import sharding
+from gemma_funnel.training import processes, sharding
+from gemma_funnel.training.workdir import (
+  CONFIG,
+  FOLDER,
+  TOKENIZER,
+  path_of,
+  read_config,
+)
 
-FOLDER = "checkpoints"
-CONFIG = "config.json"
-TOKENIZER = "tokenizer.model"
 # Of a run; a fine-tuned one has a copy of what it was given.
 TOKENIZERS = (TOKENIZER, "tokenizer.json")
 SUMS = "sums.json"
 
-# What may differ between the calls that make up one run: where it lies, and
-# how often it reports or saves.
-_FREE_KEYS = (
-    "workdir", "log_every", "eval_every", "checkpoint_every", "keep",
-    "tensorboard", "eval_documents", "heldout_documents",
-    "latency.batch_size", "latency.length", "latency.repeats",
-)  # fmt: skip
+_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +68,8 @@ class Checkpoints:
     self,
     workdir: str | os.PathLike,
     keep: int | None = None,
+    keep_best: int = 0,
+    keep_period: int | None = None,
     read_only: bool = False,
   ):
     """Opens the run in `workdir`.
@@ -77,16 +77,31 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       keep: how many checkpoints to keep, the newest; None is all.
+      keep_best: how many more, those of the least held-out loss.
+      keep_period: more still, each whose step is a multiple of it.
       read_only: for a run that may be another process's: nothing is changed.
     """
     import orbax.checkpoint as ocp
 
     self._ocp = ocp
-    self._folder = pathlib.Path(workdir).absolute() / FOLDER
+    self._folder = path_of(workdir) / FOLDER
     self._read_only = read_only
     self._saving = None
+    policies = ocp.checkpoint_managers
+    kept = [policies.LatestN(keep)]
+    if keep_best:
+      kept.append(
+        policies.BestN(
+          get_metric_fn=lambda metrics: metrics["loss"],
+          reverse=True,
+          n=keep_best,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    if keep_period:
+      kept.append(policies.EveryNSteps(keep_period))
     writes = dict(
-      max_to_keep=keep,
+      preservation_policy=policies.AnyPreservationPolicy(kept),
       cleanup_tmp_directories=True,  # Of a save that was killed.
       enable_async_checkpointing=True,
       # Called when the files are complete and not yet renamed.
@@ -114,18 +129,25 @@ class Checkpoints:
   def _steps(self) -> list[int]:
     return _steps_in(self._folder)
 
-  def save(self, step: int, trees: dict[str, Any], data, config) -> None:
+  def save(
+    self,
+    step: int,
+    trees: dict[str, Any],
+    progress: dict[str, Any],
+    config: ml_collections.ConfigDict,
+    loss: float | None = None,
+  ) -> None:
     """Starts writing a checkpoint, unless `step` has one; returns early.
 
     Args:
       step: how many steps have been taken.
       trees: of arrays, by name: "params" the model's parameters, "opt_state"
         the optimizer's state, and others.
-      data: the grain iterator that gave the last batch.
+      progress: where the run is, its data among it, as JSON can hold it; the
+        same in all processes.
       config: the run's ConfigDict.
+      loss: held out, if it has just been measured.
     """
-    import grain
-
     if step in self._steps():
       return
     self.wait()  # The sums of the one before are then written.
@@ -135,9 +157,10 @@ class Checkpoints:
       step,
       args=args.Composite(
         **{name: args.StandardSave(tree) for name, tree in trees.items()},
-        data=grain.checkpoint.CheckpointSave(data),
+        progress=args.JsonSave(progress),
         config=args.JsonSave(json.loads(config.to_json())),
       ),
+      metrics=None if loss is None else {"loss": loss},
     )
 
   def wait(self) -> None:
@@ -152,33 +175,32 @@ class Checkpoints:
     )
     (folder / SUMS).write_text(json.dumps(_sums(folder), indent=1))
 
-  def restore(self, trees: dict[str, Any], data) -> tuple[int, dict[str, Any]]:
+  def restore(self, trees: dict[str, Any]):
     """Reads the newest checkpoint whose files are as they were written.
 
     Newer ones are renamed, so that their steps can be saved again, and named
     in a line each.
 
     Args:
-      trees: as for `save`, of ShapeDtypeStructs with shardings.
-      data: a grain iterator, whose state is set.
+      trees: as for `save`, of ShapeDtypeStructs with shardings: on whatever
+        mesh.
 
     Returns:
-      (step, trees).
+      (step, trees, progress).
 
     Raises:
       ValueError: all of them are damaged.
     """
-    import grain
-
     step, args = self._newest_intact(), self._ocp.args
     restored = self._manager.restore(
       step,
       args=args.Composite(
         **{name: args.StandardRestore(tree) for name, tree in trees.items()},
-        data=grain.checkpoint.CheckpointRestore(data),
+        progress=args.JsonRestore(),
       ),
     )
-    return step, {name: restored[name] for name in trees}
+    found = {name: restored[name] for name in trees}
+    return step, found, restored["progress"]
 
   def restore_trees(self, abstract_of: Callable[[dict], dict[str, Any]]):
     """Reads configuration and weights, of the same checkpoint as `restore`.
@@ -206,33 +228,36 @@ class Checkpoints:
     return step, config, {name: found[name] for name in wanted}
 
   def _newest_intact(self) -> int:
-    step, damaged = _find_intact(self._folder)
-    if damaged and not self._read_only:
-      if jax.process_index() == 0:
-        for broken in damaged:
+    # Process 0 looks, and all go by what it found.
+    found = None
+    if jax.process_index() == 0:
+      found = processes.result_of(lambda: _find_intact(self._folder))
+      if "value" in found and found["value"][1] and not self._read_only:
+        for broken in found["value"][1]:
           _set_aside(self._folder / str(broken))
-      multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+    step, damaged = processes.value_of(processes.first(found))
+    if damaged and not self._read_only:
       self._manager.reload()
     return step
 
 
-def newest_intact(workdir: str | os.PathLike) -> pathlib.Path:
+def newest_intact(workdir: str | os.PathLike) -> epath.Path:
   """The folder of a run's newest checkpoint whose files are as written.
 
   Raises:
     ValueError: there is none.
   """
-  folder = pathlib.Path(workdir) / FOLDER
+  folder = path_of(workdir) / FOLDER
   return folder / str(_find_intact(folder)[0])
 
 
-def _steps_in(folder: pathlib.Path) -> list[int]:
+def _steps_in(folder: epath.Path) -> list[int]:
   # Orbax's own list leaves out what it finds incomplete, and tells no one.
   names = [path.name for path in folder.iterdir()]
   return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _find_intact(folder: pathlib.Path) -> tuple[int, list[int]]:
+def _find_intact(folder: epath.Path) -> tuple[int, list[int]]:
   """The newest step that is intact, and the newer ones, which a line tells."""
   damages = {}
   for step in reversed(_steps_in(folder)):
@@ -246,32 +271,46 @@ def _find_intact(folder: pathlib.Path) -> tuple[int, list[int]]:
       f"no checkpoint in {folder} can be read: " + (listed or "it is empty")
     )
   for broken, damage in damages.items():
-    if jax.process_index() == 0:
-      print(
-        f"checkpoint {broken} is damaged ({damage}); using {step} instead",
-        flush=True,
-      )
+    print(
+      f"checkpoint {broken} is damaged ({damage}); using {step} instead",
+      flush=True,
+    )
   return step, list(damages)
 
 
-def _sums(folder: pathlib.Path) -> dict[str, list[int]]:
+def _sums(folder: epath.Path) -> dict[str, list[int]]:
   """Size and CRC-32 of each file that Orbax will not touch again."""
-  return {
-    str(path.relative_to(folder)): [path.stat().st_size, _crc32(path)]
-    for path in sorted(folder.rglob("*"))
-    if path.is_file() and path.parent != folder
-  }
+  files = _files_below(folder)
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    found = list(pool.map(_size_and_crc32, files))
+  names = [path.relative_to(folder).as_posix() for path in files]
+  return dict(zip(names, found, strict=True))
 
 
-def _crc32(path: pathlib.Path) -> int:
-  crc = 0
+def _files_below(folder: epath.Path) -> list[epath.Path]:
+  found = []
+  for child in sorted(folder.iterdir()):
+    if child.is_dir():
+      found += _all_files(child)
+  return found
+
+
+def _all_files(folder: epath.Path) -> list[epath.Path]:
+  found = []
+  for child in sorted(folder.iterdir()):
+    found += _all_files(child) if child.is_dir() else [child]
+  return found
+
+
+def _size_and_crc32(path: epath.Path) -> list[int]:
+  size = crc = 0
   with path.open("rb") as f:
     while block := f.read(1 << 22):
-      crc = zlib.crc32(block, crc)
-  return crc
+      crc, size = zlib.crc32(block, crc), size + len(block)
+  return [size, crc]
 
 
-def _damage_of(folder: pathlib.Path) -> str | None:
+def _damage_of(folder: epath.Path) -> str | None:
   """What is wrong with a checkpoint's files; None if nothing is.
 
   Orbax itself reads some damaged files without a word.
@@ -292,79 +331,11 @@ def _damage_of(folder: pathlib.Path) -> str | None:
   return None
 
 
-def _set_aside(folder: pathlib.Path) -> None:
+def _set_aside(folder: epath.Path) -> None:
   name, number = f"{folder.name}.damaged", 0
-  while (target := folder.with_name(f"{name}{number or ''}")).exists():
+  while (target := folder.parent / f"{name}{number or ''}").exists():
     number += 1
   folder.rename(target)
-
-
-def claim_workdir(config: ml_collections.ConfigDict) -> None:
-  """Makes `config.workdir` the folder of the run that `config` describes.
-
-  Raises:
-    ValueError: it holds a run of another configuration, or other files.
-  """
-  folder = pathlib.Path(config.workdir)
-  path = folder / CONFIG
-  if folder.exists() and not folder.is_dir():
-    raise ValueError(f"workdir={config.workdir} is a file, not a folder")
-  # A call that failed before it made anything claims nothing: it may be
-  # corrected.
-  begun = (folder / FOLDER).exists() or (folder / TOKENIZER).exists()
-  if path.exists():
-    differences = _differences(_read_config(path), json.loads(config.to_json()))
-    if differences and begun:
-      raise ValueError(
-        f"workdir={config.workdir} holds a run of another configuration "
-        "(there / here): "
-        + "; ".join(f"{k}: {a!r} / {b!r}" for k, a, b in differences)
-        + ". Name another workdir, or remove that one."
-      )
-    if not differences:
-      return
-  elif begun:
-    raise ValueError(
-      f"{folder} has {FOLDER} or {TOKENIZER}, but no {CONFIG}: whose they "
-      "are is not known. Name another workdir, or remove that one."
-    )
-  temporary = path.with_suffix(".tmp")
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(config.to_json(indent=2) + "\n")
-  except OSError as error:
-    raise ValueError(
-      f"workdir={config.workdir} cannot be written to: {error.strerror}"
-    ) from error
-  os.replace(temporary, path)
-
-
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    config = json.loads(path.read_text())
-  except OSError as error:
-    raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-  if not isinstance(config, dict):
-    raise ValueError(f"{path} is no configuration: expected a JSON object")
-  return config
-
-
-def _differences(there: dict, here: dict) -> list[tuple[str, Any, Any]]:
-  def flat(tree, prefix=""):
-    for key, value in tree.items():
-      if isinstance(value, dict):
-        yield from flat(value, f"{prefix}{key}.")
-      elif prefix + key not in _FREE_KEYS:
-        yield prefix + key, value
-
-  there, here = dict(flat(there)), dict(flat(here))
-  return [
-    (key, there.get(key), here.get(key))
-    for key in sorted(there.keys() | here.keys())
-    if there.get(key) != here.get(key)
-  ]
 
 
 def load_run(
@@ -388,7 +359,7 @@ def load_run(
   Raises:
     ValueError: no readable checkpoint there, or a funnel that does not fit.
   """
-  path = pathlib.Path(path)
+  path = path_of(path)
   if not (path / FOLDER).is_dir():
     raise ValueError(f"{path} is no run: it has no folder {FOLDER}/")
   dtypes = {} if dtype is None else {"param_dtype": dtype, "dtype": dtype}
@@ -418,7 +389,7 @@ def load_run(
     )
 
   with Checkpoints(path, read_only=True) as checkpoints:
-    abstract_model(_read_config(path / CONFIG))
+    abstract_model(read_config(path / CONFIG))
     step, config, trees = checkpoints.restore_trees(abstract_trees)
   params = trees.pop("params")
   model = nnx.merge(nnx.graphdef(abstract_model(config)), params)

@@ -20,6 +20,7 @@ from gemma_funnel import convert, tasks
 from gemma_funnel.config import Funnel, GemmaConfig, format_funnel
 from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.heads import Encoder, Head, HeadConfig
+from gemma_funnel.mesh import TOKENS
 from gemma_funnel.model import Gemma
 from gemma_funnel.tasks import encode, metrics
 from gemma_funnel.tasks.task import ENCODER_KINDS, Task
@@ -28,8 +29,10 @@ from gemma_funnel.training import (
   loop,
   objectives,
   pretrain,
+  processes,
   schedules,
   sharding,
+  workdir,
 )
 from gemma_funnel.training import optimizer as optimizer_lib
 
@@ -90,8 +93,7 @@ def make_setup(
   if config.funnel is None:
     found = config.init_from and convert.describe(config.init_from).stages
     config.funnel = format_funnel(found or ())
-  ones = ("batch_size", "length", "log_every", "eval_every", "patience",
-          "keep")  # fmt: skip
+  ones = ("batch_size", "length", "patience")
   pretrain.check_numbers(config, {**dict.fromkeys(ones, 1), "seed": 0})
   if config.length > model_config.max_length:
     raise ValueError(
@@ -100,6 +102,11 @@ def make_setup(
     )
   mesh = sharding.make_mesh(config.mesh)
   pretrain.check_batch(config, mesh)
+  if mesh.shape[TOKENS] > 1:
+    raise ValueError(
+      f"mesh.sequence={mesh.shape[TOKENS]}: fine-tuning splits rows, which are "
+      "short, and no tokens; leave it 1"
+    )
   config.tokenizer = _find_tokenizer(config)
   tokenizer = Tokenizer.load(config.tokenizer)
   if tokenizer.vocab_size > model_config.vocab_size:
@@ -124,8 +131,8 @@ def make_setup(
   epoch = encode.steps_of_epoch(len(rows["train"]), config.batch_size)
   steps = num_steps(config, len(rows["train"]))
   config.eval_every = config.eval_every or min(epoch, steps)
-  with config.unlocked():
-    config.checkpoint_every = config.eval_every
+  config.checkpoint_every = config.eval_every
+  loop.check_config(config)
   optimizer, schedule = optimizer_lib.make_optimizer(config.optimizer, steps)
   return Setup(
     config, model_config, funnels, task, rows, head,
@@ -286,10 +293,12 @@ def train(setup: Setup) -> Result:
     FloatingPointError: see `loop.run`.
   """
   config, task = setup.config, setup.task
+  processes.agree(config)
   init, abstract = _make_init(setup)
   loss = _make_loss(setup)
-  checkpoint_lib.claim_workdir(config)
-  _write_files(setup)
+  workdir.claim(config)
+  if jax.process_index() == 0:
+    _write_files(setup)
   model = Gemma.abstract(setup.model_config, setup.funnels.funnel)
   head = _abstract_head(setup.model_config, setup.head)
   encoder_of = lambda weights: Encoder(
@@ -304,10 +313,11 @@ def train(setup: Setup) -> Result:
       batch_size=config.batch_size, length=config.length,
     )  # fmt: skip
 
+  part, parts = sharding.row_share(setup.mesh)
   batches = encode.TrainBatches(
     setup.rows["train"], batch_size=config.batch_size, length=config.length,
-    seed=config.seed, num_steps=setup.steps,
-    process_index=jax.process_index(), process_count=jax.process_count(),
+    seed=config.seed, num_steps=setup.steps, process_index=part,
+    process_count=parts,
   )  # fmt: skip
   result = loop.run(
     loop.Job(

@@ -10,10 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gemma_funnel import mesh as mesh_lib
 from gemma_funnel.config import check_recovers
 from gemma_funnel.data.tokenizer import BOS_ID, MASK_ID
 from gemma_funnel.layers import normalize
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Gemma, head_logits
 
 # Up to the mask's, ids are of control tokens.
 _FIRST_TEXT_ID = MASK_ID + 1
@@ -24,55 +25,138 @@ Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
 
 
-def _sum_chunks(
-  function: Callable[..., Sums], arrays: tuple[jax.Array, ...], chunk: int
-) -> Sums:
-  """Sums of what `function` gives for `chunk` positions of each row at a time.
+def _pieces(x_BT: jax.Array, chunk: int) -> jax.Array:
+  """[B, T, ...] to [pieces, B, chunk, ...], padded with zeros.
 
-  They are computed again in the backward pass: what is within `function` never
-  exists for all positions.
-
-  Args:
-    function: takes the arrays as [B, chunk, ...]; gives float32 scalars, of
-      which padding (zeros) must give 0.
-    arrays: [B, T, ...].
-    chunk: positions a piece, >= 1.
+  Where rows are split over devices, each device's own tokens make up a share of
+  every piece: none is sent anywhere.
   """
-  length = arrays[0].shape[1]
-  pieces = -(-length // chunk)
-  padding = pieces * chunk - length
+  batch, length, *rest = x_BT.shape
+  shares = mesh_lib.size(mesh_lib.dividing(mesh_lib.TOKENS, length))
+  own, size = length // shares, -(-chunk // shares)
+  x_BST = x_BT.reshape(batch, shares, own, *rest)
+  widths = [(0, 0)] * x_BST.ndim
+  widths[2] = (0, -own % size)
+  x_BSPC = jnp.pad(x_BST, widths).reshape(batch, shares, -1, size, *rest)
+  x_PBSC = jnp.moveaxis(x_BSPC, 2, 0)
+  return x_PBSC.reshape(-1, batch, shares * size, *rest)
 
-  def cut(x_BT):
-    """[B, T, ...] to [pieces, B, chunk, ...]."""
-    widths = [(0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2)
-    x_BT = jnp.pad(x_BT, widths)
-    batch, _, *rest = x_BT.shape
-    return jnp.moveaxis(x_BT.reshape(batch, pieces, chunk, *rest), 1, 0)
 
-  @functools.partial(
-    jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable
-  )
+def _whole(x_PBC: jax.Array, length: int) -> jax.Array:
+  """The inverse of `_pieces`."""
+  pieces, batch, chunk, *rest = x_PBC.shape
+  shares = mesh_lib.size(mesh_lib.dividing(mesh_lib.TOKENS, length))
+  x_PBSC = x_PBC.reshape(pieces, batch, shares, chunk // shares, *rest)
+  x_BST = jnp.moveaxis(x_PBSC, 0, 2).reshape(batch, shares, -1, *rest)
+  return x_BST[:, :, : length // shares].reshape(batch, length, *rest)
+
+
+def _sum_chunks(
+  function: Callable[..., Sums], fixed, arrays: tuple[jax.Array, ...], chunk
+) -> Sums:
+  """Sums of `function(*fixed, *pieces)` over pieces of `chunk` positions."""
+
   def piece(sums, inputs):
-    return jax.tree.map(jnp.add, sums, function(*inputs)), None
+    return jax.tree.map(jnp.add, sums, function(*fixed, *inputs)), None
 
-  inputs = tuple(map(cut, arrays))
-  shapes = jax.eval_shape(function, *(x[0] for x in inputs))
+  inputs = tuple(_pieces(x, chunk) for x in arrays)
+  shapes = jax.eval_shape(function, *fixed, *(x[0] for x in inputs))
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   return jax.lax.scan(piece, zeros, inputs)[0]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked_loss(
+  function: Callable[..., Sums],
+  chunk: int,
+  embedding_VD: jax.Array,
+  hidden_BTD: jax.Array,
+  factors: Sums,
+  fixed: tuple[jax.Array, ...],
+  arrays: tuple[jax.Array, ...],
+) -> tuple[jax.Array, Sums]:
+  """A loss that is a sum over positions, of which logits exist chunk by chunk.
+
+  Each piece gives its gradients as soon as it has its logits, which are then
+  never made again (as in Liger Kernel, arXiv 2410.10989, section 3.2). That
+  takes factors known beforehand, and a gradient of the loss that is a number.
+
+  Args:
+    function: (embedding, *fixed, hidden, *arrays) of one piece to float32
+      sums, to which padding (zeros) must add nothing.
+    chunk: positions of each row a piece, >= 1.
+    embedding_VD: the head.
+    hidden_BTD: final hidden states.
+    factors: of the sums that the loss is made of.
+    fixed: arrays that each piece has whole; no gradient enters them.
+    arrays: [B, T, ...]; none enters these.
+
+  Returns:
+    (sum of factors times sums, all sums).
+  """
+  sums = _sum_chunks(
+    function, (embedding_VD, *fixed), (hidden_BTD, *arrays), chunk
+  )
+  return sum(f * sums[name] for name, f in factors.items()), sums
+
+
+def _chunked_forward(
+  function, chunk, embedding_VD, hidden_BTD, factors, fixed, arrays
+):
+  def loss(embedding_VD, hidden_BCD, *rest):
+    sums = function(embedding_VD, *fixed, hidden_BCD, *rest)
+    return sum(f * sums[name] for name, f in factors.items()), sums
+
+  def piece(so_far, inputs):
+    sums, gradient_VD = so_far
+    (_, more), (d_VD, d_BCD) = jax.value_and_grad(
+      loss, argnums=(0, 1), has_aux=True
+    )(embedding_VD, *inputs)
+    sums = jax.tree.map(jnp.add, sums, more)
+    return (sums, gradient_VD + d_VD.astype(gradient_VD.dtype)), d_BCD
+
+  inputs = tuple(_pieces(x, chunk) for x in (hidden_BTD, *arrays))
+  shapes = jax.eval_shape(loss, embedding_VD, *(x[0] for x in inputs))[1]
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  start = (zeros, jnp.zeros(embedding_VD.shape, jnp.float32))
+  (sums, d_VD), d_PBCD = jax.lax.scan(piece, start, inputs)
+  total = sum(f * sums[name] for name, f in factors.items())
+  d_BTD = _whole(d_PBCD, hidden_BTD.shape[1])
+  return (total, sums), (d_VD.astype(embedding_VD.dtype), d_BTD)
+
+
+def _chunked_backward(function, chunk, gradients, cotangents):
+  del function, chunk
+  scale = cotangents[0]  # The sums are only told of.
+  return *(g * scale.astype(g.dtype) for g in gradients), None, None, None
+
+
+_chunked_loss.defvjp(_chunked_forward, _chunked_backward)
+
+
 def _token_sums(logits_BCV, target_BC, weight_BC) -> Sums:
-  log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-  chosen_BC = jnp.take_along_axis(
-    logits_BCV, target_BC[..., None], axis=-1
-  ).squeeze(-1)
-  hit_BC = jnp.argmax(logits_BCV, axis=-1) == target_BC
+  top_BC = jax.lax.stop_gradient(jnp.max(logits_BCV, axis=-1))
+  shifted_BCV = logits_BCV - top_BC[..., None]
+  log_z_BC = top_BC + jnp.log(jnp.sum(jnp.exp(shifted_BCV), axis=-1))
+  chosen_BC = _chosen(logits_BCV, target_BC)
+  hit_BC = chosen_BC >= top_BC
   return {
     "nll": jnp.sum((log_z_BC - chosen_BC) * weight_BC),
     "square_log_z": jnp.sum(jnp.square(log_z_BC) * weight_BC),
     "correct": jnp.sum(hit_BC * weight_BC),
     "tokens": jnp.sum(weight_BC),
   }
+
+
+def _chosen(logits_BCV, target_BC) -> jax.Array:
+  if mesh_lib.size(mesh_lib.HEADS) == 1:
+    return jnp.take_along_axis(
+      logits_BCV, target_BC[..., None], axis=-1
+    ).squeeze(-1)
+  # Each device has a part of the vocabulary; a lookup would gather all parts.
+  id_11V = jnp.arange(logits_BCV.shape[-1])[None, None]
+  is_it_BCV = id_11V == target_BC[..., None]
+  return jnp.sum(jnp.where(is_it_BCV, logits_BCV, 0), axis=-1)
 
 
 def _followed(tokens_BT, segment_BT) -> tuple[jax.Array, jax.Array]:
@@ -82,6 +166,24 @@ def _followed(tokens_BT, segment_BT) -> tuple[jax.Array, jax.Array]:
   )
   follows_BT = follows_BT.at[:, -1].set(False)
   return jnp.roll(tokens_BT, -1, axis=1), follows_BT.astype(jnp.float32)
+
+
+def _logit_sums(model: Gemma) -> Callable[..., Sums]:
+  """(embedding, hidden, target, weight) of a piece to its sums."""
+  config = model.config
+
+  def sums(embedding_VD, hidden_BCD, target_BC, weight_BC):
+    logits_BCV = head_logits(embedding_VD, hidden_BCD, config.final_softcap)
+    return _token_sums(logits_BCV, target_BC, weight_BC)
+
+  return sums
+
+
+def _next_tokens(model: Gemma, tokens_BT, segment_BT, position_BT):
+  """(hidden states, (the token that follows each, whether one does))."""
+  check_recovers(model.stages, "predicting tokens")
+  hidden_BTD = model.encode(tokens_BT, segment_BT, position_BT, causal=True)
+  return hidden_BTD, _followed(tokens_BT, segment_BT)
 
 
 def next_token_sums(
@@ -94,8 +196,8 @@ def next_token_sums(
 ) -> Sums:
   """Sums over the tokens that follow another within their segment.
 
-  Logits are made for `chunk` positions of each row at a time, and made again
-  in the backward pass: [B, chunk, V] is the most that exists.
+  Logits are made for `chunk` positions of each row at a time: [B, chunk, V] is
+  the most that exists.
 
   Args:
     model: causal, with or without a funnel.
@@ -112,24 +214,35 @@ def next_token_sums(
   Raises:
     ValueError: a funnel that does not recover.
   """
-  check_recovers(model.stages, "predicting tokens")
-  hidden_BTD = model.encode(tokens_BT, segment_BT, position_BT, causal=True)
+  hidden_BTD, rest = _next_tokens(model, tokens_BT, segment_BT, position_BT)
   return _sum_chunks(
-    lambda h_BCD, *rest: _token_sums(model.logits(h_BCD), *rest),
-    (hidden_BTD, *_followed(tokens_BT, segment_BT)),
-    chunk,
+    _logit_sums(model), (model.embedding[...],), (hidden_BTD, *rest), chunk
   )
 
 
-def _mean(sums: Sums, z_loss: float) -> tuple[jax.Array, Sums]:
+def _mean_loss(
+  model: Gemma, hidden_BTD, target_BT, weight_BT, chunk: int, z_loss: float
+) -> tuple[jax.Array, Sums]:
+  """The mean cross-entropy (and z loss) of weighted positions; its metrics."""
+  count = jnp.maximum(jnp.sum(weight_BT), 1)
+  factors = {"nll": 1 / count}
+  if z_loss:
+    factors["square_log_z"] = z_loss / count
+  loss, sums = _chunked_loss(
+      _logit_sums(model), chunk, model.embedding[...], hidden_BTD, factors, (),
+      (target_BT, weight_BT),
+  )  # fmt: skip
+  return loss, _told(sums)
+
+
+def _told(sums: Sums) -> Sums:
   count = jnp.maximum(sums["tokens"], 1)
-  loss = sums["nll"] / count
-  metrics = {
-    "loss": loss,
+  return {
+    "loss": sums["nll"] / count,
     "accuracy": sums["correct"] / count,
     "tokens": sums["tokens"],
+    "weight": sums["tokens"],
   }
-  return loss + z_loss * sums["square_log_z"] / count, metrics
 
 
 def next_token(
@@ -145,12 +258,15 @@ def next_token(
       logits from drifting (PaLM, arXiv 2204.02311, section 5).
 
   Returns:
-    The loss, and {"loss": the cross-entropy alone, "accuracy", "tokens"}.
+    The loss, and {"loss": the cross-entropy alone, "accuracy", "tokens",
+    "weight": tokens that the loss is a mean of}.
+
+  Raises:
+    ValueError: a funnel that does not recover.
   """
-  sums = next_token_sums(
-    model, batch["tokens"], batch["segment"], batch["position"], chunk=chunk
-  )
-  return _mean(sums, z_loss)
+  inputs = batch["tokens"], batch["segment"], batch["position"]
+  hidden_BTD, rest = _next_tokens(model, *inputs)
+  return _mean_loss(model, hidden_BTD, *rest, chunk, z_loss)
 
 
 def mask(
@@ -188,14 +304,8 @@ def mask(
   )
 
 
-def masked_token_sums(
-  model: Gemma, batch: Batch, key: jax.Array, *, rate: float, chunk: int
-) -> Sums:
-  """As `next_token_sums`, of masked tokens read in both directions.
-
-  Raises:
-    ValueError: a funnel that does not recover.
-  """
+def _masked(model: Gemma, batch: Batch, key: jax.Array, rate: float):
+  """(hidden states, (the tokens that were there, which are to be predicted))."""
   check_recovers(model.stages, "predicting masked tokens")
   tokens_BT, segment_BT = batch["tokens"], batch["segment"]
   shown_BT, weight_BT = mask(
@@ -204,10 +314,20 @@ def masked_token_sums(
   hidden_BTD = model.encode(
     shown_BT, segment_BT, batch["position"], causal=False
   )
+  return hidden_BTD, (tokens_BT, weight_BT)
+
+
+def masked_token_sums(
+  model: Gemma, batch: Batch, key: jax.Array, *, rate: float, chunk: int
+) -> Sums:
+  """As `next_token_sums`, of masked tokens read in both directions.
+
+  Raises:
+    ValueError: a funnel that does not recover.
+  """
+  hidden_BTD, rest = _masked(model, batch, key, rate)
   return _sum_chunks(
-    lambda h_BCD, *rest: _token_sums(model.logits(h_BCD), *rest),
-    (hidden_BTD, tokens_BT, weight_BT),
-    chunk,
+    _logit_sums(model), (model.embedding[...],), (hidden_BTD, *rest), chunk
   )
 
 
@@ -229,9 +349,8 @@ def masked_tokens(
     rate: share of tokens that are to be predicted.
     chunk, z_loss: see `next_token`.
   """
-  return _mean(
-    masked_token_sums(model, batch, key, rate=rate, chunk=chunk), z_loss
-  )
+  hidden_BTD, rest = _masked(model, batch, key, rate)
+  return _mean_loss(model, hidden_BTD, *rest, chunk, z_loss)
 
 
 def distill(
@@ -264,15 +383,14 @@ def distill(
     The loss, and {"loss": the cross-entropy, "accuracy", "tokens", "kl",
     "hidden"}; KL in nats a token.
   """
-  check_recovers(model.stages, "predicting tokens")
   inputs = batch["tokens"], batch["segment"], batch["position"]
-  student_BTD = model.encode(*inputs, causal=True)
-  teacher_BTD = jax.lax.stop_gradient(teacher.encode(*inputs, causal=True))
-  eps = model.config.norm_eps
+  student_BTD, rest = _next_tokens(model, *inputs)
+  teacher_BTD = teacher.encode(*inputs, causal=True)
+  eps, cap = model.config.norm_eps, model.config.final_softcap
 
-  def piece(s_BCD, t_BCD, target_BC, weight_BC):
-    own_BCV = model.logits(s_BCD)
-    theirs_BCV = jax.lax.stop_gradient(teacher.logits(t_BCD))
+  def piece(own_VD, theirs_VD, s_BCD, t_BCD, target_BC, weight_BC):
+    own_BCV = head_logits(own_VD, s_BCD, cap)
+    theirs_BCV = head_logits(theirs_VD, t_BCD, cap)
     log_p_BCV = jax.nn.log_softmax(theirs_BCV / temperature, axis=-1)
     log_q_BCV = jax.nn.log_softmax(own_BCV / temperature, axis=-1)
     kl_BC = jnp.sum(jnp.exp(log_p_BCV) * (log_p_BCV - log_q_BCV), axis=-1)
@@ -284,19 +402,15 @@ def distill(
       "hidden": jnp.sum(square_BC * weight_BC),
     }
 
-  sums = _sum_chunks(
-    piece, (student_BTD, teacher_BTD, *_followed(*inputs[:2])), chunk
-  )
-  loss, metrics = _mean(sums, 0.0)
-  count = jnp.maximum(sums["tokens"], 1)
-  for name in ("kl", "hidden"):
-    metrics[name] = sums[name] / count
-  total = (
-    logits * temperature**2 * metrics["kl"]
-    + hidden * metrics["hidden"]
-    + tokens * loss
-  )
-  return total, metrics
+  count = jnp.maximum(jnp.sum(rest[1]), 1)
+  weights = {"kl": logits * temperature**2, "hidden": hidden, "nll": tokens}
+  total, sums = _chunked_loss(
+      piece, chunk, model.embedding[...], student_BTD,
+      {name: weight / count for name, weight in weights.items()},
+      (teacher.embedding[...],), (teacher_BTD, *rest),
+  )  # fmt: skip
+  metrics = {name: sums[name] / count for name in ("kl", "hidden")}
+  return total, _told(sums) | metrics
 
 
 def labelled(
@@ -311,13 +425,14 @@ def labelled(
     class_weight_C: what an example of each class counts for; None is 1.
 
   Returns:
-    The mean over what has a weight, and {"loss"} or {"loss", "accuracy"}.
+    The mean over what has a weight, and {"loss", "weight"}, with "accuracy" of
+    classes; "weight" is what the loss is a mean over.
   """
   label, weight = batch["label"], batch["weight"]
   if not jnp.issubdtype(label.dtype, jnp.integer):
     square = jnp.square(outputs[..., 0] - label)
     loss = jnp.sum(square * weight) / jnp.maximum(jnp.sum(weight), 1)
-    return loss, {"loss": loss}
+    return loss, {"loss": loss, "weight": jnp.sum(weight)}
   log_p = jax.nn.log_softmax(outputs, axis=-1)
   nll = -jnp.take_along_axis(log_p, label[..., None], axis=-1).squeeze(-1)
   hit = jnp.argmax(outputs, axis=-1) == label
@@ -325,4 +440,6 @@ def labelled(
   if class_weight_C is not None:
     weight = weight * class_weight_C[label]
   loss = jnp.sum(nll * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
-  return loss, {"loss": loss, "accuracy": accuracy}
+  return loss, {
+    "loss": loss, "accuracy": accuracy, "weight": jnp.sum(weight)
+  }  # fmt: skip

@@ -1,53 +1,166 @@
-"""AdamW with clipping, and a warm-up to a cosine."""
+"""Optimizers, their learning rates, and what they do to which parameters.
 
+All arithmetic is float32, whatever the parameters are. So are second moments
+and averages; first moments are as `moment_dtype` says.
+"""
+
+import math
 import re
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
+
+from gemma_funnel.training.scaling import (
+  by_path,
+  matrix_axes,
+  path_of,
+  scale_by,
+)
+
+# Options that not every optimizer has, and what they are where unset.
+OPTIONS: dict[str, dict[str, Any]] = {
+  "adamw": {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "moment_dtype": None},
+  # As in arXiv 2106.04560: b2 is the most that the decay rises to. Without b1
+  # it keeps no first moment.
+  "adafactor": {"b1": 0.0, "b2": 0.999, "eps": 1e-30, "moment_dtype": None},
+  "lion": {"b1": 0.9, "b2": 0.99, "moment_dtype": None},
+  # b1, b2 and eps are of Adam, for what is no matrix of a layer.
+  "muon": {
+    "momentum": 0.95, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "moment_dtype": None,
+  },
+}  # fmt: skip
+SCHEDULES = ("cosine", "linear", "wsd", "wsd_sqrt", "constant")
+MOMENT_DTYPES = ("float32", "bfloat16")
 
 # Parameters that weight decay leaves alone: norm scales are offsets from one,
 # a funnel's and a head's vectors from a mean or from no preference.
 _UNDECAYED = r"scale$|funnel/\d+/(pool_query|gate)$|head/(pool_query|bias)$"
 
-
-def path_of(key_path: tuple) -> str:
-  """A parameter's path as text, such as "layers/attn/query"."""
-  return jax.tree_util.keystr(key_path, simple=True, separator="/")
+# So that rounding is no other random choice's of the same key.
+_SALT = 0x726F756E
 
 
 def schedule_of(
   config: ml_collections.ConfigDict, steps: int
 ) -> optax.Schedule:
-  """Linear from 0 over `warmup_steps`, then a cosine to `final_fraction`.
+  """Linear from 0 over `warmup_steps`, then as `schedule` says.
+
+  "cosine" and "linear" fall to `final_fraction` of the learning rate. "wsd"
+  falls linearly in the last `decay_fraction` of all steps, "wsd_sqrt" as
+  1 - sqrt there (arXiv 2405.18392), and both are constant before.
 
   Raises:
     ValueError: a value out of range, named.
   """
-  # Written so that a NaN fails.
-  for name in ("learning_rate", "eps", "clip_norm"):
-    if not config[name] > 0:
-      raise ValueError(f"optimizer.{name}={config[name]}: expected > 0")
-  for name in ("weight_decay", "final_fraction"):
-    if not config[name] >= 0:
-      raise ValueError(f"optimizer.{name}={config[name]}: expected >= 0")
-  for name in ("b1", "b2"):
-    if not 0 <= config[name] < 1:
-      raise ValueError(
-        f"optimizer.{name}={config[name]}: expected >= 0 and < 1"
-      )
-  if not 0 <= config.warmup_steps < steps:
+  _check(config)
+  peak, warmup = config.learning_rate, config.warmup_steps
+  end = peak * config.final_fraction
+  if not 0 <= warmup < steps:
     raise ValueError(
-      f"optimizer.warmup_steps={config.warmup_steps}: expected at least 0 "
+      f"optimizer.warmup_steps={warmup}: expected at least 0 "
       f"and below steps={steps}"
     )
-  return optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=config.learning_rate,
-    warmup_steps=config.warmup_steps,
-    decay_steps=steps,
-    end_value=config.learning_rate * config.final_fraction,
+  decay = _decay_steps(config, steps)
+  match config.schedule:
+    case "cosine":
+      return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=steps,
+        end_value=end,
+      )
+    case "constant" | "linear":
+      after = optax.linear_schedule(peak, end, steps - warmup)
+    case "wsd":
+      after = optax.linear_schedule(peak, end, decay, steps - decay - warmup)
+    case "wsd_sqrt":
+
+      def after(count):
+        done = jnp.clip((count - (steps - decay - warmup)) / decay, 0.0, 1.0)
+        return peak - (peak - end) * jnp.sqrt(done)
+
+  if not warmup:
+    return after
+  rise = optax.linear_schedule(0.0, peak, warmup)
+  return optax.join_schedules([rise, after], [warmup])
+
+
+def _decay_steps(config: ml_collections.ConfigDict, steps: int) -> int | None:
+  fraction, schedule = config.decay_fraction, config.schedule
+  if not schedule.startswith("wsd"):
+    if fraction is not None:
+      raise ValueError(
+        f"optimizer.decay_fraction={fraction}: schedule={schedule!r} has none; "
+        "leave it unset, or choose 'wsd'"
+      )
+    if schedule == "constant" and config.final_fraction != 1:
+      raise ValueError(
+        f"optimizer.final_fraction={config.final_fraction}: expected 1 with "
+        "schedule='constant', which ends where it began"
+      )
+    return None
+  if fraction is None or not 0 < fraction <= 1:
+    raise ValueError(
+      f"optimizer.decay_fraction={fraction}: expected a number above 0 and up "
+      f"to 1, such as 0.2, with schedule={schedule!r}"
+    )
+  decay = max(1, round(fraction * steps))
+  if decay + config.warmup_steps > steps:
+    raise ValueError(
+      f"optimizer.decay_fraction={fraction} is {decay} steps and "
+      f"optimizer.warmup_steps={config.warmup_steps}: more than steps={steps}"
+    )
+  return decay
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+  """Raises on values that cannot be, whatever the optimizer."""
+  # Written so that a NaN fails; a key without a value passes.
+  ranges = (
+    ("learning_rate eps clip_norm", lambda x: 0 < x < math.inf, "> 0"),
+    ("weight_decay final_fraction", lambda x: 0 <= x < math.inf, ">= 0"),
+    ("b1 b2 momentum", lambda x: 0 <= x < 1, ">= 0 and < 1"),
+    ("ema_decay", lambda x: 0 < x < 1, "> 0 and < 1"),
+    ("name", lambda x: x in OPTIONS, f"one of {list(OPTIONS)}"),
+    ("schedule", lambda x: x in SCHEDULES, f"one of {list(SCHEDULES)}"),
+    (
+      "moment_dtype",
+      lambda x: x in MOMENT_DTYPES,
+      f"one of {list(MOMENT_DTYPES)}, or unset for that of the parameters",
+    ),
   )
+  for names, fits, expected in ranges:
+    for name in names.split():
+      if config[name] is not None and not fits(config[name]):
+        raise ValueError(
+          f"optimizer.{name}={config[name]!r}: expected {expected}"
+        )
+
+
+def _options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The values of the options that the optimizer has."""
+  known = OPTIONS[config.name]
+  for option in sorted({name for have in OPTIONS.values() for name in have}):
+    if option not in known and config[option] is not None:
+      raise ValueError(
+        f"optimizer.{option}={config[option]!r}: {config.name} has none; "
+        "leave it unset"
+      )
+  options = {
+    name: default if config[name] is None else config[name]
+    for name, default in known.items()
+  }
+  if config.name == "adafactor" and not options["b1"]:
+    if options["moment_dtype"] is not None:
+      raise ValueError(
+        f"optimizer.moment_dtype={options['moment_dtype']!r}: adafactor has "
+        "no first moment unless b1 is set"
+      )
+  return options
 
 
 def make_optimizer(
@@ -55,32 +168,244 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The optimizer and its learning rate by step.
 
+  Its updates are float32, for `apply_updates`; what is frozen has neither
+  updates nor state. Paths in its state end in the parameters' own. Decay is
+  times the learning rate, as in AdamW (arXiv 1711.05101), with all of them.
+
   Args:
-    config: learning_rate, warmup_steps, final_fraction, b1, b2, eps,
-      weight_decay and clip_norm (of the global gradient norm).
-    steps: the step at which the cosine ends.
+    config: as `optimizer` in configs/quickstart.py.
+    steps: the step at which the schedule ends.
 
   Raises:
-    ValueError: a value out of range, named.
+    ValueError: a value out of range, or an option that the optimizer has not,
+      named. `init` raises it if an expression matches no parameter, or
+      `freeze` all of them.
   """
-  schedule = schedule_of(config, steps)
+  schedule, options = schedule_of(config, steps), _options(config)
+  moment_dtype = options.pop("moment_dtype")
+  undecayed = _expression(config, "decay_exclude")
+  freeze = _expression(config, "freeze")
+  if undecayed is not None and not config.weight_decay:
+    raise ValueError(
+      f"optimizer.decay_exclude={undecayed.pattern!r}: nothing decays, "
+      "optimizer.weight_decay=0"
+    )
+  excluded = undecayed or re.compile(_UNDECAYED)
+  chain = optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.chain(
+      scale_by(config.name, options),
+      optax.add_decayed_weights(
+        config.weight_decay,
+        lambda tree: by_path(lambda path: not excluded.search(path), tree),
+      ),
+      optax.scale_by_learning_rate(schedule),
+    ),
+    *([] if config.ema_decay is None else [_average(config.ema_decay)]),
+  )
+  chain = _in_float32(chain, moment_dtype)
 
-  def decayed(params):
-    return jax.tree_util.tree_map_with_path(
-      lambda path, _: not re.search(_UNDECAYED, path_of(path)), params
+  def init(params):
+    trained = _without(freeze, params)
+    _check_expression("freeze", freeze, params)
+    _check_trained(config, trained)
+    _check_expression("decay_exclude", undecayed, trained)
+    return chain.init(trained)
+
+  def update(grads, state, params):
+    return chain.update(
+      _without(freeze, grads), state, _without(freeze, params)
     )
 
-  return (
-    optax.chain(
-      optax.clip_by_global_norm(config.clip_norm),
-      optax.adamw(
-        schedule,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-      ),
+  return optax.GradientTransformation(init, update), schedule
+
+
+def _check_trained(config: ml_collections.ConfigDict, trained) -> None:
+  """Raises where there is nothing to train, or not what an option is for."""
+  leaves = jax.tree_util.tree_leaves_with_path(trained)
+  if not leaves:
+    raise ValueError(
+      f"optimizer.freeze={config.freeze!r} matches every parameter: nothing is "
+      "left to train"
+    )
+  if config.name == "muon" and not any(
+    matrix_axes(path_of(path)) for path, _ in leaves
+  ):
+    raise ValueError(
+      "optimizer.name='muon': none of the trained parameters is a matrix of a "
+      "layer; choose 'adamw'"
+    )
+  dtypes = sorted({str(x.dtype) for _, x in leaves})
+  if config.stochastic_rounding and "bfloat16" not in dtypes:
+    raise ValueError(
+      "optimizer.stochastic_rounding=True: expected trained parameters of "
+      f"bfloat16, found {', '.join(dtypes)}"
+    )
+
+
+def grad_norm(config: ml_collections.ConfigDict, grads) -> jax.Array:
+  """The global norm that `clip_norm` is of: float32, without what is frozen."""
+  trained = _without(_expression(config, "freeze"), grads)
+  return optax.tree.norm(_cast(trained, jnp.float32))
+
+
+def apply_updates(weights, updates, key: jax.Array, stochastic: bool = False):
+  """weights + updates, added in float32 and rounded to the weights' dtypes.
+
+  What is frozen is returned as it is.
+
+  Args:
+    weights: parameters.
+    updates: of the optimizer.
+    key: of the step; used if `stochastic`.
+    stochastic: rounds bfloat16 weights up or down at random, in proportion to
+      how near each is, so that updates below half a unit in the last place are
+      not lost (arXiv 2010.06192).
+  """
+  key = jax.random.fold_in(key, _SALT) if stochastic else key
+  flat, tree = jax.tree.flatten(updates, is_leaf=_is_masked)
+
+  def apply(number, update, weight):
+    if _is_masked(update):
+      return weight
+    total = weight.astype(jnp.float32) + update.astype(jnp.float32)
+    if stochastic and weight.dtype == jnp.bfloat16:
+      return _round(total, jax.random.fold_in(key, number))
+    return total.astype(weight.dtype)
+
+  pairs = enumerate(zip(flat, tree.flatten_up_to(weights), strict=True))
+  return tree.unflatten([apply(number, *pair) for number, pair in pairs])
+
+
+def _round(x: jax.Array, key: jax.Array) -> jax.Array:
+  """Float32 to bfloat16 at random, without bias."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  # What bfloat16 cuts off carries into what it keeps as often as it is large;
+  # where it is zero, never. Of magnitudes, so that signs make no difference.
+  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  kept = (bits + noise) & jnp.uint32(0xFFFF0000)
+  rounded = jax.lax.bitcast_convert_type(kept, jnp.float32)
+  return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+class AverageState(NamedTuple):
+  """A moving average of the weights, float32; nothing of what is frozen."""
+
+  average: Any
+
+
+def averaged(opt_state, weights):
+  """Weights in which what is trained is its moving average.
+
+  Args:
+    opt_state: of an optimizer of `make_optimizer`.
+    weights: of the same step. Leaves may be shared, with the state too: copy
+      them if a step is to give these away.
+
+  Returns:
+    A tree like `weights`, of the same dtypes; None if `ema_decay` is unset.
+  """
+  found = [part for part in opt_state if isinstance(part, AverageState)]
+  if not found:
+    return None
+  return jax.tree.map(
+    lambda a, w: w if _is_masked(a) else a.astype(w.dtype),
+    found[0].average,
+    weights,
+    is_leaf=_is_masked,
+  )
+
+
+def _average(decay: float) -> optax.GradientTransformation:
+  """Keeps an average of the weights, which begins as the first of them.
+
+  It is of the sums of weights and updates, before they are rounded.
+  """
+
+  def init(params):
+    # A copy: both are given away by a step.
+    return AverageState(jax.tree.map(jnp.copy, params))
+
+  def update(updates, state, params):
+    average = jax.tree.map(
+      lambda a, p, u: decay * a + (1 - decay) * (p + u),
+      state.average, params, updates,
+    )  # fmt: skip
+    return updates, AverageState(average)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _in_float32(
+  inner: optax.GradientTransformation, moment_dtype: str | None
+) -> optax.GradientTransformation:
+  """`inner` on float32, with first moments kept in another dtype.
+
+  None is the dtype of each parameter.
+  """
+
+  def stored(state, params):
+    dtypes = {
+      path_of(path): moment_dtype or x.dtype
+      for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+    def cast(path, x):
+      found = re.search(r"/(mu|ema)/(.*)", path_of(path))
+      return x.astype(dtypes[found[2]]) if found else x
+
+    return jax.tree_util.tree_map_with_path(cast, state)
+
+  def init(params):
+    return stored(inner.init(_cast(params, jnp.float32)), params)
+
+  def update(grads, state, params):
+    updates, state = inner.update(
+      _cast(grads, jnp.float32), state, _cast(params, jnp.float32)
+    )
+    return updates, stored(state, params)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _cast(tree, dtype):
+  return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def _is_masked(x) -> bool:
+  return isinstance(x, optax.MaskedNode)
+
+
+def _without(expression: re.Pattern | None, tree):
+  """`tree` without the parameters that an expression is found in."""
+  if expression is None:
+    return tree
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: (
+      optax.MaskedNode() if expression.search(path_of(path)) else x
     ),
-    schedule,
+    tree,
+  )
+
+
+def _expression(config, name: str) -> re.Pattern | None:
+  if config[name] is None:
+    return None
+  try:
+    return re.compile(config[name])
+  except re.error as error:
+    raise ValueError(
+      f"optimizer.{name}={config[name]!r} is no regular expression: {error}"
+    ) from error
+
+
+def _check_expression(name: str, expression, params) -> None:
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  paths = [path_of(path) for path, _ in leaves]
+  if expression is None or any(map(expression.search, paths)):
+    return
+  some = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
+  raise ValueError(
+    f"optimizer.{name}={expression.pattern!r} matches none of the "
+    f"{len(paths)} parameters: {some}"
   )

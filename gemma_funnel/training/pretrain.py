@@ -1,6 +1,6 @@
 """Training a model on text: next tokens, masked tokens, or distillation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -13,12 +13,20 @@ import jax
 import ml_collections
 import optax
 
-from gemma_funnel import convert
+from gemma_funnel import convert, flops
+from gemma_funnel import funnel as funnel_lib
 from gemma_funnel.config import GemmaConfig, format_funnel
-from gemma_funnel.data import pipeline
+from gemma_funnel.data import lanes, pipeline
+from gemma_funnel.mesh import ROWS, TOKENS
 from gemma_funnel.model import Gemma
-from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import loop, objectives, schedules, sharding
+from gemma_funnel.training import (
+  loop,
+  objectives,
+  processes,
+  schedules,
+  sharding,
+  workdir,
+)
 from gemma_funnel.training import optimizer as optimizer_lib
 
 OBJECTIVES = ("next_token", "masked", "distill")
@@ -94,17 +102,38 @@ def check_numbers(config: Any, at_least: dict[str, int | float]) -> None:
 
 
 def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
-  """Checks that `config.batch_size` rows can lie on a mesh.
+  """Checks that `config.batch_size` rows can lie on a mesh, part by part.
 
   Raises:
     ValueError: they cannot.
   """
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
-  if config.batch_size % rows:
+  rows = sharding.parts(sharding.BATCH, mesh)[0]
+  if config.batch_size % (rows * config.accumulate):
     raise ValueError(
       f"batch_size={config.batch_size} must be a multiple of {rows}, the "
-      "mesh's data x fsdp"
+      f"mesh's {' x '.join(ROWS)}, times accumulate={config.accumulate}"
     )
+
+
+def check_tokens(
+  length: int,
+  funnels: schedules.FunnelSchedule,
+  causal: bool,
+  mesh: jax.sharding.Mesh,
+) -> None:
+  """Checks that rows of `length` tokens, and short ones, can be split.
+
+  Raises:
+    ValueError: they cannot.
+  """
+  parts = mesh.shape[TOKENS]
+  for stages in funnels.members:
+    for slots in (length, *funnel_lib.short_lengths(length, stages, causal)):
+      if slots % parts:
+        raise ValueError(
+          f"mesh.sequence={parts} does not divide the {slots} slots that the "
+          f"funnel {format_funnel(stages)} has for length={length}"
+        )
 
 
 def find_model(config: Any) -> GemmaConfig:
@@ -134,8 +163,15 @@ def with_model(
   return config, model_config
 
 
-def make_setup(config: ml_collections.ConfigDict) -> Setup:
+def make_setup(
+  config: ml_collections.ConfigDict,
+  devices: Sequence[jax.Device] | None = None,
+) -> Setup:
   """Checks a configuration whole.
+
+  Args:
+    config: as in configs/quickstart.py.
+    devices: to train on; None is all there are.
 
   Raises:
     ValueError: a value that cannot be, named.
@@ -151,9 +187,8 @@ def make_setup(config: ml_collections.ConfigDict) -> Setup:
   funnels = schedules.make_schedule(
     config, model_config.num_layers, "training to predict tokens"
   )
-  ones = ("steps", "batch_size", "length", "loss_chunk", "log_every",
-          "eval_every", "eval_documents", "heldout_documents",
-          "checkpoint_every", "keep", "latency.batch_size",
+  ones = ("steps", "batch_size", "length", "loss_chunk", "eval_documents",
+          "heldout_documents", "latency.batch_size",
           "latency.length")  # fmt: skip
   zeros = ("z_loss", "seed", "latency.repeats", "distill.logits",
            "distill.hidden", "distill.tokens")  # fmt: skip
@@ -171,8 +206,13 @@ def make_setup(config: ml_collections.ConfigDict) -> Setup:
       f"{funnels.align}, for packing"
     )
   _check_objective(config)
-  mesh = sharding.make_mesh(config.mesh)
+  loop.check_config(config)
+  mesh = sharding.make_mesh(config.mesh, devices)
   check_batch(config, mesh)
+  if model_config.remat == "offload":
+    sharding.check_host_memory(mesh)
+  causal = config.objective != "masked"
+  check_tokens(config.length, funnels, causal, mesh)
   optimizer, schedule = optimizer_lib.make_optimizer(
     config.optimizer, config.steps
   )
@@ -319,25 +359,29 @@ def train(
     ValueError: a mistake in the configuration, the data or the folder.
     FloatingPointError: see `loop.run`.
   """
+  processes.agree(config)
   setup = make_setup(config)
   config = setup.config
   loss = make_loss(setup)
   init, abstract = make_init(setup)  # Fails if the mesh does not fit.
-  checkpoint_lib.claim_workdir(config)
+  # Where data are is a number of rows, whatever the batch.
+  workdir.claim(config, free=("batch_size",))
   corpus = pipeline.load_corpus(
     config.data, setup.model_config.vocab_size, config.workdir
   )
+  part, parts = sharding.row_share(setup.mesh)
   data = pipeline.train_iterator(
     corpus.train,
     corpus.tokenizer,
-    batch_size=config.batch_size // jax.process_count(),
+    batch_size=config.batch_size // parts,
     length=config.length,
     align=setup.funnels.align,
     gap=setup.gap,
     seed=config.data.seed,
+    lanes=config.data.lanes,
     num_workers=config.data.num_workers,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=part,
+    process_count=parts,
   )
   graphdef = nnx.graphdef(Gemma.abstract(setup.model_config, setup.stages))
   evaluate = make_evaluator(corpus, setup)
@@ -347,7 +391,7 @@ def train(
       loop.Job(
         config=config,
         about=f"{count:,} parameters, funnel {format_funnel(setup.stages)}, "
-        f"mesh {dict(setup.mesh.shape)}",
+        + sharding.describe(setup.mesh),
         steps=config.steps,
         mesh=setup.mesh,
         optimizer=setup.optimizer,
@@ -359,10 +403,29 @@ def train(
         member=setup.funnels.at,
         data=data,
         evaluate=lambda w: evaluate(nnx.merge(graphdef, w["params"])),
+        merge=_merge,
+        flops=functools.partial(step_flops, setup),
       )
     )
   model = nnx.merge(graphdef, result.weights["params"])
   return Result(model, corpus, result.steps, result.finished)
+
+
+def _merge(states: list[dict[str, Any]]) -> dict[str, Any]:
+  """Of all processes' data; those that have the same rows have the same lanes."""
+  different = {tuple(sorted(state["lanes"])): state for state in states}
+  return lanes.merge_states(list(different.values()))
+
+
+def step_flops(setup: Setup, stages: schedules.Stages) -> int:
+  """FLOPs of a step, forward and backward, on all devices."""
+  config = setup.config
+  sizes = setup.model_config, config.batch_size, config.length
+  count = lambda f, stages: f(sizes[0], stages, *sizes[1:], causal=setup.causal)
+  total = count(flops.train_step, stages)
+  if config.objective == "distill":
+    total += count(flops.forward, ())
+  return total
 
 
 def _teacher(setup: Setup):

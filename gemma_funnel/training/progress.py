@@ -1,73 +1,187 @@
-"""What a run tells while it goes: lines, metrics.jsonl, TensorBoard."""
+"""What a run tells while it goes: lines, metrics.jsonl, TensorBoard, W&B."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import json
+import math
 import os
-import pathlib
+import tempfile
 import time
+from typing import Any
 
+from etils import epath
 import jax
 import ml_collections
 
+from gemma_funnel.hardware import chip_of
+from gemma_funnel.training import workdir
+
 
 class Metrics:
-  """Progress on the terminal; metrics as JSON lines and for TensorBoard."""
+  """Progress on the terminal; metrics as JSON lines and for dashboards.
+
+  metrics.jsonl has a line for each step ("kind": "train"), one for each line of
+  progress ("speed"), and one for each evaluation ("heldout").
+  """
 
   def __init__(
-    self, config: ml_collections.ConfigDict, step: int, num_steps: int
+    self,
+    config: ml_collections.ConfigDict,
+    step: int,
+    num_steps: int,
+    mesh: jax.sharding.Mesh,
+    clock: Mapping[str, float] = {},
   ):
     """Opens the metrics of a run.
 
     Args:
-      config: `workdir`, `log_every` and `tensorboard` of the run.
+      config: `workdir`, `log_every`, `tensorboard`, `wandb` and
+        `profile_steps` of the run.
       step: steps taken so far; what is written of later ones is dropped.
       num_steps: steps the run has in all.
+      mesh: of the devices that it runs on.
+      clock: of an earlier call, that the run goes on from.
     """
     self._config, self._num_steps = config, num_steps
-    self._first = self._last = (step, time.monotonic())
-    self._slots = 0
-    self._path = pathlib.Path(config.workdir) / "metrics.jsonl"
-    self._board = None
-    if jax.process_index() == 0:
-      _keep_until(self._path, step)
-      if config.tensorboard:
-        import tensorboardX
+    self._first = self._last = None
+    self._slots, self._flops = 0, 0.0
+    # Seconds, all in all, of steps that are part of the run.
+    self._productive = clock.get("productive_s", 0.0)
+    self._started = clock.get("started", time.time())
+    self._away, self._away_since_said = 0.0, 0.0
+    self._devices = list(mesh.devices.flat)
+    self._leads = jax.process_index() == 0
+    self._board = self._wandb = None
+    self._tracing = False
+    if self._leads:
+      self._lines = _Lines(workdir.path_of(config.workdir), step)
+      self._open_boards(step)
 
-        self._board = tensorboardX.SummaryWriter(
-          os.path.join(config.workdir, "tensorboard"), purge_step=step + 1
-        )
+  def _open_boards(self, step: int) -> None:
+    config = self._config
+    if config.tensorboard:
+      import tensorboardX
+
+      self._board = tensorboardX.SummaryWriter(
+        os.path.join(config.workdir, "tensorboard"), purge_step=step + 1
+      )
+    if config.wandb:
+      try:
+        import wandb
+      except ImportError as error:
+        raise ValueError(
+          f"wandb={config.wandb!r} needs the package wandb; expected "
+          "pip install 'gemma-funnel[wandb]'"
+        ) from error
+      # The same run goes on under the same name.
+      self._wandb = wandb.init(
+          project=config.wandb, id=_run_id(config.workdir), resume="allow",
+          config=json.loads(config.to_json()),
+      )  # fmt: skip
 
   def __enter__(self) -> "Metrics":
     return self
 
   def __exit__(self, *_) -> None:
+    if self._tracing:
+      jax.profiler.stop_trace()
+    if self._leads:
+      self._lines.flush()
     if self._board:
       self._board.close()
+    if self._wandb:
+      self._wandb.finish()
 
-  def trained(self, step: int, values: Mapping[str, float], slots: int) -> None:
+  def clock(self) -> dict[str, float]:
+    """What a later call needs to go on counting."""
+    if self._leads:
+      self._lines.flush()
+    return {"started": self._started, "productive_s": self._productive}
+
+  def trace(self, step: int) -> None:
+    """Begins or ends a trace of `profile_steps`, before `step` is taken."""
+    traced = tuple(self._config.profile_steps)
+    if not traced or not self._leads:
+      return
+    if step == traced[0]:
+      folder = os.path.join(self._config.workdir, "profile")
+      jax.profiler.start_trace(folder)
+      self._tracing = True
+      self._say(step, f"tracing to step {traced[1]}, into {folder}")
+    elif self._tracing and step > traced[1]:
+      jax.profiler.stop_trace()
+      self._tracing = False
+
+  @contextlib.contextmanager
+  def elsewhere(self) -> Iterator[None]:
+    """Of what is no training: an evaluation, a checkpoint."""
+    start = time.monotonic()
+    yield
+    self._away += time.monotonic() - start
+
+  def trained(
+    self,
+    step: int,
+    values: Mapping[str, float],
+    slots: int,
+    flops: float | None = None,
+  ) -> None:
     """Takes the metrics of a step; tells of every `log_every`-th.
 
     Args:
       step: its number, from 1.
       values: "loss", "learning_rate" and "grad_norm", and any others.
       slots: tokens of its batch, padding included.
+      flops: that its step takes on all devices; None is not known.
     """
     self._write(step, "train", values)
-    self._slots += slots
+    now = time.monotonic()
+    if self._first is None:
+      # A first step compiles: what it took says nothing of the next ones.
+      self._first = self._last = (step, now)
+      self._away = 0.0
+    else:
+      self._slots += slots
+      self._flops += flops if flops is not None else math.nan
     if step % self._config.log_every and step != self._num_steps:
       return
-    now = time.monotonic()
-    seconds, slots = now - self._last[1], self._slots
-    self._last, self._slots = (step, now), 0
-    left = self._num_steps - step
-    mean_seconds = (now - self._first[1]) / (step - self._first[0])
-    self._say(
-      step,
-      f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-      f"grad {values['grad_norm']:.2f}  "
-      f"{slots / max(seconds, 1e-9):,.0f} tokens/s  "
-      f"ETA {duration(left * mean_seconds)}",
-    )
+    said = f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+    said += f"grad {values['grad_norm']:.2f}"
+    if step > self._last[0]:
+      said += self._speed(step, now)
+    self._say(step, said)
+
+  def _speed(self, step: int, now: float) -> str:
+    """Counts and tells of the steps since the last time."""
+    seconds = max(now - self._last[1] - self._away, 1e-9)
+    self._productive += seconds
+    values = {
+      "tokens_per_s": self._slots / seconds,
+      "step_s": seconds / (step - self._last[0]),
+      "goodput": self._productive / max(time.time() - self._started, 1e-9),
+    }
+    said = f"  {values['tokens_per_s']:,.0f} tokens/s"
+    chip = chip_of(self._devices[0])
+    if chip and math.isfinite(self._flops):
+      peak = chip.flops * len(self._devices)
+      values["mfu"] = self._flops / seconds / peak
+      said += f"  MFU {values['mfu']:.1%}"
+    stats = self._devices[0].memory_stats() if chip else None
+    if stats and "peak_bytes_in_use" in stats:
+      values["peak_bytes"] = stats["peak_bytes_in_use"]
+      said += f"  {values['peak_bytes'] / 2**30:.1f} GiB"
+    self._write(step, "speed", values)
+    left = (self._num_steps - step) * values["step_s"]
+    self._last, self._slots, self._flops = (step, now), 0, 0.0
+    self._away = 0.0
+    return said + f"  ETA {duration(left)}"
+
+  def rewind(self, step: int) -> None:
+    """Drops what was written of steps after `step`."""
+    if self._leads:
+      self._lines.keep_until(step)
+    self._last, self._slots, self._flops = (step, time.monotonic()), 0, 0.0
+    self._away = 0.0
 
   def evaluated(self, step: int, values: Mapping[str, float]) -> None:
     """Takes held-out metrics, and tells of them."""
@@ -80,21 +194,60 @@ class Metrics:
     self._say(step, f"held out: {told}")
 
   def _say(self, step: int, text: str) -> None:
-    if jax.process_index() == 0:
+    if self._leads:
       print(f"step {step}/{self._num_steps}  {text}", flush=True)
 
-  def _write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-    if jax.process_index() != 0:
+  def _write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+    if not self._leads:
       return
-    with self._path.open("a") as f:
-      f.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+    self._lines.add({"step": step, "kind": kind, **values})
+    known = {name: x for name, x in values.items() if x is not None}
     if self._board:
-      for name, value in values.items():
-        if value is not None:
-          self._board.add_scalar(f"{kind}/{name}", value, step)
+      for name, value in known.items():
+        self._board.add_scalar(f"{kind}/{name}", value, step)
+    if self._wandb:
+      named = {f"{kind}/{name}": value for name, value in known.items()}
+      self._wandb.log(named, step=step)
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
+def _run_id(folder: str) -> str:
+  return folder.strip("/").replace("/", "-").replace(":", "")
+
+
+class _Lines:
+  """metrics.jsonl of a run's folder.
+
+  A bucket's files cannot be added to: there the file is kept here, and copied
+  whole when it is flushed.
+  """
+
+  def __init__(self, folder: epath.Path, step: int):
+    self._path = folder / "metrics.jsonl"
+    self._remote = None
+    if "://" in os.fspath(folder):
+      self._remote = self._path
+      temporary = tempfile.mkdtemp(prefix="gemma_funnel_")
+      self._path = epath.Path(temporary) / "metrics.jsonl"
+      if self._remote.exists():
+        self._path.write_text(self._remote.read_text())
+    self.keep_until(step)
+
+  def add(self, entry: Mapping[str, Any]) -> None:
+    # JSON has no numbers that are not finite.
+    is_odd = lambda x: isinstance(x, float) and not math.isfinite(x)
+    entry = {k: None if is_odd(x) else x for k, x in entry.items()}
+    with self._path.open("a") as f:
+      f.write(json.dumps(entry) + "\n")
+
+  def flush(self) -> None:
+    if self._remote is not None and self._path.exists():
+      self._remote.write_text(self._path.read_text())
+
+  def keep_until(self, step: int) -> None:
+    _keep_until(self._path, step)
+
+
+def _keep_until(path: epath.Path, step: int) -> None:
   """Drops the lines of steps that are about to be taken again."""
   if not path.exists():
     return
@@ -105,9 +258,7 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
         kept.append(line + "\n")
     except json.JSONDecodeError:
       continue  # A line cut short by a kill.
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(kept))
-  os.replace(temporary, path)
+  workdir.write_atomically(path, "".join(kept))
 
 
 def duration(seconds: float) -> str:

@@ -1,56 +1,91 @@
 """Where things live: a mesh, and a table of (parameter path, spec) rules."""
 
 from collections.abc import Sequence
+import functools
 import math
 import re
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import ml_collections
 import numpy as np
 
+from gemma_funnel.mesh import AXES, HEADS, ROWS, TOKENS, WIDTH
 from gemma_funnel.training.optimizer import path_of
 
-AXES = ("data", "fsdp", "tensor")
-
-# Rows of a batch are split over both axes that hold no part of a layer.
-BATCH = P(("data", "fsdp"))
+# Of rows of tokens, and all else that a batch has for each token.
+BATCH = P(ROWS, TOKENS)
 
 # The first rule whose pattern is found in a path applies, to the parameter and
 # to the optimizer's moments of it. Heads, the MLP's width and the vocabulary
-# are split over "tensor"; the model width over "fsdp". The leading axis of
-# layers is the depth; what a funnel learns has none.
+# are split over "tensor"; the model width over "fsdp" and "sequence", whose
+# devices all work with the whole of it: they gather it layer by layer. The
+# leading axis of layers is the depth; what a funnel learns has none.
 RULES: tuple[tuple[str, P], ...] = (
-  (r"funnel/\d+/attend/attn/(query|key|value)$", P("fsdp", "tensor", None)),
-  (r"funnel/\d+/attend/attn/out$", P("tensor", None, "fsdp")),
+  (r"funnel/\d+/attend/attn/(query|key|value)$", P(WIDTH, HEADS, None)),
+  (r"funnel/\d+/attend/attn/out$", P(HEADS, None, WIDTH)),
   (r"funnel/\d+/(pool_query|gate)$", P()),
-  (r"embedding$", P("tensor", "fsdp")),
-  (r"attn/(query|key|value)$", P(None, "fsdp", "tensor", None)),
-  (r"attn/out$", P(None, "tensor", None, "fsdp")),
-  (r"mlp/(gate|up)$", P(None, "fsdp", "tensor")),
-  (r"mlp/down$", P(None, "tensor", "fsdp")),
+  (r"embedding$", P(HEADS, WIDTH)),
+  (r"attn/(query|key|value)$", P(None, WIDTH, HEADS, None)),
+  (r"attn/out$", P(None, HEADS, None, WIDTH)),
+  (r"mlp/(gate|up)$", P(None, WIDTH, HEADS)),
+  (r"mlp/down$", P(None, HEADS, WIDTH)),
   (r"scale$", P()),
   # What is trained on top of a model is small.
   (r"head/\w+$", P()),
-  (r"(count|step|value|waited)$", P()),
+  (r"(count|step|value|waited|ns_coeffs)$", P()),
 )
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """One device an axis, and "data" of as many as are left."""
+  return ml_collections.ConfigDict({**dict.fromkeys(AXES, 1), "data": -1})
 
 
 def make_mesh(
   config: ml_collections.ConfigDict,
   devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-  """A mesh with the axes "data", "fsdp" and "tensor".
+  """A mesh with the axes `mesh.AXES`.
+
+  Neighbours along an axis are neighbours in the network of a slice as far as
+  jax knows it; only "slice" crosses from one slice of TPUs to another.
 
   Args:
     config: the size of each axis; one of them may be -1, for what is left.
     devices: what it is made of; None is all there are.
 
   Raises:
-    ValueError: the sizes do not make up the number of devices.
+    ValueError: the sizes do not make up the number of devices, or an axis
+      would cross slices.
   """
   devices = jax.devices() if devices is None else devices
+  sizes = _axis_sizes(config, len(devices))
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  if slices > 1 and sizes["slice"] != slices:
+    raise ValueError(
+      f"mesh.slice={sizes['slice']}: the {len(devices)} devices are of "
+      f"{slices} slices; expected slice={slices}"
+    )
+  if slices > 1:
+    within = (1, *list(sizes.values())[1:])
+    across = (slices, *[1] * (len(AXES) - 1))
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+  else:
+    grid = mesh_utils.create_device_mesh(
+      tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+  types = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return jax.sharding.Mesh(grid, AXES, types)
+
+
+def _axis_sizes(
+  config: ml_collections.ConfigDict, count: int
+) -> dict[str, int]:
+  if set(config) != set(AXES):
+    raise ValueError(f"mesh has the axes {list(config)}: expected {list(AXES)}")
   sizes = {axis: config[axis] for axis in AXES}
   free = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
@@ -58,22 +93,45 @@ def make_mesh(
     raise ValueError(
       f"mesh {sizes}: expected sizes >= 1, and -1 for one axis at most"
     )
-  if free and len(devices) % known == 0:
-    sizes[free[0]] = len(devices) // known
-  if math.prod(sizes.values()) != len(devices):
-    raise ValueError(f"mesh {sizes} does not divide {len(devices)} devices")
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    AXES,
-    (jax.sharding.AxisType.Auto,) * len(AXES),
-    devices=devices,
-  )
+  if free and count % known == 0:
+    sizes[free[0]] = count // known
+  if math.prod(sizes.values()) != count:
+    raise ValueError(f"mesh {sizes} does not divide {count} devices")
+  return sizes
+
+
+def describe(mesh: jax.sharding.Mesh) -> str:
+  """Such as "8 devices (data 4, tensor 2)"."""
+  axes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
+  return f"{mesh.size} devices ({', '.join(axes)})" if axes else "1 device"
+
+
+def check_host_memory(mesh: jax.sharding.Mesh) -> None:
+  """Checks that devices can keep arrays in their host's memory.
+
+  Raises:
+    ValueError: they cannot.
+  """
+  device = mesh.devices.flat[0]
+  kinds = [memory.kind for memory in device.addressable_memories()]
+  if "pinned_host" not in kinds:
+    raise ValueError(
+      f"model.remat='offload': {device.platform} has the memories {kinds}; "
+      "expected pinned_host. Choose 'dots' or 'block'"
+    )
+
+
+def parts(spec: P, mesh: jax.sharding.Mesh) -> list[int]:
+  """How many parts each dimension of a spec is split into."""
+  axes = ((a,) if isinstance(a, str) else a or () for a in spec)
+  return [math.prod(mesh.shape[axis] for axis in group) for group in axes]
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
   """The spec of the parameter (or moment) at `path`.
 
-  Key and value heads fewer than the "tensor" axis are kept whole (MQA).
+  Key and value heads fewer than the "tensor" axis are kept whole (MQA), and so
+  is a dimension of size 1.
 
   Raises:
     ValueError: no rule, or a dimension that the mesh does not divide.
@@ -82,13 +140,19 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
   if spec is None:
     raise ValueError(f"no sharding rule for parameter {path!r}")
   spec = P(*spec, *[None] * (len(shape) - len(spec)))
-  if re.search(r"attn/(key|value)$", path) and shape[-2] % mesh.shape["tensor"]:
+  if re.search(r"attn/(key|value)$", path) and shape[-2] % mesh.shape[HEADS]:
     spec = P(*spec[:-2], None, None)
-  for size, axis in zip(shape, spec, strict=True):
-    if axis is not None and size % mesh.shape[axis]:
+  # Of a mean over some of the axes of a parameter (Adafactor's), or one of one.
+  spec = P(
+    *[a if size > 1 else None for a, size in zip(spec, shape, strict=True)]
+  )
+  for size, axes, count in zip(shape, spec, parts(spec, mesh), strict=True):
+    if size % count:
+      names = (axes,) if isinstance(axes, str) else axes
       raise ValueError(
-        f"mesh axis {axis}={mesh.shape[axis]} does not divide {size}, a "
-        f"dimension of {path} {shape}"
+        "mesh axes "
+        + " x ".join(f"{a}={mesh.shape[a]}" for a in names)
+        + f" do not divide {size}, a dimension of {path} {shape}"
       )
   return spec
 
@@ -114,19 +178,60 @@ def cache_sharding(
 
   Rows and heads lie as in training, where the mesh divides them.
   """
-  whole = rows % (mesh.shape["data"] * mesh.shape["fsdp"])
-  heads = kv_heads % mesh.shape["tensor"]
+  by_row, by_head = parts(P(ROWS, HEADS), mesh)
   return NamedSharding(
-    mesh, P(None if whole else BATCH[0], None if heads else "tensor")
+    mesh,
+    P(None if rows % by_row else ROWS, None if kv_heads % by_head else HEADS),
   )
+
+
+@functools.lru_cache(maxsize=8)
+def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+  """(index, count): which of as many equal parts of a batch is this process's.
+
+  Processes whose devices differ in other axes alone have the same rows.
+
+  Raises:
+    ValueError: the mesh gives processes overlapping parts of the rows.
+  """
+  count = parts(BATCH, mesh)[0]
+  rows = NamedSharding(mesh, P(ROWS)).devices_indices_map((count,))
+  shares: dict[int, set[int]] = {}
+  for device, (part,) in rows.items():
+    start = part.start or 0
+    shares.setdefault(device.process_index, set()).add(start)
+  different = sorted({tuple(sorted(share)) for share in shares.values()})
+  if sum(map(len, different)) != count or len({*map(len, different)}) > 1:
+    raise ValueError(
+      f"mesh {dict(mesh.shape)} gives the {len(shares)} processes rows that "
+      "overlap: expected the axes that split rows "
+      f"({', '.join(ROWS)}), or the others, to make up whole processes"
+    )
+  own = tuple(sorted(shares[jax.process_index()]))
+  return different.index(own), len(different)
 
 
 def put_batch(
   batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
-  """Makes this process's rows its part of the global batch."""
-  sharding = NamedSharding(mesh, BATCH)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, rows)
-    for name, rows in batch.items()
-  }
+  """Makes this process's share of the rows its part of the global batch.
+
+  Args:
+    batch: arrays [rows, ..] of `row_share(mesh)`; those of [rows, T, ..] are
+      split over tokens too.
+    mesh: where it goes.
+  """
+  index, count = row_share(mesh)
+
+  def put(x: np.ndarray) -> jax.Array:
+    shape = (len(x) * count, *x.shape[1:])
+    sharding = NamedSharding(mesh, P(*BATCH[: x.ndim]))
+    first = index * len(x)
+
+    def part(at):
+      start, stop, _ = at[0].indices(shape[0])
+      return x[(slice(start - first, stop - first), *at[1:])]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return jax.tree.map(put, batch)

@@ -1,0 +1,172 @@
+"""Worker processes that prepare rows ahead, and end with whoever started them.
+
+Grain's own (mp_prefetch) deal whole batches out, so that the order depends on
+how many there are. These are told which rows to make.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+import itertools
+import multiprocessing
+from multiprocessing import connection
+import os
+import pickle
+import queue
+import threading
+import traceback
+from typing import Any
+
+# Rows that a worker has ready and nobody has taken.
+_AHEAD = 64
+
+Rows = Callable[[], Iterator[Any]]
+
+
+def end_with_parent() -> None:
+  """In a child process: ends it as soon as its parent has ended.
+
+  However the parent ends, SIGKILL included: what is waited for is its end of a
+  pipe, which the system closes.
+  """
+  parent = multiprocessing.parent_process()
+
+  def watch():
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+def _portable(error: Exception) -> Exception:
+  """The error itself if another process can read it."""
+  try:
+    pickle.loads(pickle.dumps(error))
+    return error
+  except Exception:
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _work(make: Rows, to_parent: connection.Connection) -> None:
+  """Sends what `make` yields, and at last None or the error it ends with."""
+  end_with_parent()
+  ready = queue.Queue(_AHEAD)
+
+  def send():
+    # An OSError: the parent no longer listens.
+    with contextlib.suppress(OSError):
+      for message in iter(ready.get, None):
+        to_parent.send_bytes(message)
+    os._exit(0)
+
+  sender = threading.Thread(target=send)
+  sender.start()
+  try:
+    for item in make():
+      # Pickled here: the state that comes with a row may change with the next.
+      ready.put(pickle.dumps((item, None, "")))
+  except Exception as e:
+    text = "".join(traceback.format_exception(e))
+    ready.put(pickle.dumps((None, _portable(e), text)))
+  ready.put(None)
+  sender.join()
+
+
+class Workers:
+  """Processes, each with its own endless rows; `take(i)` is one's next."""
+
+  def __init__(self, makes: Sequence[Rows]):
+    """Starts them.
+
+    Args:
+      makes: of each process what it calls, which has to be picklable.
+    """
+    context = multiprocessing.get_context("spawn")
+    self._processes, self._pipes = [], []
+    for make in makes:
+      receiver, sender = context.Pipe(duplex=False)
+      process = context.Process(target=_work, args=(make, sender), daemon=True)
+      process.start()
+      # Or the pipe would not end with the worker.
+      sender.close()
+      self._processes.append(process)
+      self._pipes.append(receiver)
+
+  def take(self, i: int) -> Any:
+    """The next item of process i.
+
+    Raises:
+      Exception: what it raised, with its traceback as a note.
+      RuntimeError: it has ended otherwise.
+    """
+    try:
+      item, error, text = pickle.loads(self._pipes[i].recv_bytes())
+    except EOFError as e:
+      self._processes[i].join()
+      raise RuntimeError(
+        f"worker process {i} of data.num_workers={len(self._processes)} ended "
+        f"with exit code {self._processes[i].exitcode}; -9 is often a lack of "
+        "memory"
+      ) from e
+    if error is not None:
+      error.add_note(f"In worker process {i}:\n{text}")
+      raise error
+    return item
+
+  def close(self) -> None:
+    """Ends them; may be called again."""
+    for pipe, process in zip(self._pipes, self._processes, strict=True):
+      pipe.close()
+      process.kill()  # They hold nothing that has to be put away.
+    for process in self._processes:
+      process.join()
+      process.close()
+    self._pipes, self._processes = [], []
+
+
+def ordered_map(
+  function: Callable[[Any], Any],
+  items: Iterable[Any],
+  num_workers: int,
+  initializer: Callable[..., None],
+  initargs: tuple[Any, ...],
+) -> Iterator[Any]:
+  """`map`, in worker processes if there are any, a few items ahead.
+
+  Args:
+    function: picklable, as are items and results.
+    items: what it is called with; results come in their order.
+    num_workers: processes; with 0 it is called here.
+    initializer: called with `initargs` first, here or in each process.
+    initargs: picklable.
+
+  Raises:
+    Exception: whatever the function raises.
+    RuntimeError: a process ended.
+  """
+  if not num_workers:
+    initializer(*initargs)
+    yield from map(function, items)
+    return
+  from concurrent import futures
+
+  items = iter(items)
+  with futures.ProcessPoolExecutor(
+      num_workers, multiprocessing.get_context("spawn"),
+      _initialize, (initializer, initargs),
+  ) as pool:  # fmt: skip
+    ahead = itertools.islice(items, 4 * num_workers)
+    pending = [pool.submit(function, item) for item in ahead]
+    try:
+      while pending:
+        yield pending.pop(0).result()
+        pending += [
+          pool.submit(function, i) for i in itertools.islice(items, 1)
+        ]
+    finally:
+      for future in pending:
+        future.cancel()
+
+
+def _initialize(initializer, initargs) -> None:
+  end_with_parent()
+  initializer(*initargs)

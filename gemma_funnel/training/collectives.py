@@ -1,0 +1,184 @@
+"""What devices send each other in a compiled program, read from its text.
+
+XLA's text names the computations that a loop, a fusion or a call runs, and how
+often a loop does where that is known; each collective operation has its result's
+shape, and the groups of partitions that take part.
+"""
+
+import collections
+from collections.abc import Iterator
+import dataclasses
+import math
+import re
+
+import jax
+import numpy as np
+
+_BITS = {
+  "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16,
+  "f16": 16, "bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64,
+  "u64": 64, "f64": 64, "f8e4m3fn": 8, "f8e5m2": 8,
+}  # fmt: skip
+KINDS = (
+  "all-gather", "all-reduce", "reduce-scatter", "all-to-all",
+  "collective-permute",
+)  # fmt: skip
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)[^=]*\{\s*$")
+_OPERATION = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\((.*)$")
+_CALLED = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r"known_trip_count[^0-9]*(\d+)")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_GROUPS = re.compile(
+  r"replica_groups=(\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
+)
+_PAIRS = re.compile(r"source_target_pairs=(\{\{.*?\}\})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """An operation, and what each device sends for it in a step.
+
+  Attributes:
+    kind: one of KINDS.
+    axes: of the mesh, that its groups lie along.
+    bytes: that a device sends, in all the times that it runs.
+    times: how often that is; at least, where a loop's count is not known.
+  """
+
+  kind: str
+  axes: tuple[str, ...]
+  bytes: float
+  times: int
+
+
+def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
+  """The collective operations of a compiled program.
+
+  Args:
+    text: `compiled.as_text()`.
+    mesh: that it was compiled for; partitions are its devices in order.
+  """
+  computations = dict(_computations(text))
+  times = _times(computations, text)
+  found = []
+  for name, lines in computations.items():
+    for line in lines:
+      match = _OPERATION.search(line)
+      if not match or not times[name]:
+        continue
+      result, kind, is_start, _ = match.groups()
+      groups = _groups(line, mesh.size)
+      if groups is None:
+        continue
+      size = _bytes(result, largest=bool(is_start))
+      sent = size * _share(kind, groups.shape[1])
+      axes = _axes(groups, mesh)
+      if axes:
+        found.append(Collective(kind, axes, sent * times[name], times[name]))
+  return found
+
+
+def bytes_by_axis(found: list[Collective]) -> dict[str, float]:
+  """Bytes that a device sends in a step, by axes such as "fsdp" or "data+fsdp"."""
+  sums = collections.Counter()
+  for one in found:
+    sums["+".join(one.axes)] += one.bytes
+  return dict(sums)
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+  name, lines = None, []
+  for line in text.splitlines():
+    if name is None:
+      match = _COMPUTATION.match(line)
+      if match and not line.startswith("HloModule"):
+        name, lines = match[1], []
+        if line.startswith("ENTRY"):
+          lines.append("ENTRY")
+    elif line.startswith("}"):
+      yield name, lines
+      name = None
+    else:
+      lines.append(line)
+
+
+def _times(computations: dict[str, list[str]], text: str):
+  """How often each computation runs in one call of the program."""
+  del text
+  calls = collections.defaultdict(list)
+  entry = next(n for n, lines in computations.items() if lines[:1] == ["ENTRY"])
+  for name, lines in computations.items():
+    for line in lines:
+      trips = _TRIPS.search(line) if " while(" in line else None
+      often = int(trips[1]) if trips else 1
+      called = _CALLED.findall(line)
+      for names in _BRANCHES.findall(line):
+        called += [n.strip().lstrip("%") for n in names.split(",")]
+      calls[name] += [(callee, often) for callee in called]
+  times = collections.Counter({entry: 1})
+  # Callees are written before their callers.
+  for name in reversed(list(computations)):
+    for callee, often in calls[name]:
+      if callee in computations:
+        times[callee] += times[name] * often
+  return times
+
+
+def _bytes(result: str, largest: bool) -> float:
+  """Of a result's shape; a start's result has the operand's too."""
+  sizes = []
+  for dtype, dims in _SHAPE.findall(result):
+    if dtype in _BITS:
+      count = math.prod(int(d) for d in dims.split(",") if d)
+      sizes.append(count * _BITS[dtype] / 8)
+  if not sizes:
+    return 0.0
+  return max(sizes) if largest else sum(sizes)
+
+
+def _share(kind: str, group: int) -> float:
+  """Bytes sent by a device for each byte of the result, by ring algorithms."""
+  rest = (group - 1) / group
+  return {
+    "all-gather": rest,
+    "all-reduce": 2 * rest,
+    "reduce-scatter": group - 1,
+    "all-to-all": rest,
+    "collective-permute": 1.0,
+  }[kind]
+
+
+def _groups(line: str, size: int) -> np.ndarray | None:
+  """Partitions that take part together, [groups, members]; None is none."""
+  pairs = _PAIRS.search(line)
+  if pairs:
+    rows = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+    moved = [(int(a), int(b)) for a, b in rows if a != b]
+    return np.asarray(moved) if moved else None
+  match = _GROUPS.search(line)
+  if not match:
+    return np.arange(size)[None]  # All of them.
+  text = match[1]
+  if text.startswith("{{"):
+    rows = re.findall(r"\{([\d,]+)\}", text)
+    return np.asarray([[int(x) for x in row.split(",")] for row in rows])
+  shape, dims, order = re.fullmatch(
+    r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+  ).groups()
+  numbers = lambda t: [int(x) for x in t.split(",")]
+  ids = np.arange(math.prod(numbers(dims))).reshape(numbers(dims))
+  if order:
+    ids = ids.transpose(numbers(order))
+  shape = numbers(shape)
+  return ids.reshape(shape[0], -1) if len(shape) > 1 else ids.reshape(1, -1)
+
+
+def _axes(groups: np.ndarray, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+  """The axes along which the members of a group differ."""
+  sizes = tuple(mesh.shape.values())
+  places = np.stack(np.unravel_index(groups, sizes), axis=-1)
+  differ = (places != places[:, :1]).any(axis=(0, 1))
+  return tuple(
+    axis for axis, along in zip(mesh.axis_names, differ, strict=True) if along
+  )

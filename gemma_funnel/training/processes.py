@@ -1,0 +1,200 @@
+"""Several processes as one run: how they meet, agree and tell each other."""
+
+from collections.abc import Callable
+import hashlib
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import ml_collections
+import numpy as np
+
+# The host's clocks may be so many seconds apart: what is told of times, and
+# when to save, goes by them.
+_CLOCKS_APART = 60.0
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+def join(
+  how: str = "off",
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  timeout_s: float = 50.0,
+) -> None:
+  """Joins the other processes of a run; to be called before jax is used.
+
+  A process that does not meet all others within the time ends, with a line that
+  says what it waited for: jax itself would abort.
+
+  Args:
+    how: "off", one process; or "auto", what jax finds of the cluster (Cloud TPU,
+      GKE, SLURM, Open MPI).
+    coordinator: HOST:PORT of process 0, where jax cannot find it.
+    num_processes: how many there are, with `coordinator`.
+    process_id: which this is, with `coordinator`.
+    timeout_s: for all of them to meet.
+
+  Raises:
+    ValueError: options that do not go together.
+  """
+  explicit = (coordinator, num_processes, process_id)
+  if how not in ("off", "auto"):
+    raise ValueError(f"--distributed={how!r}: expected 'off' or 'auto'")
+  if any(x is not None for x in explicit):
+    if any(x is None for x in explicit):
+      raise ValueError(
+        "--coordinator, --num_processes and --process_id go together; found "
+        f"{coordinator!r}, {num_processes}, {process_id}"
+      )
+    if not 0 <= process_id < num_processes:
+      raise ValueError(
+        f"--process_id={process_id}: expected 0 to {num_processes - 1}"
+      )
+    _address(coordinator)
+  elif how == "off":
+    return
+  what = "all processes that jax finds of this cluster"
+  if coordinator:
+    what = f"{num_processes} processes at {coordinator}"
+  give_up = threading.Timer(timeout_s, _give_up, (what, timeout_s, *explicit))
+  give_up.daemon = True
+  give_up.start()
+  try:
+    # Longer than ours: jax ends the process in its own words when it is over.
+    jax.distributed.initialize(
+      *explicit, initialization_timeout=round(timeout_s) + 60
+    )
+  except (ValueError, RuntimeError) as error:
+    raise ValueError(f"cannot join {what}: {error}") from error
+  finally:
+    give_up.cancel()
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdecimal():
+    raise ValueError(f"--coordinator={coordinator!r}: expected HOST:PORT")
+  return host, int(port)
+
+
+def _give_up(what, timeout_s, coordinator, num_processes, process_id) -> None:
+  del num_processes
+  why = "some of them have not come"
+  if coordinator and process_id:
+    try:
+      socket.create_connection(_address(coordinator), timeout=2).close()
+      why = "it answers, so other processes have not come"
+    except OSError as error:
+      why = f"process 0 is not there: {error}"
+  print(
+    f"error: waited {timeout_s:.0f} s for {what}: {why}", file=sys.stderr,
+    flush=True,
+  )  # fmt: skip
+  os._exit(1)
+
+
+def gather(value: Any) -> list[Any]:
+  """What each process has for `value`, which JSON can hold, in their order.
+
+  Each process has to call it at the same point.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.asarray([own.size])).ravel()
+  padded = np.pad(own, (0, int(sizes.max()) - own.size))
+  rows = np.asarray(multihost_utils.process_allgather(padded))
+  return [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(rows, sizes, strict=True)
+  ]
+
+
+def first(value: Any) -> Any:
+  """What process 0 has for `value`."""
+  return gather(value if jax.process_index() == 0 else None)[0]
+
+
+def result_of(function: Callable[[], Any]) -> dict[str, Any]:
+  """What a function gives, or the mistake it names, to be told of."""
+  try:
+    return {"value": function()}
+  except ValueError as error:
+    return {"error": str(error)}
+
+
+def value_of(result: dict[str, Any]) -> Any:
+  """What `result_of` is of, of this process or another.
+
+  Raises:
+    ValueError: the mistake.
+  """
+  if "error" in result:
+    raise ValueError(result["error"])
+  return result["value"]
+
+
+def agree(config: ml_collections.ConfigDict) -> None:
+  """Checks that all processes are about to do the same.
+
+  Raises:
+    ValueError: configurations, versions of the code or of jax, numbers of
+      devices or clocks that differ, named with the processes.
+  """
+  if jax.process_count() == 1:
+    return
+  flat = _flat(json.loads(config.to_json()))
+  own = {
+    "time": time.time(),
+    "host": socket.gethostname(),
+    "code": _code_digest(),
+    "jax": jax.__version__,
+    "local devices": jax.local_device_count(),
+    "config": flat,
+  }
+  everyone = gather(own)
+  lead = everyone[0]
+  for number, other in enumerate(everyone[1:], 1):
+    who = f"process {number} ({other['host']}) and process 0 ({lead['host']})"
+    keys = sorted(lead["config"].keys() | other["config"].keys())
+    for key in keys:
+      a, b = other["config"].get(key), lead["config"].get(key)
+      if a != b:
+        raise ValueError(f"{who} differ in config.{key}: {a!r} and {b!r}")
+    for name in ("code", "jax", "local devices"):
+      if other[name] != lead[name]:
+        raise ValueError(
+          f"{who} differ in {name}: {other[name]} and {lead[name]}"
+        )
+    apart = other["time"] - lead["time"]
+    if abs(apart) > _CLOCKS_APART:
+      raise ValueError(
+        f"{who} have clocks that are {apart:+.0f} s apart: expected at most "
+        f"{_CLOCKS_APART:.0f}"
+      )
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def _code_digest() -> str:
+  digest = hashlib.sha256()
+  for path in sorted(_PACKAGE.rglob("*.py")):
+    digest.update(path.relative_to(_PACKAGE).as_posix().encode())
+    digest.update(path.read_bytes())
+  return digest.hexdigest()[:12]

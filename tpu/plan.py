@@ -1,0 +1,115 @@
+r"""What a pretraining takes on a slice that is not at hand, before it is paid for.
+
+  python tpu/plan.py --config=configs/pretrain_gemma2_2b.py --topology=v5p:4x4x4
+  python tpu/plan.py --config=configs/pretrain_gemma2_2b.py \
+    --topology=v5e:16x16 --search
+
+Compiles the real step for the slice (on this machine, with the extra "tpu"),
+and prints bytes a chip by kind, whether they fit, FLOPs, what chips send each
+other by mesh axis, and the least time of a step. --search tries meshes and
+remats, the most promising first. --out writes plan.json and plan.md.
+"""
+
+import json
+import math
+import os
+import pathlib
+
+# The devices are described: none is opened.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+from absl import flags  # noqa: E402
+
+from gemma_funnel import cli  # noqa: E402
+from gemma_funnel.training import ahead  # noqa: E402
+
+flags.DEFINE_string("topology", None, "Such as v5p:4x4x4, v5e:16x16, v6e:8x8.")
+flags.DEFINE_integer("slices", 1, "Slices of it (mesh.slice).")
+flags.DEFINE_bool("search", False, "Try meshes and remats.")
+flags.DEFINE_integer("most", 6, "Compilations of a search.")
+flags.DEFINE_string("out", None, "A folder for plan.json and plan.md.")
+flags.mark_flag_as_required("topology")
+
+_HEADER = (
+  "| mesh | remat | fits | parameters | optimizer | activations | temporaries "
+  "| total of GiB | PFLOP a step | sent GiB | compute / send / memory s "
+  "| least step s | MFU at most |"
+)
+
+
+def run(config) -> None:
+  """Prints the plan, or those of a search."""
+  values = flags.FLAGS
+  config.mesh.slice = values.slices
+  devices = ahead.slice_devices(values.topology, values.slices)
+  kind = devices[0].device_kind
+  what = f"{len(devices)} x {kind} ({values.topology}" + (
+    f", {values.slices} slices)" if values.slices > 1 else ")"
+  )
+  shape = f"batch {config.batch_size} x {config.length}, funnel {config.funnel}"
+  lines = [f"{what}: {shape}", "", _HEADER, "|" + "---|" * _HEADER.count(" |")]
+  print("\n".join(lines), flush=True)
+  found = []
+  plans = (
+    ahead.search(config, devices, most=values.most)
+    if values.search
+    else [ahead.plan(config, devices)]
+  )
+  for plan in plans:
+    found.append(plan)
+    lines.append(_line(plan))
+    print(lines[-1], flush=True)
+  lines += ["", _verdict(found, len(devices))]
+  print("\n".join(lines[-2:]), flush=True)
+  if values.out:
+    folder = pathlib.Path(values.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.md").write_text("\n".join(lines) + "\n")
+    record = dict(
+      topology=values.topology, slices=values.slices, device=kind,
+      devices=len(devices), config=json.loads(config.to_json()),
+      plans=[ahead.as_row(plan) for plan in found],
+    )  # fmt: skip
+    (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _line(plan: ahead.Plan) -> str:
+  row = ahead.as_row(plan)
+  if plan.error is not None:
+    return (
+      f"| {row['mesh']} | {row['remat']} | no | {row['parameters']:.2f} "
+      f"| {row['optimizer']:.2f} | {plan.error} |" + " |" * 7
+    )
+  sent = ", ".join(f"{a} {x:.2f}" for a, x in row["sent"].items()) or "none"
+  times = " / ".join(
+    f"{row[name]:.3g}" for name in ("compute_s", "send_s", "memory_s")
+  )
+  return (
+    f"| {row['mesh']} | {row['remat']} | {row['fits']} "
+    f"| {row['parameters']:.2f} | {row['optimizer']:.2f} "
+    f"| {row['activations']:.2f} | {row['temporaries']:.2f} "
+    f"| {row['total']:.2f} of {row['of']:.0f} | {row['flops'] / 1e15:.2f} "
+    f"| {sent} | {times} | {row['step_s']:.3g} | {row['mfu_bound']:.0%} |"
+  )
+
+
+def _verdict(found: list[ahead.Plan], count: int) -> str:
+  fitting = [plan for plan in found if plan.fits]
+  if not found:
+    return "No mesh divides the model, the batch and the devices."
+  if not fitting:
+    return f"Nothing fits on {count} chips: more of them, or larger ones."
+  best = min(fitting, key=lambda plan: plan.step_s)
+  flags_of = [
+    f"--config.mesh.{axis}={size}" for axis, size in best.mesh.items()
+  ]
+  chips = math.prod(best.mesh.values())
+  return (
+    f"Fastest that fits on {chips} chips: {' '.join(flags_of)} "
+    f"--config.model.remat={best.remat}"
+  )
+
+
+if __name__ == "__main__":
+  cli.main(run)
