@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import pretrain
+from gemma_funnel.training import loop, pretrain
 
 # Long enough to be interrupted in the middle.
 STEPS = 120
@@ -235,3 +235,161 @@ def test_a_configuration_that_cannot_be(changes, text):
   config = tiny_run.make_config("unused", "unused", **changes)
   with pytest.raises(ValueError, match=text):
     pretrain.make_setup(config)
+
+
+def _poison(monkeypatch, steps, factor=float("nan")):
+  """Makes the losses of some batches, counted from 1, that many times more."""
+  honest, count = pretrain.make_loss, iter(range(1, 1000))
+  put = loop.sharding.put_batch
+
+  def poisoned_put(host, mesh):
+    scale = factor if next(count) in steps else 1.0
+    rows = len(host["tokens"])
+    host = host | {"scale": np.full(rows, scale, np.float32)}
+    return put(host, mesh)
+
+  def make_loss(setup):
+    inner = honest(setup)
+
+    def loss(member, weights, frozen, batch, key):
+      batch = dict(batch)
+      scale = batch.pop("scale")[0]
+      value, metrics = inner(member, weights, frozen, batch, key)
+      return value * scale, metrics | {"loss": metrics["loss"] * scale}
+
+    return loss
+
+  monkeypatch.setattr(loop.sharding, "put_batch", poisoned_put)
+  monkeypatch.setattr(pretrain, "make_loss", make_loss)
+
+
+def test_steps_that_are_not_finite_may_be_skipped(
+  source, tmp_path, monkeypatch, capsys
+):
+  _poison(monkeypatch, {3, 4})
+  folder = tmp_path / "run"
+  result = _train(folder, source, steps=8, on_nonfinite="skip")
+  assert result.finished and result.steps == 8
+  lines = [x for x in _lines(folder) if x["kind"] == "train"]
+  assert [x["loss"] is None for x in lines] == [
+    step in (3, 4) for step in range(1, 9)
+  ]
+  assert [x["skipped"] for x in lines] == [0, 0, 1, 2, 2, 2, 2, 2]
+  assert capsys.readouterr().out.count("skipped (") == 2
+  assert all(
+    np.isfinite(x).all()
+    for x in jax.tree.leaves(jax.device_get(_params(folder)[1]))
+  )
+
+
+def test_too_many_of_them_in_a_row_end_the_run(source, tmp_path, monkeypatch):
+  _poison(monkeypatch, {3, 4, 5, 6})
+  with pytest.raises(FloatingPointError, match="at step 5, as in 2 steps"):
+    _train(
+      tmp_path / "run", source, steps=8, on_nonfinite="skip", max_skipped=2
+    )
+
+
+def test_a_spike_sends_the_run_back_and_on_with_the_data(
+  source, tmp_path, monkeypatch, capsys
+):
+  _poison(monkeypatch, {7}, 100.0)
+  batches, put = [], loop.sharding.put_batch
+  monkeypatch.setattr(
+    loop.sharding, "put_batch",
+    lambda host, mesh: batches.append(host["tokens"]) or put(host, mesh),
+  )  # fmt: skip
+  folder = tmp_path / "run"
+  _train(
+      folder, source, steps=10, checkpoint_every=4, rollback__factor=3.0,
+      rollback__window=4, log_every=1,
+  )  # fmt: skip
+  out = capsys.readouterr().out
+  assert (
+    "far above those before; back to step 4, on with the data (1 of 3)" in out
+  )
+  lines = [x for x in _lines(folder) if x["kind"] == "train"]
+  assert [x["step"] for x in lines] == list(range(1, 11))
+  assert max(x["loss"] for x in lines) < 10
+  # The steps after the fourth were taken again, with the next batches.
+  assert len(batches) > 10
+  assert len({x.tobytes() for x in batches}) == len(batches)
+
+
+def test_spikes_that_come_again_end_the_run(source, tmp_path, monkeypatch):
+  _poison(monkeypatch, set(range(7, 100)), 100.0)
+  with pytest.raises(FloatingPointError, match="after 1 rollbacks"):
+    _train(
+        tmp_path / "run", source, steps=30, checkpoint_every=2,
+        rollback__factor=3.0, rollback__window=2, rollback__most=1,
+    )  # fmt: skip
+
+
+def test_checkpoints_are_kept_by_age_by_loss_and_by_number(source, tmp_path):
+  losses = iter((5.0, 1.0, 4.0, 3.0, 6.0, 7.0))
+
+  def evaluator(corpus, setup):
+    return lambda model: {"loss": next(losses), "bits_per_byte": 0.0}
+
+  _train(
+      tmp_path / "run", source, evaluator, steps=12, eval_every=2,
+      checkpoint_every=2, keep=1, keep_best=1, keep_period=6,
+  )  # fmt: skip
+  kept = {int(p) for p in os.listdir(tmp_path / "run" / "checkpoints")}
+  assert kept == {4, 6, 12}  # The best, every sixth, the newest.
+
+
+def test_checkpoints_are_written_by_the_clock_too(
+  source, tmp_path, monkeypatch
+):
+  now = [0.0]
+
+  class Clock:
+    @staticmethod
+    def monotonic():
+      now[0] += 10
+      return now[0]
+
+  monkeypatch.setattr(loop, "time", Clock)
+  _train(
+      tmp_path / "run", source, steps=9, checkpoint_every=100, log_every=2,
+      checkpoint_minutes=0.5, keep=9,
+  )  # fmt: skip
+  kept = sorted(int(p) for p in os.listdir(tmp_path / "run" / "checkpoints"))
+  assert 9 in kept and len(kept) > 1
+  assert all(step % 2 == 0 for step in kept[:-1])
+
+
+def test_the_average_of_weights_is_what_a_run_gives(source, tmp_path):
+  measured = []
+
+  def evaluator(corpus, setup):
+    return lambda model: measured.append(
+      np.asarray(model.embedding[...])
+    ) or {"loss": 0.0, "bits_per_byte": 0.0}  # fmt: skip
+
+  folder = tmp_path / "run"
+  result = _train(
+      folder, source, evaluator, steps=6, eval_every=6,
+      optimizer__ema_decay=0.9,
+  )  # fmt: skip
+  plain = _train(tmp_path / "plain", source, steps=6)
+  found = np.asarray(result.model.embedding[...])
+  np.testing.assert_array_equal(measured[-1], found)
+  np.testing.assert_array_equal(_params(folder)[1]["embedding"], found)
+  assert np.abs(found - np.asarray(plain.model.embedding[...])).max() > 1e-4
+
+
+def test_options_of_the_loop_that_cannot_be(source, tmp_path):
+  for changes, said in (
+    (dict(accumulate=0), "accumulate=0"),
+    (dict(checkpoint_minutes=0.0), "checkpoint_minutes=0.0: expected > 0"),
+    (dict(keep_best=-1), "keep_best=-1"),
+    (dict(on_nonfinite="ignore"), "on_nonfinite='ignore': expected 'stop'"),
+    (dict(rollback__factor=0.5), "rollback.factor=0.5: expected > 1"),
+    (dict(rollback__window=0), "rollback.window=0"),
+    (dict(profile_steps=(5, 2)), r"profile_steps=\(5, 2\)"),
+    (dict(watchdog_minutes=-1.0), "watchdog_minutes=-1.0"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      _train(tmp_path / "run", source, **changes)

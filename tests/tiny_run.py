@@ -101,12 +101,12 @@ def environment(devices: int = 1) -> dict[str, str]:
   return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
-def start(args: list[str]) -> subprocess.Popen:
-  """Starts a process, in a group of its own."""
+def start(args: list[str], devices: int = 1) -> subprocess.Popen:
+  """Starts a process of so many devices, in a group of its own."""
   # Files, not pipes: workers of a killed process would hold those open.
   files = [tempfile.TemporaryFile("w+") for _ in range(2)]
   process = subprocess.Popen(
-      args, stdout=files[0], stderr=files[1], env=environment(), cwd=ROOT,
+      args, stdout=files[0], stderr=files[1], env=environment(devices), cwd=ROOT,
       start_new_session=True,
   )  # fmt: skip
   process.files = files

@@ -1,0 +1,89 @@
+"""What devices send each other, against programs whose answer is known."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from gemma_funnel.training import collectives
+
+
+def _mesh():
+  types = (jax.sharding.AxisType.Auto,) * 2
+  return jax.make_mesh((2, 4), ("data", "tensor"), types)
+
+
+def _found(function, *args, in_specs, out_spec):
+  mesh = _mesh()
+  placed = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))
+    for x, s in zip(args, in_specs, strict=True)
+  ]
+  compiled = (
+    jax.jit(function, out_shardings=NamedSharding(mesh, out_spec))
+    .lower(*placed)
+    .compile()
+  )
+  found = collectives.collectives(compiled.as_text(), mesh)
+  return collectives.bytes_by_axis(found), found
+
+
+X = np.zeros((64, 128), np.float32)
+
+
+def test_gathering_one_axis():
+  sent, found = _found(lambda x: x, X, in_specs=[P("tensor")], out_spec=P())
+  assert {one.kind for one in found} == {"all-gather"}
+  # Each device sends its own part, in effect, to three others.
+  assert sent == {"tensor": X.nbytes * 3 / 4}
+
+
+def test_summing_over_an_axis():
+  sent, found = _found(
+    lambda x, w: x @ w, X, np.zeros((128, 32), np.float32),
+    in_specs=[P(None, "tensor"), P("tensor")], out_spec=P(),
+  )  # fmt: skip
+  assert {one.kind for one in found} == {"all-reduce"}
+  assert sent == {"tensor": 2 * 64 * 32 * 4 * 3 / 4}
+
+
+def test_a_loop_sends_each_time():
+  def function(x, w):
+    body = lambda c, w: (jnp.tanh(c @ w), None)
+    return jax.lax.scan(body, x, w)[0]
+
+  sent, found = _found(
+    function, X, np.zeros((5, 128, 128), np.float32),
+    in_specs=[P("data"), P(None, "tensor")], out_spec=P("data"),
+  )  # fmt: skip
+  assert max(one.times for one in found) == 5
+  assert sent and set(sent) == {"tensor"}
+  once, _ = _found(
+    lambda x, w: jnp.tanh(x @ w), X, np.zeros((128, 128), np.float32),
+    in_specs=[P("data"), P("tensor")], out_spec=P("data"),
+  )  # fmt: skip
+  assert sent["tensor"] == pytest.approx(5 * once["tensor"], rel=0.5)
+
+
+@pytest.mark.parametrize(
+  ("text", "groups"),
+  [
+    ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("source_target_pairs={{0,1},{1,0},{2,2}}", [[0, 1], [1, 0]]),
+    ("no groups", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+  ],
+)
+def test_groups_are_read(text, groups):
+  np.testing.assert_array_equal(collectives._groups(text, 8), groups)
+
+
+def test_axes_of_groups():
+  mesh = _mesh()
+  axes = lambda g: collectives._axes(np.asarray(g), mesh)
+  assert axes([[0, 4], [1, 5]]) == ("data",)
+  assert axes([[0, 1, 2, 3]]) == ("tensor",)
+  assert axes([list(range(8))]) == ("data", "tensor")
