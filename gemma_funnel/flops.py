@@ -109,7 +109,7 @@ class _Slots:
   def num_visible(
     self, keys: "_Slots", window: int | None, causal: bool
   ) -> np.ndarray:
-    """How many of `keys` each slot sees, as `attention.visible`."""
+    """How many of `keys` each slot sees, as `visibility.visible`."""
     low, high = np.zeros(len(self), int), np.full(len(self), len(keys))
     if window is not None:
       low = np.searchsorted(keys.position, self.position - window, "right")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_funnel import attention
+from gemma_funnel import attention, flash, visibility
 from gemma_funnel.stream import Stream, make_stream
 
 B, K, G, H = 2, 2, 2, 8
@@ -266,7 +266,7 @@ def test_slots_of_packed_keys_may_stand_in_any_order():
   queries = _stream(9, "none").replace(packed=True)
   kw = dict(causal=True, window=4, softcap=4.0)
   order = np.random.default_rng(0).permutation(9)
-  keys = attention._slots(queries)
+  keys = visibility.slots(queries)
   keys = jax.tree.map(lambda x: x[:, order], keys)
   q, k, v = _qkv(9)
   want = _brute_force(q, k, v, queries, queries, **kw)
@@ -311,7 +311,7 @@ def test_no_visible_key_is_skipped(causal):
       sees = _sees(queries, keys, causal, window).any(0)
       for lo in range(0, len(sees), 4):
         hi = min(lo + 4, len(sees))
-        first, last = attention._key_slots(
+        first, last = visibility.key_slots(
           lo, hi, queries, keys, causal=causal, window=window
         )
         assert 0 <= first < last <= sees.shape[1]
@@ -400,7 +400,7 @@ def test_softmax_dtype_is_used(dtype):
 )
 def test_splash_is_the_reference(segments, causal, window):
   """The TPU kernel, interpreted; its gradients too."""
-  call = functools.partial(attention._splash, interpret=True)
+  call = functools.partial(flash.splash_attention, interpret=True)
   stream = _stream(128, segments)
   _agree(call, stream, stream, causal, window, 4.0, width=128, tol=2e-3)
 
@@ -411,7 +411,7 @@ def test_splash_is_the_reference(segments, causal, window):
 def test_tokamax_is_the_reference(segments, causal, window):
   """What we ask of tokamax, by its own XLA implementation."""
   pytest.importorskip("tokamax")
-  call = functools.partial(attention._tokamax, implementation="xla")
+  call = functools.partial(flash.tokamax_attention, implementation="xla")
   stream = _stream(24, segments)
   with jax.numpy_rank_promotion("allow"):  # tokamax's own code promotes.
     _agree(call, stream, stream, causal, window, 4.0)
@@ -420,7 +420,7 @@ def test_tokamax_is_the_reference(segments, causal, window):
 def _tokamax_xla(*args, **kw):
   pytest.importorskip("tokamax")
   with jax.numpy_rank_promotion("allow"):  # tokamax's own code promotes.
-    return attention._tokamax(*args, **kw, implementation="xla")
+    return flash.tokamax_attention(*args, **kw, implementation="xla")
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -437,7 +437,7 @@ def test_tokamax_of_pooled_streams(who, segments, window, causal):
 def test_tokamax_gives_zeros_to_queries_that_see_no_key():
   """Real ones, before the first key that a selection has kept."""
   queries = _stream(12, "none")
-  keys = jax.tree.map(lambda x: x[:, 5:8], attention._slots(queries))
+  keys = jax.tree.map(lambda x: x[:, 5:8], visibility.slots(queries))
   keys = keys.replace(even=False)
   with jax.numpy_rank_promotion("allow"):
     _agree(_tokamax_xla, queries, keys, True, None, 4.0)

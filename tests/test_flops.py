@@ -11,7 +11,6 @@ import pytest
 
 from gemma_funnel import flops
 from gemma_funnel import funnel as funnel_lib
-from gemma_funnel.attention import visible
 from gemma_funnel.config import (
   PRESETS,
   FunnelConfig,
@@ -20,6 +19,7 @@ from gemma_funnel.config import (
 )
 from gemma_funnel.model import Gemma
 from gemma_funnel.stream import make_stream
+from gemma_funnel.visibility import visible
 
 # Parameters of the released checkpoints.
 PUBLISHED = {

@@ -1,13 +1,14 @@
 """What a funnel costs and saves: `python eval.py --config=configs/eval_*.py`.
 
-`latency` measures time against the same code with the funnel off, `accuracy`
-the loss on held-out text, `task` what the model answers, by itself or by its
-head, and `report` writes each as a table, JSON and a plot.
+`latency` measures time against the same code with the funnel off, `training`
+that of whole training steps, `accuracy` the loss on held-out text, `task` what
+the model answers, by itself or by its head, and `report` writes each as a table,
+JSON and a plot.
 """
 
 from typing import Any
 
-_EVALUATORS = ("accuracy", "latency", "task")
+_EVALUATORS = ("accuracy", "latency", "task", "training")
 
 
 def run(config: Any) -> list[dict[str, Any]]:
@@ -15,7 +16,7 @@ def run(config: Any) -> list[dict[str, Any]]:
 
   Args:
     config: a ConfigDict with a key `evaluator`, and that evaluator's other
-      keys: see configs/eval_accuracy.py, eval_latency.py and eval_task.py.
+      keys: see configs/eval_*.py.
 
   Returns:
     The rows of the evaluator's table.
@@ -31,6 +32,8 @@ def run(config: Any) -> list[dict[str, Any]]:
       from gemma_funnel.evaluation import latency as evaluator
     case "task":
       from gemma_funnel.evaluation import generative as evaluator
+    case "training":
+      from gemma_funnel.evaluation import training as evaluator
     case other:
       raise ValueError(
         f"evaluator={other!r}: expected one of {list(_EVALUATORS)}"

@@ -198,3 +198,24 @@ def task(rows: Sequence[Row]) -> Any:
   axes.set_xlim(0, 1.15 * max(drawn) or 1)
   axes.set_xlabel(f"{rows[0]['metric']} ({rows[0]['num_examples']} examples)")
   return figure
+
+
+def training(rows: Sequence[Row]) -> Any:
+  """A figure: the time of each variant's step, and its memory."""
+  names = [
+    f"{r['funnel']}\nchunk {r['loss_chunk'] or 'off'}, remat {r['remat']}"
+    for r in rows
+  ]
+  figure = report.new_figure(9.0, 1.6 + 0.6 * len(rows))
+  left, right = figure.subplots(1, 2, sharey=True)
+  for axes, key, scale, title in (
+    (left, "latency_s", 1e3, "step, ms"),
+    (right, "peak_bytes", 2**-20, "memory, MiB"),
+  ):
+    values = [scale * (r.get(key) or 0) for r in rows]
+    bars = axes.barh(names, values, color=f"C{int(axes is right)}")
+    axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
+    axes.set_xlabel(title)
+    axes.margins(x=0.15)
+  left.invert_yaxis()
+  return figure

@@ -64,9 +64,7 @@ def default_config(**changes: Any) -> dict[str, Any]:
     keep_period=config_dict.placeholder(int),
     on_nonfinite="stop",
     max_skipped=10,
-    rollback=dict(
-      factor=config_dict.placeholder(float), window=100, most=3
-    ),
+    rollback=dict(factor=config_dict.placeholder(float), window=100, most=3),
     watchdog_minutes=config_dict.placeholder(float),
     tensorboard=True,
     wandb=config_dict.placeholder(str),

@@ -28,15 +28,14 @@ _FREE_KEYS = (
     "latency.repeats",
 )  # fmt: skip
 
+
 def path_of(path: str | os.PathLike) -> epath.Path:
   """A folder here, made absolute, or on a bucket."""
   text = os.fspath(path)
   return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
-def claim(
-  config: ml_collections.ConfigDict, free: Sequence[str] = ()
-) -> None:
+def claim(config: ml_collections.ConfigDict, free: Sequence[str] = ()) -> None:
   """Makes `config.workdir` the folder of the run that `config` describes.
 
   Args:

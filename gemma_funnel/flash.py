@@ -1,0 +1,144 @@
+"""Flash attention of other packages, as kernels of `attention`.
+
+They are mapped over the ambient mesh by hand: `per_shard`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gemma_funnel import mesh as mesh_lib
+from gemma_funnel import visibility
+
+
+def tokamax_attention(
+    q_BTNH, k_BSKH, v_BSKH, queries, keys,
+    *, causal, window, softcap, softmax_dtype,
+    implementation=("mosaic", "triton"),
+):  # fmt: skip
+  """tokamax's flash attention for GPUs.
+
+  The order and window in slots let it skip; the mask that it is given besides,
+  where these are not the whole rule, is exact.
+  """
+  del softmax_dtype  # float32, as the table says.
+  from absl import flags
+  import tokamax
+
+  # tokamax reads absl flags, which fails in a program that has parsed none.
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+  # A part of a row is not its keys.
+  unequal = queries is not keys or visibility.parts(queries) > 1
+  uneven = window is not None and not keys.even
+  reach = None if unequal else visibility.slots_in_window(window, keys)
+  local = None if reach is None else (reach, 0 if causal else reach)
+
+  def call(q, k, v, queries, keys):
+    mask_BTS, seen_BT = None, queries.segment_BT != 0
+    if unequal or uneven or keys.packed:
+      mask_BTS = visibility.visible(queries, keys, causal=causal, window=window)
+    if unequal:  # A real query may see none of the keys.
+      seen_BT = jnp.any(mask_BTS, axis=-1)
+    o_BTNH = tokamax.dot_product_attention(
+        q, k, v, mask=None if mask_BTS is None else mask_BTS[:, None],
+        scale=1.0, is_causal=causal and not unequal, local_window_size=local,
+        logits_soft_cap=softcap, implementation=implementation,
+    )  # fmt: skip
+    return jnp.where(seen_BT[:, :, None, None], o_BTNH, 0)
+
+  return per_shard(
+    call,
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    visibility.slots(queries),
+    visibility.slots(keys),
+  )
+
+
+def splash_attention(
+    q_BTNH, k_BSKH, v_BSKH, queries, keys,
+    *, causal, window, softcap, softmax_dtype, interpret=False,
+):  # fmt: skip
+  """jax's splash (flash) attention for TPUs; `interpret` runs it anywhere."""
+  del softmax_dtype  # float32, as the table says.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  reach = visibility.slots_in_window(window, queries)
+  _, length, heads, _ = q_BTNH.shape
+  shape, parts = (length, length), visibility.parts(queries)
+  head_parts = mesh_lib.size(mesh_lib.dividing(mesh_lib.HEADS, heads))
+  if reach is not None:
+    mask = splash.LocalMask(shape, (reach, 0 if causal else reach), offset=0)
+  else:
+    mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([mask] * (heads // head_parts)),
+    head_shards=1,
+    q_seq_shards=parts,
+    block_sizes=_splash_blocks(splash, length // parts),
+    attn_logits_soft_cap=softcap,
+    interpret=interpret,
+  )
+
+  def call(q_BTNH, k_BSKH, v_BSKH, queries, keys, kernel):
+    segments = (queries.segment_BT, keys.segment_BT)  # Positions: implied.
+    ids = splash.SegmentIds(*segments) if queries.packed else None
+    in_axes = (0, 0, 0, None if ids is None else 0)
+    heads_first = lambda x: x.transpose(0, 2, 1, 3)
+    o_BNTH = jax.vmap(kernel, in_axes=in_axes)(
+      *map(heads_first, (q_BTNH, k_BSKH, v_BSKH)), ids
+    )
+    seen = (queries.segment_BT != 0)[:, :, None, None]
+    return jnp.where(seen, heads_first(o_BNTH), 0).astype(q_BTNH.dtype)
+
+  return per_shard(
+      call, q_BTNH, k_BSKH, v_BSKH, visibility.slots(queries), visibility.slots(keys), kernel
+  )  # fmt: skip
+
+
+def _splash_blocks(splash, length: int):
+  """The largest blocks up to 512 that divide the length, backward ones too."""
+  block = next(b for b in (512, 256, 128) if length % b == 0)
+  names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute",
+           "q_dq", "kv_dq")  # fmt: skip
+  return splash.BlockSizes(**{f"block_{name}": block for name in names})
+
+
+def per_shard(call, q_BTNH, k_BSKH, v_BSKH, queries, keys, *kernel):
+  """Runs a hand-written kernel on each device's own rows, heads and queries.
+
+  The compiler cannot partition such a kernel, so where the ambient mesh has
+  several devices it is mapped over the mesh. Keys and values of a row that is
+  split over devices are gathered: each has its queries and all keys (context
+  parallelism, as in arXiv 2407.21783, section 3.3.2).
+
+  Args:
+    call: takes the other arguments; streams have no hidden states.
+    kernel: one of splash, whose masks are split as queries are; or nothing.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return call(q_BTNH, k_BSKH, v_BSKH, queries, keys, *kernel)
+  batch, length, num_heads, _ = q_BTNH.shape
+  rows = mesh_lib.dividing(mesh_lib.ROWS, batch)
+  slots = mesh_lib.dividing(mesh_lib.TOKENS, length)
+  heads = mesh_lib.dividing(mesh_lib.HEADS, num_heads)
+  kv_heads, parts = k_BSKH.shape[2], mesh_lib.size(heads)
+  if kv_heads % parts:
+    # Fewer than the axis: each device has the one that its queries read.
+    times = (num_heads if parts % kv_heads else parts) // kv_heads
+    k_BSKH, v_BSKH = (jnp.repeat(x, times, axis=2) for x in (k_BSKH, v_BSKH))
+  P = jax.sharding.PartitionSpec
+  masks = tuple(
+    k.manual_sharding_spec(jax.sharding.NamedSharding(mesh, P(None, slots)))
+    for k in kernel
+  )
+  q_spec, k_spec = P(rows, slots, heads, None), P(rows, None, heads, None)
+  return jax.shard_map(
+    call,
+    in_specs=(q_spec, k_spec, k_spec, P(rows, slots), P(rows), *masks),
+    out_specs=q_spec,
+    check_vma=False,
+  )(q_BTNH, k_BSKH, v_BSKH, queries, keys, *kernel)
