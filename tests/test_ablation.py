@@ -1,25 +1,22 @@
 """The study: run, interrupted, failed and run again."""
 
-import functools
 import json
 import pathlib
 import shutil
 
-import jax
 import pytest
 import tiny_run
 import tiny_study
 
 from gemma_funnel.evaluation import ablation, plan
-from gemma_funnel.training import finetune, pretrain, sharding
+from gemma_funnel.training import finetune, pretrain
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_device():
   """Programs for eight take long to compile; test_loop.py has those."""
   with pytest.MonkeyPatch.context() as patch:
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    patch.setattr(sharding, "make_mesh", make)
+    tiny_run.use_one_device(patch)
     yield
 
 

@@ -354,7 +354,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_saved_again(
 
 
 @pytest.mark.parametrize(
-  "name", ["data/process_0-of-1.json", "opt_state/_METADATA", "sums.json"]
+  "name", ["progress/metadata", "opt_state/_METADATA", "sums.json"]
 )
 def test_a_resuming_run_needs_all_of_a_checkpoint(
   name, copy, source, by_step, capsys
@@ -496,7 +496,7 @@ def test_parameters_fit_any_funnel_of_the_same_sizes(trained):
 def test_a_run_is_loaded_onto_a_mesh(trained):
   mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
   model = gemma_funnel.load(trained[0], mesh=mesh)
-  spec = jax.sharding.PartitionSpec("tensor", "fsdp")
+  spec = jax.sharding.PartitionSpec("tensor", ("fsdp", "sequence"))
   assert model.embedding[...].sharding.spec == spec
   assert _same(_params(model), _params(trained[1].model))
 

@@ -74,6 +74,19 @@ def test_a_loop_sends_each_time():
     ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
     ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
     ("source_target_pairs={{0,1},{1,0},{2,2}}", [[0, 1], [1, 0]]),
+    (
+      "replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) "
+      "{'a'}, dimensions={0}",
+      [[0, 1, 2, 3], [4, 5, 6, 7]],
+    ),
+    (
+      "replica_groups=mesh['a'=4,'b'=2] {'b'}, x",
+      [[0, 1], [2, 3], [4, 5], [6, 7]],
+    ),
+    (
+      "replica_groups=mesh['a'=8] {'a':(2)2}, x",
+      [[0, 2], [1, 3], [4, 6], [5, 7]],
+    ),
     ("no groups", [[0, 1, 2, 3, 4, 5, 6, 7]]),
   ],
 )

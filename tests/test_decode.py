@@ -214,9 +214,7 @@ def test_repetition_penalty_counts_prompt_and_continuation(decoder):
 
 
 def _on_a_mesh(model: Gemma):
-  mesh = jax.make_mesh(
-    (2, 2, 2), sharding.AXES, (jax.sharding.AxisType.Auto,) * 3
-  )
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
   params = nnx.to_pure_dict(nnx.state(model))
   params = jax.device_put(params, sharding.shardings_of(params, mesh))
   return mesh, nnx.merge(nnx.graphdef(model), params)

@@ -1,6 +1,5 @@
 """Fine-tuning: it learns, stops, resumes, and gives back its best weights."""
 
-import functools
 import os
 import pathlib
 import random
@@ -32,8 +31,7 @@ MAKE_MESH = sharding.make_mesh
 def _one_device():
   """Programs for eight take long to compile; test_loop.py has those."""
   with pytest.MonkeyPatch.context() as patch:
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    patch.setattr(sharding, "make_mesh", make)
+    tiny_run.use_one_device(patch)
     yield
 
 

@@ -1,13 +1,11 @@
 """Runs from end to end: pretraining, choices, fine-tuning, and its table."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 import random
 import shutil
 
-import jax
 import ml_collections
 import pytest
 import tiny_run
@@ -17,7 +15,7 @@ from gemma_funnel.config import format_funnel
 from gemma_funnel.evaluation import finetuned, generative
 from gemma_funnel.evaluation import subject as subject_lib
 from gemma_funnel.tasks.task import Task
-from gemma_funnel.training import loop, pretrain, sharding
+from gemma_funnel.training import loop, pretrain
 
 pytestmark = pytest.mark.slow
 FUNNEL = "start=1,stride=2"
@@ -29,8 +27,7 @@ def one_device():
   """Training on one of the devices here: programs of eight take twice as long
   to compile, and test_pretrain and test_sharding have them."""
   with pytest.MonkeyPatch.context() as patch:
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    patch.setattr(sharding, "make_mesh", make)
+    tiny_run.use_one_device(patch)
     yield
 
 

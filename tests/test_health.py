@@ -61,7 +61,5 @@ def test_a_spike_is_far_above_the_median():
   assert not spikes.is_spike(2.2)  # The median is 1.15.
   assert spikes.is_spike(3.0)
   assert spikes.is_spike(3.0)  # It has not become one of the last.
-  spikes.forget()
-  assert not spikes.is_spike(3.0)
   never = health.Spikes(None, 1)
   assert not any(never.is_spike(x) for x in (1.0, 100.0))

@@ -144,9 +144,14 @@ def test_a_run_tells_of_all_its_steps(source, tmp_path, capsys):
   steps = lambda kind: [x["step"] for x in lines if x["kind"] == kind]
   assert steps("train") == [1, 2, 3, 4, 5, 6, 7]
   assert steps("heldout") == [3, 6, 7] and len(evaluated) == 3
-  assert set(lines[0]) == {
+  groups = {
+    f"{norm}/{group}"
+    for norm in ("grad_norm", "update_norm")
+    for group in ("attention", "embedding", "mlp", "norm")
+  }
+  assert set(lines[0]) == groups | {
       "step", "kind", "loss", "accuracy", "tokens", "grad_norm",
-      "learning_rate",
+      "learning_rate", "skipped",
   }  # fmt: skip
   # The rate that the step was taken with: warm-up is two steps long.
   rates = [x["learning_rate"] for x in lines if x["kind"] == "train"][:3]

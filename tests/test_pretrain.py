@@ -1,7 +1,6 @@
 """Training on text: its objectives, what it starts from, sampled funnels."""
 
 import collections
-import functools
 import json
 import pathlib
 
@@ -16,7 +15,7 @@ from gemma_funnel.config import GemmaConfig, format_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.funnel import check_segments
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import loop, objectives, pretrain, sharding
+from gemma_funnel.training import loop, objectives, pretrain
 
 # Quick to compile: one kind of layer.
 QUICK = {"model__attention_pattern": ("global",), "checkpoint_every": 1000}
@@ -26,8 +25,7 @@ QUICK = {"model__attention_pattern": ("global",), "checkpoint_every": 1000}
 def _one_device():
   """Programs for eight take long to compile; test_loop.py has those."""
   with pytest.MonkeyPatch.context() as patch:
-    make = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    patch.setattr(sharding, "make_mesh", make)
+    tiny_run.use_one_device(patch)
     yield
 
 

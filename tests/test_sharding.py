@@ -197,11 +197,11 @@ def test_every_parameter_is_under_its_own_rule():
 
 
 def test_a_dimension_that_the_mesh_does_not_divide_is_named():
-  with pytest.raises(ValueError, match="tensor=8 do not divide 4.*attn"):
+  with pytest.raises(ValueError, match="tensor=8 does not divide 4.*attn"):
     _init({"model.num_heads": 4}, tensor=8)
-  with pytest.raises(ValueError, match="tensor=8 do not divide 509.*embed"):
+  with pytest.raises(ValueError, match="tensor=8 does not divide 509.*embed"):
     _init({"model.vocab_size": 509}, tensor=8)
-  with pytest.raises(ValueError, match="fsdp=8 x sequence=1 do not divide 36"):
+  with pytest.raises(ValueError, match="fsdp=8 does not divide 36"):
     _init({"model.embed_dim": 36}, fsdp=8)
 
 

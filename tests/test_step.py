@@ -68,7 +68,8 @@ def test_each_part_has_its_own_key():
 
   def loss(member, weights, frozen, batch, key):
     jax.debug.callback(
-      lambda k: keys.append(tuple(k)), jax.random.key_data(key)
+      lambda k: keys.append(tuple(np.asarray(k).tolist())),
+      jax.random.key_data(key),
     )
     return jnp.sum(weights["params"]["embedding"]), {"loss": jnp.float32(0)}
 

@@ -32,6 +32,12 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _GROUPS = re.compile(
   r"replica_groups=(\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
 )
+# Newer text: a mesh of its own, the order of its devices, and the axes along
+# which groups lie.
+_MESH = re.compile(
+  r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(?"
+  r"\[([\d,]+)\](?:T\(([\d,]+)\))?\)?)? \{(.*?)\}"
+)
 _PAIRS = re.compile(r"source_target_pairs=(\{\{.*?\}\})")
 
 
@@ -156,6 +162,9 @@ def _groups(line: str, size: int) -> np.ndarray | None:
     rows = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
     moved = [(int(a), int(b)) for a, b in rows if a != b]
     return np.asarray(moved) if moved else None
+  named = _MESH.search(line)
+  if named:
+    return _groups_of_mesh(*named.groups())
   match = _GROUPS.search(line)
   if not match:
     return np.arange(size)[None]  # All of them.
@@ -166,12 +175,37 @@ def _groups(line: str, size: int) -> np.ndarray | None:
   shape, dims, order = re.fullmatch(
     r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
   ).groups()
-  numbers = lambda t: [int(x) for x in t.split(",")]
-  ids = np.arange(math.prod(numbers(dims))).reshape(numbers(dims))
-  if order:
-    ids = ids.transpose(numbers(order))
-  shape = numbers(shape)
+  ids, shape = _device_ids(dims, order), _numbers(shape)
   return ids.reshape(shape[0], -1) if len(shape) > 1 else ids.reshape(1, -1)
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(x) for x in text.split(",")]
+
+
+def _device_ids(dims: str, order: str | None) -> np.ndarray:
+  ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+  return ids.transpose(_numbers(order)) if order else ids
+
+
+def _groups_of_mesh(axes, dims, order, along) -> np.ndarray:
+  """Groups along axes, or parts of axes such as 'a':(2)4, of a mesh."""
+  sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", axes)}
+  dims = dims or ",".join(map(str, sizes.values()))
+  ids = _device_ids(dims, order).reshape(list(sizes.values()))
+  shape, member = [], []
+  wanted = {
+    name: (int(before or 1), int(size or sizes[name]))
+    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)
+  }
+  for name, size in sizes.items():
+    before, part = wanted.get(name, (size, 1))
+    shape += [before, part, size // (before * part)]
+    member += [False, name in wanted, False]
+  ids = ids.reshape(shape)
+  inner = [i for i, is_member in enumerate(member) if is_member]
+  ids = np.moveaxis(ids, inner, range(ids.ndim - len(inner), ids.ndim))
+  return ids.reshape(-1, math.prod(shape[i] for i in inner))
 
 
 def _axes(groups: np.ndarray, mesh: jax.sharding.Mesh) -> tuple[str, ...]:

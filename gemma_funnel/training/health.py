@@ -110,7 +110,3 @@ class Spikes:
         return True
     self._losses.append(loss)
     return False
-
-  def forget(self) -> None:
-    """Starts anew, as after going back."""
-    self._losses.clear()

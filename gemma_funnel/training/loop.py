@@ -441,7 +441,6 @@ class _Loop:
         f"{most} rollbacks"
       )
     self._restore()  # All but the data, which go on.
-    self.spikes.forget()
     metrics.rewind(self.step)
     _say(
       f"step {step}: loss {loss:.4g} is far above those before; back to step "

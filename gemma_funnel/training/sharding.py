@@ -54,7 +54,8 @@ def make_mesh(
   jax knows it; only "slice" crosses from one slice of TPUs to another.
 
   Args:
-    config: the size of each axis; one of them may be -1, for what is left.
+    config: the size of each axis, 1 where it has none; one of them may be -1,
+      for what is left.
     devices: what it is made of; None is all there are.
 
   Raises:
@@ -84,9 +85,9 @@ def make_mesh(
 def _axis_sizes(
   config: ml_collections.ConfigDict, count: int
 ) -> dict[str, int]:
-  if set(config) != set(AXES):
+  if not set(config) <= set(AXES):
     raise ValueError(f"mesh has the axes {list(config)}: expected {list(AXES)}")
-  sizes = {axis: config[axis] for axis in AXES}
+  sizes = {axis: config.get(axis, 1) for axis in AXES}
   free = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
   if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
@@ -149,10 +150,10 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
   for size, axes, count in zip(shape, spec, parts(spec, mesh), strict=True):
     if size % count:
       names = (axes,) if isinstance(axes, str) else axes
+      along = [f"{a}={mesh.shape[a]}" for a in names if mesh.shape[a] > 1]
       raise ValueError(
-        "mesh axes "
-        + " x ".join(f"{a}={mesh.shape[a]}" for a in names)
-        + f" do not divide {size}, a dimension of {path} {shape}"
+        f"mesh axis {' x '.join(along)} does not divide {size}, a dimension of "
+        f"{path} {shape}"
       )
   return spec
 
