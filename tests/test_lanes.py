@@ -294,6 +294,23 @@ def test_workers_end_with_a_killed_trainer(tmp_path):
   assert not alive
 
 
+def _count():
+  for i in range(1000):
+    yield i
+
+
+def test_workers_outlive_signals_that_their_trainer_heeds():
+  made = workers.Workers([_count])
+  try:
+    assert made.take(0) == 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+      os.kill(made._processes[0].pid, number)
+    # More than it has ready.
+    assert [made.take(0) for _ in range(300)] == list(range(1, 301))
+  finally:
+    made.close()
+
+
 def test_a_map_over_workers_keeps_order():
   expected = [str(i) for i in range(40)]
   for num_workers in (0, 2):

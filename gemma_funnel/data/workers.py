@@ -12,6 +12,7 @@ from multiprocessing import connection
 import os
 import pickle
 import queue
+import signal
 import threading
 import traceback
 from typing import Any
@@ -23,11 +24,14 @@ Rows = Callable[[], Iterator[Any]]
 
 
 def end_with_parent() -> None:
-  """In a child process: ends it as soon as its parent has ended.
+  """In a child process: ends it as soon as its parent has ended, and not before.
 
   However the parent ends, SIGKILL included: what is waited for is its end of a
-  pipe, which the system closes.
+  pipe, which the system closes. Signals that a launcher sends to all processes
+  are the parent's to heed: it may need this one to save.
   """
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
 
   def watch():
