@@ -7,7 +7,7 @@ r"""Tokenizes a corpus once, for many runs to read.
 Runs then read it with --config.data.source=tokens and
 --config.data.tokenizer=tokens/tokenizer.model, and get the batches that the
 text would give. Interrupted, the same command goes on after the last whole
-shard.
+shard. Expect files of two or four bytes a token.
 """
 
 from ml_collections import config_dict

@@ -23,7 +23,11 @@ EVALUATION = [name for name in NAMES if name.startswith("eval_")]
 TUNING = [n for n in NAMES if "task" in tiny_run.load_config(n)
           and n not in EVALUATION]  # fmt: skip
 STUDIES = [n for n in NAMES if "axes" in tiny_run.load_config(n)]
-TRAINING = [n for n in NAMES if n not in (*EVALUATION, *TUNING, *STUDIES)]
+# Of commands of modules.
+COMMANDS = {"tokenize": "gemma_funnel.data.tokenize"} | dict.fromkeys(
+  STUDIES, "gemma_funnel.evaluation.ablation"
+)
+TRAINING = [n for n in NAMES if n not in (*EVALUATION, *TUNING, *COMMANDS)]
 
 
 def test_there_are_configs_of_all_kinds():
@@ -109,7 +113,7 @@ def test_an_evaluation_config_names_its_evaluator(name):
 def test_a_config_tells_its_command(name):
   text = pathlib.Path(tiny_run.ROOT, "configs", f"{name}.py").read_text()
   program = "eval.py" if name in EVALUATION else "train.py"
-  if name in STUDIES:
-    program = "-m gemma_funnel.evaluation.ablation"
+  if name in COMMANDS:
+    program = f"-m {COMMANDS[name]}"
   assert f"python {program} --config=configs/{name}.py" in text
   assert "Expect" in text.split('"""')[1]

@@ -276,9 +276,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
   assert len(count) == 9 + 6  # From step 6 on.
   _same(cut.encoder, whole.encoder)
   _same(finetune.load(tmp_path / "cut")[0], whole.encoder)
-  cut, whole = (
-    (tmp_path / name / "metrics.jsonl").read_text() for name in ("cut", "whole")
-  )
+  cut, whole = (tiny_run.metrics(tmp_path / name) for name in ("cut", "whole"))
   assert cut == whole and cut.count("heldout") == 4
 
 

@@ -295,8 +295,7 @@ def test_workers_end_with_a_killed_trainer(tmp_path):
 
 
 def _count():
-  for i in range(1000):
-    yield i
+  return iter(range(1000))
 
 
 def test_workers_outlive_signals_that_their_trainer_heeds():

@@ -147,6 +147,12 @@ def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
   return said[0], said[1]
 
 
+def metrics(workdir) -> str:
+  """metrics.jsonl, but for how fast the run was."""
+  lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  return "\n".join(x for x in lines if json.loads(x)["kind"] != "speed")
+
+
 def train_losses(workdir) -> dict[int, float]:
   """Losses by step in metrics.jsonl, in which each step is once."""
   losses = {}

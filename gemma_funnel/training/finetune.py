@@ -130,7 +130,8 @@ def make_setup(
   }
   epoch = encode.steps_of_epoch(len(rows["train"]), config.batch_size)
   steps = num_steps(config, len(rows["train"]))
-  config.eval_every = config.eval_every or min(epoch, steps)
+  if config.eval_every is None:
+    config.eval_every = min(epoch, steps)
   config.checkpoint_every = config.eval_every
   loop.check_config(config)
   optimizer, schedule = optimizer_lib.make_optimizer(config.optimizer, steps)
