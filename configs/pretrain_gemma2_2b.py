@@ -7,8 +7,8 @@ r"""Pretrains a funnelled Gemma 2 of 2B, 9B or 27B parameters, on a pod.
   python tpu/plan.py --config=configs/pretrain_gemma2_2b.py:gemma2_9b \
     --topology=v5p:4x4x4 --search
 
-docs/pods.md walks through a first run, and says what fits where: expect what
-the plan says, and less. Text is made ready by python -m
+docs/pods.md walks through a first run. Expect what tpu/plan.py says of memory, and
+at most its MFU. Text is made ready by python -m
 gemma_funnel.data.tokenize, with the tokenizer of Gemma.
 """
 
