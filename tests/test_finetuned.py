@@ -15,7 +15,7 @@ from gemma_funnel.config import format_funnel
 from gemma_funnel.evaluation import finetuned, generative
 from gemma_funnel.evaluation import subject as subject_lib
 from gemma_funnel.tasks.task import Task
-from gemma_funnel.training import loop, pretrain
+from gemma_funnel.training import pretrain, step
 
 pytestmark = pytest.mark.slow
 FUNNEL = "start=1,stride=2"
@@ -118,7 +118,7 @@ def test_the_same_call_trains_nothing(config, rows, monkeypatch):
   def refuse(*args):
     raise AssertionError("a step was taken")
 
-  monkeypatch.setattr(loop, "make_train_step", lambda *args: refuse)
+  monkeypatch.setattr(step, "make_train_step", lambda *args: refuse)
   assert finetuned.run(config) == rows
 
 

@@ -395,7 +395,7 @@ def test_numbers_cost_their_squared_error():
   }
   outputs = jnp.asarray([[2.0], [0.5], [3.0]])
   loss, metrics = objectives.labelled(outputs, batch, None)
-  assert loss == (1 + 4) / 2 and set(metrics) == {"loss"}
+  assert loss == (1 + 4) / 2 and set(metrics) == {"loss", "weight"}
 
 
 def test_nothing_with_a_weight_costs_nothing():

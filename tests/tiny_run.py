@@ -14,9 +14,12 @@ import tempfile
 ROOT = pathlib.Path(__file__).parents[1]
 VOCAB = 512
 # Tests spend their time compiling: a quarter of it with these flags. From 0.11
-# on there is no second one, and an unknown flag ends the process.
+# on there is no second one, and libtpu has it not: an unknown flag ends the
+# process.
 FAST_COMPILE = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+if importlib.metadata.version("jaxlib").startswith(
+  "0.10."
+) and not importlib.util.find_spec("libtpu"):
   FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 # What configs/quickstart.py is changed by; sizes that 8 devices divide.
 CHANGES = {

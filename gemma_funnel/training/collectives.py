@@ -23,7 +23,7 @@ KINDS = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all",
   "collective-permute",
 )  # fmt: skip
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)[^=]*\{\s*$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\((.*)$")
 _CALLED = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
