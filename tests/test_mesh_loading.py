@@ -44,9 +44,16 @@ def converted(request, folder, tmp_path_factory):
   return path
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 2, 4), (2, 4, 1)])
+@pytest.mark.parametrize(
+  "axes",
+  [
+    dict(data=8), dict(fsdp=2, tensor=4), dict(data=2, fsdp=4),
+    dict(fsdp=2, sequence=2, tensor=2),
+  ],
+  ids=str,
+)  # fmt: skip
 def test_parameters_are_where_the_rules_say(folder, converted, axes):
-  mesh = sharding.make_mesh(dict(zip(sharding.AXES, axes, strict=True)))
+  mesh = sharding.make_mesh(axes)
   model = gemma_funnel.load(converted, mesh=mesh)
   whole = gemma_funnel.load(folder)
   places = sharding.shardings_of(nnx.to_pure_dict(nnx.state(model)), mesh)
