@@ -20,7 +20,7 @@ from ml_collections import config_dict
 
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.tasks import presets
-from gemma_funnel.training import loop
+from gemma_funnel.training import loop, lora
 
 
 def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
@@ -80,6 +80,11 @@ def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
       # Of parameters that are bfloat16.
       stochastic_rounding=False,
     ),
+    # LoRA: with a rank, factors beside the layers' matrices that `target` is
+    # found in are trained, and what the funnel learns; init_from stays as it
+    # is, or in base_dtype "int8", "int4" or "nf4" (QLoRA). An optimizer's
+    # learning rate is then higher, such as 2e-4 for a 2B.
+    lora=lora.default_config(),
     # Evaluations without a better one that end the training; unset never does.
     # The weights of the best one are kept either way.
     patience=config_dict.placeholder(int),

@@ -12,7 +12,7 @@ from ml_collections import config_dict
 
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.data import pipeline
-from gemma_funnel.training import loop
+from gemma_funnel.training import loop, lora
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -68,6 +68,11 @@ def get_config() -> ml_collections.ConfigDict:
       # Of parameters that are bfloat16.
       stochastic_rounding=False,
     ),
+    # LoRA: with a rank, factors beside the layers' matrices that `target` is
+    # found in are trained, and what the funnel learns; init_from stays as it
+    # is, or in base_dtype "int8", "int4" or "nf4" (QLoRA). An optimizer's
+    # learning rate is then higher, such as 2e-4 for a 2B.
+    lora=lora.default_config(),
     z_loss=1e-4,
     # Positions of a row that have logits at one time.
     loss_chunk=128,

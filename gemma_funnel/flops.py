@@ -221,8 +221,12 @@ def train_step(
   batch: int,
   length: int,
   causal: bool = True,
+  matrices: bool = True,
 ) -> int:
   """FLOPs of a forward and backward pass: three times the forward's.
+
+  Without gradients of matrices, as where they are frozen and a few factors
+  beside them are trained, their products count twice.
 
   What is recomputed (remat) is not counted: it is work that a larger memory
   would not need, so that model FLOPs utilisation falls by it (PaLM, arXiv
@@ -231,7 +235,17 @@ def train_step(
   Raises:
     ValueError: see `forward`.
   """
-  return 3 * forward(config, funnel, batch, length, causal=causal)
+  total = forward(config, funnel, batch, length, causal=causal)
+  if matrices:
+    return 3 * total
+  pairs = sum(
+    int(part.visible.sum())
+    for part in _parts(
+      config, resolve_funnel(funnel, config.num_layers), length, causal
+    )
+    if part.visible is not None
+  )
+  return 2 * total + batch * _flops_of_pairs(config, pairs)
 
 
 def _check(config: GemmaConfig, funnel: Funnel, head: bool):

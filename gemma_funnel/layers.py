@@ -127,17 +127,17 @@ class Attention(nnx.Module):
 
   def queries(self, x_BTD, rope: Rope) -> jax.Array:
     """q_BTNH, rotated and scaled."""
-    q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, _weight(self.query, x_BTD))
+    q_BTNH = _einsum("BTD,DNH->BTNH", x_BTD, self.query)
     return rotate(q_BTNH, rope) * self.config.query_scale
 
   def keys_values(self, x_BSD, rope: Rope) -> tuple[jax.Array, jax.Array]:
     """(k_BSKH, v_BSKH); keys are rotated."""
-    k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, _weight(self.key, x_BSD))
-    v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BSD, _weight(self.value, x_BSD))
+    k_BSKH = _einsum("BSD,DKH->BSKH", x_BSD, self.key)
+    v_BSKH = _einsum("BSD,DKH->BSKH", x_BSD, self.value)
     return rotate(k_BSKH, rope), v_BSKH
 
   def output(self, o_BTNH) -> jax.Array:
-    return jnp.einsum("BTNH,NHD->BTD", o_BTNH, _weight(self.out, o_BTNH))
+    return _einsum("BTNH,NHD->BTD", o_BTNH, self.out)
 
 
 class MLP(nnx.Module):
@@ -155,10 +155,10 @@ class MLP(nnx.Module):
     self.down = nnx.Param(back(rngs.params(), (F, D), dtype))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, _weight(self.gate, x_BTD))
-    up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, _weight(self.up, x_BTD))
+    gate_BTF = _einsum("BTD,DF->BTF", x_BTD, self.gate)
+    up_BTF = _einsum("BTD,DF->BTF", x_BTD, self.up)
     hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
-    return jnp.einsum("BTF,FD->BTD", hidden_BTF, _weight(self.down, x_BTD))
+    return _einsum("BTF,FD->BTD", hidden_BTF, self.down)
 
 
 class Block(nnx.Module):
@@ -192,5 +192,13 @@ class Block(nnx.Module):
     return x_BTD + branch_BTD
 
 
-def _weight(param: nnx.Param, like: jax.Array) -> jax.Array:
-  return param[...].astype(like.dtype)
+def _einsum(subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
+  """Of x and a parameter, in the dtype of x.
+
+  Something else may stand for an array, if it can do that by itself: see
+  `training.lora.Adapted`.
+  """
+  weight = param.get_value()
+  if hasattr(weight, "einsum"):
+    return weight.einsum(subscripts, x)
+  return jnp.einsum(subscripts, x, weight.astype(x.dtype))

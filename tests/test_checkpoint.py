@@ -18,7 +18,7 @@ from gemma_funnel.config import FunnelConfig, GemmaConfig
 from gemma_funnel.convert import __main__ as command
 from gemma_funnel.model import Gemma
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import pretrain, sharding, workdir
+from gemma_funnel.training import pretrain, sharding, start, workdir
 
 
 def _no_evaluator(corpus, setup):
@@ -322,7 +322,7 @@ def _restore(folder, source):
     corpus.train, corpus.tokenizer, batch_size=8, length=32, align=2, seed=0
   )
   with checkpoint_lib.Checkpoints(folder, keep=3) as checkpoints:
-    abstract = pretrain.make_init(setup)[1]
+    abstract = start.make_init(setup)[1]
     trees = {**abstract[0], "opt_state": abstract[1]}
     step, trees, progress = checkpoints.restore(trees)
     data.set_state(progress["data"])

@@ -15,7 +15,7 @@ from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.evaluation import finetuned, plan
 from gemma_funnel.tasks import presets
 from gemma_funnel.tasks.task import SPLITS, Task, TextExample
-from gemma_funnel.training import finetune, pretrain
+from gemma_funnel.training import finetune, pretrain, start
 
 NAMES = sorted(p.stem for p in (tiny_run.ROOT / "configs").glob("*.py"))
 EVALUATION = [name for name in NAMES if name.startswith("eval_")]
@@ -41,7 +41,7 @@ def test_a_training_config_is_a_run(name):
   config = tiny_run.load_config(name)
   setup = pretrain.make_setup(config)
   assert setup.model_config == GemmaConfig.from_dict(config.model)
-  weights, opt_state = pretrain.make_init(setup)[1]
+  weights, opt_state = start.make_init(setup)[1]
   params = weights["params"]
   assert params["embedding"].shape == (
       config.model.vocab_size, config.model.embed_dim

@@ -15,7 +15,7 @@ from gemma_funnel.config import GemmaConfig, format_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.funnel import check_segments
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import loop, objectives, pretrain
+from gemma_funnel.training import loop, objectives, pretrain, start
 
 # Quick to compile: one kind of layer.
 QUICK = {"model__attention_pattern": ("global",), "checkpoint_every": 1000}
@@ -118,7 +118,7 @@ def test_a_checkpoint_brings_its_sizes_and_tokenizer(base, source, tmp_path):
   assert config.model.mlp_dim == 64  # What was given is left as it is.
   assert setup.model_config == there.model.config
   assert setup.config.data.tokenizer == there.tokenizer_path
-  init, abstract = pretrain.make_init(setup)
+  init, abstract = start.make_init(setup)
   weights, _ = init(0)
   _same(jax.device_get(weights["params"]), _params(there.model))
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
@@ -155,7 +155,7 @@ def test_distilling_makes_the_student_agree(
   assert np.mean(kl[-4:]) < 0.6 * np.mean(kl[:3])
   teacher = _params(checkpoint_lib.load_run(base).model)
   (job,) = jobs
-  _same(jax.device_get(job.frozen), teacher)
+  _same(jax.device_get(job.frozen["teacher"]), teacher)
   student = _params(result.model)
   assert np.any(student["embedding"] != teacher["embedding"])
   # The gate is the student's alone; it has learned.

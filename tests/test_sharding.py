@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 
 from gemma_funnel.mesh import AXES, WIDTH
-from gemma_funnel.training import pretrain, sharding
+from gemma_funnel.training import pretrain, sharding, start
 from gemma_funnel.training.optimizer import path_of
 from gemma_funnel.training.step import make_train_step
 
@@ -63,7 +63,7 @@ def _batch():
 def _steps(setup, count=2):
   """(params, first params, metrics of each step) as numpy arrays."""
   with jax.set_mesh(setup.mesh):
-    init, abstract = pretrain.make_init(setup)
+    init, abstract = start.make_init(setup)
     step = make_train_step(
       pretrain.make_loss(setup), setup.optimizer, abstract, setup.mesh,
       setup.config,
@@ -95,13 +95,13 @@ def test_a_step_is_the_same_on_any_mesh(mesh, on_one_device):
     assert got.keys() == want.keys()
     for name in want:
       np.testing.assert_allclose(got[name], want[name], rtol=2e-5, err_msg=name)
-  for (path, got), want, start in zip(
+  for (path, got), want, began in zip(
     jax.tree_util.tree_leaves_with_path(params),
     jax.tree.leaves(expected),
     jax.tree.leaves(before),
     strict=True,
   ):
-    assert np.max(np.abs(want - start)) > 1e-4, path_of(path)  # It moved.
+    assert np.max(np.abs(want - began)) > 1e-4, path_of(path)  # It moved.
     np.testing.assert_allclose(
       got, want, rtol=2e-5, atol=2e-5, err_msg=path_of(path)
     )
@@ -110,7 +110,7 @@ def test_a_step_is_the_same_on_any_mesh(mesh, on_one_device):
 def test_parameters_and_moments_are_split():
   setup = _setup(dict(data=2, fsdp=2, tensor=2), funnel=LEARNED)
   with jax.set_mesh(setup.mesh):
-    params, opt_state = pretrain.make_init(setup)[0](0)
+    params, opt_state = start.make_init(setup)[0](0)
   expected = {
     "embedding": (256, 16),
     "layers/attn/query": (2, 16, 4, 8),
@@ -189,7 +189,7 @@ def test_a_parameter_without_a_rule_is_named():
 
 def test_every_parameter_is_under_its_own_rule():
   setup = _setup(dict(data=2, fsdp=2, tensor=2), funnel=LEARNED)
-  params = pretrain.make_init(setup)[1][0]["params"]
+  params = start.make_init(setup)[1][0]["params"]
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     split = {axis for axis in leaf.sharding.spec if axis}
     vector = len(leaf.shape) == 1 or path_of(path).endswith("scale")
@@ -206,7 +206,7 @@ def test_a_dimension_that_the_mesh_does_not_divide_is_named():
 
 
 def _init(changes, **mesh):
-  pretrain.make_init(_setup(mesh, **changes))
+  start.make_init(_setup(mesh, **changes))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gemma_funnel.training import pretrain, sharding
+from gemma_funnel.training import pretrain, sharding, start
 from gemma_funnel.training.step import make_train_step
 
 EXACT = {
@@ -36,15 +36,15 @@ def _batch(rows=8, seed=1):
   }
 
 
-def _step(setup, batch, loss=None, start=None):
+def _step(setup, batch, loss=None, given=None):
   """(weights, optimizer state, metrics) after one step."""
   with jax.set_mesh(setup.mesh):
-    init, abstract = pretrain.make_init(setup)
+    init, abstract = start.make_init(setup)
     step = make_train_step(
       loss or pretrain.make_loss(setup), setup.optimizer, abstract, setup.mesh,
       setup.config,
     )  # fmt: skip
-    state = start or init(0)
+    state = given or init(0)
     return jax.device_get(
       step(
         setup.stages, *state, None, sharding.put_batch(batch, setup.mesh),
@@ -93,9 +93,9 @@ def test_a_step_that_is_not_finite_changes_nothing_if_skipped(rule):
     return value * jnp.nan, metrics
 
   with jax.set_mesh(setup.mesh):
-    start = pretrain.make_init(setup)[0](0)
-    before = jax.device_get(start)
-  weights, state, metrics = _step(setup, _batch(), loss, start)
+    given = start.make_init(setup)[0](0)
+    before = jax.device_get(given)
+  weights, state, metrics = _step(setup, _batch(), loss, given)
   assert np.isnan(metrics["grad_norm"])
   same = jax.tree.map(np.array_equal, (weights, state), before)
   assert all(jax.tree.leaves(same)) == (rule == "skip")
@@ -118,7 +118,7 @@ def test_norms_by_group_make_up_the_whole():
 def test_what_is_frozen_keeps_every_bit():
   setup = _setup(optimizer__freeze="embedding|mlp")
   with jax.set_mesh(setup.mesh):
-    before = jax.device_get(pretrain.make_init(setup)[0](0)[0])["params"]
+    before = jax.device_get(start.make_init(setup)[0](0)[0])["params"]
   after = _step(setup, _batch())[0]["params"]
   np.testing.assert_array_equal(after["embedding"], before["embedding"])
   same = jax.tree.map(np.array_equal, after["layers"], before["layers"])

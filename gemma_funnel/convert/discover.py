@@ -9,6 +9,10 @@ import dataclasses
 import functools
 import os
 import pathlib
+from typing import Any
+
+from flax import nnx
+import numpy as np
 
 from gemma_funnel.config import (
   PRESETS,
@@ -20,6 +24,7 @@ from gemma_funnel.convert import gemma_pytorch, google, huggingface
 from gemma_funnel.convert.orbax_tree import OrbaxTree, is_orbax_tree
 from gemma_funnel.convert.safetensors_file import SafetensorsFile
 from gemma_funnel.convert.store import (
+  Arrays,
   Reader,
   Renamed,
   open_indexed,
@@ -27,7 +32,7 @@ from gemma_funnel.convert.store import (
   read_json,
 )
 from gemma_funnel.convert.torch_file import TorchFile, is_torch_file
-from gemma_funnel.training import checkpoint
+from gemma_funnel.training import checkpoint, lora
 
 CONFIG = "config.json"
 # In a folder that is being written.
@@ -120,7 +125,7 @@ def _find(path: pathlib.Path) -> Weights:
 def _candidates(folder: pathlib.Path) -> Iterator[Weights]:
   config = peek_json(folder / CONFIG)
   if (folder / checkpoint.FOLDER).is_dir() and "model_type" not in config:
-    newest = lambda: OrbaxTree(checkpoint.newest_intact(folder) / PARAMS)
+    newest = functools.partial(_open_run, folder, config)
     yield Weights("a training run (checkpoints/)", "run", folder, newest)
   elif OURS in config:
     tree = functools.partial(OrbaxTree, folder / PARAMS)
@@ -147,6 +152,17 @@ def _candidates(folder: pathlib.Path) -> Iterator[Weights]:
     if not (OURS in config and tree == folder / PARAMS):
       opened = functools.partial(OrbaxTree, tree)
       yield Weights(f"an Orbax tree ({tree.name})", "google", folder, opened)
+
+
+def _open_run(folder: pathlib.Path, config: dict[str, Any]) -> Reader:
+  if not lora.of_run(config):
+    return OrbaxTree(checkpoint.newest_intact(folder) / PARAMS)
+  # Factors are merged into what they are beside, in memory.
+  params = nnx.to_flat_state(nnx.state(checkpoint.load_run(folder).model))
+  return Arrays(
+    str(folder),
+    {".".join(map(str, path)): np.asarray(x) for path, x in params},
+  )
 
 
 def _torch(file: pathlib.Path, folder: pathlib.Path) -> Weights:

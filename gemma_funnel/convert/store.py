@@ -225,6 +225,18 @@ def peek_json(file: pathlib.Path) -> dict[str, Any]:
     return {}
 
 
+class Arrays:
+  """Tensors that are in memory; see `Reader`."""
+
+  def __init__(self, where: str, arrays: Mapping[str, np.ndarray]):
+    """Takes them by name."""
+    self.where, self._arrays = where, arrays
+    self.tensors = {n: Header(x.shape, x.dtype) for n, x in arrays.items()}
+
+  def read(self, name: str, index: Index = ()) -> np.ndarray:
+    return self._arrays[name][index]
+
+
 class Renamed:
   """Some tensors of a reader, under other names; see `Reader`."""
 

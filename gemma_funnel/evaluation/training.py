@@ -17,7 +17,7 @@ import numpy as np
 from gemma_funnel.config import OFF
 from gemma_funnel.evaluation import plots, report, timing
 from gemma_funnel.hardware import chip_of
-from gemma_funnel.training import pretrain, sharding
+from gemma_funnel.training import pretrain, sharding, start
 from gemma_funnel.training import step as step_lib
 
 Row = dict[str, Any]
@@ -72,8 +72,8 @@ class _Steps:
     self.protocol.log(f"  compiling {_name(variant)}")
     setup = _setup(self.config, variant)
     mesh, run = setup.mesh, setup.config
-    start = self.protocol.clock()
-    init, abstract = pretrain.make_init(setup)
+    began = self.protocol.clock()
+    init, abstract = start.make_init(setup)
     with jax.set_mesh(mesh):
       step = step_lib.make_train_step(
         pretrain.make_loss(setup), setup.optimizer, abstract, mesh, run
@@ -81,7 +81,7 @@ class _Steps:
       batch = _batch(run, setup.model_config.vocab_size, mesh)
       key = jax.random.key(0)
       compiled = step.lower(setup.stages, *abstract, None, batch, key).compile()
-    compile_s = self.protocol.clock() - start
+    compile_s = self.protocol.clock() - began
     memory = compiled.memory_analysis()
     peak = (
       memory.argument_size_in_bytes

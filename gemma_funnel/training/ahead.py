@@ -18,7 +18,7 @@ import ml_collections
 from gemma_funnel import flops
 from gemma_funnel.hardware import Chip, chip_of
 from gemma_funnel.mesh import AXES
-from gemma_funnel.training import collectives, pretrain, sharding
+from gemma_funnel.training import collectives, pretrain, sharding, start
 from gemma_funnel.training import step as step_lib
 
 # XLA keeps some of a chip's memory for itself and for programs.
@@ -132,14 +132,14 @@ def plan(
     ValueError: a mistake in the configuration.
   """
   setup = pretrain.make_setup(config, devices)
-  _, abstract = pretrain.make_init(setup)
+  _, abstract = start.make_init(setup)
   known = dict(
     mesh=dict(setup.mesh.shape),
     remat=setup.model_config.remat,
     parameters=_bytes_of(abstract[0]),
     optimizer=_bytes_of(abstract[1]),
   )
-  start = time.monotonic()
+  began = time.monotonic()
   try:
     compiled, residuals = _compile(setup, abstract)
   except (
@@ -156,7 +156,7 @@ def plan(
     **known,
     activations=activations,
     temporaries=needed - activations + memory.generated_code_size_in_bytes,
-    compile_s=time.monotonic() - start,
+    compile_s=time.monotonic() - began,
     **_bounds(setup, sent),
   )
 
@@ -180,26 +180,18 @@ def _compile(setup: pretrain.Setup, abstract):
     step = step_lib.make_train_step(
       loss, setup.optimizer, abstract, mesh, config
     )
-    args = (setup.stages, *abstract, _frozen(setup), batch, key)
+    args = (setup.stages, *abstract, start.frozen_shapes(setup), batch, key)
     compiled = step.lower(*args).compile()
     return compiled, _residuals(setup, loss, abstract[0], batch, key)
-
-
-def _frozen(setup: pretrain.Setup):
-  """Shapes of the teacher, where there is one."""
-  if setup.config.objective != "distill":
-    return None
-  plain = dataclasses.replace(
-    setup, funnels=dataclasses.replace(setup.funnels, funnel=())
-  )
-  return pretrain.make_init(plain)[1][0]["params"]
 
 
 def _residuals(setup: pretrain.Setup, loss, weights, batch, key) -> float:
   """Bytes a chip keeps of a forward pass, but for the weights themselves."""
 
   def forward(weights, batch):
-    of_weights = lambda w: loss(setup.stages, w, _frozen(setup), batch, key)
+    of_weights = lambda w: loss(
+      setup.stages, w, start.frozen_shapes(setup), batch, key
+    )
     return jax.vjp(of_weights, weights, has_aux=True)[1]
 
   try:
@@ -298,7 +290,7 @@ def search(
     changed.mesh.update(sizes)
     try:
       setup = pretrain.make_setup(changed, devices)
-      _, abstract = pretrain.make_init(setup)
+      _, abstract = start.make_init(setup)
     except ValueError:
       continue  # It does not divide something.
     kept = _bytes_of(abstract)

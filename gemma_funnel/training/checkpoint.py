@@ -26,6 +26,7 @@ import ml_collections
 
 from gemma_funnel.config import Funnel, GemmaConfig, resolve_funnel
 from gemma_funnel.model import Gemma
+from gemma_funnel.training import lora as lora_lib
 from gemma_funnel.training import processes, sharding
 from gemma_funnel.training.workdir import (
   CONFIG,
@@ -372,10 +373,11 @@ def load_run(
 
   def abstract_trees(config: dict):
     model = abstract_model(config)
-    trees = {
-      "params": nnx.to_pure_dict(nnx.state(model)),
-      **extra(model.config),
-    }
+    params = nnx.to_pure_dict(nnx.state(model))
+    trees = {"params": params, **extra(model.config)}
+    if lora := lora_lib.of_run(config):
+      init = lambda params: lora_lib.init(params, lora, jax.random.key(0))
+      trees["lora"] = jax.eval_shape(init, trees.pop("params"))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = (
       jax.tree.map(lambda _: device, trees)
@@ -391,7 +393,11 @@ def load_run(
   with Checkpoints(path, read_only=True) as checkpoints:
     abstract_model(read_config(path / CONFIG))
     step, config, trees = checkpoints.restore_trees(abstract_trees)
-  params = trees.pop("params")
+  params = trees.pop("params", None)
+  if params is None:
+    params = _merge_lora(
+      config, abstract_model(config), trees.pop("lora"), mesh
+    )
   model = nnx.merge(nnx.graphdef(abstract_model(config)), params)
   if funnel is not None:
     model = model.with_funnel(funnel)
@@ -404,6 +410,24 @@ def load_run(
     step=step,
     extra=trees,
   )
+
+
+def _merge_lora(config: dict, model: Gemma, adapters, mesh):
+  """The parameters of a run that trained factors beside a checkpoint's."""
+  from gemma_funnel.training import start  # Which reads runs too.
+
+  config = ml_collections.ConfigDict(config)
+  lora = lora_lib.of_run(config)
+  base = start.load_params(config, model.stages, mesh)
+  base = start.load_base(base, lora, mesh)
+  wanted = nnx.to_pure_dict(nnx.state(model))
+
+  def merge(base, adapters):
+    merged = lora_lib.merge(base, adapters, lora)
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), merged, wanted)
+
+  placed = mesh and sharding.shardings_of(wanted, mesh)
+  return jax.jit(merge, out_shardings=placed)(base, adapters)
 
 
 def load_model(

@@ -32,8 +32,10 @@ from gemma_funnel.training import (
   processes,
   schedules,
   sharding,
+  start,
   workdir,
 )
+from gemma_funnel.training import lora as lora_lib
 from gemma_funnel.training import optimizer as optimizer_lib
 
 HEAD_FILE = "head.json"
@@ -66,6 +68,7 @@ class Setup:
   mesh: jax.sharding.Mesh
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
+  lora: lora_lib.LoraConfig | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +141,7 @@ def make_setup(
   return Setup(
     config, model_config, funnels, task, rows, head,
     _class_weights(config.class_weights, task), steps, mesh, optimizer,
-    schedule,
+    schedule, pretrain.make_lora(config),
   )  # fmt: skip
 
 
@@ -215,8 +218,7 @@ def _labels_of(example, task: Task):
 
 
 def _make_init(setup: Setup):
-  """As `pretrain.make_init`, of the trunk and a fresh head on it."""
-  config, optimizer = setup.config, setup.optimizer
+  """As `start.make_init`, of the trunk and a fresh head on it."""
   mean = 0.0
   if setup.task.kind == "regression":
     mean = float(np.mean([e.label for e in setup.task.splits["train"]]))
@@ -227,32 +229,7 @@ def _make_init(setup: Setup):
     # A regression starts from what predicts best without looking.
     return weights | {"bias": weights["bias"] + mean}
 
-  def fresh(seed):
-    rngs = nnx.Rngs(jax.random.key(seed))
-    model = Gemma(setup.model_config, setup.funnels.funnel, rngs=rngs)
-    weights = {
-      "params": nnx.to_pure_dict(nnx.state(model)), "head": head_of(rngs)
-    }  # fmt: skip
-    return weights, optimizer.init(weights)
-
-  abstract = loop.place(jax.eval_shape(fresh, 0), setup.mesh)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  if config.init_from is None:
-    return jax.jit(fresh, out_shardings=shardings), abstract
-
-  def loaded(seed):
-    make_head = jax.jit(
-      lambda seed: head_of(nnx.Rngs(jax.random.key(seed))),
-      out_shardings=shardings[0]["head"],
-    )
-    weights = {
-      "params": pretrain.load_params(config, setup.funnels.funnel, setup.mesh),
-      "head": make_head(seed),
-    }
-    start = jax.jit(optimizer.init, out_shardings=shardings[1])
-    return weights, start(weights)
-
-  return loaded, abstract
+  return start.make_init(setup, lambda rngs: {"head": head_of(rngs)})
 
 
 def _make_loss(setup: Setup):
@@ -267,9 +244,9 @@ def _make_loss(setup: Setup):
   class_weights = setup.class_weights
 
   def loss(stages, weights, frozen, batch, key):
-    del frozen
+    params = start.params_of(setup, weights, frozen)
     encoder = Encoder(
-      pretrain.restrict(weights["params"], models[stages]),
+      pretrain.restrict(params, models[stages]),
       nnx.merge(head_def, weights["head"]),
       causal=setup.config.causal,
     )
@@ -302,8 +279,9 @@ def train(setup: Setup) -> Result:
     _write_files(setup)
   model = Gemma.abstract(setup.model_config, setup.funnels.funnel)
   head = _abstract_head(setup.model_config, setup.head)
+  frozen = start.load_frozen(setup)
   encoder_of = lambda weights: Encoder(
-    nnx.merge(nnx.graphdef(model), weights["params"]),
+    nnx.merge(nnx.graphdef(model), start.params_of(setup, weights, frozen)),
     nnx.merge(nnx.graphdef(head), weights["head"]),
     causal=config.causal,
   )
@@ -330,8 +308,9 @@ def train(setup: Setup) -> Result:
       optimizer=setup.optimizer,
       schedule=setup.schedule,
       abstract=abstract,
-      init=init,
+      init=lambda seed: init(seed, frozen),
       loss=loss,
+      frozen=frozen,
       member=setup.funnels.at,
       data=encode.train_iterator(batches),
       evaluate=evaluate,

@@ -25,8 +25,10 @@ from gemma_funnel.training import (
   processes,
   schedules,
   sharding,
+  start,
   workdir,
 )
+from gemma_funnel.training import lora as lora_lib
 from gemma_funnel.training import optimizer as optimizer_lib
 
 OBJECTIVES = ("next_token", "masked", "distill")
@@ -49,6 +51,7 @@ class Setup:
   mesh: jax.sharding.Mesh
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
+  lora: lora_lib.LoraConfig | None
 
   @property
   def stages(self) -> schedules.Stages:
@@ -216,13 +219,31 @@ def make_setup(
   optimizer, schedule = optimizer_lib.make_optimizer(
     config.optimizer, config.steps
   )
-  setup = Setup(config, model_config, funnels, mesh, optimizer, schedule)
+  setup = Setup(
+    config, model_config, funnels, mesh, optimizer, schedule, make_lora(config)
+  )
   if config.length - setup.gap < 2:
     raise ValueError(
       f"length={config.length} leaves no room for text beside keep_first's "
       f"padding of {setup.gap}"
     )
   return setup
+
+
+def make_lora(config: Any) -> lora_lib.LoraConfig | None:
+  """`config.lora`, checked; None is to train all parameters.
+
+  Raises:
+    ValueError: a value that cannot be, or no checkpoint that factors could be
+      beside.
+  """
+  lora = lora_lib.make_config(config.lora)
+  if lora and config.init_from is None:
+    raise ValueError(
+      f"lora.rank={lora.rank} needs init_from: the checkpoint whose matrices "
+      "stay as they are"
+    )
+  return lora
 
 
 def _check_objective(config: Any) -> None:
@@ -269,45 +290,6 @@ def restrict(weights: dict[str, Any], model: nnx.Module) -> nnx.Module:
   return nnx.merge(graphdef, nnx.to_pure_dict(nnx.from_flat_state(flat)))
 
 
-def make_init(setup: Setup):
-  """(init, abstract): makes (weights, opt_state) from a seed, and its shapes.
-
-  `abstract` holds ShapeDtypeStructs with shardings; nothing is ever whole on
-  one device.
-  """
-  optimizer = setup.optimizer
-
-  def fresh(seed):
-    rngs = nnx.Rngs(jax.random.key(seed))
-    model = Gemma(setup.model_config, setup.stages, rngs=rngs)
-    weights = {"params": nnx.to_pure_dict(nnx.state(model))}
-    return weights, optimizer.init(weights)
-
-  abstract = loop.place(jax.eval_shape(fresh, 0), setup.mesh)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  if setup.config.init_from is None:
-    return jax.jit(fresh, out_shardings=shardings), abstract
-
-  def loaded(seed):
-    del seed
-    weights = {"params": load_params(setup.config, setup.stages, setup.mesh)}
-    start = jax.jit(optimizer.init, out_shardings=shardings[1])
-    return weights, start(weights)
-
-  return loaded, abstract
-
-
-def load_params(config: Any, stages, mesh: jax.sharding.Mesh):
-  """The parameters of `config.init_from` under a funnel, on a mesh."""
-  model = convert.load(
-    config.init_from,
-    format_funnel(stages),
-    config.model.param_dtype,
-    mesh=mesh,
-  )
-  return nnx.to_pure_dict(nnx.state(model))
-
-
 def make_loss(setup: Setup):
   """The loss of a `loop.Job`; its members are the schedule's funnels.
 
@@ -325,7 +307,8 @@ def make_loss(setup: Setup):
   chunk = config.loss_chunk
 
   def loss(stages, weights, frozen, batch, key):
-    model = restrict(weights["params"], models[stages])
+    params = start.params_of(setup, weights, frozen)
+    model = restrict(params, models[stages])
     match config.objective:
       case "next_token":
         return objectives.next_token(
@@ -337,7 +320,7 @@ def make_loss(setup: Setup):
           z_loss=config.z_loss,
         )  # fmt: skip
       case "distill":
-        teacher = restrict(frozen, models[()])
+        teacher = restrict(frozen["teacher"], models[()])
         return objectives.distill(
           model, teacher, batch, chunk=chunk, **config.distill
         )
@@ -363,7 +346,8 @@ def train(
   setup = make_setup(config)
   config = setup.config
   loss = make_loss(setup)
-  init, abstract = make_init(setup)  # Fails if the mesh does not fit.
+  # Fails if the mesh does not fit.
+  init, abstract = start.make_init(setup)
   # Where data are is a number of rows, whatever the batch.
   workdir.claim(config, free=("batch_size",))
   corpus = pipeline.load_corpus(
@@ -384,30 +368,34 @@ def train(
     process_count=parts,
   )
   graphdef = nnx.graphdef(Gemma.abstract(setup.model_config, setup.stages))
+  frozen = start.load_frozen(setup)
+  model_of = lambda weights: nnx.merge(
+    graphdef, start.params_of(setup, weights, frozen)
+  )
   evaluate = make_evaluator(corpus, setup)
   count = sum(x.size for x in jax.tree.leaves(abstract[0]))
   with contextlib.closing(data):  # It may have worker processes.
     result = loop.run(
       loop.Job(
         config=config,
-        about=f"{count:,} parameters, funnel {format_funnel(setup.stages)}, "
+        about=f"{count:,} parameters trained, funnel {format_funnel(setup.stages)}, "
         + sharding.describe(setup.mesh),
         steps=config.steps,
         mesh=setup.mesh,
         optimizer=setup.optimizer,
         schedule=setup.schedule,
         abstract=abstract,
-        init=init,
+        init=lambda seed: init(seed, frozen),
         loss=loss,
-        frozen=_teacher(setup),
+        frozen=frozen,
         member=setup.funnels.at,
         data=data,
-        evaluate=lambda w: evaluate(nnx.merge(graphdef, w["params"])),
+        evaluate=lambda weights: evaluate(model_of(weights)),
         merge=_merge,
         flops=functools.partial(step_flops, setup),
       )
     )
-  model = nnx.merge(graphdef, result.weights["params"])
+  model = model_of(result.weights)
   return Result(model, corpus, result.steps, result.finished)
 
 
@@ -422,13 +410,9 @@ def step_flops(setup: Setup, stages: schedules.Stages) -> int:
   config = setup.config
   sizes = setup.model_config, config.batch_size, config.length
   count = lambda f, stages: f(sizes[0], stages, *sizes[1:], causal=setup.causal)
-  total = count(flops.train_step, stages)
+  total = count(
+    functools.partial(flops.train_step, matrices=setup.lora is None), stages
+  )
   if config.objective == "distill":
     total += count(flops.forward, ())
   return total
-
-
-def _teacher(setup: Setup):
-  if setup.config.objective != "distill":
-    return None
-  return load_params(setup.config, (), setup.mesh)

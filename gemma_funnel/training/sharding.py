@@ -24,6 +24,8 @@ BATCH = P(ROWS, TOKENS)
 # devices all work with the whole of it: they gather it layer by layer. The
 # leading axis of layers is the depth; what a funnel learns has none.
 RULES: tuple[tuple[str, P], ...] = (
+  # LoRA's factors are small.
+  (r"(^|/)lora/.*/(a|b)$", P()),
   (r"funnel/\d+/attend/attn/(query|key|value)$", P(WIDTH, HEADS, None)),
   (r"funnel/\d+/attend/attn/out$", P(HEADS, None, WIDTH)),
   (r"funnel/\d+/(pool_query|gate)$", P()),

@@ -1,0 +1,368 @@
+"""LoRA and QLoRA: factors that are trained beside matrices that are not.
+
+A layer's matrix W is used as W + alpha / rank * A B (arXiv 2106.09685); W may
+be kept in 8 or 4 bits (arXiv 2305.14314). What a funnel learns is new, and is
+trained whole.
+
+  base = freeze(params, lora)            what stays; no gradients, no state
+  adapters = init(params, lora, key)     what is trained
+  attach(base, adapters, lora)           parameters for a model to run with
+  merge(base, adapters, lora)            plain parameters, for export
+
+Quantisation is qwix's. Its LoraProvider is not used: it makes parameters in the
+modules that it sees running, and a layer here is a slice within a loop.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import ml_collections
+from ml_collections import config_dict
+
+from gemma_funnel.training import sharding
+from gemma_funnel.training.scaling import matrix_axes, path_of
+
+BASE_DTYPES = ("int8", "int4", "nf4")
+# Entries that share a scale in 4 bits (QLoRA's).
+_BLOCK = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Which matrices have factors, and how they are used.
+
+  Attributes:
+    rank: of the factors.
+    alpha: times A B, over the rank.
+    target: expression that is found in the paths of the matrices that have
+      factors, such as "params/layers/attn/query".
+    base_dtype: what all layers' matrices are kept as; None is as they are.
+  """
+
+  rank: int
+  alpha: float
+  target: str
+  base_dtype: str | None = None
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """The keys of a configuration; a rank of 0 is no LoRA."""
+  return config_dict.create(
+    rank=0,
+    alpha=16.0,
+    target="attn|mlp",
+    base_dtype=config_dict.placeholder(str),
+  )
+
+
+def make_config(config: ml_collections.ConfigDict) -> LoraConfig | None:
+  """Checks a configuration; None is no LoRA.
+
+  Raises:
+    ValueError: a value that cannot be, named, or qwix is not installed.
+  """
+  if config.rank < 0:
+    raise ValueError(f"lora.rank={config.rank}: expected >= 0, 0 for no LoRA")
+  if config.base_dtype not in (None, *BASE_DTYPES):
+    raise ValueError(
+      f"lora.base_dtype={config.base_dtype!r}: expected one of "
+      f"{list(BASE_DTYPES)}, or unset"
+    )
+  if config.rank == 0 and config.base_dtype is not None:
+    raise ValueError(
+      f"lora.base_dtype={config.base_dtype!r} with lora.rank=0: parameters that "
+      "are trained themselves cannot be quantised; set lora.rank"
+    )
+  if not 0 < config.alpha < math.inf:  # A NaN neither.
+    raise ValueError(f"lora.alpha={config.alpha}: expected > 0")
+  try:
+    re.compile(config.target)
+  except re.error as error:
+    raise ValueError(
+      f"lora.target={config.target!r} is no regular expression: {error}"
+    ) from error
+  if config.rank == 0:
+    return None
+  if config.base_dtype is not None:
+    _qwix(config.base_dtype)
+  return LoraConfig(**config)
+
+
+def of_run(config: Mapping[str, Any]) -> LoraConfig | None:
+  """Of the configuration of a run, which may be older than LoRA is."""
+  said = config.get("lora") or {"rank": 0}
+  return LoraConfig(**said) if said["rank"] else None
+
+
+def _qwix(base_dtype: str):
+  try:
+    import qwix
+  except ImportError as error:
+    raise ValueError(
+      f"lora.base_dtype={base_dtype!r} needs qwix: pip install "
+      "'gemma-funnel[qwix]'"
+    ) from error
+  return qwix
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["base", "a", "b"],
+  meta_fields=["scale"],
+)
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+  """Stands for a parameter: a frozen matrix, and its factors if it has any.
+
+  A pytree, all leaves of which begin with the depth, so that a loop over layers
+  slices it as it does an array.
+
+  Attributes:
+    base: [L, in.., out..], an array or a qwix QArray.
+    a: [L, in.., rank]; None is no factors.
+    b: [L, rank, out..].
+    scale: of their product.
+  """
+
+  base: Any
+  a: jax.Array | None
+  b: jax.Array | None
+  scale: float
+
+  def einsum(self, subscripts: str, x: jax.Array) -> jax.Array:
+    """The einsum of x and a layer's matrix, of which A B is never made.
+
+    Args:
+      subscripts: in capitals, "x,matrix->result".
+      x: activations, of whose dtype the result is.
+    """
+    product = lambda x, base: jnp.einsum(
+      subscripts, x, jax.lax.stop_gradient(_dense(base)).astype(x.dtype)
+    )
+    if _is_quantised(self.base):
+      # Else the backward pass would keep what every layer's is dequantised to.
+      product = jax.checkpoint(product)
+    result = product(x, self.base)
+    if self.a is None:
+      return result
+    inputs, matrix, outputs = re.split(",|->", subscripts)
+    reads = "".join(axis for axis in matrix if axis in inputs)
+    gives = "".join(axis for axis in matrix if axis not in inputs)
+    kept = "".join(axis for axis in inputs if axis not in reads)
+    a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
+    low = jnp.einsum(f"{inputs},{reads}r->{kept}r", x, a)
+    delta = jnp.einsum(f"{kept}r,r{gives}->{outputs}", low, b)
+    return result + self.scale * delta
+
+
+def _is_quantised(x) -> bool:
+  return hasattr(x, "qvalue")
+
+
+def _dense(base) -> jax.Array:
+  if not _is_quantised(base):
+    return base
+  import qwix
+
+  return qwix.dequantize(base)
+
+
+def freeze(params: dict[str, Any], lora: LoraConfig) -> dict[str, Any]:
+  """A model's parameters that are not trained, quantised as `lora` says.
+
+  What the funnel learns is among them, to start from; `attach` uses what has
+  become of it.
+
+  Scales are of the parameters' dtype: one for each output of a matrix in 8
+  bits, one for each 64 inputs of an output in 4. Peak memory is both trees'.
+
+  Args:
+    params: of a model.
+    lora: how.
+  """
+  if lora.base_dtype is None:
+    return params
+
+  def quantise(path, x):
+    axes = _axes(path)
+    return x if axes is None else _quantise(axes, lora.base_dtype, x)
+
+  return jax.tree_util.tree_map_with_path(quantise, params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _quantise(axes, base_dtype: str, x_L: jax.Array):
+  qwix = _qwix(base_dtype)
+  reads = [x_L.ndim - 1 + axis for axis in axes.reduction_axis]
+  tiled = {}
+  if base_dtype != "int8":
+    last = reads[-1]
+    tiled = {last: math.gcd(_BLOCK, x_L.shape[1 + last])}
+  shared = reads if base_dtype == "int8" else list(tiled)
+  each = [axis for axis in range(x_L.ndim - 1) if axis not in shared]
+  # A layer at a time: four bits are found by comparing with 16 values.
+  return jax.lax.map(
+    lambda x: qwix.quantize(
+      x,
+      "nf4" if base_dtype == "nf4" else jnp.dtype(base_dtype),
+      channelwise_axes=each,
+      tiled_axes=tiled,
+    ),
+    x_L,
+  )
+
+
+def init(
+  params: dict[str, Any], lora: LoraConfig, key: jax.Array
+) -> dict[str, Any]:
+  """What is trained: factors, float32, and what the funnel learns.
+
+  A is He's uniform and B zero (qwix's), so that nothing changes at first.
+
+  Args:
+    params: of a model; may be shapes where the result is to be shapes too.
+    lora: how.
+    key: of the factors.
+
+  Raises:
+    ValueError: `lora.target` is found in no matrix's path, or the rank is more
+      than a matrix has.
+  """
+  found, adapters = [], {}
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    axes, name = _axes(path), path_of(path)
+    if axes is None:
+      continue
+    found.append("params/" + name)
+    if not re.search(lora.target, found[-1]):
+      continue
+    first = x.ndim - len(axes.output_axis)
+    reads, gives = x.shape[1:first], x.shape[first:]
+    if lora.rank > min(math.prod(reads), math.prod(gives)):
+      raise ValueError(
+        f"lora.rank={lora.rank} is more than {name} has: {math.prod(reads)} x "
+        f"{math.prod(gives)}"
+      )
+    he_uniform = nnx.initializers.he_uniform(
+      in_axis=range(1, first), out_axis=-1, batch_axis=(0,)
+    )
+    shape = (len(x), *reads, lora.rank)
+    _put(adapters, path, {
+        "a": he_uniform(jax.random.fold_in(key, len(found)), shape, jnp.float32),
+        "b": jnp.zeros((len(x), lora.rank, *gives), jnp.float32),
+    })  # fmt: skip
+  if not adapters:
+    raise ValueError(
+      f"lora.target={lora.target!r} is found in none of the layers' matrices: "
+      f"{', '.join(found)}"
+    )
+  if "funnel" in params:
+    adapters["funnel"] = params["funnel"]
+  return adapters
+
+
+def attach(
+  base: dict[str, Any], adapters: dict[str, Any], lora: LoraConfig
+) -> dict[str, Any]:
+  """Parameters for a model to run with; each layer's matrix is an `Adapted`.
+
+  Differentiable with respect to `adapters`; `base` has no gradient.
+  """
+
+  def adapt(path, x):
+    if _axes(path) is None:
+      return x
+    factors = _at(adapters, path)
+    return Adapted(x, factors.get("a"), factors.get("b"), lora.scale)
+
+  return _joined(adapt, base, adapters)
+
+
+def merge(
+  base: dict[str, Any], adapters: dict[str, Any], lora: LoraConfig
+) -> dict[str, Any]:
+  """Parameters of a model without factors, in the dtypes it was frozen from.
+
+  Products are added in float32; what was quantised stays as coarse as it is.
+  """
+
+  def fold(path, x):
+    factors = _at(adapters, path) if _axes(path) else {}
+    dense = _dense(x)
+    if not factors:
+      return dense
+    a, b = factors["a"], factors["b"]
+    product = jnp.matmul(
+      a.reshape(len(a), -1, lora.rank),
+      b.reshape(len(b), lora.rank, -1),
+      precision="highest",
+    ).reshape(dense.shape)
+    whole = dense.astype(jnp.float32) + lora.scale * product
+    return whole.astype(dense.dtype)
+
+  return _joined(fold, base, adapters)
+
+
+def shardings(tree: dict[str, Any], mesh: jax.sharding.Mesh):
+  """NamedShardings of a tree that `freeze` gives.
+
+  Quantised values lie as their parameter would, and scales along with them, or
+  whole where the mesh does not divide their blocks.
+
+  Raises:
+    ValueError: see `sharding.spec_of`.
+  """
+
+  def place(path, x):
+    spec = sharding.spec_of(path_of(path), x.shape, mesh)
+    if not _is_quantised(x):
+      return NamedSharding(mesh, spec)
+    split = zip(x.scale.shape, spec, sharding.parts(spec, mesh), strict=True)
+    coarse = P(*[None if size % n else axes for size, axes, n in split])
+    return dataclasses.replace(
+      x,
+      qvalue=NamedSharding(mesh, spec),
+      scale=NamedSharding(mesh, coarse),
+    )
+
+  return jax.tree_util.tree_map_with_path(place, tree, is_leaf=_is_quantised)
+
+
+def _joined(function, base, adapters) -> dict[str, Any]:
+  params = jax.tree_util.tree_map_with_path(
+    function, base, is_leaf=_is_quantised
+  )
+  if "funnel" in adapters:
+    params["funnel"] = adapters["funnel"]
+  return params
+
+
+def _axes(path: tuple):
+  """Of a layer's matrix by its path within a model's parameters, or None."""
+  name = path_of(path)
+  return matrix_axes(name) if name.startswith("layers/") else None
+
+
+def _at(tree: dict[str, Any], path: tuple) -> dict[str, Any]:
+  for key in path:
+    tree = tree.get(key.key, {})
+  return tree
+
+
+def _put(tree: dict[str, Any], path: tuple, value) -> None:
+  for key in path[:-1]:
+    tree = tree.setdefault(key.key, {})
+  tree[path[-1].key] = value
