@@ -10,6 +10,7 @@ import pytest
 
 from gemma_funnel import attention, flash, visibility
 from gemma_funnel.stream import Stream, make_stream
+from gemma_funnel.training import ahead
 
 B, K, G, H = 2, 2, 2, 8
 
@@ -464,11 +465,9 @@ def test_a_hand_written_kernel_gets_its_own_rows_of_both_streams():
 def test_auto_on_a_tpu_compiles_to_its_kernel():
   """Ahead of time, forward and backward, on a mesh of a described slice."""
   pytest.importorskip("libtpu")
-  from jax.experimental import topologies
-
-  slice_ = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+  devices = ahead.slice_devices("v5e:2x2")
   mesh = jax.sharding.Mesh(
-    np.array(slice_.devices).reshape(2, 1, 2), ("data", "fsdp", "tensor")
+    np.array(devices).reshape(2, 1, 2), ("data", "fsdp", "tensor")
   )
   P = jax.sharding.PartitionSpec
   place = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(

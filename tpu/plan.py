@@ -6,8 +6,8 @@ r"""What a pretraining takes on a slice that is not at hand, before it is paid f
 
 Compiles the real step for the slice (on this machine, with the extra "tpu"),
 and prints bytes a chip by kind, whether they fit, FLOPs, what chips send each
-other by mesh axis, and the least time of a step. --search tries meshes and
-remats, the most promising first. --out writes plan.json and plan.md.
+other by mesh axis, and the least time of a step. --search tries meshes,
+remats and parts of the batch (accumulate), the most promising first. --out writes plan.json and plan.md.
 """
 
 import json
@@ -32,7 +32,7 @@ flags.DEFINE_string("out", None, "A folder for plan.json and plan.md.")
 flags.mark_flag_as_required("topology")
 
 _HEADER = (
-  "| mesh | remat | fits | parameters | optimizer | activations | temporaries "
+  "| mesh | remat | parts | fits | parameters | optimizer | activations | temporaries "
   "| total of GiB | PFLOP a step | sent GiB | compute / send / memory s "
   "| least step s | MFU at most |"
 )
@@ -78,7 +78,7 @@ def _line(plan: ahead.Plan) -> str:
   row = ahead.as_row(plan)
   if plan.error is not None:
     return (
-      f"| {row['mesh']} | {row['remat']} | no | {row['parameters']:.2f} "
+      f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | no | {row['parameters']:.2f} "
       f"| {row['optimizer']:.2f} | {plan.error} |" + " |" * 7
     )
   sent = ", ".join(f"{a} {x:.2f}" for a, x in row["sent"].items()) or "none"
@@ -86,7 +86,7 @@ def _line(plan: ahead.Plan) -> str:
     f"{row[name]:.3g}" for name in ("compute_s", "send_s", "memory_s")
   )
   return (
-    f"| {row['mesh']} | {row['remat']} | {row['fits']} "
+    f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | {row['fits']} "
     f"| {row['parameters']:.2f} | {row['optimizer']:.2f} "
     f"| {row['activations']:.2f} | {row['temporaries']:.2f} "
     f"| {row['total']:.2f} of {row['of']:.0f} | {row['flops'] / 1e15:.2f} "
@@ -107,7 +107,7 @@ def _verdict(found: list[ahead.Plan], count: int) -> str:
   chips = math.prod(best.mesh.values())
   return (
     f"Fastest that fits on {chips} chips: {' '.join(flags_of)} "
-    f"--config.model.remat={best.remat}"
+    f"--config.model.remat={best.remat} --config.accumulate={best.accumulate}"
   )
 
 

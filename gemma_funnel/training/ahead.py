@@ -8,6 +8,7 @@ computed, and `hardware` what a chip can do at best.
 from collections.abc import Iterator, Sequence
 import dataclasses
 import math
+import os
 import re
 import time
 
@@ -35,6 +36,7 @@ class Plan:
   Attributes:
     mesh: sizes of its axes.
     remat: what the backward pass recomputes.
+    accumulate: parts of the batch, one after the other.
     parameters, optimizer: that are kept.
     activations: kept from the forward pass for the backward pass, about.
     temporaries: all else that the program needs at its peak.
@@ -48,6 +50,7 @@ class Plan:
 
   mesh: dict[str, int]
   remat: str
+  accumulate: int
   parameters: float
   optimizer: float
   activations: float = math.nan
@@ -99,6 +102,8 @@ def slice_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     raise ValueError(
       f"topology {topology!r}: expected such as v5p:4x4x4, v5e:4x4 or v6e:8x8"
     )
+  # Which lets one process at a time have chips: here none is had.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   more = {"num_slices": slices} if slices > 1 else {}
   try:
     found = topologies.get_topology_desc(
@@ -136,6 +141,7 @@ def plan(
   known = dict(
     mesh=dict(setup.mesh.shape),
     remat=setup.model_config.remat,
+    accumulate=setup.config.accumulate,
     parameters=_bytes_of(abstract[0]),
     optimizer=_bytes_of(abstract[1]),
   )
@@ -272,11 +278,11 @@ def search(
   remats: Sequence[str] = ("none", "dots", "block"),
   most: int = 6,
 ) -> Iterator[Plan]:
-  """Compiles the meshes and remats that promise the fastest steps.
+  """Compiles the meshes, remats and accumulations that promise the fastest steps.
 
-  What fits by parameters and optimizer alone is ordered by a guess of what it
-  sends and computes; the first ones are compiled, and the search ends early
-  when one fits that no other is guessed to be faster than.
+  What fits by a guess of its memory is ordered by a guess of what it sends and
+  computes; the first ones are compiled, and the search ends early when one fits
+  that no other is guessed to be faster than.
 
   Args:
     config: the rest of it.
@@ -284,22 +290,26 @@ def search(
     remats: to choose from.
     most: compilations.
   """
-  guessed = []
+  guessed, chip = [], chip_of(devices[0])
   for sizes in candidates(config, len(devices)):
-    changed = config.copy_and_resolve_references()
-    changed.mesh.update(sizes)
-    try:
-      setup = pretrain.make_setup(changed, devices)
-      _, abstract = start.make_init(setup)
-    except ValueError:
-      continue  # It does not divide something.
-    kept = _bytes_of(abstract)
-    if kept > _USABLE * chip_of(devices[0]).memory:
-      continue
-    for remat in remats:
-      changed = changed.copy_and_resolve_references()
-      changed.model.remat = remat
-      guessed.append((_guess(setup, remat, chip_of(devices[0])), changed))
+    tried = config.copy_and_resolve_references()
+    tried.mesh.update(sizes)
+    while True:
+      try:
+        setup = pretrain.make_setup(tried, devices)
+        _, abstract = start.make_init(setup)
+      except ValueError:
+        break  # It does not divide something.
+      kept = _bytes_of(abstract) + (tried.accumulate > 1) * _bytes_of(
+        abstract[0]
+      )
+      for remat in remats:
+        memory = kept + _guess_activations(setup, remat)
+        if memory <= _USABLE * chip.memory:
+          changed = tried.copy_and_resolve_references()
+          changed.model.remat = remat
+          guessed.append((_guess(setup, remat, chip), changed))
+      tried.accumulate *= 2
   guessed.sort(key=lambda pair: pair[0])
   best = math.inf
   for guess, changed in guessed[:most]:
@@ -309,6 +319,30 @@ def search(
     if found.fits:
       best = min(best, found.step_s)
     yield found
+
+
+def _tokens(setup: pretrain.Setup) -> float:
+  """Of a part of the batch, those of a chip."""
+  config, ways = setup.config, sharding.parts(sharding.BATCH, setup.mesh)
+  return config.batch_size * config.length / math.prod(ways) / config.accumulate
+
+
+def _guess_activations(setup: pretrain.Setup, remat: str) -> float:
+  """Bytes of a chip for the activations of a part of the batch."""
+  config, model = setup.config, setup.model_config
+  size, tensor = jnp.dtype(model.dtype).itemsize, setup.mesh.shape["tensor"]
+  heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+  inner = (heads + 3 * model.mlp_dim) / tensor
+  # Of a token in a layer: its products, and with them norms and gates.
+  dots, whole = 3 * model.embed_dim + inner, 8 * model.embed_dim + 2 * inner
+  kept = {"none": whole, "dots": dots, "offload": 0, "block": model.embed_dim}
+  count = lambda stages: flops.forward(
+    model, stages, 1, config.length, head=False, causal=setup.causal
+  )
+  layers = model.num_layers * count(setup.stages) / count(())
+  logits = 3 * 4 * model.vocab_size / tensor
+  logits *= min(config.loss_chunk / config.length, 1)
+  return _tokens(setup) * (size * (layers * kept[remat] + 2 * whole) + logits)
 
 
 def _guess(setup: pretrain.Setup, remat: str, chip: Chip) -> float:
@@ -323,14 +357,15 @@ def _guess(setup: pretrain.Setup, remat: str, chip: Chip) -> float:
   size = jnp.dtype(model.dtype).itemsize
   count = flops.parameters(model, setup.stages).total
   passes = 3 if remat == "block" else 2
-  sent = 0.0
+  times, sent = config.accumulate, 0.0
   if (width := shape["fsdp"] * shape["sequence"]) > 1:
     # Gathered in each pass, and gradients scattered.
-    sent += (passes * size + 4) * count / shape["tensor"] * (1 - 1 / width)
+    part = (passes * size + 4) * count / shape["tensor"] * (1 - 1 / width)
+    sent += times * part
   if (copies := shape["data"] * shape["slice"]) > 1:
-    sent += 8 * count / (width * shape["tensor"]) * (1 - 1 / copies)
-  rows = config.batch_size / (shape["data"] * shape["fsdp"] * shape["slice"])
-  tokens = rows * config.length / shape["sequence"]
+    part = 8 * count / (width * shape["tensor"]) * (1 - 1 / copies)
+    sent += times * part
+  tokens = times * _tokens(setup)
   if shape["tensor"] > 1:
     # Two sums of activations a layer, forward and backward.
     sent += (
@@ -339,7 +374,7 @@ def _guess(setup: pretrain.Setup, remat: str, chip: Chip) -> float:
     )  # fmt: skip
   if shape["sequence"] > 1:
     keys = 2 * model.num_kv_heads * model.head_dim * size
-    keys *= rows * config.length
+    keys *= tokens * shape["sequence"]
     sent += passes * model.num_layers * keys * (1 - 1 / shape["sequence"])
   return max(compute, sent / chip.link)
 
@@ -351,6 +386,7 @@ def as_row(found: Plan) -> dict[str, object]:
   return {
     "mesh": ", ".join(axes) or "1 device",
     "remat": found.remat,
+    "accumulate": found.accumulate,
     "fits": "yes" if found.fits else "no",
     "parameters": gib(found.parameters),
     "optimizer": gib(found.optimizer),

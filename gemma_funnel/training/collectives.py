@@ -66,7 +66,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     mesh: that it was compiled for; partitions are its devices in order.
   """
   computations = dict(_computations(text))
-  times = _times(computations, text)
+  times = _times(computations)
   found = []
   for name, lines in computations.items():
     for line in lines:
@@ -109,9 +109,8 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
       lines.append(line)
 
 
-def _times(computations: dict[str, list[str]], text: str):
+def _times(computations: dict[str, list[str]]):
   """How often each computation runs in one call of the program."""
-  del text
   calls = collections.defaultdict(list)
   entry = next(n for n, lines in computations.items() if lines[:1] == ["ENTRY"])
   for name, lines in computations.items():
