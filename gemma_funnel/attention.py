@@ -318,22 +318,28 @@ def _blocked_slots(
   attend_block = jax.checkpoint(
     functools.partial(_block, causal=causal, window=window, **kw)
   )
-  out = []
-  for lo in range(0, length, block):
-    hi = min(lo + block, length)
-    first, last = visibility.key_slots(
-      lo, hi, queries, keys, causal=causal, window=window
-    )
-    out.append(
-      attend_block(
-        q[:, :, lo:hi],
-        k[:, :, first:last],
-        v[:, :, first:last],
-        visibility.slots(queries, lo, hi),
-        visibility.slots(keys, first, last),
-      )  # fmt: skip
-    )
-  return _token_major(jnp.concatenate(out, axis=2))
+
+  # Once more, so that what is kept are not each block's keys.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def attend_all(q, k, v):
+    out = []
+    for lo in range(0, length, block):
+      hi = min(lo + block, length)
+      first, last = visibility.key_slots(
+        lo, hi, queries, keys, causal=causal, window=window
+      )
+      out.append(
+        attend_block(
+          q[:, :, lo:hi],
+          k[:, :, first:last],
+          v[:, :, first:last],
+          visibility.slots(queries, lo, hi),
+          visibility.slots(keys, first, last),
+        )  # fmt: skip
+      )
+    return jnp.concatenate(out, axis=2)
+
+  return _token_major(attend_all(q, k, v))
 
 
 _KERNELS: dict[str, Callable[..., jax.Array]] = {

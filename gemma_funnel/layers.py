@@ -9,12 +9,14 @@ width, F MLP width, N query heads, K key/value heads, H head width.
 
 from collections.abc import Callable
 import functools
+import re
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_funnel import mesh as mesh_lib
 from gemma_funnel.attention import attend
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.stream import Stream
@@ -59,9 +61,15 @@ class RMSNorm(nnx.Module):
     )
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    scale_D = 1.0 + self.scale[...].astype(jnp.float32)
-    x = normalize(x_BTD, self.epsilon)
-    return (x * scale_D[None, None]).astype(x_BTD.dtype)
+    return _rms_norm(x_BTD, self.scale[...], self.epsilon)
+
+
+# All that the backward pass has of it is x.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _rms_norm(x_BTD, scale_D, epsilon: float) -> jax.Array:
+  scale_D = 1.0 + scale_D.astype(jnp.float32)
+  x = normalize(x_BTD, epsilon)
+  return (x * scale_D[None, None]).astype(x_BTD.dtype)
 
 
 def normalize(x: jax.Array, epsilon: float) -> jax.Array:
@@ -157,8 +165,14 @@ class MLP(nnx.Module):
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     gate_BTF = _einsum("BTD,DF->BTF", x_BTD, self.gate)
     up_BTF = _einsum("BTD,DF->BTF", x_BTD, self.up)
-    hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
-    return _einsum("BTF,FD->BTD", hidden_BTF, self.down)
+    return _gated_back(gate_BTF, up_BTF, self.down.get_value())
+
+
+# For the backward pass GELU is made again, which takes less than keeping it.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _gated_back(gate_BTF: jax.Array, up_BTF: jax.Array, down) -> jax.Array:
+  hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
+  return _product("BTF,FD->BTD", hidden_BTF, down)
 
 
 class Block(nnx.Module):
@@ -195,10 +209,52 @@ class Block(nnx.Module):
 def _einsum(subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
   """Of x and a parameter, in the dtype of x.
 
-  Something else may stand for an array, if it can do that by itself: see
-  `training.lora.Adapted`.
+  Args:
+    subscripts: of which those of x and of the result begin with rows, tokens.
+    x: activations.
+    param: an array, or what can do that by itself: see `training.lora.Adapted`.
   """
-  weight = param.get_value()
+  return _product(subscripts, x, param.get_value())
+
+
+def _product(subscripts: str, x: jax.Array, weight) -> jax.Array:
   if hasattr(weight, "einsum"):
     return weight.einsum(subscripts, x)
+  return _matmul(subscripts, x, weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
   return jnp.einsum(subscripts, x, weight.astype(x.dtype))
+
+
+def _matmul_forward(subscripts, x, weight):
+  # What is kept are x and the weight themselves, which others keep as well.
+  return _matmul(subscripts, x, weight), (x, weight)
+
+
+def _matmul_backward(subscripts, kept, gradient):
+  x, weight = kept
+  inputs, matrix, outputs = re.split(",|->", subscripts)
+  d_x = jnp.einsum(
+    f"{outputs},{matrix}->{inputs}", gradient, weight.astype(x.dtype)
+  )
+  inputs, x = by_position(inputs, x)
+  outputs, gradient = by_position(outputs, gradient)
+  d_weight = jnp.einsum(f"{inputs},{outputs}->{matrix}", x, gradient)
+  return d_x, d_weight.astype(weight.dtype)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def by_position(subscripts: str, x: jax.Array) -> tuple[str, jax.Array]:
+  """Rows and tokens, the first two dimensions of x, as one.
+
+  For sums over both, the gradients of a matrix: XLA:CPU transposes what it sums
+  over two, and takes half as long again. Where tokens are split over devices
+  both are left as they are.
+  """
+  if mesh_lib.size(mesh_lib.TOKENS) > 1:
+    return subscripts, x
+  return f"P{subscripts[2:]}", x.reshape(-1, *x.shape[2:])

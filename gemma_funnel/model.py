@@ -23,7 +23,13 @@ from gemma_funnel import config as config_lib
 from gemma_funnel import funnel as funnel_lib
 from gemma_funnel import mesh as mesh_lib
 from gemma_funnel.config import Funnel, GemmaConfig
-from gemma_funnel.layers import Block, RMSNorm, make_look, rope_angles
+from gemma_funnel.layers import (
+  Block,
+  RMSNorm,
+  by_position,
+  make_look,
+  rope_angles,
+)
 from gemma_funnel.stream import Stream, make_stream
 
 
@@ -121,18 +127,67 @@ def _run(span: _Span, stacked_L, stream: Stream, keys: Stream | None) -> Stream:
   return stream
 
 
-def _run_sliced(span, stacked_L, stream, keys):
-  """As `_run`, with the parameters of each loop as a scan's own inputs.
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["arrays"],
+  meta_fields=["structure", "places"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+  """What a backward pass needs, but for what is at hand there anyway.
 
-  Their gradients are then stacked by the scan; gradients of reads from the
-  whole stack would be summed into all of it, layer after layer.
+  Attributes:
+    arrays: each once.
+    structure: of the function from `jax.vjp`.
+    places: of its arrays: (whether at hand, which).
+  """
+
+  arrays: list[jax.Array]
+  structure: jax.tree_util.PyTreeDef
+  places: tuple[tuple[bool, int], ...]
+
+  @classmethod
+  def of(cls, vjp, at_hand) -> "_Kept":
+    leaves, structure = jax.tree.flatten(vjp)
+    known = {id(x): n for n, x in enumerate(jax.tree.leaves(at_hand))}
+    arrays, places = {}, []
+    for x in leaves:
+      if id(x) in known:
+        places.append((True, known[id(x)]))
+      else:
+        number, _ = arrays.setdefault(id(x), (len(arrays), x))
+        places.append((False, number))
+    return cls([x for _, x in arrays.values()], structure, tuple(places))
+
+  def vjp(self, at_hand):
+    sources = self.arrays, jax.tree.leaves(at_hand)
+    leaves = [sources[known][number] for known, number in self.places]
+    return jax.tree.unflatten(self.structure, leaves)
+
+
+def _run_forward(span: _Span, stacked_L, stream: Stream, keys: Stream | None):
+  """As `_run`, and what the backward pass needs.
+
+  It scans over layers, so that their gradients are stacked by a scan too: those
+  of reads from the whole stack would be summed into all of it, layer by layer.
+  Parameters that the backward pass reads are not kept once more.
   """
   ropes = span.rope(stream), span.rope(keys)
+  rest = _rest(stream), _rest(keys)
+  loops = []
   for first, repeats, period in span.parts():
 
-    def body(stream, params_P):
-      params_of = lambda j: _pick(params_P, j)
-      return span.body(first, period, params_of, stream, keys, ropes), None
+    def body(hidden, periods):
+      layers = [_pick(periods, j) for j in range(period)]
+
+      def run(layers, hidden, keys_hidden):
+        return span.body(
+            first, period, layers.__getitem__, _with(rest[0], hidden),
+            _with(rest[1], keys_hidden), ropes,
+        ).hidden_BTD  # fmt: skip
+
+      hidden, vjp = jax.vjp(run, layers, hidden, keys and keys.hidden_BTD)
+      return hidden, _Kept.of(vjp, (layers, ropes, rest))
 
     periods = jax.tree.map(
       lambda p: p[first : first + repeats * period].reshape(
@@ -140,20 +195,57 @@ def _run_sliced(span, stacked_L, stream, keys):
       ),
       stacked_L,
     )
-    stream, _ = jax.lax.scan(body, stream, periods)
-  return stream
+    hidden, kept = jax.lax.scan(body, stream.hidden_BTD, periods)
+    stream = _with(stream, hidden)
+    loops.append((periods, kept))
+  return stream, (loops, ropes, rest, keys and jnp.zeros_like(keys.hidden_BTD))
 
 
-def _run_forward(span, *args):
-  return jax.vjp(functools.partial(_run_sliced, span), *args)
+def _run_backward(span: _Span, saved, d_stream: Stream):
+  loops, ropes, rest, d_keys = saved
+  d_hidden, d_parts = d_stream.hidden_BTD, []
+  for (_, _, period), loop in zip(span.parts()[::-1], loops[::-1], strict=True):
 
+    def body(sums, inputs):
+      d_hidden, d_keys = sums
+      periods, kept = inputs
+      layers = [_pick(periods, j) for j in range(period)]
+      vjp = kept.vjp((layers, ropes, rest))
+      d_layers, d_hidden, more = vjp(d_hidden)
+      d_keys = jax.tree.map(jnp.add, d_keys, more)
+      return (d_hidden, d_keys), jax.tree.map(
+        lambda *p: jnp.stack(p), *d_layers
+      )
 
-def _run_backward(span, vjp, cotangent):
-  del span
-  return vjp(cotangent)
+    (d_hidden, d_keys), d_periods = jax.lax.scan(
+      body, (d_hidden, d_keys), loop, reverse=True
+    )
+    d_parts.insert(0, jax.tree.map(jnp.concatenate, d_periods))
+  around = (span.start, span.config.num_layers - span.stop)
+  d_stacked_L = jax.tree.map(
+    lambda *parts: jnp.pad(
+      jnp.concatenate(parts), (around, *[(0, 0)] * (parts[0].ndim - 1))
+    ),
+    *d_parts,
+  )
+  # Where slots stand is not learned.
+  unlearned = dict(position_BT=None, end_BT=None, segment_BT=None)
+  d_stream, d_keys = (
+    rest and rest.replace(hidden_BTD=d_hidden, **unlearned)
+    for rest, d_hidden in zip(rest, (d_hidden, d_keys), strict=True)
+  )
+  return d_stacked_L, d_stream, d_keys
 
 
 _run.defvjp(_run_forward, _run_backward)
+
+
+def _rest(stream: Stream | None) -> Stream | None:
+  return stream and stream.replace(hidden_BTD=None)
+
+
+def _with(stream: Stream | None, hidden_BTD) -> Stream | None:
+  return stream and stream.replace(hidden_BTD=hidden_BTD)
 
 
 class Gemma(nnx.Module):
@@ -346,12 +438,13 @@ def head_logits(
   embedding_VD: jax.Array, hidden_BTD: jax.Array, softcap: float | None
 ) -> jax.Array:
   """Softcapped float32 logits [B, T, V] of a tied head."""
+  axes, hidden = by_position("BTD", hidden_BTD)
   logits_BTV = jnp.einsum(
-    "BTD,VD->BTV",
-    hidden_BTD,
-    embedding_VD.astype(hidden_BTD.dtype),
+    f"{axes},VD->{axes[:-1]}V",
+    hidden,
+    embedding_VD.astype(hidden.dtype),
     preferred_element_type=jnp.float32,
-  )
+  ).reshape(*hidden_BTD.shape[:-1], -1)
   logits_BTV = mesh_lib.constrain(
     logits_BTV, mesh_lib.ROWS, mesh_lib.TOKENS, mesh_lib.HEADS
   )
