@@ -1,0 +1,155 @@
+"""Runs that are killed at any moment, over and over, lose and repeat nothing.
+
+GEMMA_FUNNEL_KILLS says how often; 30 take some ten minutes.
+"""
+
+import collections
+import os
+import pathlib
+import random
+import signal
+import socket
+import time
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from gemma_funnel.training import checkpoint as checkpoint_lib
+
+pytestmark = pytest.mark.slow
+KILLS = int(os.environ.get("GEMMA_FUNNEL_KILLS", "3"))
+# As many as a life takes, about, so that the run is not over too soon.
+STEPS = 20 * (KILLS + 2)
+FLAGS = (
+  f"--config.steps={STEPS}", "--config.checkpoint_every=4",
+  "--config.data.lanes=4", "--config.log_every=1000", "--config.keep=2",
+  "--config.watchdog_minutes=0.5",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("kills")
+
+
+@pytest.fixture(scope="module")
+def source(folder):
+  return tiny_run.write_corpus(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(folder):
+  """A life begins with compiling, which the one before has done."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    yield
+
+
+def _start(workdir, source, count):
+  """Starts the processes of a run; each records its batches in a file."""
+  command = tiny_run.command(str(workdir), source, *FLAGS)
+  command[1] = str(tiny_run.ROOT / "tests" / "recorded_train.py")
+  joint = []
+  if count > 1:
+    with socket.socket() as free:
+      free.bind(("localhost", 0))
+      port = free.getsockname()[1]
+    joint = [
+      f"--config.mesh.data={count}", f"--coordinator=localhost:{port}",
+      f"--num_processes={count}",
+    ]  # fmt: skip
+  started = []
+  for i in range(count):
+    own = [*joint, f"--process_id={i}"] if joint else []
+    os.environ["RECORD"] = f"{workdir}.{i}"
+    started.append(tiny_run.start([*command, *own]))
+  return started
+
+
+def _records(workdir, count):
+  """How often each process had each batch."""
+  return [
+    collections.Counter(pathlib.Path(f"{workdir}.{i}").read_text().split())
+    for i in range(count)
+  ]
+
+
+def _params(workdir):
+  run = checkpoint_lib.load_run(str(workdir))
+  return run.step, jax.device_get(nnx.to_pure_dict(nnx.state(run.model)))
+
+
+@pytest.fixture(scope="module")
+def whole(folder, source):
+  """By the number of processes, the folder of a run that nothing befell."""
+  done = {}
+
+  def run(count):
+    if count not in done:
+      done[count] = folder / f"whole{count}"
+      for process in _start(done[count], source, count):
+        tiny_run.finish(process)
+    return done[count]
+
+  return run
+
+
+def _moment(draw, workdir):
+  """Waits for a moment to kill in: starting, stepping, or saving."""
+  kind = draw.choice(["start", "step", "step", "save", "save"])
+  if kind == "start":
+    time.sleep(draw.uniform(0, 6))
+    return kind
+  path = workdir / "metrics.jsonl"
+  steps = lambda: path.read_text().count('"train"') if path.exists() else 0
+  enough, deadline = steps() + draw.randint(5, 25), time.monotonic() + 60
+  while steps() < enough and time.monotonic() < deadline:
+    time.sleep(0.005)
+  if kind == "save":
+    saving = lambda: any((workdir / "checkpoints").glob("*.orbax*"))
+    while not saving() and time.monotonic() < deadline:
+      time.sleep(0.0005)
+    time.sleep(draw.uniform(0, 0.05))
+  else:
+    time.sleep(draw.uniform(0, 0.3))
+  return kind
+
+
+@pytest.mark.parametrize(
+  ("count", "kills"), [(1, KILLS), (4, max(1, KILLS // 6))], ids=str
+)
+def test_killed_at_any_moment(count, kills, whole, source, folder):
+  workdir, draw = folder / f"cut{count}", random.Random(count)
+  kinds = []
+  while len(kinds) < kills:
+    started = _start(workdir, source, count)
+    kind = _moment(draw, workdir)
+    killed = draw.choice(started)
+    if killed.poll() is not None:
+      break  # It was over.
+    os.killpg(killed.pid, signal.SIGKILL)
+    kinds.append(kind)
+    # The others notice by themselves, and end.
+    for process in started:
+      process.wait(timeout=150)
+      assert process.returncode != 0
+      tiny_run.finish(process, process.returncode)
+  said = [tiny_run.finish(p) for p in _start(workdir, source, count)]
+  print(f"killed {len(kinds)} times: {collections.Counter(kinds)}")
+  assert len(kinds) == kills, kinds
+  assert "finished" in said[0][0]
+  (step, params), (want_step, want) = map(_params, (workdir, whole(count)))
+  assert step == want_step == STEPS
+  jax.tree.map(np.testing.assert_array_equal, params, want)
+  losses = tiny_run.train_losses(workdir)
+  assert losses == tiny_run.train_losses(whole(count))
+  assert list(losses) == list(range(1, STEPS + 1))
+  for cut, once in zip(
+    _records(workdir, count), _records(whole(count), count), strict=True
+  ):
+    assert set(once.values()) == {1} and len(once) == STEPS
+    assert set(cut) == set(once)
