@@ -1,6 +1,7 @@
 """The model's own properties; parity with Hugging Face is test_parity.py."""
 
 import dataclasses
+import re
 
 from flax import nnx
 import jax
@@ -101,6 +102,26 @@ def test_remat_saves_memory():
 
   none, dots, block = map(temporaries, ("none", "dots", "block"))
   assert block < dots < none
+
+
+def test_the_backward_pass_keeps_no_parameters_and_nothing_twice():
+  config = dataclasses.replace(CONFIG, num_layers=6, mlp_dim=88)
+  model = Gemma.abstract(config)
+  graphdef, params = nnx.split(model)
+
+  def loss(params, tokens):
+    return jnp.sum(nnx.merge(graphdef, params).encode(tokens) ** 2)
+
+  tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+  text = jax.jit(jax.grad(loss)).lower(params, tokens).as_text()
+  # The forward pass is the first loop that gives something of each period.
+  results = re.findall(r"stablehlo.while\(.*\) : (.*)", text)
+  kept = max((line.split(", ") for line in results), key=len)
+  matrices = [t for t in kept if re.fullmatch(r"tensor<3x\d+x88xf32>", t)]
+  assert not matrices and not [t for t in kept if "tensor<3x88x" in t]
+  # The MLP's two products; not the GELU, nor their product.
+  wide = [t for t in kept if t == "tensor<3x2x24x88xf32>"]
+  assert len(wide) % 4 == 0 and 4 <= len(wide) <= 8, kept
 
 
 def test_dtypes_are_used(model):

@@ -11,7 +11,7 @@ from etils.epath import backend, gpath
 import numpy as np
 import pytest
 
-from gemma_funnel.data import documents, sources
+from gemma_funnel.data import documents, sources, tokenizer
 
 
 @pytest.mark.parametrize(
@@ -393,6 +393,14 @@ class TestBucket:
     by_key = lambda part: {d.key: d.text for d in part}
     assert [by_key(p) for p in remote] == [by_key(p) for p in local]
     assert bucket.opened > 30
+
+  def test_a_tokenizer(self, bucket, tmp_path):
+    path = "gs://bucket/sub/tokenizer.model"
+    assert tokenizer.find_tokenizer(None, path, 300) is None
+    made = tokenizer.train(sources.load("gs://bucket/b.txt"), 265, path)
+    for given in ((path, "unused"), (None, path)):
+      found = tokenizer.find_tokenizer(*given, 265)
+      assert found.encode("text\n") == made.encode("text\n")
 
   def test_parquet(self, bucket, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -15,6 +15,8 @@ import os
 import re
 import uuid
 
+from etils import epath
+
 from gemma_funnel.data.documents import Document, key_of
 
 PAD_ID = 0
@@ -236,11 +238,10 @@ class Tokenizer:
       ValueError: the file cannot be read, or see `__init__`.
     """
     try:
-      with open(path, "rb") as f:
-        model = f.read()
+      model = epath.Path(path).read_bytes()
     except OSError as e:
       raise ValueError(
-        f"tokenizer {os.fspath(path)}: cannot be read: {e.strerror}; "
+        f"tokenizer {os.fspath(path)}: cannot be read: {e.strerror or e}; "
         "expected a SentencePiece model or a Hugging Face tokenizer.json"
       ) from e
     return cls(model, os.fspath(path))
@@ -331,6 +332,9 @@ def _sample(documents: Sequence[Document], max_bytes: int) -> Iterator[str]:
 
 def _write_atomically(path: str, content: bytes) -> None:
   """Writes a file that is either whole or not there."""
+  if "://" in path:  # A bucket has nothing else.
+    epath.Path(path).write_bytes(content)
+    return
   os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
   temporary = f"{path}.{uuid.uuid4().hex}.tmp"
   try:
@@ -439,7 +443,7 @@ def find_tokenizer(
         f"has vocab_size={vocab_size}; expected at least as many"
       )
     return found
-  if not os.path.exists(cache_path):
+  if not epath.Path(cache_path).exists():
     return None
   found = Tokenizer.load(cache_path)
   if found.vocab_size != vocab_size:

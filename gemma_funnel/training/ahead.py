@@ -18,7 +18,7 @@ import ml_collections
 
 from gemma_funnel import flops
 from gemma_funnel.hardware import Chip, chip_of
-from gemma_funnel.mesh import AXES
+from gemma_funnel.mesh import AXES, HEADS, ROWS, TOKENS
 from gemma_funnel.training import collectives, pretrain, sharding, start
 from gemma_funnel.training import step as step_lib
 
@@ -280,9 +280,8 @@ def search(
 ) -> Iterator[Plan]:
   """Compiles the meshes, remats and accumulations that promise the fastest steps.
 
-  What fits by a guess of its memory is ordered by a guess of what it sends and
-  computes; the first ones are compiled, and the search ends early when one fits
-  that no other is guessed to be faster than.
+  What fits by a guess of its memory is ordered by a guess of the time for what
+  it computes and sends, one after the other; the first that fits is the last.
 
   Args:
     config: the rest of it.
@@ -290,93 +289,116 @@ def search(
     remats: to choose from.
     most: compilations.
   """
-  guessed, chip = [], chip_of(devices[0])
+  alone = config.copy_and_resolve_references()
+  alone.mesh.update(dict.fromkeys(AXES, 1))
+  setup = pretrain.make_setup(alone, devices[:1])
+  weights, state = map(_bytes_of, start.make_init(setup)[1])
+  work = _Work.of(setup)
+  chip, guessed = chip_of(devices[0]), []
   for sizes in candidates(config, len(devices)):
-    tried = config.copy_and_resolve_references()
-    tried.mesh.update(sizes)
-    while True:
-      try:
-        setup = pretrain.make_setup(tried, devices)
-        _, abstract = start.make_init(setup)
-      except ValueError:
-        break  # It does not divide something.
-      kept = _bytes_of(abstract) + (tried.accumulate > 1) * _bytes_of(
-        abstract[0]
-      )
+    rows = math.prod(sizes[axis] for axis in ROWS)
+    ways = sizes["fsdp"] * sizes[TOKENS] * sizes[HEADS]
+    parts = 1
+    while config.batch_size % (rows * parts) == 0:
+      tokens = config.batch_size * config.length / rows / sizes[TOKENS] / parts
+      # Of several parts, gradients are summed.
+      kept = (weights * (1 + (parts > 1)) + state) / ways
       for remat in remats:
-        memory = kept + _guess_activations(setup, remat)
-        if memory <= _USABLE * chip.memory:
-          changed = tried.copy_and_resolve_references()
-          changed.model.remat = remat
-          guessed.append((_guess(setup, remat, chip), changed))
-      tried.accumulate *= 2
-  guessed.sort(key=lambda pair: pair[0])
-  best = math.inf
-  for guess, changed in guessed[:most]:
-    if guess > best:
-      return
-    found = plan(changed, devices)
-    if found.fits:
-      best = min(best, found.step_s)
+        activations = _guess_activations(setup, work, sizes, tokens, remat)
+        if kept + activations <= _USABLE * chip.memory:
+          seconds = _guess(
+            setup, work, sizes, tokens * parts, parts, remat, chip
+          )
+          guessed.append((seconds, parts, sizes, remat))
+      parts *= 2
+  guessed.sort(key=lambda one: one[:2])
+  for _, parts, sizes, remat in guessed:
+    changed = config.copy_and_resolve_references()
+    changed.mesh.update(sizes)
+    changed.accumulate, changed.model.remat = parts, remat
+    try:
+      found = plan(changed, devices)
+    except ValueError:
+      continue  # The mesh does not divide something.
     yield found
+    most -= 1
+    if found.fits or not most:
+      return
 
 
-def _tokens(setup: pretrain.Setup) -> float:
-  """Of a part of the batch, those of a chip."""
-  config, ways = setup.config, sharding.parts(sharding.BATCH, setup.mesh)
-  return config.batch_size * config.length / math.prod(ways) / config.accumulate
+@dataclasses.dataclass(frozen=True)
+class _Work:
+  """FLOPs of a step and of the layers' forward pass; slots a layer, of tokens."""
+
+  step: float
+  layers: float
+  share: float
+
+  @classmethod
+  def of(cls, setup: pretrain.Setup) -> "_Work":
+    config = setup.config
+    layers = lambda stages: flops.forward(
+      setup.model_config, stages, config.batch_size, config.length, head=False,
+      causal=setup.causal,
+    )  # fmt: skip
+    funnelled = layers(setup.stages)
+    step = pretrain.step_flops(setup, setup.stages)
+    return cls(step, funnelled, funnelled / layers(()))
 
 
-def _guess_activations(setup: pretrain.Setup, remat: str) -> float:
-  """Bytes of a chip for the activations of a part of the batch."""
+def _guess_activations(
+  setup: pretrain.Setup,
+  work: _Work,
+  sizes: dict[str, int],
+  tokens: float,
+  remat: str,
+) -> float:
+  """Bytes of a chip that has so many tokens at a time."""
   config, model = setup.config, setup.model_config
-  size, tensor = jnp.dtype(model.dtype).itemsize, setup.mesh.shape["tensor"]
+  size, tensor = jnp.dtype(model.dtype).itemsize, sizes[HEADS]
   heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
   inner = (heads + 3 * model.mlp_dim) / tensor
   # Of a token in a layer: its products, and with them norms and gates.
   dots, whole = 3 * model.embed_dim + inner, 8 * model.embed_dim + 2 * inner
   kept = {"none": whole, "dots": dots, "offload": 0, "block": model.embed_dim}
-  count = lambda stages: flops.forward(
-    model, stages, 1, config.length, head=False, causal=setup.causal
-  )
-  layers = model.num_layers * count(setup.stages) / count(())
+  layers = model.num_layers * work.share
   logits = 3 * 4 * model.vocab_size / tensor
   logits *= min(config.loss_chunk / config.length, 1)
-  return _tokens(setup) * (size * (layers * kept[remat] + 2 * whole) + logits)
+  return tokens * (size * (layers * kept[remat] + 2 * whole) + logits)
 
 
-def _guess(setup: pretrain.Setup, remat: str, chip: Chip) -> float:
-  """Seconds of a step, from sizes alone."""
-  config, model, shape = setup.config, setup.model_config, setup.mesh.shape
-  layers = flops.forward(
-    model, setup.stages, config.batch_size, config.length, head=False
-  )
-  compute = pretrain.step_flops(setup, setup.stages)
-  compute = (compute + _RECOMPUTED[remat] * layers) / chip.flops
-  compute /= setup.mesh.size
+def _guess(
+  setup: pretrain.Setup,
+  work: _Work,
+  sizes: dict[str, int],
+  tokens: float,
+  parts: int,
+  remat: str,
+  chip: Chip,
+) -> float:
+  """Seconds of a step, of so many tokens a chip in all, from sizes alone."""
+  model = setup.model_config
+  compute = (work.step + _RECOMPUTED[remat] * work.layers) / chip.flops
+  compute /= math.prod(sizes.values())
   size = jnp.dtype(model.dtype).itemsize
   count = flops.parameters(model, setup.stages).total
   passes = 3 if remat == "block" else 2
-  times, sent = config.accumulate, 0.0
-  if (width := shape["fsdp"] * shape["sequence"]) > 1:
+  tensor, sequence, sent = sizes[HEADS], sizes[TOKENS], 0.0
+  if (width := sizes["fsdp"] * sequence) > 1:
     # Gathered in each pass, and gradients scattered.
-    part = (passes * size + 4) * count / shape["tensor"] * (1 - 1 / width)
-    sent += times * part
-  if (copies := shape["data"] * shape["slice"]) > 1:
-    part = 8 * count / (width * shape["tensor"]) * (1 - 1 / copies)
-    sent += times * part
-  tokens = times * _tokens(setup)
-  if shape["tensor"] > 1:
+    sent += parts * (passes * size + 4) * count / tensor * (1 - 1 / width)
+  if (copies := sizes["data"] * sizes["slice"]) > 1:
+    sent += parts * 8 * count / (width * tensor) * (1 - 1 / copies)
+  if tensor > 1:
     # Two sums of activations a layer, forward and backward.
     sent += (
       2 * 2 * passes * model.num_layers * tokens * model.embed_dim * size
-      * (1 - 1 / shape["tensor"])
+      * (1 - 1 / tensor)
     )  # fmt: skip
-  if shape["sequence"] > 1:
-    keys = 2 * model.num_kv_heads * model.head_dim * size
-    keys *= tokens * shape["sequence"]
-    sent += passes * model.num_layers * keys * (1 - 1 / shape["sequence"])
-  return max(compute, sent / chip.link)
+  if sequence > 1:
+    keys = 2 * model.num_kv_heads * model.head_dim * size * tokens * sequence
+    sent += passes * model.num_layers * keys * (1 - 1 / sequence)
+  return compute + sent / chip.link
 
 
 def as_row(found: Plan) -> dict[str, object]:

@@ -5,10 +5,9 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
-import shutil
 from typing import Any
 
+from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -322,15 +321,15 @@ def train(setup: Setup) -> Result:
 
 def _write_files(setup: Setup) -> None:
   """What `load` needs besides the configuration, and the tokenizer."""
-  folder = pathlib.Path(setup.config.workdir)
+  folder = workdir.path_of(setup.config.workdir)
   head = dataclasses.asdict(setup.head)
   said = {"labels": list(setup.task.labels), "head": head}
   (folder / HEAD_FILE).write_text(json.dumps(said, indent=1) + "\n")
-  tokenizer = pathlib.Path(setup.config.tokenizer)
+  tokenizer = epath.Path(setup.config.tokenizer)
   suffix = ".json" if tokenizer.suffix == ".json" else ".model"
   copy = folder / f"tokenizer{suffix}"
   if not copy.exists():
-    shutil.copyfile(tokenizer, copy)
+    tokenizer.copy(copy)
 
 
 def load(
@@ -346,7 +345,7 @@ def load(
     ValueError: no readable run there, or none that was fine-tuned.
   """
   try:
-    said = json.loads((pathlib.Path(path) / HEAD_FILE).read_text())
+    said = json.loads((workdir.path_of(path) / HEAD_FILE).read_text())
     head = HeadConfig(**said["head"])
     labels = tuple(said["labels"])
   except (OSError, ValueError, KeyError, TypeError) as error:
