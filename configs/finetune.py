@@ -20,7 +20,7 @@ from ml_collections import config_dict
 
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.tasks import presets
-from gemma_funnel.training import loop, lora
+from gemma_funnel.training import loop, lora, optimizer
 
 
 def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
@@ -52,33 +52,9 @@ def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
     long="truncate",
     # "none", "balanced", or a number for each class, such as "1,2.5".
     class_weights="none",
-    optimizer=dict(
-      name="adamw",  # "adafactor", "lion" or "muon".
-      learning_rate=5e-4,
-      # After the warm-up "cosine", "linear", "constant", or "wsd" or
-      # "wsd_sqrt", which fall in the last decay_fraction of the steps only.
-      schedule="cosine",
-      warmup_steps=10,
-      final_fraction=0.0,
-      decay_fraction=config_dict.placeholder(float),
-      # Unset is the optimizer's own default (training/optimizer.py).
-      b1=config_dict.placeholder(float),
-      b2=0.98,
-      eps=config_dict.placeholder(float),
-      momentum=config_dict.placeholder(float),  # Of muon.
-      # Of first moments; unset is that of the parameters.
-      moment_dtype=config_dict.placeholder(str),
-      weight_decay=0.01,
-      # Regular expressions of parameter paths, such as "layers/attn/query":
-      # what does not decay (unset: norms, biases and the like), and what is
-      # not trained.
-      decay_exclude=config_dict.placeholder(str),
-      freeze=config_dict.placeholder(str),
-      clip_norm=1.0,
-      # Of a moving average of the weights; unset is none.
-      ema_decay=config_dict.placeholder(float),
-      # Of parameters that are bfloat16.
-      stochastic_rounding=False,
+    # Its schedule, masks, averages and rounding: see there.
+    optimizer=optimizer.default_config(
+      learning_rate=5e-4, b2=0.98, weight_decay=0.01
     ),
     # LoRA: with a rank, factors beside the layers' matrices that `target` is
     # found in are trained, and what the funnel learns; init_from stays as it

@@ -12,7 +12,7 @@ from ml_collections import config_dict
 
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.data import pipeline
-from gemma_funnel.training import loop, lora
+from gemma_funnel.training import loop, lora, optimizer
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -40,33 +40,9 @@ def get_config() -> ml_collections.ConfigDict:
     # of them, such as ("off", "start=2,stride=2", "start=4,stride=4").
     funnel_sampled=(),
     data=pipeline.default_config(),
-    optimizer=dict(
-      name="adamw",  # "adafactor", "lion" or "muon".
-      learning_rate=3e-3,
-      # After the warm-up "cosine", "linear", "constant", or "wsd" or
-      # "wsd_sqrt", which fall in the last decay_fraction of the steps only.
-      schedule="cosine",
-      warmup_steps=30,
-      final_fraction=0.1,
-      decay_fraction=config_dict.placeholder(float),
-      # Unset is the optimizer's own default (training/optimizer.py).
-      b1=config_dict.placeholder(float),
-      b2=config_dict.placeholder(float),
-      eps=config_dict.placeholder(float),
-      momentum=config_dict.placeholder(float),  # Of muon.
-      # Of first moments; unset is that of the parameters.
-      moment_dtype=config_dict.placeholder(str),
-      weight_decay=0.1,
-      # Regular expressions of parameter paths, such as "layers/attn/query":
-      # what does not decay (unset: norms, biases and the like), and what is
-      # not trained.
-      decay_exclude=config_dict.placeholder(str),
-      freeze=config_dict.placeholder(str),
-      clip_norm=1.0,
-      # Of a moving average of the weights; unset is none.
-      ema_decay=config_dict.placeholder(float),
-      # Of parameters that are bfloat16.
-      stochastic_rounding=False,
+    # Its schedule, masks, averages and rounding: see there.
+    optimizer=optimizer.default_config(
+      learning_rate=3e-3, warmup_steps=30, final_fraction=0.1
     ),
     # LoRA: with a rank, factors beside the layers' matrices that `target` is
     # found in are trained, and what the funnel learns; init_from stays as it

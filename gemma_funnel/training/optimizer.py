@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+from ml_collections import config_dict
 import optax
 
 from gemma_funnel.training.scaling import (
@@ -41,6 +42,54 @@ _UNDECAYED = r"scale$|funnel/\d+/(pool_query|gate)$|head/(pool_query|bias)$"
 
 # So that rounding is no other random choice's of the same key.
 _SALT = 0x726F756E
+
+
+def default_config(**changes: Any) -> dict[str, Any]:
+  """The keys of a configuration's `optimizer`, every one with its default.
+
+  Keys:
+    name: "adamw", "adafactor", "lion" or "muon".
+    learning_rate: the highest.
+    schedule: after the warm-up "cosine", "linear", "constant", or "wsd" or
+      "wsd_sqrt", which fall in the last `decay_fraction` of the steps only.
+    warmup_steps: in which it rises; final_fraction, of the highest at the end.
+    b1, b2, eps: unset is the optimizer's own (`OPTIONS`); momentum, of muon.
+    moment_dtype: of first moments; unset is that of the parameters.
+    weight_decay: times the learning rate.
+    decay_exclude, freeze: regular expressions of parameter paths, such as
+      "layers/attn/query": what does not decay (unset: norms, biases and the
+      like), and what is not trained.
+    clip_norm: of all gradients.
+    ema_decay: of a moving average of the weights; unset is none.
+    stochastic_rounding: of parameters that are bfloat16.
+
+  Args:
+    **changes: other values.
+  """
+  unset = config_dict.placeholder
+  values = dict(
+    name="adamw",
+    learning_rate=1e-3,
+    schedule="cosine",
+    warmup_steps=10,
+    final_fraction=0.0,
+    decay_fraction=unset(float),
+    b1=unset(float),
+    b2=unset(float),
+    eps=unset(float),
+    momentum=unset(float),
+    moment_dtype=unset(str),
+    weight_decay=0.1,
+    decay_exclude=unset(str),
+    freeze=unset(str),
+    clip_norm=1.0,
+    ema_decay=unset(float),
+    stochastic_rounding=False,
+  )
+  unknown = changes.keys() - values.keys()
+  if unknown:
+    raise ValueError(f"the optimizer has no keys {sorted(unknown)}")
+  return {**values, **changes}
 
 
 def schedule_of(
@@ -173,7 +222,7 @@ def make_optimizer(
   times the learning rate, as in AdamW (arXiv 1711.05101), with all of them.
 
   Args:
-    config: as `optimizer` in configs/quickstart.py.
+    config: as `default_config` gives.
     steps: the step at which the schedule ends.
 
   Raises:
