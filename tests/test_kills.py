@@ -1,6 +1,7 @@
 """Runs that are killed at any moment, over and over, lose and repeat nothing.
 
-GEMMA_FUNNEL_KILLS says how often; 30 take some ten minutes.
+GEMMA_FUNNEL_KILLS says how often; 30, and 5 of one of four processes, take half
+an hour.
 """
 
 import collections
@@ -120,9 +121,11 @@ def _moment(draw, workdir):
 
 
 @pytest.mark.parametrize(
-  ("count", "kills"), [(1, KILLS), (4, max(1, KILLS // 6))], ids=str
+  ("count", "kills"), [(1, KILLS), (4, KILLS // 6)], ids=str
 )
 def test_killed_at_any_moment(count, kills, whole, source, folder):
+  if not kills:
+    pytest.skip("test_processes kills one of four, once")
   workdir, draw = folder / f"cut{count}", random.Random(count)
   kinds = []
   while len(kinds) < kills:
