@@ -13,6 +13,7 @@ import re
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,6 +21,9 @@ from gemma_funnel import mesh as mesh_lib
 from gemma_funnel.attention import attend
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.stream import Stream
+
+# What `remat` may keep, products of activations and parameters, is called.
+PRODUCT = "product"
 
 # (cos, sin) of rotary angles, each [B, T, 1, H/2].
 Rope = tuple[jax.Array, jax.Array]
@@ -165,7 +169,8 @@ class MLP(nnx.Module):
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     gate_BTF = _einsum("BTD,DF->BTF", x_BTD, self.gate)
     up_BTF = _einsum("BTD,DF->BTF", x_BTD, self.up)
-    return _gated_back(gate_BTF, up_BTF, self.down.get_value())
+    out_BTD = _gated_back(gate_BTF, up_BTF, self.down.get_value())
+    return checkpoint_name(out_BTD, PRODUCT)
 
 
 # For the backward pass GELU is made again, which takes less than keeping it.
@@ -214,7 +219,8 @@ def _einsum(subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:
     x: activations.
     param: an array, or what can do that by itself: see `training.lora.Adapted`.
   """
-  return _product(subscripts, x, param.get_value())
+  product = _product(subscripts, x, param.get_value())
+  return checkpoint_name(product, PRODUCT)
 
 
 def _product(subscripts: str, x: jax.Array, weight) -> jax.Array:

@@ -24,6 +24,7 @@ from gemma_funnel import funnel as funnel_lib
 from gemma_funnel import mesh as mesh_lib
 from gemma_funnel.config import Funnel, GemmaConfig
 from gemma_funnel.layers import (
+  PRODUCT,
   Block,
   RMSNorm,
   by_position,
@@ -62,13 +63,16 @@ class _Span:
     match self.config.remat:
       case "dots":
         call = jax.checkpoint(
-          call, policy=policies.dots_with_no_batch_dims_saveable
+          call, policy=policies.save_only_these_names(PRODUCT)
         )
       case "offload":
         call = jax.checkpoint(
           call,
-          policy=policies.offload_dot_with_no_batch_dims(
-            "device", "pinned_host"
+          policy=policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[PRODUCT],
+            offload_src="device",
+            offload_dst="pinned_host",
           ),
         )
       case "block":

@@ -157,7 +157,7 @@ def test_a_run_tells_of_all_its_steps(source, tmp_path, capsys):
   rates = [x["learning_rate"] for x in lines if x["kind"] == "train"][:3]
   np.testing.assert_allclose(rates, [0, 0.0015, 0.003], rtol=1e-6)
   out = capsys.readouterr().out
-  assert "35,104 parameters, funnel start=1,stop=2,stride=2" in out
+  assert "35,104 parameters trained, funnel start=1,stop=2,stride=2" in out
   said = re.findall(r"step (\d+)/7  loss .* tokens/s  ETA", out)
   assert said == ["5", "7"]
   assert re.findall(r"step (\d+)/7  held out: loss 7", out) == ["3", "6", "7"]

@@ -27,6 +27,9 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\((.*)$")
 _CALLED = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_LESS = "direction=LT"
 _TRIPS = re.compile(r"known_trip_count[^0-9]*(\d+)")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _GROUPS = re.compile(
@@ -115,8 +118,7 @@ def _times(computations: dict[str, list[str]]):
   entry = next(n for n, lines in computations.items() if lines[:1] == ["ENTRY"])
   for name, lines in computations.items():
     for line in lines:
-      trips = _TRIPS.search(line) if " while(" in line else None
-      often = int(trips[1]) if trips else 1
+      often = _trips(line, computations) if " while(" in line else 1
       called = _CALLED.findall(line)
       for names in _BRANCHES.findall(line):
         called += [n.strip().lstrip("%") for n in names.split(",")]
@@ -128,6 +130,16 @@ def _times(computations: dict[str, list[str]]):
       if callee in computations:
         times[callee] += times[name] * often
   return times
+
+
+def _trips(loop: str, computations: dict[str, list[str]]) -> int:
+  """How often a loop runs; TPU's text says it in the condition alone."""
+  if known := _TRIPS.search(loop):
+    return int(known[1])
+  condition = "\n".join(computations.get(_CONDITION.search(loop)[1], ()))
+  bounds = _BOUND.findall(condition)
+  # A scan counts from 0.
+  return int(bounds[0]) if len(bounds) == 1 and _LESS in condition else 1
 
 
 def _bytes(result: str, largest: bool) -> float:
