@@ -115,6 +115,22 @@ def test_norms_by_group_make_up_the_whole():
   )
 
 
+def test_gradients_of_what_is_frozen_are_not_made():
+  def flops(**changes):
+    setup = _setup(**changes)
+    with jax.set_mesh(setup.mesh):
+      abstract = start.make_init(setup)[1]
+      step = make_train_step(
+        pretrain.make_loss(setup), setup.optimizer, abstract, setup.mesh,
+        setup.config,
+      )  # fmt: skip
+      args = (*abstract, {}, _batch(), jax.random.key(0))
+      compiled = step.lower(setup.stages, *args).compile()
+    return compiled.cost_analysis()["flops"]
+
+  assert flops(optimizer__freeze="layers") < 0.85 * flops()
+
+
 def test_what_is_frozen_keeps_every_bit():
   setup = _setup(optimizer__freeze="embedding|mlp")
   with jax.set_mesh(setup.mesh):

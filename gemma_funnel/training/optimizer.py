@@ -292,10 +292,14 @@ def _check_trained(config: ml_collections.ConfigDict, trained) -> None:
     )
 
 
+def trained(config: ml_collections.ConfigDict, tree):
+  """A tree like the weights, without what is frozen."""
+  return _without(_expression(config, "freeze"), tree)
+
+
 def grad_norm(config: ml_collections.ConfigDict, grads) -> jax.Array:
   """The global norm that `clip_norm` is of: float32, without what is frozen."""
-  trained = _without(_expression(config, "freeze"), grads)
-  return optax.tree.norm(_cast(trained, jnp.float32))
+  return optax.tree.norm(_cast(trained(config, grads), jnp.float32))
 
 
 def apply_updates(weights, updates, key: jax.Array, stochastic: bool = False):

@@ -392,7 +392,10 @@ def train(
         data=data,
         evaluate=lambda weights: evaluate(model_of(weights)),
         merge=_merge,
-        flops=functools.partial(step_flops, setup),
+        # Those of a partly frozen model are not known.
+        flops=None
+        if config.optimizer.freeze
+        else functools.partial(step_flops, setup),
       )
     )
   model = model_of(result.weights)

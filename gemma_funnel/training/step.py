@@ -57,7 +57,9 @@ def make_train_step(
     grads, metrics = _accumulated(gradients, batch, key, config.accumulate)
     metrics["grad_norm"] = optimizer_lib.grad_norm(config.optimizer, grads)
     updates, new_state = optimizer.update(grads, opt_state, weights)
-    metrics |= _norms("grad_norm", grads) | _norms("update_norm", updates)
+    # Gradients that nobody reads need not be made.
+    used = optimizer_lib.trained(config.optimizer, grads)
+    metrics |= _norms("grad_norm", used) | _norms("update_norm", updates)
     new_weights = optimizer_lib.apply_updates(
       weights, updates, key, config.optimizer.stochastic_rounding
     )
