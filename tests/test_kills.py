@@ -27,7 +27,6 @@ STEPS = 20 * (KILLS + 2)
 FLAGS = (
   f"--config.steps={STEPS}", "--config.checkpoint_every=4",
   "--config.data.lanes=4", "--config.log_every=1000", "--config.keep=2",
-  "--config.watchdog_minutes=0.5",
 )  # fmt: skip
 
 
@@ -61,7 +60,7 @@ def _start(workdir, source, count):
       port = free.getsockname()[1]
     joint = [
       f"--config.mesh.data={count}", f"--coordinator=localhost:{port}",
-      f"--num_processes={count}",
+      f"--num_processes={count}", "--config.watchdog_minutes=1",
     ]  # fmt: skip
   started = []
   for i in range(count):
