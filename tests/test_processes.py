@@ -115,15 +115,20 @@ def test_processes_are_one_run(count, devices, sizes, alone, source, tmp_path):
   assert not any("step" in out for out, _ in said[1:])  # One of them tells.
 
 
-def test_a_run_goes_on_with_fewer_processes(alone, source, tmp_path):
+@pytest.mark.parametrize(
+  ("before", "after"),
+  [(dict(count=4), dict(count=2)), (dict(devices=8), dict(devices=4))],
+  ids=str,
+)
+def test_a_run_goes_on_with_fewer(before, after, alone, source, tmp_path):
   folder = str(tmp_path / "run")
-  started = _start(folder, source, *_mesh(data=4), count=4)
+  mesh = lambda sizes: _mesh(fsdp=max(sizes.values()))
+  started = _start(folder, source, *mesh(before), **before)
   _wait_for_step(folder, 22, started)
-  started[2].send_signal(signal.SIGTERM)  # One is told; all of them save.
+  started[-1].send_signal(signal.SIGTERM)  # One is told; all of them save.
   said = _finish(started)
   assert f"SIGTERM: saved {folder} at step" in said[0][0]
-  started = _start(folder, source, *_mesh(data=2), count=2)
-  said = _finish(started)
+  said = _finish(_start(folder, source, *mesh(after), **after))
   assert f"resuming {folder} at step" in said[0][0]
   _assert_same_losses(folder, alone)
 
