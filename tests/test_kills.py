@@ -22,10 +22,11 @@ from gemma_funnel.training import checkpoint as checkpoint_lib
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("GEMMA_FUNNEL_KILLS", "3"))
-# As many as a life takes, about, so that the run is not over too soon.
-STEPS = 20 * (KILLS + 2)
+KILLED = {1: KILLS, 4: KILLS // 6}  # By the number of processes.
+# As many for each life as it takes, about, so that no run is over too soon.
+STEPS = {count: 20 * (kills + 2) for count, kills in KILLED.items()}
 FLAGS = (
-  f"--config.steps={STEPS}", "--config.checkpoint_every=4",
+  "--config.checkpoint_every=4",
   "--config.data.lanes=4", "--config.log_every=1000", "--config.keep=2",
 )  # fmt: skip
 
@@ -51,7 +52,9 @@ def cache(folder):
 
 def _start(workdir, source, count):
   """Starts the processes of a run; each records its batches in a file."""
-  command = tiny_run.command(str(workdir), source, *FLAGS)
+  command = tiny_run.command(
+    str(workdir), source, *FLAGS, f"--config.steps={STEPS[count]}"
+  )
   command[1] = str(tiny_run.ROOT / "tests" / "recorded_train.py")
   joint = []
   if count > 1:
@@ -119,10 +122,9 @@ def _moment(draw, workdir):
   return kind
 
 
-@pytest.mark.parametrize(
-  ("count", "kills"), [(1, KILLS), (4, KILLS // 6)], ids=str
-)
-def test_killed_at_any_moment(count, kills, whole, source, folder):
+@pytest.mark.parametrize("count", KILLED)
+def test_killed_at_any_moment(count, whole, source, folder):
+  kills = KILLED[count]
   if not kills:
     pytest.skip("test_processes kills one of four, once")
   workdir, draw = folder / f"cut{count}", random.Random(count)
@@ -145,13 +147,13 @@ def test_killed_at_any_moment(count, kills, whole, source, folder):
   assert len(kinds) == kills, kinds
   assert "finished" in said[0][0]
   (step, params), (want_step, want) = map(_params, (workdir, whole(count)))
-  assert step == want_step == STEPS
+  assert step == want_step == STEPS[count]
   jax.tree.map(np.testing.assert_array_equal, params, want)
   losses = tiny_run.train_losses(workdir)
   assert losses == tiny_run.train_losses(whole(count))
-  assert list(losses) == list(range(1, STEPS + 1))
+  assert list(losses) == list(range(1, STEPS[count] + 1))
   for cut, once in zip(
     _records(workdir, count), _records(whole(count), count), strict=True
   ):
-    assert set(once.values()) == {1} and len(once) == STEPS
+    assert set(once.values()) == {1} and len(once) == STEPS[count]
     assert set(cut) == set(once)
