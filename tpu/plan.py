@@ -81,9 +81,13 @@ def _line(plan: ahead.Plan) -> str:
       f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | no | {row['parameters']:.2f} "
       f"| {row['optimizer']:.2f} | {plan.error} |" + " |" * 7
     )
-  sent = ", ".join(f"{a} {x:.2f}" for a, x in row["sent"].items()) or "none"
+  sent = "not known"
+  if row["sent"] is not None:
+    axes = [f"{axes} {x:.2f}" for axes, x in row["sent"].items()]
+    sent = ", ".join(axes) or "none"
   times = " / ".join(
-    f"{row[name]:.3g}" for name in ("compute_s", "send_s", "memory_s")
+    "?" if row[name] is None else f"{row[name]:.3g}"
+    for name in ("compute_s", "send_s", "memory_s")
   )
   return (
     f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | {row['fits']} "

@@ -42,7 +42,8 @@ class Plan:
     temporaries: all else that the program needs at its peak.
     memory: of a chip.
     model_flops: of a step on all chips (`flops.train_step`).
-    sent: by each chip, by axes of the mesh.
+    sent: by each chip, by axes of the mesh; None where the program's text
+      cannot be read.
     compute_s, send_s, memory_s: least times of a step.
     compile_s: what compiling took here.
     error: why it does not compile; None if it does.
@@ -57,7 +58,7 @@ class Plan:
   temporaries: float = math.nan
   memory: int = 0
   model_flops: float = math.nan
-  sent: dict[str, float] = dataclasses.field(default_factory=dict)
+  sent: dict[str, float] | None = None
   compute_s: float = math.nan
   send_s: float = math.nan
   memory_s: float = math.nan
@@ -77,8 +78,9 @@ class Plan:
 
   @property
   def step_s(self) -> float:
-    """The roofline: all that overlaps perfectly."""
-    return max(self.compute_s, self.send_s, self.memory_s)
+    """The roofline, as far as it is known: all that overlaps perfectly."""
+    sent = 0 if self.sent is None else self.send_s
+    return max(self.compute_s, sent, self.memory_s)
 
   @property
   def mfu_bound(self) -> float:
@@ -151,13 +153,17 @@ def plan(
   except (
     Exception
   ) as error:  # The compiler's; all that matters is what it says.
-    return Plan(**known, error=_first_line(error), **_bounds(setup, {}))
+    return Plan(**known, error=_first_line(error), **_bounds(setup, None))
   memory = compiled.memory_analysis()
   needed = memory.temp_size_in_bytes
   activations = min(residuals, needed)
-  sent = collectives.bytes_by_axis(
-    collectives.collectives(compiled.as_text(), setup.mesh)
-  )
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError:  # jaxlib cannot read some of libtpu's.
+    sent = None
+  else:
+    found = collectives.collectives(text, setup.mesh)
+    sent = collectives.bytes_by_axis(found)
   return Plan(
     **known,
     activations=activations,
@@ -214,7 +220,9 @@ def _residuals(setup: pretrain.Setup, loss, weights, batch, key) -> float:
   return size / ways / setup.config.accumulate
 
 
-def _bounds(setup: pretrain.Setup, sent: dict[str, float]) -> dict[str, object]:
+def _bounds(
+  setup: pretrain.Setup, sent: dict[str, float] | None
+) -> dict[str, object]:
   """FLOPs, bytes, and the least times that they take."""
   config, mesh = setup.config, setup.mesh
   chip = chip_of(mesh.devices.flat[0])
@@ -235,7 +243,7 @@ def _bounds(setup: pretrain.Setup, sent: dict[str, float]) -> dict[str, object]:
     sent=sent,
     compute_s=(model_flops + again) / peak,
     model_s=model_flops / peak,
-    send_s=sum(sent.values()) / chip.link,
+    send_s=math.nan if sent is None else sum(sent.values()) / chip.link,
     memory_s=_weight_traffic(setup) / chip.bandwidth,
   )
 
@@ -417,9 +425,9 @@ def as_row(found: Plan) -> dict[str, object]:
     "total": gib(found.total),
     "of": gib(found.memory),
     "flops": found.model_flops,
-    "sent": {axes: gib(x) for axes, x in found.sent.items()},
+    "sent": found.sent and {axes: gib(x) for axes, x in found.sent.items()},
     "compute_s": found.compute_s,
-    "send_s": found.send_s,
+    "send_s": None if found.sent is None else found.send_s,
     "memory_s": found.memory_s,
     "step_s": found.step_s,
     "mfu_bound": found.mfu_bound,
