@@ -134,7 +134,7 @@ def start(args: list[str], devices: int = 1) -> subprocess.Popen:
 def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
   """Waits; returns (stdout, stderr) of a process that ends with `status`."""
   try:
-    process.wait(timeout=120)
+    process.wait(timeout=300)
   finally:
     try:
       os.killpg(process.pid, signal.SIGKILL)  # Workers of a killed process.
