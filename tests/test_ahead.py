@@ -64,15 +64,13 @@ def test_times_are_those_of_the_roofline(plan):
   assert plan.sent["fsdp"] > 2 * 2 * count * 3 / 4
 
 
-def test_a_program_that_cannot_be_read_has_no_sum(devices, monkeypatch):
+def test_no_text_of_jaxlib_is_needed(devices, monkeypatch, plan):
   def as_text(self):
     raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
   monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
   found = ahead.plan(_config(mesh__data=1, mesh__fsdp=4), devices)
-  assert found.fits and found.sent is None and math.isnan(found.send_s)
-  assert found.step_s == max(found.compute_s, found.memory_s)
-  assert ahead.as_row(found)["sent"] is None
+  assert found.sent == plan.sent
 
 
 def test_what_does_not_fit_is_said(devices):

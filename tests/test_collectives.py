@@ -67,6 +67,78 @@ def test_a_loop_sends_each_time():
   assert sent["tensor"] == pytest.approx(5 * once["tensor"], rel=0.5)
 
 
+# As libtpu writes them: a kernel's data go on over lines, one operation is in
+# every fusion that it goes on in, and a loop counts to what its condition has.
+_TPU = """HloModule jit_step
+
+%start (x: bf16[2,8]) -> bf16[8,8] {
+  ROOT %all-gather.1 = bf16[8,8]{1,0} all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%goes_on (x: bf16[2,8]) -> bf16[8,8] {
+  ROOT %all-gather.2 = bf16[8,8]{1,0} all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%inner_condition (p: (f32[4], u32[])) -> pred[] {
+  %c = u32[]{:T(128)} constant(4)
+  %p = (f32[4], u32[]) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+
+%inner_body (p: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %p = (f32[4], u32[]) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%p), index=0
+  %i = u32[] get-tuple-element(%p), index=1
+  %two = u32[] constant(2)
+  %next = u32[] add(%i, %two)
+  %same = u32[] copy(%next)
+  %more = bf16[8,8] fusion(%x), calls=%goes_on
+  %sent = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=9, source_target_pairs={{0,1},{1,0}}
+  %y = f32[4]{0} collective-permute-done(%sent)
+  ROOT %t = (f32[4], u32[]) tuple(%y, %same)
+}
+
+%condition (p: (s32[], f32[4])) -> pred[] {
+  %c = s32[] constant(3)
+  %p = (s32[], f32[4]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[], f32[4]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%one, %i)
+  %kernel = f32[4]{0} custom-call(%p), backend_config={"a":{
+"data":"{}"
+}}, metadata={op_name="kernel"}
+  %first = bf16[8,8] fusion(%kernel), calls=%start
+  %loop = (f32[4], u32[]) while(%first), condition=%inner_condition, body=%inner_body
+  ROOT %t = (s32[], f32[4]) tuple(%next, %kernel)
+}, execution_thread="main"
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4] parameter(0)
+  %loop = (s32[], f32[4]) while(%x), condition=%condition, body=%body
+  ROOT %r = (f32[4], f32[2]) all-reduce-start(%x, %x), replica_groups=[4,2]<=[2,4]T(1,0)
+}
+"""
+
+
+def test_text_of_tpus():
+  found = collectives.collectives(_TPU, _mesh())
+  times = {one.kind: one.times for one in found}
+  assert times == {
+    "all-gather": 3, "collective-permute": 3 * 2, "all-reduce": 1,
+  }  # fmt: skip
+  gathered = 3 * 8 * 8 * 2 * 3 / 4
+  assert collectives.bytes_by_axis(found) == {
+    "tensor": gathered + 6 * 16, "data": 2 * 6 * 4 / 2,
+  }  # fmt: skip
+
+
 @pytest.mark.parametrize(
   ("text", "groups"),
   [

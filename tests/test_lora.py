@@ -13,8 +13,8 @@ import tiny_run
 
 from gemma_funnel.config import GemmaConfig
 from gemma_funnel.model import Gemma
-from gemma_funnel.training import loop, optimizer, sharding
 from gemma_funnel.training import lora as lora_lib
+from gemma_funnel.training import optimizer, sharding
 from gemma_funnel.training.scaling import path_of
 
 CONFIG = dataclasses.replace(
@@ -338,7 +338,7 @@ def test_lies_on_a_mesh_as_the_parameters_do():
   base = lora_lib.freeze(params, lora)
   placed = jax.device_put(base, lora_lib.shardings(base, mesh))
   adapters = _drawn(params, lora)
-  abstract = loop.place({"lora": jax.eval_shape(lambda: adapters)}, mesh)
+  abstract = sharding.place({"lora": jax.eval_shape(lambda: adapters)}, mesh)
   for path, x in jax.tree_util.tree_leaves_with_path(abstract):
     if path[-1].key in ("a", "b"):
       assert not any(x.sharding.spec), path_of(path)

@@ -7,7 +7,8 @@ r"""What a pretraining takes on a slice that is not at hand, before it is paid f
 Compiles the real step for the slice (on this machine, with the extra "tpu"),
 and prints bytes a chip by kind, whether they fit, FLOPs, what chips send each
 other by mesh axis, and the least time of a step. --search tries meshes,
-remats and parts of the batch (accumulate), the most promising first. --out writes plan.json and plan.md.
+remats and parts of the batch (accumulate), the most promising first, until one
+fits. --out writes plan.json and plan.md.
 """
 
 import json
@@ -32,9 +33,9 @@ flags.DEFINE_string("out", None, "A folder for plan.json and plan.md.")
 flags.mark_flag_as_required("topology")
 
 _HEADER = (
-  "| mesh | remat | parts | fits | parameters | optimizer | activations | temporaries "
-  "| total of GiB | PFLOP a step | sent GiB | compute / send / memory s "
-  "| least step s | MFU at most |"
+  "| mesh | remat | parts | fits | parameters | optimizer | activations "
+  "| temporaries | total of GiB | PFLOP a step | sent GiB "
+  "| compute / send / memory s | least step s | MFU at most |"
 )
 
 
@@ -78,16 +79,15 @@ def _line(plan: ahead.Plan) -> str:
   row = ahead.as_row(plan)
   if plan.error is not None:
     return (
-      f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | no | {row['parameters']:.2f} "
-      f"| {row['optimizer']:.2f} | {plan.error} |" + " |" * 7
+      f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | no "
+      f"| {row['parameters']:.2f} | {row['optimizer']:.2f} | {plan.error} |"
+      + " |"
+      * 7
     )
-  sent = "not known"
-  if row["sent"] is not None:
-    axes = [f"{axes} {x:.2f}" for axes, x in row["sent"].items()]
-    sent = ", ".join(axes) or "none"
+  axes = [f"{axes} {x:.2f}" for axes, x in row["sent"].items()]
+  sent = ", ".join(axes) or "none"
   times = " / ".join(
-    "?" if row[name] is None else f"{row[name]:.3g}"
-    for name in ("compute_s", "send_s", "memory_s")
+    f"{row[name]:.3g}" for name in ("compute_s", "send_s", "memory_s")
   )
   return (
     f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | {row['fits']} "

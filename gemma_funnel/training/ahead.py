@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import math
 import os
+import pathlib
 import re
+import tempfile
 import time
 
 import jax
@@ -42,8 +44,7 @@ class Plan:
     temporaries: all else that the program needs at its peak.
     memory: of a chip.
     model_flops: of a step on all chips (`flops.train_step`).
-    sent: by each chip, by axes of the mesh; None where the program's text
-      cannot be read.
+    sent: by each chip, by axes of the mesh.
     compute_s, send_s, memory_s: least times of a step.
     compile_s: what compiling took here.
     error: why it does not compile; None if it does.
@@ -58,7 +59,7 @@ class Plan:
   temporaries: float = math.nan
   memory: int = 0
   model_flops: float = math.nan
-  sent: dict[str, float] | None = None
+  sent: dict[str, float] = dataclasses.field(default_factory=dict)
   compute_s: float = math.nan
   send_s: float = math.nan
   memory_s: float = math.nan
@@ -78,9 +79,8 @@ class Plan:
 
   @property
   def step_s(self) -> float:
-    """The roofline, as far as it is known: all that overlaps perfectly."""
-    sent = 0 if self.sent is None else self.send_s
-    return max(self.compute_s, sent, self.memory_s)
+    """The roofline: all of it overlaps perfectly."""
+    return max(self.compute_s, self.send_s, self.memory_s)
 
   @property
   def mfu_bound(self) -> float:
@@ -149,21 +149,16 @@ def plan(
   )
   began = time.monotonic()
   try:
-    compiled, residuals = _compile(setup, abstract)
+    compiled, text, residuals = _compile(setup, abstract)
   except (
     Exception
   ) as error:  # The compiler's; all that matters is what it says.
-    return Plan(**known, error=_first_line(error), **_bounds(setup, None))
+    return Plan(**known, error=_first_line(error), **_bounds(setup, {}))
   memory = compiled.memory_analysis()
   needed = memory.temp_size_in_bytes
   activations = min(residuals, needed)
-  try:
-    text = compiled.as_text()
-  except jax.errors.JaxRuntimeError:  # jaxlib cannot read some of libtpu's.
-    sent = None
-  else:
-    found = collectives.collectives(text, setup.mesh)
-    sent = collectives.bytes_by_axis(found)
+  found = collectives.collectives(text, setup.mesh)
+  sent = collectives.bytes_by_axis(found)
   return Plan(
     **known,
     activations=activations,
@@ -180,7 +175,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _compile(setup: pretrain.Setup, abstract):
-  """(the compiled step, bytes a chip keeps for the backward pass)."""
+  """(the compiled step, its text, bytes a chip keeps for the backward pass)."""
   config, mesh = setup.config, setup.mesh
   loss = pretrain.make_loss(setup)
   shape = (config.batch_size, config.length)
@@ -193,8 +188,12 @@ def _compile(setup: pretrain.Setup, abstract):
       loss, setup.optimizer, abstract, mesh, config
     )
     args = (setup.stages, *abstract, start.frozen_shapes(setup), batch, key)
-    compiled = step.lower(*args).compile()
-    return compiled, _residuals(setup, loss, abstract[0], batch, key)
+    with tempfile.TemporaryDirectory() as folder:
+      # As libtpu writes it itself: jaxlib cannot read all of its programs.
+      compiled = step.lower(*args).compile({"xla_dump_to": folder})
+      (text,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+      text = text.read_text()
+    return compiled, text, _residuals(setup, loss, abstract[0], batch, key)
 
 
 def _residuals(setup: pretrain.Setup, loss, weights, batch, key) -> float:
@@ -220,9 +219,7 @@ def _residuals(setup: pretrain.Setup, loss, weights, batch, key) -> float:
   return size / ways / setup.config.accumulate
 
 
-def _bounds(
-  setup: pretrain.Setup, sent: dict[str, float] | None
-) -> dict[str, object]:
+def _bounds(setup: pretrain.Setup, sent: dict[str, float]) -> dict[str, object]:
   """FLOPs, bytes, and the least times that they take."""
   config, mesh = setup.config, setup.mesh
   chip = chip_of(mesh.devices.flat[0])
@@ -243,7 +240,7 @@ def _bounds(
     sent=sent,
     compute_s=(model_flops + again) / peak,
     model_s=model_flops / peak,
-    send_s=math.nan if sent is None else sum(sent.values()) / chip.link,
+    send_s=sum(sent.values()) / chip.link,
     memory_s=_weight_traffic(setup) / chip.bandwidth,
   )
 
@@ -385,16 +382,19 @@ def _guess(
   chip: Chip,
 ) -> float:
   """Seconds of a step, of so many tokens a chip in all, from sizes alone."""
-  model = setup.model_config
+  config, model = setup.config, setup.model_config
   compute = (work.step + _RECOMPUTED[remat] * work.layers) / chip.flops
   compute /= math.prod(sizes.values())
   size = jnp.dtype(model.dtype).itemsize
   count = flops.parameters(model, setup.stages).total
+  head = model.vocab_size * model.embed_dim
   passes = 3 if remat == "block" else 2
   tensor, sequence, sent = sizes[HEADS], sizes[TOKENS], 0.0
   if (width := sizes["fsdp"] * sequence) > 1:
-    # Gathered in each pass, and gradients scattered.
-    sent += parts * (passes * size + 4) * count / tensor * (1 - 1 / width)
+    # Gathered in each pass, and gradients scattered; the head's, in each chunk.
+    chunks = math.ceil(config.length / config.loss_chunk)
+    each = (passes * size + 4) * (count - head) + (2 * size + 4) * head * chunks
+    sent += parts * each / tensor * (1 - 1 / width)
   if (copies := sizes["data"] * sizes["slice"]) > 1:
     sent += parts * 8 * count / (width * tensor) * (1 - 1 / copies)
   if tensor > 1:
@@ -425,9 +425,9 @@ def as_row(found: Plan) -> dict[str, object]:
     "total": gib(found.total),
     "of": gib(found.memory),
     "flops": found.model_flops,
-    "sent": found.sent and {axes: gib(x) for axes, x in found.sent.items()},
+    "sent": {axes: gib(x) for axes, x in found.sent.items()},
     "compute_s": found.compute_s,
-    "send_s": None if found.sent is None else found.send_s,
+    "send_s": found.send_s,
     "memory_s": found.memory_s,
     "step_s": found.step_s,
     "mfu_bound": found.mfu_bound,

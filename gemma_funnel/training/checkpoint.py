@@ -378,17 +378,7 @@ def load_run(
     if lora := lora_lib.of_run(config):
       init = lambda params: lora_lib.init(params, lora, jax.random.key(0))
       trees["lora"] = jax.eval_shape(init, trees.pop("params"))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = (
-      jax.tree.map(lambda _: device, trees)
-      if mesh is None
-      else sharding.shardings_of(trees, mesh)
-    )
-    return jax.tree.map(
-      lambda p, place: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place),
-      trees,
-      shardings,
-    )
+    return sharding.place(trees, mesh)
 
   with Checkpoints(path, read_only=True) as checkpoints:
     abstract_model(read_config(path / CONFIG))
@@ -426,7 +416,7 @@ def _merge_lora(config: dict, model: Gemma, adapters, mesh):
     merged = lora_lib.merge(base, adapters, lora)
     return jax.tree.map(lambda x, like: x.astype(like.dtype), merged, wanted)
 
-  placed = mesh and sharding.shardings_of(wanted, mesh)
+  placed = sharding.shardings_of(wanted, mesh)
   return jax.jit(merge, out_shardings=placed)(base, adapters)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,12 +25,17 @@ KINDS = (
   "collective-permute",
 )  # fmt: skip
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+# A kernel's own data may go on over lines, which may begin with a brace too.
+_END = re.compile(r"^\}(, |$)")
 _OPERATION = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\((.*)$")
 _CALLED = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 _LESS = "direction=LT"
+_ELEMENT = re.compile(r"= [su]32\[\].* get-tuple-element\(.*index=(\d+)")
+_NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r"known_trip_count[^0-9]*(\d+)")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _GROUPS = re.compile(
@@ -41,6 +47,8 @@ _MESH = re.compile(
   r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(?"
   r"\[([\d,]+)\](?:T\(([\d,]+)\))?\)?)? \{(.*?)\}"
 )
+# Of an operation, wherever it is named.
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _PAIRS = re.compile(r"source_target_pairs=(\{\{.*?\}\})")
 
 
@@ -70,22 +78,27 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
   """
   computations = dict(_computations(text))
   times = _times(computations)
-  found = []
+  found: dict[Any, Collective] = {}
   for name, lines in computations.items():
-    for line in lines:
+    for number, line in enumerate(lines):
       match = _OPERATION.search(line)
       if not match or not times[name]:
         continue
       result, kind, is_start, _ = match.groups()
       groups = _groups(line, mesh.size)
-      if groups is None:
+      axes = () if groups is None else _axes(groups, mesh)
+      if not axes:
         continue
-      size = _bytes(result, largest=bool(is_start))
+      size = _bytes(kind, result, bool(is_start))
       sent = size * _share(kind, groups.shape[1])
-      axes = _axes(groups, mesh)
-      if axes:
-        found.append(Collective(kind, axes, sent * times[name], times[name]))
-  return found
+      one = Collective(kind, axes, sent * times[name], times[name])
+      # TPU's text has an operation that goes on beside others in each fusion
+      # that it goes on in: it starts as often as the one that runs least.
+      channel = _CHANNEL.search(line)
+      key = channel[1] if channel else (name, number)
+      if key not in found or one.times < found[key].times:
+        found[key] = one
+  return list(found.values())
 
 
 def bytes_by_axis(found: list[Collective]) -> dict[str, float]:
@@ -105,7 +118,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
         name, lines = match[1], []
         if line.startswith("ENTRY"):
           lines.append("ENTRY")
-    elif line.startswith("}"):
+    elif _END.match(line):
       yield name, lines
       name = None
     else:
@@ -137,21 +150,39 @@ def _trips(loop: str, computations: dict[str, list[str]]) -> int:
   if known := _TRIPS.search(loop):
     return int(known[1])
   condition = "\n".join(computations.get(_CONDITION.search(loop)[1], ()))
-  bounds = _BOUND.findall(condition)
-  # A scan counts from 0.
-  return int(bounds[0]) if len(bounds) == 1 and _LESS in condition else 1
+  bounds, counters = _CONSTANT.findall(condition), _ELEMENT.findall(condition)
+  if len(bounds) != 1 or len(counters) != 1 or _LESS not in condition:
+    return 1
+  body = computations[_BODY.search(loop)[1]]
+  # It counts from 0.
+  return math.ceil(int(bounds[0]) / _stride(body, int(counters[0])))
 
 
-def _bytes(result: str, largest: bool) -> float:
-  """Of a result's shape; a start's result has the operand's too."""
-  sizes = []
-  for dtype, dims in _SHAPE.findall(result):
-    if dtype in _BITS:
-      count = math.prod(int(d) for d in dims.split(",") if d)
-      sizes.append(count * _BITS[dtype] / 8)
-  if not sizes:
-    return 0.0
-  return max(sizes) if largest else sum(sizes)
+def _stride(body: list[str], counter: int) -> int:
+  """What a loop's body adds to an element of its tuple; 1 if it cannot be told."""
+  named = ((_NAME.search(line), line) for line in body if " = " in line)
+  lines = {name[1]: line for name, line in named if name}
+  root = next(line for line in body if line.lstrip().startswith("ROOT"))
+  operands = _NAME.findall(root.partition(" tuple(")[2])
+  name = operands[counter] if counter < len(operands) else None
+  line = lines.get(name, "")
+  while " copy(" in line:
+    line = lines.get(_NAME.search(line.partition(" copy(")[2])[1], "")
+  added = _NAME.findall(line.partition(" add(")[2].partition(")")[0])
+  found = [_CONSTANT.search(lines.get(name, "")) for name in added]
+  return next((int(one[1]) for one in found if one), 1)
+
+
+def _bytes(kind: str, result: str, is_start: bool) -> float:
+  """Of an operation's results; a start's shape has the operands before them."""
+  sizes = [
+    math.prod(int(d) for d in dims.split(",") if d) * _BITS[dtype] / 8
+    for dtype, dims in _SHAPE.findall(result)
+    if dtype in _BITS and (dims or not is_start)  # Else context.
+  ]
+  if is_start and kind != "all-reduce":
+    sizes = sizes[len(sizes) // 2 :]
+  return sum(sizes)
 
 
 def _share(kind: str, group: int) -> float:

@@ -188,15 +188,6 @@ class Result:
   finished: bool
 
 
-def place(tree, mesh: jax.sharding.Mesh):
-  """A tree of shapes, with the shardings that the rules give it on `mesh`."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    tree,
-    sharding.shardings_of(tree, mesh),
-  )
-
-
 def run(job: Job) -> Result:
   """Trains, or goes on training, the run in `job.config.workdir`.
 
@@ -292,7 +283,7 @@ class _Loop:
       trees["best"] = jax.eval_shape(
         lambda w: _begin(self.job.stopping, w), weights
       )
-      trees["best"] = place(trees["best"], self.job.mesh)
+      trees["best"] = sharding.place(trees["best"], self.job.mesh)
     self.step, trees, progress = self.checkpoints.restore(trees)
     self.opt_state = trees["opt_state"]
     self.best = trees.get("best")

@@ -196,18 +196,7 @@ def make_setup(
   zeros = ("z_loss", "seed", "latency.repeats", "distill.logits",
            "distill.hidden", "distill.tokens")  # fmt: skip
   check_numbers(config, {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)})
-  for name in ("length", "latency.length"):
-    value = config.length if name == "length" else config.latency.length
-    used = name == "length" or config.latency.repeats
-    if used and value > model_config.max_length:
-      raise ValueError(
-        f"{name}={value} is beyond model.max_length={model_config.max_length}"
-      )
-  if config.length % funnels.align:
-    raise ValueError(
-      f"length={config.length} must be a multiple of the funnel's total stride "
-      f"{funnels.align}, for packing"
-    )
+  _check_lengths(config, model_config, funnels)
   _check_objective(config)
   loop.check_config(config)
   mesh = sharding.make_mesh(config.mesh, devices)
@@ -244,6 +233,24 @@ def make_lora(config: Any) -> lora_lib.LoraConfig | None:
       "stay as they are"
     )
   return lora
+
+
+def _check_lengths(
+  config: Any, model_config: GemmaConfig, funnels: schedules.FunnelSchedule
+) -> None:
+  lengths = {"length": config.length}
+  if config.latency.repeats:
+    lengths["latency.length"] = config.latency.length
+  for name, value in lengths.items():
+    if value > model_config.max_length:
+      raise ValueError(
+        f"{name}={value} is beyond model.max_length={model_config.max_length}"
+      )
+  if config.length % funnels.align:
+    raise ValueError(
+      f"length={config.length} must be a multiple of the funnel's total stride "
+      f"{funnels.align}, for packing"
+    )
 
 
 def _check_objective(config: Any) -> None:
@@ -353,20 +360,7 @@ def train(
   corpus = pipeline.load_corpus(
     config.data, setup.model_config.vocab_size, config.workdir
   )
-  part, parts = sharding.row_share(setup.mesh)
-  data = pipeline.train_iterator(
-    corpus.train,
-    corpus.tokenizer,
-    batch_size=config.batch_size // parts,
-    length=config.length,
-    align=setup.funnels.align,
-    gap=setup.gap,
-    seed=config.data.seed,
-    lanes=config.data.lanes,
-    num_workers=config.data.num_workers,
-    process_index=part,
-    process_count=parts,
-  )
+  data = _make_data(setup, corpus)
   graphdef = nnx.graphdef(Gemma.abstract(setup.model_config, setup.stages))
   frozen = start.load_frozen(setup)
   model_of = lambda weights: nnx.merge(
@@ -400,6 +394,25 @@ def train(
     )
   model = model_of(result.weights)
   return Result(model, corpus, result.steps, result.finished)
+
+
+def _make_data(setup: Setup, corpus: pipeline.Corpus):
+  """This process's share of the batches."""
+  config = setup.config
+  part, parts = sharding.row_share(setup.mesh)
+  return pipeline.train_iterator(
+    corpus.train,
+    corpus.tokenizer,
+    batch_size=config.batch_size // parts,
+    length=config.length,
+    align=setup.funnels.align,
+    gap=setup.gap,
+    seed=config.data.seed,
+    lanes=config.data.lanes,
+    num_workers=config.data.num_workers,
+    process_index=part,
+    process_count=parts,
+  )
 
 
 def _merge(states: list[dict[str, Any]]) -> dict[str, Any]:

@@ -160,17 +160,40 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
   return spec
 
 
-def shardings_of(tree, mesh: jax.sharding.Mesh):
-  """NamedShardings for a tree of parameters, or of an optimizer's state.
+def shardings_of(tree, mesh: jax.sharding.Mesh | None):
+  """Shardings for a tree of parameters, or of an optimizer's state.
+
+  Args:
+    tree: of arrays or shapes.
+    mesh: None is the default device.
 
   Raises:
     ValueError: see `spec_of`.
   """
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: NamedSharding(
-      mesh, spec_of(path_of(path), leaf.shape, mesh)
-    ),
+
+  def of(path, leaf):
+    if mesh is None:
+      return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(mesh, spec_of(path_of(path), leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def place(tree, mesh: jax.sharding.Mesh | None, shardings=None):
+  """A tree of shapes as ShapeDtypeStructs with shardings.
+
+  Args:
+    tree: of arrays or shapes.
+    mesh: see `shardings_of`.
+    shardings: a tree of others than the rules give.
+
+  Raises:
+    ValueError: see `spec_of`.
+  """
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     tree,
+    shardings_of(tree, mesh) if shardings is None else shardings,
   )
 
 

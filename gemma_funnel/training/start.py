@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from gemma_funnel import convert
 from gemma_funnel.config import format_funnel
 from gemma_funnel.model import Gemma
-from gemma_funnel.training import loop
 from gemma_funnel.training import lora as lora_lib
+from gemma_funnel.training import sharding
 
 
 def make_init(
@@ -48,7 +48,7 @@ def make_init(
     weights = fresh(seed)
     return weights, optimizer.init(weights)
 
-  abstract = loop.place(jax.eval_shape(whole, 0), setup.mesh)
+  abstract = sharding.place(jax.eval_shape(whole, 0), setup.mesh)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   if config.init_from is None:
     made = jax.jit(whole, out_shardings=shardings)
@@ -117,15 +117,13 @@ def frozen_shapes(setup: Any) -> dict[str, Any]:
   )
   frozen = {}
   if _is_distilled(setup):
-    frozen["teacher"] = loop.place(shapes(()), setup.mesh)
+    frozen["teacher"] = sharding.place(shapes(()), setup.mesh)
   if setup.lora:
     base = jax.eval_shape(
       lambda x: lora_lib.freeze(x, setup.lora), shapes(setup.funnels.funnel)
     )
-    frozen["base"] = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      base,
-      lora_lib.shardings(base, setup.mesh),
+    frozen["base"] = sharding.place(
+      base, setup.mesh, lora_lib.shardings(base, setup.mesh)
     )
   return frozen
 
