@@ -134,7 +134,7 @@ def _run(span: _Span, stacked_L, stream: Stream, keys: Stream | None) -> Stream:
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["arrays"],
-  meta_fields=["structure", "places"],
+  meta_fields=["structure", "places", "learned"],
 )
 @dataclasses.dataclass(frozen=True)
 class _Kept:
@@ -144,14 +144,16 @@ class _Kept:
     arrays: each once.
     structure: of the function from `jax.vjp`.
     places: of its arrays: (whether at hand, which).
+    learned: whether a gradient is asked for, of each parameter.
   """
 
   arrays: list[jax.Array]
   structure: jax.tree_util.PyTreeDef
   places: tuple[tuple[bool, int], ...]
+  learned: tuple[bool, ...]
 
   @classmethod
-  def of(cls, vjp, at_hand) -> "_Kept":
+  def of(cls, vjp, at_hand, learned) -> "_Kept":
     leaves, structure = jax.tree.flatten(vjp)
     known = {id(x): n for n, x in enumerate(jax.tree.leaves(at_hand))}
     arrays, places = {}, []
@@ -161,7 +163,8 @@ class _Kept:
       else:
         number, _ = arrays.setdefault(id(x), (len(arrays), x))
         places.append((False, number))
-    return cls([x for _, x in arrays.values()], structure, tuple(places))
+    arrays = [x for _, x in arrays.values()]
+    return cls(arrays, structure, tuple(places), learned)
 
   def vjp(self, at_hand):
     sources = self.arrays, jax.tree.leaves(at_hand)
@@ -174,8 +177,13 @@ def _run_forward(span: _Span, stacked_L, stream: Stream, keys: Stream | None):
 
   It scans over layers, so that their gradients are stacked by a scan too: those
   of reads from the whole stack would be summed into all of it, layer by layer.
-  Parameters that the backward pass reads are not kept once more.
+  Parameters that the backward pass reads are not kept once more, and those that
+  no gradient is asked of (LoRA's) have none.
   """
+  learned = tuple(x.perturbed for x in jax.tree.leaves(stacked_L))
+  stacked_L, stream, keys = jax.tree.map(
+    lambda x: x.value, (stacked_L, stream, keys)
+  )
   ropes = span.rope(stream), span.rope(keys)
   rest = _rest(stream), _rest(keys)
   loops = []
@@ -184,14 +192,16 @@ def _run_forward(span: _Span, stacked_L, stream: Stream, keys: Stream | None):
     def body(hidden, periods):
       layers = [_pick(periods, j) for j in range(period)]
 
-      def run(layers, hidden, keys_hidden):
+      def run(changing, hidden, keys_hidden):
+        params_of = lambda j: _join(layers[j], learned, changing[j])
         return span.body(
-            first, period, layers.__getitem__, _with(rest[0], hidden),
+            first, period, params_of, _with(rest[0], hidden),
             _with(rest[1], keys_hidden), ropes,
         ).hidden_BTD  # fmt: skip
 
-      hidden, vjp = jax.vjp(run, layers, hidden, keys and keys.hidden_BTD)
-      return hidden, _Kept.of(vjp, (layers, ropes, rest))
+      changing = [_split(layer, learned) for layer in layers]
+      hidden, vjp = jax.vjp(run, changing, hidden, keys and keys.hidden_BTD)
+      return hidden, _Kept.of(vjp, (layers, ropes, rest), learned)
 
     periods = jax.tree.map(
       lambda p: p[first : first + repeats * period].reshape(
@@ -205,6 +215,20 @@ def _run_forward(span: _Span, stacked_L, stream: Stream, keys: Stream | None):
   return stream, (loops, ropes, rest, keys and jnp.zeros_like(keys.hidden_BTD))
 
 
+def _split(tree, learned: tuple[bool, ...]) -> list[jax.Array]:
+  leaves = jax.tree.leaves(tree)
+  return [x for x, chosen in zip(leaves, learned, strict=True) if chosen]
+
+
+def _join(tree, learned: tuple[bool, ...], values: list[jax.Array]):
+  """`tree` with other leaves where they are learned."""
+  leaves, structure = jax.tree.flatten(tree)
+  values = iter(values)
+  pairs = zip(leaves, learned, strict=True)
+  leaves = [next(values) if chosen else x for x, chosen in pairs]
+  return jax.tree.unflatten(structure, leaves)
+
+
 def _run_backward(span: _Span, saved, d_stream: Stream):
   loops, ropes, rest, d_keys = saved
   d_hidden, d_parts = d_stream.hidden_BTD, []
@@ -215,10 +239,10 @@ def _run_backward(span: _Span, saved, d_stream: Stream):
       periods, kept = inputs
       layers = [_pick(periods, j) for j in range(period)]
       vjp = kept.vjp((layers, ropes, rest))
-      d_layers, d_hidden, more = vjp(d_hidden)
+      d_changing, d_hidden, more = vjp(d_hidden)
       d_keys = jax.tree.map(jnp.add, d_keys, more)
       return (d_hidden, d_keys), jax.tree.map(
-        lambda *p: jnp.stack(p), *d_layers
+        lambda *p: jnp.stack(p), *d_changing
       )
 
     (d_hidden, d_keys), d_periods = jax.lax.scan(
@@ -226,11 +250,14 @@ def _run_backward(span: _Span, saved, d_stream: Stream):
     )
     d_parts.insert(0, jax.tree.map(jnp.concatenate, d_periods))
   around = (span.start, span.config.num_layers - span.stop)
-  d_stacked_L = jax.tree.map(
-    lambda *parts: jnp.pad(
-      jnp.concatenate(parts), (around, *[(0, 0)] * (parts[0].ndim - 1))
-    ),
-    *d_parts,
+  d_changing = iter(
+    jnp.pad(jnp.concatenate(parts), (around, *[(0, 0)] * (parts[0].ndim - 1)))
+    for parts in zip(*d_parts, strict=True)
+  )
+  periods, kept = loops[0]
+  d_stacked_L = jax.tree.unflatten(
+    jax.tree.structure(periods),
+    [next(d_changing) if chosen else None for chosen in kept.learned],
   )
   # Where slots stand is not learned.
   unlearned = dict(position_BT=None, end_BT=None, segment_BT=None)
@@ -241,7 +268,7 @@ def _run_backward(span: _Span, saved, d_stream: Stream):
   return d_stacked_L, d_stream, d_keys
 
 
-_run.defvjp(_run_forward, _run_backward)
+_run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
 
 
 def _rest(stream: Stream | None) -> Stream | None:

@@ -309,13 +309,14 @@ def test_the_base_has_no_gradient():
       assert not np.any(grad), name
 
 
-def test_the_backward_pass_keeps_no_dequantised_layers():
+@pytest.mark.parametrize("base_dtype", ["int8", None])
+def test_the_backward_pass_keeps_no_layers(base_dtype):
   config = dataclasses.replace(
     CONFIG, num_layers=8, embed_dim=256, mlp_dim=1024
   )
   model = Gemma.abstract(config)
   graphdef, shapes = nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model))
-  lora = dataclasses.replace(LORA, base_dtype="int8")
+  lora = dataclasses.replace(LORA, base_dtype=base_dtype)
   base = jax.eval_shape(lambda x: lora_lib.freeze(x, lora), shapes)
   adapters = jax.eval_shape(_init, shapes, lora, jax.random.key(0))
 
@@ -325,7 +326,7 @@ def test_the_backward_pass_keeps_no_dequantised_layers():
 
   memory = jax.jit(jax.grad(loss)).lower(adapters, base).compile()
   whole = sum(4 * x.size for x in jax.tree.leaves(shapes["layers"]))
-  assert memory.memory_analysis().temp_size_in_bytes < whole
+  assert memory.memory_analysis().temp_size_in_bytes < whole / 2
 
 
 def test_lies_on_a_mesh_as_the_parameters_do():

@@ -149,12 +149,11 @@ class Adapted:
       subscripts: in capitals, "x,matrix->result".
       x: activations, of whose dtype the result is.
     """
-    product = lambda x, base: jnp.einsum(
-      subscripts, x, jax.lax.stop_gradient(_dense(base)).astype(x.dtype)
+    # Else the backward pass would keep what every layer's is dequantised to.
+    product = jax.checkpoint(
+      lambda x, base: jnp.einsum(subscripts, x, _dense(base).astype(x.dtype)),
+      prevent_cse=False,
     )
-    if _is_quantised(self.base):
-      # Else the backward pass would keep what every layer's is dequantised to.
-      product = jax.checkpoint(product)
     result = product(x, self.base)
     if self.a is None:
       return result
@@ -288,7 +287,7 @@ def attach(
     factors = _at(adapters, path)
     return Adapted(x, factors.get("a"), factors.get("b"), lora.scale)
 
-  return _joined(adapt, base, adapters)
+  return _joined(adapt, jax.lax.stop_gradient(base), adapters)
 
 
 def merge(
