@@ -38,7 +38,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(folder):
-  return tiny_run.write_corpus(folder)
+  # Of a second epoch, a batch could be one of the first.
+  return tiny_run.write_corpus(folder, documents=4 * max(STEPS.values()))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -74,7 +74,7 @@ def load_config(name: str = "quickstart", *args):
   return module.get_config(*args)
 
 
-def write_corpus(folder: pathlib.Path) -> str:
+def write_corpus(folder: pathlib.Path, documents: int = 100) -> str:
   """Some text in which words follow words; returns its path."""
   draw = random.Random(0)
   words = [
@@ -83,7 +83,7 @@ def write_corpus(folder: pathlib.Path) -> str:
   ]
   path = folder / "corpus.jsonl"
   with path.open("w") as f:
-    for _ in range(100):
+    for _ in range(documents):
       at, text = draw.randrange(200), []
       for _ in range(80):
         at = (7 * at + draw.randrange(3)) % 200
