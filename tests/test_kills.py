@@ -1,7 +1,7 @@
 """Runs that are killed at any moment, over and over, lose and repeat nothing.
 
-GEMMA_FUNNEL_KILLS says how often; 30, and 5 of one of four processes, take half
-an hour.
+GEMMA_FUNNEL_KILLS says how often; 30, and 5 of one of four processes, take some
+ten minutes.
 """
 
 import collections

@@ -80,9 +80,8 @@ def _line(plan: ahead.Plan) -> str:
   if plan.error is not None:
     return (
       f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | no "
-      f"| {row['parameters']:.2f} | {row['optimizer']:.2f} | {plan.error} |"
-      + " |"
-      * 7
+      f"| {row['parameters']:.2f} | {row['optimizer']:.2f} | {plan.error} "
+      f"| | | | | | | |"
     )
   axes = [f"{axes} {x:.2f}" for axes, x in row["sent"].items()]
   sent = ", ".join(axes) or "none"

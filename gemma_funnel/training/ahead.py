@@ -150,9 +150,7 @@ def plan(
   began = time.monotonic()
   try:
     compiled, text, residuals = _compile(setup, abstract)
-  except (
-    Exception
-  ) as error:  # The compiler's; all that matters is what it says.
+  except Exception as error:  # The compiler's own; it says what is wrong.
     return Plan(**known, error=_first_line(error), **_bounds(setup, {}))
   memory = compiled.memory_analysis()
   needed = memory.temp_size_in_bytes

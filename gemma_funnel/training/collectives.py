@@ -73,7 +73,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
   """The collective operations of a compiled program.
 
   Args:
-    text: `compiled.as_text()`.
+    text: `compiled.as_text()`, or as the compiler dumps it.
     mesh: that it was compiled for; partitions are its devices in order.
   """
   computations = dict(_computations(text))

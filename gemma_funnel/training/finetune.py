@@ -97,11 +97,7 @@ def make_setup(
     config.funnel = format_funnel(found or ())
   ones = ("batch_size", "length", "patience")
   pretrain.check_numbers(config, {**dict.fromkeys(ones, 1), "seed": 0})
-  if config.length > model_config.max_length:
-    raise ValueError(
-      f"length={config.length} is beyond "
-      f"model.max_length={model_config.max_length}"
-    )
+  pretrain.check_lengths({"length": config.length}, model_config)
   mesh = sharding.make_mesh(config.mesh)
   pretrain.check_batch(config, mesh)
   if mesh.shape[TOKENS] > 1:

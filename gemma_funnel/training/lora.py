@@ -149,7 +149,7 @@ class Adapted:
       subscripts: in capitals, "x,matrix->result".
       x: activations, of whose dtype the result is.
     """
-    # Else the backward pass would keep what every layer's is dequantised to.
+    # Else the backward pass would keep what each layer's is made into.
     product = jax.checkpoint(
       lambda x, base: jnp.einsum(subscripts, x, _dense(base).astype(x.dtype)),
       prevent_cse=False,

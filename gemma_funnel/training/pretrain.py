@@ -104,6 +104,19 @@ def check_numbers(config: Any, at_least: dict[str, int | float]) -> None:
       raise ValueError(f"{name}={value}: expected {bound}")
 
 
+def check_lengths(lengths: dict[str, int], model_config: GemmaConfig) -> None:
+  """Checks lengths by the names of their keys.
+
+  Raises:
+    ValueError: one is more than the model can be given.
+  """
+  for name, value in lengths.items():
+    if value > model_config.max_length:
+      raise ValueError(
+        f"{name}={value} is beyond model.max_length={model_config.max_length}"
+      )
+
+
 def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
   """Checks that `config.batch_size` rows can lie on a mesh, part by part.
 
@@ -196,7 +209,15 @@ def make_setup(
   zeros = ("z_loss", "seed", "latency.repeats", "distill.logits",
            "distill.hidden", "distill.tokens")  # fmt: skip
   check_numbers(config, {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)})
-  _check_lengths(config, model_config, funnels)
+  lengths = {"length": config.length}
+  if config.latency.repeats:
+    lengths["latency.length"] = config.latency.length
+  check_lengths(lengths, model_config)
+  if config.length % funnels.align:
+    raise ValueError(
+      f"length={config.length} must be a multiple of the funnel's total stride "
+      f"{funnels.align}, for packing"
+    )
   _check_objective(config)
   loop.check_config(config)
   mesh = sharding.make_mesh(config.mesh, devices)
@@ -233,24 +254,6 @@ def make_lora(config: Any) -> lora_lib.LoraConfig | None:
       "stay as they are"
     )
   return lora
-
-
-def _check_lengths(
-  config: Any, model_config: GemmaConfig, funnels: schedules.FunnelSchedule
-) -> None:
-  lengths = {"length": config.length}
-  if config.latency.repeats:
-    lengths["latency.length"] = config.latency.length
-  for name, value in lengths.items():
-    if value > model_config.max_length:
-      raise ValueError(
-        f"{name}={value} is beyond model.max_length={model_config.max_length}"
-      )
-  if config.length % funnels.align:
-    raise ValueError(
-      f"length={config.length} must be a multiple of the funnel's total stride "
-      f"{funnels.align}, for packing"
-    )
 
 
 def _check_objective(config: Any) -> None:

@@ -179,21 +179,17 @@ def shardings_of(tree, mesh: jax.sharding.Mesh | None):
   return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def place(tree, mesh: jax.sharding.Mesh | None, shardings=None):
-  """A tree of shapes as ShapeDtypeStructs with shardings.
+def place(tree, mesh: jax.sharding.Mesh | None):
+  """A tree of shapes, with the shardings of `shardings_of`."""
+  return with_shardings(tree, shardings_of(tree, mesh))
 
-  Args:
-    tree: of arrays or shapes.
-    mesh: see `shardings_of`.
-    shardings: a tree of others than the rules give.
 
-  Raises:
-    ValueError: see `spec_of`.
-  """
+def with_shardings(tree, shardings):
+  """A tree of arrays or shapes as ShapeDtypeStructs with their shardings."""
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     tree,
-    shardings_of(tree, mesh) if shardings is None else shardings,
+    shardings,
   )
 
 

@@ -122,8 +122,8 @@ def frozen_shapes(setup: Any) -> dict[str, Any]:
     base = jax.eval_shape(
       lambda x: lora_lib.freeze(x, setup.lora), shapes(setup.funnels.funnel)
     )
-    frozen["base"] = sharding.place(
-      base, setup.mesh, lora_lib.shardings(base, setup.mesh)
+    frozen["base"] = sharding.with_shardings(
+      base, lora_lib.shardings(base, setup.mesh)
     )
   return frozen
 
