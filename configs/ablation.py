@@ -1,7 +1,7 @@
 r"""The study of funnels on real tasks; they are read from a folder.
 
   GEMMA_FUNNEL_DATA=DATA \
-    python -m gemma_funnel.evaluation.ablation --config=configs/ablation.py
+    python -m gemma_funnel.study --config=configs/ablation.py
 
 DATA holds lm/ (English text to pretrain on, and wikitext2/), ner/wnut17/,
 ner/sec_filings/, cls/banking77/, cls/stsb_open/ and gen/blimp/; docs/study.md says
@@ -38,9 +38,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.workdir = "runs/ablation"
   config.title = "What a funnel costs and saves"
   config.models.small.update(
-    vocab_size=4096, embed_dim=128, mlp_dim=512, head_dim=32,
+    vocab_size=4096,
+    embed_dim=128,
+    mlp_dim=512,
+    head_dim=32,
     query_pre_attn_scalar=32.0,
-  )  # fmt: skip
+  )
   config.pretrain.update(steps=700, batch_size=16, length=128)
   config.pretrain.data.source = _path(
     "lm/middlemarch.txt",
@@ -55,33 +58,52 @@ def get_config() -> ml_collections.ConfigDict:
   config.finetune.optimizer.update(learning_rate=1.5e-3, warmup_steps=20)
   config.tasks = dict(
     wnut17=_task(
-      "conll", train=_path("ner/wnut17/train.conll"), max_train=1200,
-      dev=_path("ner/wnut17/dev.conll"), max_dev=200,
-      test=_path("ner/wnut17/test.conll"), max_test=800,
+      "conll",
+      train=_path("ner/wnut17/train.conll"),
+      max_train=1200,
+      dev=_path("ner/wnut17/dev.conll"),
+      max_dev=200,
+      test=_path("ner/wnut17/test.conll"),
+      max_test=800,
     ),
     sec_filings=_task(
-      "conll", train=_path("ner/sec_filings/train_FIN5.conll"), max_dev=100,
-      test=_path("ner/sec_filings/test_FIN3.conll"), tag_column=3,
+      "conll",
+      train=_path("ner/sec_filings/train_FIN5.conll"),
+      max_dev=100,
+      test=_path("ner/sec_filings/test_FIN3.conll"),
+      tag_column=3,
       tune=dict(epochs=4.0, length=64),
     ),
     banking77=_task(
-      kind="classification", text="text", label="label",
-      train=_path("cls/banking77/train.tsv"), max_train=1600, max_dev=200,
-      test=_path("cls/banking77/test.tsv"), max_test=800,
+      kind="classification",
+      text="text",
+      label="label",
+      train=_path("cls/banking77/train.tsv"),
+      max_train=1600,
+      max_dev=200,
+      test=_path("cls/banking77/test.tsv"),
+      max_test=800,
       tune=dict(epochs=4.0),
     ),
     stsb=_task(
-      kind="regression", text="sentence1", second="sentence2", label="score",
-      train=_path("cls/stsb_open/train.tsv"), max_train=1200,
-      dev=_path("cls/stsb_open/dev.tsv"), max_dev=200,
+      kind="regression",
+      text="sentence1",
+      second="sentence2",
+      label="score",
+      train=_path("cls/stsb_open/train.tsv"),
+      max_train=1200,
+      dev=_path("cls/stsb_open/dev.tsv"),
+      max_dev=200,
       test=_path("cls/stsb_open/test.tsv"),
     ),
     blimp=_task("blimp", test=_path("gen/blimp/blimp.jsonl"), max_test=1005),
     wikitext=_task(
-      kind="perplexity", test=_path("lm/wikitext2/valid.txt"),
-      documents="line", max_test=200,
+      kind="perplexity",
+      test=_path("lm/wikitext2/valid.txt"),
+      documents="line",
+      max_test=200,
     ),
-  )  # fmt: skip
+  )
   config.axes.update(
     pretraining=("standard", "aware", "sampled", "distilled"),
     finetuning=("off", "on", "sampled"),

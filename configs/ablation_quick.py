@@ -1,7 +1,7 @@
 r"""The study of funnels, small: what they cost and save, and what helps.
 
-  python -m gemma_funnel.evaluation.ablation --config=configs/ablation_quick.py
-  python -m gemma_funnel.evaluation.ablation --config=configs/ablation_quick.py \
+  python -m gemma_funnel.study --config=configs/ablation_quick.py
+  python -m gemma_funnel.study --config=configs/ablation_quick.py \
     --dry-run
 
 On two CPU cores it takes under 20 minutes, offline, and ends with tables, plots
@@ -16,7 +16,7 @@ import runpy
 import ml_collections
 from ml_collections import config_dict
 
-from gemma_funnel.evaluation import plan
+from gemma_funnel.study import grid
 from gemma_funnel.tasks import presets
 
 
@@ -31,11 +31,17 @@ def get_config() -> ml_collections.ConfigDict:
   pretrain = sibling("quickstart")
   model = pretrain.model
   model.update(
-    vocab_size=1024, num_layers=6, embed_dim=64, mlp_dim=256, head_dim=16,
-    query_pre_attn_scalar=16.0, window=64, max_length=512,
+    vocab_size=1024,
+    num_layers=6,
+    embed_dim=64,
+    mlp_dim=256,
+    head_dim=16,
+    query_pre_attn_scalar=16.0,
+    window=64,
+    max_length=512,
     # A third less time for a step of so small a model.
     scan_layers=False,
-  )  # fmt: skip
+  )
   pretrain.update(steps=50, batch_size=16, length=128, tensorboard=False)
   pretrain.optimizer.update(learning_rate=6e-3, warmup_steps=10)
   pretrain.update(log_every=50, eval_every=10_000, checkpoint_every=10_000)
@@ -71,16 +77,13 @@ def get_config() -> ml_collections.ConfigDict:
       seed=(0, 1),
     ),
     # Combinations to leave out.
-    exclude=(
-      "pretraining=aware,finetuning=off",
-      "finetuning=on,inference=off",
-    ),
+    exclude=("pretraining=aware,finetuning=off", "finetuning=on,inference=off"),
     models=dict(small=model.to_dict()),
     tasks=tasks,
-    pretrain=plan.training_keys(pretrain, "pretrain"),
+    pretrain=grid.training_keys(pretrain, "pretrain"),
     switch_step=25,
     distill_steps=20,
-    finetune=plan.training_keys(finetune, "finetune"),
+    finetune=grid.training_keys(finetune, "finetune"),
     # How tasks that a language model answers by itself are put.
     generative=dict(split="test", batch_size=16, few_shot=0, max_new_tokens=64),
     # What each funnel saves here; 0 repeats is none.

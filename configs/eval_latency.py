@@ -14,7 +14,7 @@ size.
 
 from ml_collections import config_dict
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.config import TransformerConfig
 
 _FULL_SIZE = "gemma"  # Presets of published sizes start with it.
 
@@ -23,7 +23,7 @@ def get_config(preset: str = "bench") -> config_dict.ConfigDict:
   """The configuration of a latency measurement of a preset."""
   full_size = preset.startswith(_FULL_SIZE)
   dtypes = dict(param_dtype="bfloat16", dtype="bfloat16") if full_size else {}
-  model = GemmaConfig.preset(preset, **dtypes)
+  model = TransformerConfig.preset(preset, **dtypes)
   lengths = (512, 1024, 2048, 4096, 8192) if full_size else (1024, 2048, 4096)
   lengths = tuple(n for n in lengths if n <= model.max_length)
 

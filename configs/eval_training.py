@@ -14,14 +14,14 @@ import runpy
 import ml_collections
 from ml_collections import config_dict
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.config import TransformerConfig
 
 
 def get_config(preset: str = "bench") -> ml_collections.ConfigDict:
   """The configuration of a preset of GemmaConfig."""
   path = pathlib.Path(__file__).with_name("quickstart.py")
   pretrain = runpy.run_path(str(path))["get_config"]()
-  pretrain.model.update(GemmaConfig.preset(preset).to_dict())
+  pretrain.model.update(TransformerConfig.preset(preset).to_dict())
   pretrain.update(batch_size=4, length=512)
   return config_dict.create(
     evaluator="training",

@@ -18,9 +18,10 @@ quickstart's run, code_tags ends far above what the most frequent tag reaches.
 import ml_collections
 from ml_collections import config_dict
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel import lora
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.tasks import presets
-from gemma_funnel.training import loop, lora, optimizer
+from gemma_funnel.training import loop, optimizer
 
 
 def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
@@ -32,7 +33,7 @@ def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
     # Whatever gemma_funnel.load reads; unset is a fresh model of these sizes.
     # With a checkpoint the sizes are its own.
     init_from=config_dict.placeholder(str),
-    model=GemmaConfig.preset("quickstart").to_dict(),
+    model=TransformerConfig.preset("quickstart").to_dict(),
     tokenizer=config_dict.placeholder(str),  # Unset is the checkpoint's.
     task=presets.preset(task),
     # pool: "mean", "first", "last" or "attention". hidden: a tanh layer's width.

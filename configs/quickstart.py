@@ -10,9 +10,10 @@ where token frequencies alone allow 2.8, and about 40% less latency.
 import ml_collections
 from ml_collections import config_dict
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel import lora
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.data import pipeline
-from gemma_funnel.training import loop, lora, optimizer
+from gemma_funnel.training import loop, optimizer
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -22,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     steps=280,
     batch_size=8,
     length=256,
-    model=GemmaConfig.preset("quickstart").to_dict(),
+    model=TransformerConfig.preset("quickstart").to_dict(),
     # Whatever gemma_funnel.load reads, to start from instead of afresh: its
     # sizes and tokenizer are used, and of `model` dtypes, kernel and the like.
     init_from=config_dict.placeholder(str),

@@ -2,10 +2,10 @@
 
 from gemma_funnel import flops as flops
 from gemma_funnel.config import FunnelConfig as FunnelConfig
-from gemma_funnel.config import GemmaConfig as GemmaConfig
+from gemma_funnel.config import TransformerConfig as TransformerConfig
 from gemma_funnel.convert import load as load
-from gemma_funnel.decode import Decoder as Decoder
-from gemma_funnel.model import Gemma as Gemma
-from gemma_funnel.sampling import Sampling as Sampling
+from gemma_funnel.decode.decoder import Decoder as Decoder
+from gemma_funnel.decode.sampling import Sampling as Sampling
+from gemma_funnel.model import Transformer as Transformer
 
 __version__ = "0.1.0"

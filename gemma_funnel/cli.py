@@ -76,9 +76,11 @@ class Progress:
       from rich import console, progress
 
       self._bar = progress.Progress(
-          *progress.Progress.get_default_columns(), progress.DownloadColumn(),
-          progress.TransferSpeedColumn(), console=console.Console(stderr=True),
-      )  # fmt: skip
+        *progress.Progress.get_default_columns(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        console=console.Console(stderr=True),
+      )
       self._bar.start()
       self._task = self._bar.add_task(self._what, total=self._total)
     return self
@@ -150,7 +152,7 @@ def _join() -> None:
   how = values["distributed"].value
   if how == "off" and set(options.values()) == {None}:
     return
-  from gemma_funnel.training import processes  # It imports jax.
+  from gemma_funnel.parallel import processes  # It imports jax.
 
   processes.join(how, **options)
 

@@ -1,4 +1,4 @@
-"""What a model is (`GemmaConfig`) and where it is short (`FunnelConfig`).
+"""What a model is (`TransformerConfig`) and where it is short (`FunnelConfig`).
 
 Every mistake of configuration is found here, as a `ValueError` that names the
 field, what was found and what was expected, before anything is computed.
@@ -7,9 +7,15 @@ field, what was found and what was expected, before anything is computed.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
-import numbers
-import sys
 from typing import Any
+
+from gemma_funnel.checks import (
+  require,
+  require_bool,
+  require_choice,
+  require_int,
+  require_positive,
+)
 
 ATTENTION_KINDS = ("local", "global")
 POOLS = ("mean", "max", "first", "last", "attention", "every")
@@ -20,44 +26,11 @@ REMATS = ("none", "dots", "offload", "block")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _require(ok: bool, message: str) -> None:
-  if not ok:
-    raise ValueError(message)
-
-
-def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-  _require(
-    value in choices, f"{name}={value!r}: expected one of {list(choices)}"
-  )
-
-
-def _require_int(name: str, value: Any, least: int) -> None:
-  _require(
-    isinstance(value, int) and not isinstance(value, bool) and value >= least,
-    f"{name}={value!r}: expected an integer >= {least}",
-  )
-
-
-def _require_positive(name: str, value: Any, also: str = "") -> None:
-  # Infinity is no number here: what it scales or caps would not be finite.
-  is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-  _require(
-    is_number and 0 < value <= sys.float_info.max,
-    f"{name}={value!r}: expected a number > 0{also}",
-  )
-
-
-def _require_bool(name: str, value: Any) -> None:
-  _require(isinstance(value, bool), f"{name}={value!r}: expected a bool")
-
-
 def _from_mapping(cls, values: Mapping[str, Any]):
   """Builds dataclass `cls` from a mapping; an unknown key is an error."""
   known = [f.name for f in dataclasses.fields(cls)]
   unknown = sorted(set(values) - set(known))
-  _require(
-    not unknown, f"{cls.__name__} has no field {unknown}; it has {known}"
-  )
+  require(not unknown, f"{cls.__name__} has no field {unknown}; it has {known}")
   as_tuple = lambda v: tuple(v) if isinstance(v, (list, tuple)) else v
   return cls(**{k: as_tuple(v) for k, v in values.items()})
 
@@ -103,20 +76,20 @@ class FunnelConfig:
   position: str = "last"
 
   def __post_init__(self):
-    _require_int("funnel.start", self.start, 0)
+    require_int("funnel.start", self.start, 0)
     if self.stop is not None:
-      _require_int("funnel.stop", self.stop, 0)
-      _require(
+      require_int("funnel.stop", self.stop, 0)
+      require(
         self.start < self.stop,
         f"funnel.start={self.start} must be below funnel.stop={self.stop}",
       )
-    _require_int("funnel.stride", self.stride, 1)
-    _require_choice("funnel.pool", self.pool, POOLS)
-    _require_choice("funnel.recover", self.recover, RECOVERIES)
-    _require_choice("funnel.position", self.position, POSITIONS)
+    require_int("funnel.stride", self.stride, 1)
+    require_choice("funnel.pool", self.pool, POOLS)
+    require_choice("funnel.recover", self.recover, RECOVERIES)
+    require_choice("funnel.position", self.position, POSITIONS)
     for name in ("pool_query_only", "keep_first"):
-      _require_bool(f"funnel.{name}", getattr(self, name))
-    _require(
+      require_bool(f"funnel.{name}", getattr(self, name))
+    require(
       self.pool != "every" or self.position == "last",
       f"funnel.position={self.position!r} has no effect with pool='every', "
       "whose slots keep their own positions",
@@ -142,14 +115,14 @@ class FunnelConfig:
     values = {}
     for item in text.split(","):
       key, equals, value = (part.strip() for part in item.partition("="))
-      _require(
+      require(
         bool(equals and value),
         f"funnel {text!r}: {item!r} is not key=value; expected 'off' or "
         "e.g. 'start=2,stride=2,recover=average'",
       )
-      _require(key not in values, f"funnel {text!r}: {key} is given twice")
+      require(key not in values, f"funnel {text!r}: {key} is given twice")
       values[key] = _from_text(value)
-    _require("start" in values, f"funnel {text!r}: start is missing")
+    require("start" in values, f"funnel {text!r}: start is missing")
     return _from_mapping(cls, values)
 
 
@@ -186,7 +159,7 @@ def parse_funnel(funnel: Funnel) -> tuple[FunnelConfig, ...]:
       return ()
     return tuple(FunnelConfig.parse(part) for part in funnel.split(_AND))
   for stage in funnel:
-    _require(
+    require(
       isinstance(stage, FunnelConfig),
       f"funnel stage {stage!r}: expected a FunnelConfig",
     )
@@ -206,11 +179,11 @@ def resolve_funnel(funnel: Funnel, num_layers: int) -> tuple[FunnelConfig, ...]:
   stages = []
   for stage in parse_funnel(funnel):
     stop = num_layers if stage.stop is None else stage.stop
-    _require(
+    require(
       stop <= num_layers,
       f"funnel.stop={stop} is past the model's {num_layers} layers",
     )
-    _require(
+    require(
       stage.start < stop,
       f"funnel.start={stage.start} must be below funnel.stop={stop} "
       f"(the model has {num_layers} layers)",
@@ -219,23 +192,23 @@ def resolve_funnel(funnel: Funnel, num_layers: int) -> tuple[FunnelConfig, ...]:
   stages.sort(key=lambda stage: stage.start)
   for n, inner in enumerate(stages):
     for outer in stages[:n]:
-      _require(
+      require(
         outer.start < inner.start,
         f"two funnel stages start at layer {inner.start}: expected one of a "
         "larger stride",
       )
-      _require(
+      require(
         inner.start >= outer.stop or inner.stop <= outer.stop,
         f"funnel stages [{outer.start}, {outer.stop}) and [{inner.start}, "
         f"{inner.stop}) cross: expected one within the other, or apart",
       )
     if inner.recover == "none":
-      _require(
+      require(
         inner.stop == num_layers,
         f"funnel.recover='none' with stop={inner.stop}: layers after it need "
         f"a recovery; expected stop={num_layers}, or another recovery",
       )
-      _require(
+      require(
         all(o.recover == "none" for o in stages[:n] if o.stop == num_layers),
         f"funnel.recover='none' at layer {inner.start} is within a stage that "
         "recovers: expected 'none' there too, or another recovery here",
@@ -250,7 +223,7 @@ def check_recovers(stages: Sequence[FunnelConfig], what: str) -> None:
     ValueError: a "none" recovery; it names `what` needs more.
   """
   for stage in stages:
-    _require(
+    require(
       stage.recover != "none",
       f"funnel.recover='none' leaves the sequence short, but {what} needs a "
       "state for every token: expected another recovery",
@@ -275,7 +248,7 @@ def total_stride(stages: Sequence[FunnelConfig]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class GemmaConfig:
+class TransformerConfig:
   """A Gemma 1 or 2, by numbers. Defaults are those common to Gemma 2.
 
   Attributes:
@@ -333,40 +306,45 @@ class GemmaConfig:
 
   def __post_init__(self):
     for name in (
-        "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads",
-        "num_kv_heads", "head_dim", "window", "max_length",
-    ):  # fmt: skip
-      _require_int(f"model.{name}", getattr(self, name), 1)
-    _require(
+      "vocab_size",
+      "num_layers",
+      "embed_dim",
+      "mlp_dim",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "window",
+      "max_length",
+    ):
+      require_int(f"model.{name}", getattr(self, name), 1)
+    require(
       self.num_heads % self.num_kv_heads == 0,
       f"model.num_heads={self.num_heads} must be a multiple of "
       f"model.num_kv_heads={self.num_kv_heads}",
     )
-    _require(
+    require(
       self.head_dim % 2 == 0,
       f"model.head_dim={self.head_dim}: rotary embeddings need an even one",
     )
     for name in ("query_pre_attn_scalar", "rope_base", "norm_eps"):
-      _require_positive(f"model.{name}", getattr(self, name))
+      require_positive(f"model.{name}", getattr(self, name))
     for name in ("attn_softcap", "final_softcap"):
       value = getattr(self, name)
       if value is not None:
-        _require_positive(f"model.{name}", value, ", or None for no cap")
+        require_positive(f"model.{name}", value, ", or None for no cap")
     for name in ("post_norms", "scan_layers"):
-      _require_bool(f"model.{name}", getattr(self, name))
-    _require(
+      require_bool(f"model.{name}", getattr(self, name))
+    require(
       isinstance(self.attention_pattern, tuple),
       f"model.attention_pattern={self.attention_pattern!r}: expected a tuple",
     )
-    _require(
-      len(self.attention_pattern) > 0, "model.attention_pattern is empty"
-    )
+    require(len(self.attention_pattern) > 0, "model.attention_pattern is empty")
     for kind in self.attention_pattern:
-      _require_choice("model.attention_pattern", kind, ATTENTION_KINDS)
+      require_choice("model.attention_pattern", kind, ATTENTION_KINDS)
     for name in ("param_dtype", "dtype", "softmax_dtype"):
-      _require_choice(f"model.{name}", getattr(self, name), DTYPES)
-    _require_choice("model.kernel", self.kernel, KERNELS)
-    _require_choice("model.remat", self.remat, REMATS)
+      require_choice(f"model.{name}", getattr(self, name), DTYPES)
+    require_choice("model.kernel", self.kernel, KERNELS)
+    require_choice("model.remat", self.remat, REMATS)
 
   @property
   def attention_kinds(self) -> tuple[str, ...]:
@@ -387,7 +365,7 @@ class GemmaConfig:
     return dataclasses.asdict(self)
 
   @classmethod
-  def from_dict(cls, values: Mapping[str, Any]) -> "GemmaConfig":
+  def from_dict(cls, values: Mapping[str, Any]) -> "TransformerConfig":
     """Builds from a mapping (a ConfigDict too).
 
     Raises:
@@ -396,72 +374,102 @@ class GemmaConfig:
     return _from_mapping(cls, values)
 
   @classmethod
-  def preset(cls, name: str, **changes: Any) -> "GemmaConfig":
+  def preset(cls, name: str, **changes: Any) -> "TransformerConfig":
     """A named size, with fields replaced by `changes`.
 
     Raises:
       ValueError: no preset of that name, or a value out of range.
     """
-    _require_choice("preset", name, tuple(PRESETS))
+    require_choice("preset", name, tuple(PRESETS))
     return _from_mapping(cls, {**PRESETS[name], **changes})
 
 
 def _gemma1(**sizes) -> dict[str, Any]:
   return dict(
-      vocab_size=256_000, head_dim=256, query_pre_attn_scalar=256.0,
-      attention_pattern=("global",), attn_softcap=None, final_softcap=None,
-      post_norms=False, **sizes,
-  )  # fmt: skip
+    vocab_size=256_000,
+    head_dim=256,
+    query_pre_attn_scalar=256.0,
+    attention_pattern=("global",),
+    attn_softcap=None,
+    final_softcap=None,
+    post_norms=False,
+    **sizes,
+  )
 
 
 def _gemma2(head_dim=256, query_pre_attn_scalar=256.0, **sizes):
   return dict(
-      vocab_size=256_000, head_dim=head_dim,
-      query_pre_attn_scalar=query_pre_attn_scalar, **sizes,
-  )  # fmt: skip
+    vocab_size=256_000,
+    head_dim=head_dim,
+    query_pre_attn_scalar=query_pre_attn_scalar,
+    **sizes,
+  )
 
 
 # The published sizes agree in google-deepmind/gemma, google/gemma_pytorch and
 # Hugging Face's configurations. Two are often got wrong: 9B scales queries by
 # 256 (= head_dim) and not 224 (= D/N), 27B by 144 (= D/N) and not 128.
 PRESETS: dict[str, dict[str, Any]] = {
-    "gemma1_2b": _gemma1(
-        num_layers=18, embed_dim=2048, mlp_dim=16_384, num_heads=8,
-        num_kv_heads=1,
-    ),
-    "gemma1_7b": _gemma1(
-        num_layers=28, embed_dim=3072, mlp_dim=24_576, num_heads=16,
-        num_kv_heads=16,
-    ),
-    "gemma2_2b": _gemma2(
-        num_layers=26, embed_dim=2304, mlp_dim=9216, num_heads=8,
-        num_kv_heads=4,
-    ),
-    "gemma2_9b": _gemma2(
-        num_layers=42, embed_dim=3584, mlp_dim=14_336, num_heads=16,
-        num_kv_heads=8,
-    ),
-    "gemma2_27b": _gemma2(
-        num_layers=46, embed_dim=4608, mlp_dim=36_864, num_heads=32,
-        num_kv_heads=16, head_dim=128, query_pre_attn_scalar=144.0,
-    ),
-    # The shape that latency is compared on with other implementations.
-    "bench": dict(
-        vocab_size=32_768, num_layers=12, embed_dim=768, mlp_dim=3072,
-        num_heads=8, num_kv_heads=4, head_dim=96, query_pre_attn_scalar=96.0,
-        window=512,
-    ),
-    # Learns something in minutes on two CPU cores.
-    "quickstart": dict(
-        vocab_size=4096, num_layers=8, embed_dim=192, mlp_dim=768, num_heads=4,
-        num_kv_heads=2, head_dim=48, query_pre_attn_scalar=48.0, window=128,
-        max_length=4096,
-    ),
-    # For tests. No constant is neutral: the query scale is not head_dim,
-    # head_dim is not D/N, the window is short and both caps are low.
-    "tiny": dict(
-        vocab_size=97, num_layers=4, embed_dim=32, mlp_dim=48, num_heads=4,
-        num_kv_heads=2, head_dim=6, query_pre_attn_scalar=11.0, window=8,
-        attn_softcap=2.0, final_softcap=3.0, max_length=256,
-    ),
-}  # fmt: skip
+  "gemma1_2b": _gemma1(
+    num_layers=18, embed_dim=2048, mlp_dim=16_384, num_heads=8, num_kv_heads=1
+  ),
+  "gemma1_7b": _gemma1(
+    num_layers=28, embed_dim=3072, mlp_dim=24_576, num_heads=16, num_kv_heads=16
+  ),
+  "gemma2_2b": _gemma2(
+    num_layers=26, embed_dim=2304, mlp_dim=9216, num_heads=8, num_kv_heads=4
+  ),
+  "gemma2_9b": _gemma2(
+    num_layers=42, embed_dim=3584, mlp_dim=14_336, num_heads=16, num_kv_heads=8
+  ),
+  "gemma2_27b": _gemma2(
+    num_layers=46,
+    embed_dim=4608,
+    mlp_dim=36_864,
+    num_heads=32,
+    num_kv_heads=16,
+    head_dim=128,
+    query_pre_attn_scalar=144.0,
+  ),
+  # The shape that latency is compared on with other implementations.
+  "bench": dict(
+    vocab_size=32_768,
+    num_layers=12,
+    embed_dim=768,
+    mlp_dim=3072,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=96,
+    query_pre_attn_scalar=96.0,
+    window=512,
+  ),
+  # Learns something in minutes on two CPU cores.
+  "quickstart": dict(
+    vocab_size=4096,
+    num_layers=8,
+    embed_dim=192,
+    mlp_dim=768,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=48,
+    query_pre_attn_scalar=48.0,
+    window=128,
+    max_length=4096,
+  ),
+  # For tests. No constant is neutral: the query scale is not head_dim,
+  # head_dim is not D/N, the window is short and both caps are low.
+  "tiny": dict(
+    vocab_size=97,
+    num_layers=4,
+    embed_dim=32,
+    mlp_dim=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    query_pre_attn_scalar=11.0,
+    window=8,
+    attn_softcap=2.0,
+    final_softcap=3.0,
+    max_length=256,
+  ),
+}

@@ -9,7 +9,7 @@ import ml_collections
 from gemma_funnel.config import total_stride
 from gemma_funnel.data import pipeline
 from gemma_funnel.evaluation import accuracy, latency, plots, report, timing
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.training import pretrain
 
 
@@ -73,16 +73,20 @@ def _report_heldout(config, result: pretrain.Result) -> None:
   if jax.process_index() != 0:
     return
   report.write(
-      config.workdir, "heldout", rows, accuracy.COLUMNS,
-      f"Held-out text after {result.steps} steps", plots.accuracy,
-      notes=[
-          f"{heldout.num_documents} documents, {heldout.num_bytes:,} bytes. "
-          "Unigram: the least that token frequencies alone allow."
-      ],
-  )  # fmt: skip
+    config.workdir,
+    "heldout",
+    rows,
+    accuracy.COLUMNS,
+    f"Held-out text after {result.steps} steps",
+    plots.accuracy,
+    notes=[
+      f"{heldout.num_documents} documents, {heldout.num_bytes:,} bytes. "
+      "Unigram: the least that token frequencies alone allow."
+    ],
+  )
 
 
-def _report_latency(config, model: Gemma) -> None:
+def _report_latency(config, model: Transformer) -> None:
   rows = latency.measure(
     _on_one_device(model),
     (config.funnel,),
@@ -91,12 +95,16 @@ def _report_latency(config, model: Gemma) -> None:
     protocol=timing.Protocol(config.latency.repeats, 2, config.seed),
   )
   report.write(
-      config.workdir, "latency", rows, latency.COLUMNS,
-      "Latency of the trained model", plots.latency,
-  )  # fmt: skip
+    config.workdir,
+    "latency",
+    rows,
+    latency.COLUMNS,
+    "Latency of the trained model",
+    plots.latency,
+  )
 
 
-def _on_one_device(model: Gemma) -> Gemma:
+def _on_one_device(model: Transformer) -> Transformer:
   return nnx.merge(
     nnx.graphdef(model), jax.device_put(nnx.state(model), jax.devices()[0])
   )

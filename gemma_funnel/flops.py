@@ -21,7 +21,7 @@ from gemma_funnel import funnel as funnel_lib
 from gemma_funnel.config import (
   Funnel,
   FunnelConfig,
-  GemmaConfig,
+  TransformerConfig,
   check_recovers,
   resolve_funnel,
 )
@@ -41,7 +41,7 @@ class Parameters:
     return self.embedding + self.layers + self.final_norm + self.funnel
 
 
-def parameters(config: GemmaConfig, funnel: Funnel = None) -> Parameters:
+def parameters(config: TransformerConfig, funnel: Funnel = None) -> Parameters:
   """Counts parameters; of a funnel those that its stages learn.
 
   Raises:
@@ -63,7 +63,7 @@ def parameters(config: GemmaConfig, funnel: Funnel = None) -> Parameters:
   )
 
 
-def _attention_weights(config: GemmaConfig) -> tuple[int, int]:
+def _attention_weights(config: TransformerConfig) -> tuple[int, int]:
   """Weights that queries go through (q, o), and keys do (k, v)."""
   per_head = 2 * config.embed_dim * config.head_dim
   return per_head * config.num_heads, per_head * config.num_kv_heads
@@ -139,7 +139,10 @@ class _Part:
 
 
 def _parts(
-  config: GemmaConfig, stages: Sequence[FunnelConfig], length: int, causal: bool
+  config: TransformerConfig,
+  stages: Sequence[FunnelConfig],
+  length: int,
+  causal: bool,
 ) -> list[_Part]:
   """All that runs between the embedding and the final norm, in order."""
   D, parts = config.embed_dim, []
@@ -152,10 +155,14 @@ def _parts(
       visible = slots.num_visible(keys, config.window_of(layer), causal)
       parts.append(
         _Part(
-            slots, keys, query_weights + 3 * D * config.mlp_dim, key_weights,
-            norms, visible,
+          slots,
+          keys,
+          query_weights + 3 * D * config.mlp_dim,
+          key_weights,
+          norms,
+          visible,
         )
-      )  # fmt: skip
+      )
     return slots
 
   def reduce(stage, slots):
@@ -181,7 +188,7 @@ def _parts(
 
 
 def forward(
-  config: GemmaConfig,
+  config: TransformerConfig,
   funnel: Funnel,
   batch: int,
   length: int,
@@ -216,7 +223,7 @@ def forward(
 
 
 def train_step(
-  config: GemmaConfig,
+  config: TransformerConfig,
   funnel: Funnel,
   batch: int,
   length: int,
@@ -248,7 +255,7 @@ def train_step(
   return 2 * total + batch * _flops_of_pairs(config, pairs)
 
 
-def _check(config: GemmaConfig, funnel: Funnel, head: bool):
+def _check(config: TransformerConfig, funnel: Funnel, head: bool):
   """The stages of a funnel, which recover if there is a head."""
   stages = resolve_funnel(funnel, config.num_layers)
   if head:
@@ -256,13 +263,13 @@ def _check(config: GemmaConfig, funnel: Funnel, head: bool):
   return stages
 
 
-def _flops_of_pairs(config: GemmaConfig, pairs: int) -> int:
+def _flops_of_pairs(config: TransformerConfig, pairs: int) -> int:
   """Of the logit of each (query, key) pair, and of its weighted value."""
   return 4 * config.num_heads * config.head_dim * pairs
 
 
 def forward_bytes(
-  config: GemmaConfig,
+  config: TransformerConfig,
   funnel: Funnel,
   batch: int,
   length: int,
@@ -294,13 +301,13 @@ def forward_bytes(
   return size * numbers + head * 4 * batch * length * config.vocab_size
 
 
-def _key_width(config: GemmaConfig) -> int:
+def _key_width(config: TransformerConfig) -> int:
   """Numbers that a slot's key and value are made of, in one layer."""
   return 2 * config.num_kv_heads * config.head_dim
 
 
 def ideal_reduction(
-  config: GemmaConfig,
+  config: TransformerConfig,
   funnel: Funnel,
   batch: int,
   length: int,
@@ -318,7 +325,7 @@ def ideal_reduction(
   return 1 - forward(config, funnel, batch, length, head, causal) / plain
 
 
-def _decoding_parts(config: GemmaConfig, funnel: Funnel, context: int):
+def _decoding_parts(config: TransformerConfig, funnel: Funnel, context: int):
   """The parts of a decoder, by a cache of `context` tokens."""
   stages = resolve_funnel(funnel, config.num_layers)
   check_recovers(stages, "decoding")
@@ -328,7 +335,7 @@ def _decoding_parts(config: GemmaConfig, funnel: Funnel, context: int):
 
 
 def decode_flops(
-  config: GemmaConfig, funnel: Funnel, context: int, head: bool = True
+  config: TransformerConfig, funnel: Funnel, context: int, head: bool = True
 ) -> float:
   """FLOPs of one row for one generated token, on average.
 
@@ -353,7 +360,7 @@ def decode_flops(
 
 
 def decode_bytes(
-  config: GemmaConfig,
+  config: TransformerConfig,
   funnel: Funnel,
   batch: int,
   context: int,
@@ -390,7 +397,7 @@ def decode_bytes(
 
 
 def cache_bytes(
-  config: GemmaConfig, funnel: Funnel, batch: int, length: int
+  config: TransformerConfig, funnel: Funnel, batch: int, length: int
 ) -> int:
   """The least that keys and values of `length` tokens take, compute dtype.
 

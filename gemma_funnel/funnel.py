@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.layers import (
   Attention,
   Look,
@@ -146,7 +146,9 @@ class Stage(nnx.Module):
     attend: of recover "attend"; at first it adds nothing to the average.
   """
 
-  def __init__(self, config: GemmaConfig, funnel: FunnelConfig, rngs: nnx.Rngs):
+  def __init__(
+    self, config: TransformerConfig, funnel: FunnelConfig, rngs: nnx.Rngs
+  ):
     self.config = config
     self.funnel = funnel
     zeros_D = jnp.zeros(config.embed_dim, jnp.dtype(config.param_dtype))
@@ -364,7 +366,7 @@ class CrossAttention(nnx.Module):
   Its output projection is zero at first.
   """
 
-  def __init__(self, config: GemmaConfig, rngs: nnx.Rngs):
+  def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     self.config = config
     self.query_norm = RMSNorm(config)
     self.key_norm = RMSNorm(config)

@@ -26,9 +26,9 @@ from gemma_funnel import cli, convert
 from gemma_funnel import config as config_lib
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
-from gemma_funnel.decode import Decoder, Generation
-from gemma_funnel.model import Gemma
-from gemma_funnel.sampling import Sampling
+from gemma_funnel.decode.decoder import Decoder, Generation
+from gemma_funnel.decode.sampling import Sampling
+from gemma_funnel.model import Transformer
 from gemma_funnel.training import checkpoint
 
 _MAX_NEW_TOKENS = 128
@@ -147,55 +147,75 @@ class _Meter:
 
 
 _FLAGS = {
-    "checkpoint": dict(
-        required=True, metavar="DIR",
-        help="a training run, or whatever gemma_funnel.load reads"),
-    "prompt": dict(action="append", metavar="TEXT", help="may be repeated"),
-    "prompts": dict(metavar="FILE", help='JSON lines with a "prompt" each'),
-    "funnel": dict(
-        metavar="STAGES", help="'off', or such as start=6,stride=2 (default: "
-        "as trained; off for checkpoints that say none)"),
-    "dtype": dict(
-        choices=config_lib.DTYPES,
-        help="(default: as trained; float32 for what is no training run)"),
-    "tokenizer": dict(
-        metavar="FILE",
-        help="a SentencePiece model or a tokenizer.json (default: the "
-        "checkpoint's own)"),
-    "max_new_tokens": dict(
-        type=int, help="a stop id included (default: "
-        f"{_MAX_NEW_TOKENS}, or what there is room for)"),
-    "temperature": dict(type=float, default=0.0, help="0 (default) is greedy"),
-    "top_k": dict(type=int, help="draws from the N likeliest tokens"),
-    "top_p": dict(
-        type=float, default=1.0, help="draws from a nucleus of probability X"),
-    "min_p": dict(
-        type=float, default=0.0,
-        help="draws from what is X times as likely as the likeliest token"),
-    "repetition_penalty": dict(type=float, default=1.0, help="1 is none"),
-    "stop_id": dict(
-        type=int, action="append", help="ends a continuation; may be repeated "
-        f"(default: {EOS_ID}, EOS, alone)"),
-    "num_samples": dict(type=int, default=1, help="of each prompt (default: 1)"),
-    "seed": dict(type=int, default=0, help="of what is drawn (default: 0)"),
-    "cache_length": dict(
-        type=int, help="tokens of a prompt and its continuation (default: the "
-        "most that is needed)"),
-    "batch_size": dict(
-        type=int, default=8,
-        help="prompts that run together, with all their samples (default: 8)"),
-    "chunk": dict(
-        type=int, default=8,
-        help="tokens between looks at the device (default: 8)"),
-}  # fmt: skip
+  "checkpoint": dict(
+    required=True,
+    metavar="DIR",
+    help="a training run, or whatever gemma_funnel.load reads",
+  ),
+  "prompt": dict(action="append", metavar="TEXT", help="may be repeated"),
+  "prompts": dict(metavar="FILE", help='JSON lines with a "prompt" each'),
+  "funnel": dict(
+    metavar="STAGES",
+    help="'off', or such as start=6,stride=2 (default: "
+    "as trained; off for checkpoints that say none)",
+  ),
+  "dtype": dict(
+    choices=config_lib.DTYPES,
+    help="(default: as trained; float32 for what is no training run)",
+  ),
+  "tokenizer": dict(
+    metavar="FILE",
+    help="a SentencePiece model or a tokenizer.json (default: the "
+    "checkpoint's own)",
+  ),
+  "max_new_tokens": dict(
+    type=int,
+    help="a stop id included (default: "
+    f"{_MAX_NEW_TOKENS}, or what there is room for)",
+  ),
+  "temperature": dict(type=float, default=0.0, help="0 (default) is greedy"),
+  "top_k": dict(type=int, help="draws from the N likeliest tokens"),
+  "top_p": dict(
+    type=float, default=1.0, help="draws from a nucleus of probability X"
+  ),
+  "min_p": dict(
+    type=float,
+    default=0.0,
+    help="draws from what is X times as likely as the likeliest token",
+  ),
+  "repetition_penalty": dict(type=float, default=1.0, help="1 is none"),
+  "stop_id": dict(
+    type=int,
+    action="append",
+    help="ends a continuation; may be repeated "
+    f"(default: {EOS_ID}, EOS, alone)",
+  ),
+  "num_samples": dict(type=int, default=1, help="of each prompt (default: 1)"),
+  "seed": dict(type=int, default=0, help="of what is drawn (default: 0)"),
+  "cache_length": dict(
+    type=int,
+    help="tokens of a prompt and its continuation (default: the "
+    "most that is needed)",
+  ),
+  "batch_size": dict(
+    type=int,
+    default=8,
+    help="prompts that run together, with all their samples (default: 8)",
+  ),
+  "chunk": dict(
+    type=int, default=8, help="tokens between looks at the device (default: 8)"
+  ),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(
-      prog="python -m gemma_funnel.generate", allow_abbrev=False,
-      description=__doc__, usage="%(prog)s --checkpoint=DIR [--FLAG=VALUE ...]",
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
+    prog="python -m gemma_funnel.generate",
+    allow_abbrev=False,
+    description=__doc__,
+    usage="%(prog)s --checkpoint=DIR [--FLAG=VALUE ...]",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   for name, options in _FLAGS.items():
     metavar = {int: "N", float: "X"}.get(options.get("type"))
     parser.add_argument(f"--{name}", **{"metavar": metavar, **options})
@@ -233,9 +253,12 @@ def prepare(args: argparse.Namespace) -> Job:
   )
   _check_numbers(args)
   sampling = Sampling(
-    args.temperature, args.top_k, args.top_p, args.min_p,
+    args.temperature,
+    args.top_k,
+    args.top_p,
+    args.min_p,
     args.repetition_penalty,
-  )  # fmt: skip
+  )
   found = convert.describe(args.checkpoint)
   stages, vocab_size = found.stages, found.config.vocab_size
   if args.funnel is not None:
@@ -254,10 +277,16 @@ def prepare(args: argparse.Namespace) -> Job:
   ]
   new, cache_length = _lengths(args, found.config.max_length, places, prompts)
   return Job(
-      args=args, found=found, tokenizer=tokenizer, texts=list(texts),
-      prompts=prompts, sampling=sampling, stop_ids=stop_ids,
-      max_new_tokens=new, cache_length=cache_length,
-  )  # fmt: skip
+    args=args,
+    found=found,
+    tokenizer=tokenizer,
+    texts=list(texts),
+    prompts=prompts,
+    sampling=sampling,
+    stop_ids=stop_ids,
+    max_new_tokens=new,
+    cache_length=cache_length,
+  )
 
 
 def _find_tokenizer(args, found: convert.Description) -> Tokenizer:
@@ -362,15 +391,19 @@ def load(job: Job) -> Decoder:
       model = convert.load(*given, job.args.dtype or "float32")
   # The kernel of a run is that of the devices it was trained on.
   config = dataclasses.replace(model.config, kernel="auto")
-  graphdef = nnx.graphdef(Gemma.abstract(config, model.stages))
+  graphdef = nnx.graphdef(Transformer.abstract(config, model.stages))
   return Decoder(nnx.merge(graphdef, nnx.state(model)), job.cache_length)
 
 
 def _stream(job: Job, decoder: Decoder, prompts, **options):
   return decoder.stream(
-      prompts, max_new_tokens=job.max_new_tokens, sampling=job.sampling,
-      stop_ids=job.stop_ids, chunk=job.args.chunk, **options,
-  )  # fmt: skip
+    prompts,
+    max_new_tokens=job.max_new_tokens,
+    sampling=job.sampling,
+    stop_ids=job.stop_ids,
+    chunk=job.args.chunk,
+    **options,
+  )
 
 
 def stream_text(job: Job, decoder: Decoder, meter: _Meter) -> bool:
@@ -397,9 +430,13 @@ def write_lines(job: Job, decoder: Decoder, meter: _Meter) -> bool:
     meter.next_batch()
     try:
       for some in _stream(
-          job, decoder, full, seed=job.args.seed, first_row=start,
-          num_samples=job.args.num_samples,
-      ):  # fmt: skip
+        job,
+        decoder,
+        full,
+        seed=job.args.seed,
+        first_row=start,
+        num_samples=job.args.num_samples,
+      ):
         results = some[:count]
         meter.look(results)
         if all(_is_finished(job, result) for result in results):
@@ -424,10 +461,12 @@ def _is_finished(job: Job, result: Generation) -> bool:
 
 def _line(job: Job, start: int, result: Generation) -> str:
   values = {
-      "prompt": job.texts[start + result.prompt], "sample": result.sample,
-      "text": decode(job.tokenizer, result.tokens), "tokens": result.tokens,
-      "stopped": result.stopped,
-  }  # fmt: skip
+    "prompt": job.texts[start + result.prompt],
+    "sample": result.sample,
+    "text": decode(job.tokenizer, result.tokens),
+    "tokens": result.tokens,
+    "stopped": result.stopped,
+  }
   if not _is_finished(job, result):
     values["interrupted"] = True
   return json.dumps(values, ensure_ascii=False) + "\n"

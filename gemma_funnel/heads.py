@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from gemma_funnel.config import check_recovers
 from gemma_funnel.layers import normalize
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.stream import make_stream
 
 POOLS = ("mean", "first", "last", "attention")
@@ -133,7 +133,7 @@ class Encoder(nnx.Module):
     causal: whether a token sees only what came before it.
   """
 
-  def __init__(self, model: Gemma, head: Head, *, causal: bool = False):
+  def __init__(self, model: Transformer, head: Head, *, causal: bool = False):
     """Puts a head on a model.
 
     Raises:
@@ -147,7 +147,7 @@ class Encoder(nnx.Module):
       check_recovers(model.stages, "a label for every token")
 
   def with_funnel(self, funnel: Any) -> "Encoder":
-    """The same parameters under another funnel; see `Gemma.with_funnel`."""
+    """The same parameters under another funnel; see `Transformer.with_funnel`."""
     return Encoder(
       self.model.with_funnel(funnel), self.head, causal=self.causal
     )

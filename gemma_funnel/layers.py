@@ -17,9 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_funnel import mesh as mesh_lib
-from gemma_funnel.attention import attend
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.attention.api import attend
+from gemma_funnel.config import TransformerConfig
+from gemma_funnel.parallel import mesh as mesh_lib
 from gemma_funnel.stream import Stream
 
 # What `remat` may keep, products of activations and parameters, is called.
@@ -32,7 +32,7 @@ Look = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def make_look(
-  config: GemmaConfig,
+  config: TransformerConfig,
   queries: Stream,
   keys: Stream,
   causal: bool,
@@ -40,25 +40,29 @@ def make_look(
 ) -> Look:
   """What queries see of keys that are all at hand; see `attention.attend`."""
   return functools.partial(
-      attend, queries=queries, keys=keys, causal=causal, window=window,
-      softcap=config.attn_softcap, softmax_dtype=config.softmax_dtype,
-      kernel=config.kernel,
-  )  # fmt: skip
+    attend,
+    queries=queries,
+    keys=keys,
+    causal=causal,
+    window=window,
+    softcap=config.attn_softcap,
+    softmax_dtype=config.softmax_dtype,
+    kernel=config.kernel,
+  )
 
 
 def _projection(fan_in_axes, out_axes, scale=1.0):
   """LeCun's rule: truncated normal of variance scale / fan-in (Efficient
   BackProp, 1998; the default of flax, nanodo and MaxText)."""
   return nnx.initializers.variance_scaling(
-      scale, "fan_in", "truncated_normal", in_axis=fan_in_axes,
-      out_axis=out_axes,
-  )  # fmt: skip
+    scale, "fan_in", "truncated_normal", in_axis=fan_in_axes, out_axis=out_axes
+  )
 
 
 class RMSNorm(nnx.Module):
   """x / rms(x) * (1 + scale), in float32 and cast once, at the end."""
 
-  def __init__(self, config: GemmaConfig):
+  def __init__(self, config: TransformerConfig):
     self.epsilon = config.norm_eps
     self.scale = nnx.Param(
       jnp.zeros(config.embed_dim, jnp.dtype(config.param_dtype))
@@ -83,7 +87,7 @@ def normalize(x: jax.Array, epsilon: float) -> jax.Array:
   return x * jax.lax.rsqrt(mean_square + epsilon)
 
 
-def rope_angles(position_BT: jax.Array, config: GemmaConfig) -> Rope:
+def rope_angles(position_BT: jax.Array, config: TransformerConfig) -> Rope:
   """Cosines and sines [B, T, 1, H/2], float32, of arXiv 2104.09864."""
   exponent = np.arange(0, config.head_dim, 2) / config.head_dim
   frequency_111h = jnp.asarray(
@@ -107,13 +111,18 @@ class Attention(nnx.Module):
   """Grouped-query attention with RoPE: its projections."""
 
   def __init__(
-    self, config: GemmaConfig, rngs: nnx.Rngs, starts_at_zero: bool = False
+    self,
+    config: TransformerConfig,
+    rngs: nnx.Rngs,
+    starts_at_zero: bool = False,
   ):
     self.config = config
     D, N, K, H = (
-        config.embed_dim, config.num_heads, config.num_kv_heads,
-        config.head_dim,
-    )  # fmt: skip
+      config.embed_dim,
+      config.num_heads,
+      config.num_kv_heads,
+      config.head_dim,
+    )
     dtype = jnp.dtype(config.param_dtype)
     # Branches into the residual stream start smaller by the root of their
     # number (GPT-2's rule); Gemma 2's post norms undo it, Gemma 1 needs it.
@@ -155,7 +164,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
   """GeGLU with the tanh approximation of GELU."""
 
-  def __init__(self, config: GemmaConfig, rngs: nnx.Rngs):
+  def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     D, F = config.embed_dim, config.mlp_dim
     dtype = jnp.dtype(config.param_dtype)
     project, back = (
@@ -183,7 +192,7 @@ def _gated_back(gate_BTF: jax.Array, up_BTF: jax.Array, down) -> jax.Array:
 class Block(nnx.Module):
   """One layer: attention and MLP, each with a residual."""
 
-  def __init__(self, config: GemmaConfig, rngs: nnx.Rngs):
+  def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     self.pre_attn_norm = RMSNorm(config)
     self.attn = Attention(config, rngs)
     self.pre_mlp_norm = RMSNorm(config)

@@ -21,8 +21,7 @@ import numpy as np
 
 from gemma_funnel import config as config_lib
 from gemma_funnel import funnel as funnel_lib
-from gemma_funnel import mesh as mesh_lib
-from gemma_funnel.config import Funnel, GemmaConfig
+from gemma_funnel.config import Funnel, TransformerConfig
 from gemma_funnel.layers import (
   PRODUCT,
   Block,
@@ -31,6 +30,7 @@ from gemma_funnel.layers import (
   make_look,
   rope_angles,
 )
+from gemma_funnel.parallel import mesh as mesh_lib
 from gemma_funnel.stream import Stream, make_stream
 
 
@@ -39,7 +39,7 @@ class _Span:
   """Layers [start, stop) of a stack, and how to run them; all static."""
 
   block: nnx.GraphDef
-  config: GemmaConfig
+  config: TransformerConfig
   start: int
   stop: int
   causal: bool
@@ -54,9 +54,8 @@ class _Span:
       window = self.config.window_of(index)
       see = make_look(self.config, stream, keys or stream, self.causal, window)
       hidden_BTD = nnx.merge(self.block, params)(
-          stream.hidden_BTD, ropes[0], see,
-          keys and keys.hidden_BTD, ropes[1],
-      )  # fmt: skip
+        stream.hidden_BTD, ropes[0], see, keys and keys.hidden_BTD, ropes[1]
+      )
       return stream.replace(hidden_BTD=_by_tokens(hidden_BTD))
 
     policies = jax.checkpoint_policies
@@ -195,9 +194,13 @@ def _run_forward(span: _Span, stacked_L, stream: Stream, keys: Stream | None):
       def run(changing, hidden, keys_hidden):
         params_of = lambda j: _join(layers[j], learned, changing[j])
         return span.body(
-            first, period, params_of, _with(rest[0], hidden),
-            _with(rest[1], keys_hidden), ropes,
-        ).hidden_BTD  # fmt: skip
+          first,
+          period,
+          params_of,
+          _with(rest[0], hidden),
+          _with(rest[1], keys_hidden),
+          ropes,
+        ).hidden_BTD
 
       changing = [_split(layer, learned) for layer in layers]
       hidden, vjp = jax.vjp(run, changing, hidden, keys and keys.hidden_BTD)
@@ -279,7 +282,7 @@ def _with(stream: Stream | None, hidden_BTD) -> Stream | None:
   return stream and stream.replace(hidden_BTD=hidden_BTD)
 
 
-class Gemma(nnx.Module):
+class Transformer(nnx.Module):
   """A Gemma, with or without a funnel.
 
   Attributes:
@@ -289,11 +292,7 @@ class Gemma(nnx.Module):
   """
 
   def __init__(
-    self,
-    config: GemmaConfig,
-    funnel: Funnel = None,
-    *,
-    rngs: nnx.Rngs,
+    self, config: TransformerConfig, funnel: Funnel = None, *, rngs: nnx.Rngs
   ):
     """Fresh parameters.
 
@@ -318,11 +317,13 @@ class Gemma(nnx.Module):
     )
 
   @classmethod
-  def abstract(cls, config: GemmaConfig, funnel: Funnel = None) -> "Gemma":
+  def abstract(
+    cls, config: TransformerConfig, funnel: Funnel = None
+  ) -> "Transformer":
     """A model of shapes only: nothing is allocated."""
     return nnx.eval_shape(lambda: cls(config, funnel, rngs=nnx.Rngs(0)))
 
-  def with_funnel(self, funnel: Funnel) -> "Gemma":
+  def with_funnel(self, funnel: Funnel) -> "Transformer":
     """The same parameters under another funnel, or none.
 
     Learned parts of a stage stay where the stage of the same number has them

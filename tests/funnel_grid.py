@@ -18,18 +18,18 @@ from gemma_funnel.config import (
   POSITIONS,
   RECOVERIES,
   FunnelConfig,
-  GemmaConfig,
+  TransformerConfig,
   format_funnel,
   resolve_funnel,
   total_stride,
 )
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 
 # Total strides are 2, 3, 4, 6, 8, 9 and 12: of 37 tokens, the last ends a group
 # by nearly all. The window is shorter than the row, and longer than any stride:
 # neighbouring groups see each other in local layers too.
 LENGTH = 37
-CONFIG = GemmaConfig.preset(
+CONFIG = TransformerConfig.preset(
   "tiny", num_layers=5, window=14, scan_layers=False, kernel="reference"
 )
 
@@ -172,11 +172,11 @@ def each_value(cases: list[dict]) -> list[dict]:
 
 
 @functools.cache
-def base() -> Gemma:
-  return Gemma(CONFIG, rngs=nnx.Rngs(0))
+def base() -> Transformer:
+  return Transformer(CONFIG, rngs=nnx.Rngs(0))
 
 
-def stirred(model: Gemma) -> Gemma:
+def stirred(model: Transformer) -> Transformer:
   """With norm scales, and what a funnel learns, away from where they start."""
 
   def stir(path, x):
@@ -190,7 +190,7 @@ def stirred(model: Gemma) -> Gemma:
 
 
 @functools.cache
-def make_model(stages=()) -> Gemma:
+def make_model(stages=()) -> Transformer:
   """Of these resolved stages; nothing in it is neutral."""
   return stirred(base().with_funnel(stages))
 

@@ -17,7 +17,7 @@ def main(path, coordinator, processes, process):
 
   import gemma_funnel
   from gemma_funnel.convert import store
-  from gemma_funnel.training import sharding
+  from gemma_funnel.parallel import sharding
 
   mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=-1))
   read, sizes = store.read_range, []

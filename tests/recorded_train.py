@@ -9,7 +9,7 @@ import pathlib
 import runpy
 import sys
 
-from gemma_funnel.training import sharding
+from gemma_funnel.parallel import sharding
 
 _put = sharding.put_batch
 

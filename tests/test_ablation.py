@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 import tiny_study
 
-from gemma_funnel.evaluation import ablation, plan
+from gemma_funnel.study import grid, runner
 from gemma_funnel.training import finetune, pretrain
 
 
@@ -21,7 +21,7 @@ def _one_device():
 
 
 def _lines(folder, kind=None):
-  text = (pathlib.Path(folder) / ablation.RESULTS).read_text()
+  text = (pathlib.Path(folder) / runner.RESULTS).read_text()
   lines = [json.loads(line) for line in text.splitlines()]
   return [x for x in lines if kind in (None, x["kind"])]
 
@@ -55,7 +55,7 @@ def finished(inputs, tmp_path_factory):
   config = tiny_study.make_study(folder, *inputs)
   config.similarity.update(rows=2, length=16)
   config.latency.update(batch_size=1, length=32, repeats=1)
-  ablation.run(config)
+  runner.run(config)
   return folder
 
 
@@ -72,7 +72,7 @@ def again(finished, inputs, tmp_path):
 
 @pytest.mark.slow
 def test_a_study_is_complete(finished, again):
-  cells = plan.make(again).cells
+  cells = grid.make(again).cells
   lines = _lines(finished, "cell")
   assert [x["hash"] for x in lines] and len(lines) == len(cells) == 14
   assert {x["hash"] for x in lines} == {c.hash for c in cells}
@@ -97,29 +97,30 @@ def test_a_study_is_complete(finished, again):
 @pytest.mark.slow
 def test_a_finished_study_trains_nothing(again, count):
   path = pathlib.Path(again.workdir)
-  before = (path / ablation.RESULTS).read_text()
+  before = (path / runner.RESULTS).read_text()
   (path / "report.html").unlink()
-  ablation.run(again)
+  runner.run(again)
   assert count == {"pretrain": 0, "finetune": 0}
-  assert (path / ablation.RESULTS).read_text() == before
+  assert (path / runner.RESULTS).read_text() == before
   assert (path / "report.html").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", ["within a line", "before its end"])
 def test_a_killed_study_goes_on(cut, again, count):
-  path = pathlib.Path(again.workdir) / ablation.RESULTS
+  path = pathlib.Path(again.workdir) / runner.RESULTS
   lines = path.read_text().splitlines()
   keep = next(n for n, x in enumerate(lines) if json.loads(x).get("train_s"))
   text = "\n".join(lines[: keep + 1])
   path.write_text(text if cut == "before its end" else text[:-7])
-  expected = {c.hash for c in plan.make(again).cells}
-  ablation.run(again)
+  expected = {c.hash for c in grid.make(again).cells}
+  runner.run(again)
   found = _lines(again.workdir, "cell")
   assert {x["hash"] for x in found} == expected and len(found) == 14
   # Values are what they were: training is the same again.
-  value = {x["hash"]: x["value"] for x in map(json.loads, lines)
-           if x["kind"] == "cell"}  # fmt: skip
+  value = {
+    x["hash"]: x["value"] for x in map(json.loads, lines) if x["kind"] == "cell"
+  }
   assert {x["hash"]: x["value"] for x in found} == value
   assert count["finetune"] == 5
 
@@ -127,14 +128,17 @@ def test_a_killed_study_goes_on(cut, again, count):
 @pytest.mark.slow
 def test_a_failure_leaves_the_rest(inputs, tmp_path, count, capsys):
   config = tiny_study.make_study(
-      tmp_path, *inputs, recover=("average",), inference=("on",),
-      pretraining=("standard",),
-  )  # fmt: skip
+    tmp_path,
+    *inputs,
+    recover=("average",),
+    inference=("on",),
+    pretraining=("standard",),
+  )
   config.exclude = ()
   config.finetune.epochs = 2.0
   with config.unlocked():
     config.tasks.words.tune = dict(optimizer=dict(learning_rate=1e30))
-  ablation.run(config)
+  runner.run(config)
   failures = _lines(tmp_path, "failure")
   assert len(failures) == 2 and {x["task"] for x in failures} == {"words"}
   assert all(x["error"].startswith("FloatingPoint") for x in failures)
@@ -144,67 +148,71 @@ def test_a_failure_leaves_the_rest(inputs, tmp_path, count, capsys):
   assert count == {"pretrain": 1, "finetune": 2}
   assert (tmp_path / "report.html").exists()
   # It is not tried again, unless that is asked for.
-  ablation.run(config)
+  runner.run(config)
   assert count["finetune"] == 2
   config.retry = True
-  ablation.run(config)
+  runner.run(config)
   assert count["finetune"] == 4 and len(_lines(tmp_path, "cell")) == 1
   with config.unlocked():
     config.tasks.words.tune = dict()
-  ablation.run(config)
+  runner.run(config)
   assert len(_lines(tmp_path, "cell")) == 3
 
 
 @pytest.mark.slow
 def test_a_student_is_distilled_from_the_plain_model(inputs, tmp_path, count):
   config = tiny_study.make_study(
-      tmp_path, *inputs, recover=("average",), inference=("on",),
-      pretraining=("distilled",), task=("pairs",),
-  )  # fmt: skip
+    tmp_path,
+    *inputs,
+    recover=("average",),
+    inference=("on",),
+    pretraining=("distilled",),
+    task=("pairs",),
+  )
   config.exclude = ()
-  ablation.run(config)
+  runner.run(config)
   (cell,) = _lines(tmp_path, "cell")
   assert cell["pretraining"] == "distilled" and not _lines(tmp_path, "failure")
   assert count == {"pretrain": 2, "finetune": 0}
 
 
 def test_a_dry_run_trains_nothing(inputs, tmp_path, count, capsys, monkeypatch):
-  monkeypatch.setattr(ablation, "_rate", lambda config: 1e9)
+  monkeypatch.setattr(runner, "_rate", lambda config: 1e9)
   config = tiny_study.make_study(tmp_path / "study", *inputs)
   config.dry_run = True
-  ablation.run(config)
+  runner.run(config)
   assert "14 cells, 14 to be measured, from 3 pretr" in capsys.readouterr().out
   assert count == {"pretrain": 0, "finetune": 0}
   assert not (tmp_path / "study").exists()
 
 
 def test_lines_of_results(tmp_path):
-  made = ablation.Results(tmp_path)
+  made = runner.Results(tmp_path)
   assert made.lines == []
   made.add({"kind": "cell", "hash": "a"})
   made.add({"kind": "cell", "hash": "b"})
-  path = tmp_path / ablation.RESULTS
+  path = tmp_path / runner.RESULTS
   whole = path.read_text()
   for cut, left in ((0, 2), (1, 2), (2, 1), (20, 1)):
     path.write_text(whole[: len(whole) - cut])
-    found = ablation.Results(tmp_path)
+    found = runner.Results(tmp_path)
     assert [x["hash"] for x in found.lines] == ["a", "b"][:left]
     found.add({"kind": "cell", "hash": "c"})
-    again = ablation.Results(tmp_path)
+    again = runner.Results(tmp_path)
     assert [x["hash"] for x in again.lines] == [*["a", "b"][:left], "c"]
 
 
 def test_a_damaged_line_is_named(tmp_path):
-  (tmp_path / ablation.RESULTS).write_text('{"kind": "cell"\n{"kind": "x"}\n')
+  (tmp_path / runner.RESULTS).write_text('{"kind": "cell"\n{"kind": "x"}\n')
   with pytest.raises(ValueError, match="results.jsonl, line 1: "):
-    ablation.Results(tmp_path)
+    runner.Results(tmp_path)
 
 
 def test_values_that_are_no_json_are_not_written(tmp_path):
-  made = ablation.Results(tmp_path)
+  made = runner.Results(tmp_path)
   with pytest.raises(ValueError, match="not JSON compliant"):
     made.add({"value": float("nan")})
-  assert made.lines == [] and not (tmp_path / ablation.RESULTS).exists()
+  assert made.lines == [] and not (tmp_path / runner.RESULTS).exists()
 
 
 def test_one_cell_that_cannot_be_measured_leaves_the_others(
@@ -214,8 +222,8 @@ def test_one_cell_that_cannot_be_measured_leaves_the_others(
     tmp_path, *inputs, task=("words",), pretraining=("standard",)
   )
   config.keep_finetuned = True
-  made = plan.make(config)
-  runner = ablation.Runner(config, made)
+  made = grid.make(config)
+  study_runner = runner.Runner(config, made)
   values = iter([None, 0.5, 0.25])
 
   class Stub:
@@ -238,7 +246,7 @@ def test_one_cell_that_cannot_be_measured_leaves_the_others(
   (_, _, tunings), *_ = made.by_pretraining()
   tuning, cells = next(iter(tunings.items()))
   assert len(cells) == 3
-  runner._tuned(tuning, cells, "path", "name")
+  study_runner._tuned(tuning, cells, "path", "name")
   kinds = [(x["kind"], x["hash"]) for x in _lines(tmp_path)]
   assert kinds == [
     ("failure", cells[0].hash),

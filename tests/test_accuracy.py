@@ -15,10 +15,10 @@ import pytest
 import tiny_checkpoints
 
 from gemma_funnel import convert, evaluation, flops
-from gemma_funnel.config import GemmaConfig, format_funnel
+from gemma_funnel.config import TransformerConfig, format_funnel
 from gemma_funnel.data import packing, pipeline
 from gemma_funnel.evaluation import accuracy
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.training import checkpoint as checkpoint_lib
 from gemma_funnel.training import workdir
 
@@ -49,24 +49,32 @@ def run(tmp_path_factory):
   data.source = os.path.join(os.path.dirname(asyncio.__file__), "*.py")
   data.heldout_fraction = 0.1
   config = config_dict.create(
-      workdir=str(folder), funnel=TRAINED, batch_size=4, length=LENGTH,
-      model=GemmaConfig.preset("tiny", vocab_size=VOCAB).to_dict(), data=data,
-  )  # fmt: skip
+    workdir=str(folder),
+    funnel=TRAINED,
+    batch_size=4,
+    length=LENGTH,
+    model=TransformerConfig.preset("tiny", vocab_size=VOCAB).to_dict(),
+    data=data,
+  )
   workdir.claim(config)
   corpus = pipeline.load_corpus(data, VOCAB, folder)
   batches = pipeline.train_iterator(
-      corpus.train, corpus.tokenizer, batch_size=4, length=LENGTH, align=2,
-      seed=0,
-  )  # fmt: skip
+    corpus.train, corpus.tokenizer, batch_size=4, length=LENGTH, align=2, seed=0
+  )
   next(batches)
-  model = Gemma(GemmaConfig.from_dict(config.model), TRAINED, rngs=nnx.Rngs(0))
+  model = Transformer(
+    TransformerConfig.from_dict(config.model), TRAINED, rngs=nnx.Rngs(0)
+  )
   with checkpoint_lib.Checkpoints(folder) as checkpoints:
     checkpoints.save(
-        7,
-        {"params": nnx.to_pure_dict(nnx.state(model)),
-         "opt_state": {"x": np.zeros(1)}},
-        {"data": batches.get_state()}, config,
-    )  # fmt: skip
+      7,
+      {
+        "params": nnx.to_pure_dict(nnx.state(model)),
+        "opt_state": {"x": np.zeros(1)},
+      },
+      {"data": batches.get_state()},
+      config,
+    )
     checkpoints.wait()
   return folder, model, corpus
 
@@ -75,9 +83,13 @@ def run(tmp_path_factory):
 def heldout(run):
   _, _, corpus = run
   return pipeline.heldout_batches(
-      corpus.heldout, corpus.tokenizer, batch_size=4, length=LENGTH, align=6,
-      max_documents=2,
-  )  # fmt: skip
+    corpus.heldout,
+    corpus.tokenizer,
+    batch_size=4,
+    length=LENGTH,
+    align=6,
+    max_documents=2,
+  )
 
 
 def naive(model, heldout):
@@ -147,14 +159,17 @@ def test_evaluate_errors(run, heldout):
 def test_run_of_a_training_run(run, capsys):
   folder, model, corpus = run
   config = get_config(
-      checkpoint=str(folder), funnels=("trained", "off", NESTED),
-      max_documents=2,
-  )  # fmt: skip
+    checkpoint=str(folder), funnels=("trained", "off", NESTED), max_documents=2
+  )
   rows = evaluation.run(config)
   expected = pipeline.heldout_batches(
-      corpus.heldout, corpus.tokenizer, batch_size=4, length=LENGTH, align=12,
-      max_documents=2,
-  )  # fmt: skip
+    corpus.heldout,
+    corpus.tokenizer,
+    batch_size=4,
+    length=LENGTH,
+    align=12,
+    max_documents=2,
+  )
   assert rows == accuracy.measure(model, config.funnels, expected, 512)
   content = json.loads((folder / "eval" / "accuracy.json").read_text())
   assert content["rows"] == rows
@@ -173,9 +188,12 @@ def test_run_on_other_text(run, tmp_path):
   text = tmp_path / "text.txt"
   text.write_text("a small text\n" * 40)
   config = get_config(
-      checkpoint=str(run[0]), funnels=("off",), batch_size=2, length=24,
-      out=str(tmp_path / "out"),
-  )  # fmt: skip
+    checkpoint=str(run[0]),
+    funnels=("off",),
+    batch_size=2,
+    length=24,
+    out=str(tmp_path / "out"),
+  )
   config.data.heldout = str(text)
   rows = evaluation.run(config)
   content = json.loads((tmp_path / "out" / "accuracy.json").read_text())
@@ -192,14 +210,17 @@ def test_run_of_a_converted_checkpoint(run, tmp_path, to):
   convert.convert(folder, other, to)
   # Its tokenizer and its funnel came along.
   config = get_config(
-      checkpoint=str(other), length=LENGTH, funnels=("trained", "off"),
-      max_documents=1,
-  )  # fmt: skip
+    checkpoint=str(other),
+    length=LENGTH,
+    funnels=("trained", "off"),
+    max_documents=1,
+  )
   config.data.source = os.path.join(os.path.dirname(asyncio.__file__), "*.py")
   rows = evaluation.run(config)
   assert [(r["funnel"], r["resolved"]) for r in rows] == [
-      ("trained", format_funnel(model.stages)), ("off", "off"),
-  ]  # fmt: skip
+    ("trained", format_funnel(model.stages)),
+    ("off", "off"),
+  ]
   content = json.loads((other / "eval" / "accuracy.json").read_text())
   assert content["settings"]["step"] is None
 

@@ -9,7 +9,8 @@ import jax
 import pytest
 import tiny_run
 
-from gemma_funnel import flops, hardware
+from gemma_funnel import flops
+from gemma_funnel.parallel import hardware
 from gemma_funnel.training import ahead, pretrain
 
 pytestmark = [
@@ -22,10 +23,14 @@ pytestmark = [
 
 def _config(**changes):
   changes = {
-    "model.param_dtype": "float32", "model.dtype": "bfloat16",
-    "model.embed_dim": 128, "model.mlp_dim": 256, "batch_size": 16,
-    "length": 64, **changes,
-  }  # fmt: skip
+    "model.param_dtype": "float32",
+    "model.dtype": "bfloat16",
+    "model.embed_dim": 128,
+    "model.mlp_dim": 256,
+    "batch_size": 16,
+    "length": 64,
+    **changes,
+  }
   return tiny_run.make_config("unused", "unused", **changes)
 
 
@@ -123,14 +128,21 @@ def test_an_unknown_device_has_no_bound():
 
 def test_the_command_prints_a_table(tmp_path):
   command = [
-    sys.executable, str(tiny_run.ROOT / "tpu" / "plan.py"),
-    *tiny_run.command("unused", "unused")[2:], "--topology=v5e:2x2",
+    sys.executable,
+    str(tiny_run.ROOT / "tpu" / "plan.py"),
+    *tiny_run.command("unused", "unused")[2:],
+    "--topology=v5e:2x2",
     f"--out={tmp_path / 'out'}",
-  ]  # fmt: skip
+  ]
   done = subprocess.run(
-    command, capture_output=True, text=True, timeout=300, check=False,
-    env=tiny_run.environment(), cwd=tiny_run.ROOT,
-  )  # fmt: skip
+    command,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+    env=tiny_run.environment(),
+    cwd=tiny_run.ROOT,
+  )
   assert done.returncode == 0, done.stderr
   assert "4 x TPU v5 lite (v5e:2x2): batch 8 x 32" in done.stdout
   assert "Fastest that fits on 4 chips: --config.mesh.slice=1" in done.stdout

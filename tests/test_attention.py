@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_funnel import attention, flash, visibility
+from gemma_funnel.attention import api, flash, masks
 from gemma_funnel.stream import Stream, make_stream
 from gemma_funnel.training import ahead
 
@@ -69,9 +69,14 @@ def _pooled(base, stride, causal, rule, keep_first=False, room=None):
   )
   even = rule == "last" and base.even
   return Stream(
-      None, at.astype(np.int32 if even else np.float32), end.astype(np.int32),
-      segment.astype(np.int32), base.spacing * stride, even, base.packed,
-  )  # fmt: skip
+    None,
+    at.astype(np.int32 if even else np.float32),
+    end.astype(np.int32),
+    segment.astype(np.int32),
+    base.spacing * stride,
+    even,
+    base.packed,
+  )
 
 
 def _chosen(base, count):
@@ -83,9 +88,14 @@ def _chosen(base, count):
   )
   take = lambda x: np.take_along_axis(np.asarray(x), keep_BR, 1)
   return Stream(
-      None, take(base.position_BT), take(base.end_BT), take(base.segment_BT),
-      1, even=False, packed=base.packed,
-  )  # fmt: skip
+    None,
+    take(base.position_BT),
+    take(base.end_BT),
+    take(base.segment_BT),
+    1,
+    even=False,
+    packed=base.packed,
+  )
 
 
 def _moved(stream, by=7):
@@ -98,9 +108,7 @@ def _moved(stream, by=7):
 def _qkv(length, keys_length=None, dtype=jnp.float32, width=H):
   keys = jax.random.split(jax.random.key(0), 3)
   keys_length = keys_length or length
-  shapes = [
-    (B, length, K * G, width), *[(B, keys_length, K, width)] * 2
-  ]  # fmt: skip
+  shapes = [(B, length, K * G, width), *[(B, keys_length, K, width)] * 2]
   # Logits well beyond the caps below.
   return [
     3 * jax.random.normal(key, shape, dtype)
@@ -152,10 +160,17 @@ CASES = [
 def test_reference_is_the_definition(segments, causal, window, softcap):
   q, k, v = _qkv(13)
   stream = _stream(13, segments)
-  got = attention.attend(
-      q, k, v, stream, stream, causal=causal, window=window, softcap=softcap,
-      kernel="reference",
-  )  # fmt: skip
+  got = api.attend(
+    q,
+    k,
+    v,
+    stream,
+    stream,
+    causal=causal,
+    window=window,
+    softcap=softcap,
+    kernel="reference",
+  )
   want = _brute_force(q, k, v, stream, stream, causal, window, softcap)
   np.testing.assert_allclose(got, want, atol=1e-4)
 
@@ -174,7 +189,7 @@ def _agree(call, queries, keys, causal, window, softcap, width=H, tol=1e-4):
     return fn(*qkv, queries, keys, **kw), jax.grad(loss, (0, 1, 2))(*qkv)
 
   got, want = map(
-    jax.jit(value_and_grads, static_argnums=0), (call, attention._reference)
+    jax.jit(value_and_grads, static_argnums=0), (call, api._reference)
   )
   for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(x, y, atol=tol, rtol=tol)
@@ -186,7 +201,7 @@ def _agree(call, queries, keys, causal, window, softcap, width=H, tol=1e-4):
 def test_blocked_is_the_reference(
   segments, causal, window, softcap, spacing, monkeypatch
 ):
-  monkeypatch.setattr(attention, "_BLOCK", 4)
+  monkeypatch.setattr(api, "_BLOCK", 4)
 
   def strided(fn, *args, **kw):
     *qkv, stream, _ = args
@@ -200,11 +215,11 @@ def test_blocked_is_the_reference(
   kw = dict(
     causal=causal, window=window, softcap=softcap, softmax_dtype="float32"
   )
-  got = strided(attention._blocked, *qkv, stream, stream, **kw)
-  want = strided(attention._reference, *qkv, stream, stream, **kw)
+  got = strided(api._blocked, *qkv, stream, stream, **kw)
+  want = strided(api._reference, *qkv, stream, stream, **kw)
   np.testing.assert_allclose(got, want, atol=1e-4)
   if spacing == 1 and window != 1 and softcap != 100.0:
-    _agree(attention._blocked, stream, stream, causal, window, softcap)
+    _agree(api._blocked, stream, stream, causal, window, softcap)
 
 
 def _streams(who, stride, causal, rule, segments, length=25):
@@ -233,7 +248,7 @@ def test_blocked_and_reference_of_pooled_streams(
   who, stride, window, softcap, causal, monkeypatch
 ):
   """They are the definition; programs are compiled once for several rules."""
-  monkeypatch.setattr(attention, "_BLOCK", 8)
+  monkeypatch.setattr(api, "_BLOCK", 8)
   kw = dict(causal=causal, window=window, softcap=softcap)
   for segments, rule in itertools.product(
     ("none", "packed", "padded"), ("last", "first", "mean")
@@ -242,12 +257,16 @@ def test_blocked_and_reference_of_pooled_streams(
     bare = lambda stream: stream.replace(hidden_BTD=None)
     qkv = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
     want = _brute_force(*qkv, queries, keys, **kw)
-    plain = [attention._reference] if segments == "packed" else []
-    for fn in (attention._blocked, *plain):
+    plain = [api._reference] if segments == "packed" else []
+    for fn in (api._blocked, *plain):
       got = _jitted(
-          fn, who == "same", *qkv, bare(queries), bare(keys),
-          kw=(*kw.items(), ("softmax_dtype", "float32")),
-      )  # fmt: skip
+        fn,
+        who == "same",
+        *qkv,
+        bare(queries),
+        bare(keys),
+        kw=(*kw.items(), ("softmax_dtype", "float32")),
+      )
       np.testing.assert_allclose(
         got, want, atol=1e-4, err_msg=f"{segments} {rule} {fn.__name__}"
       )
@@ -257,9 +276,9 @@ def test_blocked_and_reference_of_pooled_streams(
   "who,segments", [("pooled", "packed"), ("short", "none")]
 )
 def test_gradients_of_blocked_unequal_streams(who, segments, monkeypatch):
-  monkeypatch.setattr(attention, "_BLOCK", 8)
+  monkeypatch.setattr(api, "_BLOCK", 8)
   queries, keys = _streams(who, 2, True, "mean", segments)
-  _agree(attention._blocked, queries, keys, True, 5, 4.0)
+  _agree(api._blocked, queries, keys, True, 5, 4.0)
 
 
 def test_slots_of_packed_keys_may_stand_in_any_order():
@@ -267,17 +286,17 @@ def test_slots_of_packed_keys_may_stand_in_any_order():
   queries = _stream(9, "none").replace(packed=True)
   kw = dict(causal=True, window=4, softcap=4.0)
   order = np.random.default_rng(0).permutation(9)
-  keys = visibility.slots(queries)
+  keys = masks.slots(queries)
   keys = jax.tree.map(lambda x: x[:, order], keys)
   q, k, v = _qkv(9)
   want = _brute_force(q, k, v, queries, queries, **kw)
   k, v = k[:, order], v[:, order]
   for kernel in ("reference", "blocked"):
-    got = attention.attend(q, k, v, queries, keys, kernel=kernel, **kw)
+    got = api.attend(q, k, v, queries, keys, kernel=kernel, **kw)
     np.testing.assert_allclose(got, want, atol=1e-4)
   head_major = [x.transpose(0, 2, 1, 3) for x in (k, v)]
   del kw["causal"]  # A cache always is.
-  got = attention.attend_cache(q, *head_major, queries, keys, **kw)
+  got = api.attend_cache(q, *head_major, queries, keys, **kw)
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -312,7 +331,7 @@ def test_no_visible_key_is_skipped(causal):
       sees = _sees(queries, keys, causal, window).any(0)
       for lo in range(0, len(sees), 4):
         hi = min(lo + 4, len(sees))
-        first, last = visibility.key_slots(
+        first, last = masks.key_slots(
           lo, hi, queries, keys, causal=causal, window=window
         )
         assert 0 <= first < last <= sees.shape[1]
@@ -329,19 +348,24 @@ def test_blocked_unequal_skips_the_future_and_what_the_window_hides(who, rule):
 
   def flops(fn, window, causal=True, packed=False):
     lowered = jax.jit(
-        functools.partial(
-            fn, queries=queries, keys=keys.replace(packed=packed),
-            causal=causal, window=window, softcap=4.0, softmax_dtype="float32",
-        )
-    ).lower(*qkv)  # fmt: skip
+      functools.partial(
+        fn,
+        queries=queries,
+        keys=keys.replace(packed=packed),
+        causal=causal,
+        window=window,
+        softcap=4.0,
+        softmax_dtype="float32",
+      )
+    ).lower(*qkv)
     return lowered.cost_analysis()["flops"]
 
-  dense = flops(attention._reference, None)
+  dense = flops(api._reference, None)
   # Blocks of 128 queries: of 4, or of 8.
-  assert flops(attention._blocked, None) < 0.65 * dense
-  assert flops(attention._blocked, 128) < 0.4 * dense
-  assert flops(attention._blocked, 128, causal=False) < 0.5 * dense
-  assert flops(attention._blocked, 128, packed=True) > 0.95 * dense
+  assert flops(api._blocked, None) < 0.65 * dense
+  assert flops(api._blocked, 128) < 0.4 * dense
+  assert flops(api._blocked, 128, causal=False) < 0.5 * dense
+  assert flops(api._blocked, 128, packed=True) > 0.95 * dense
 
 
 def test_blocked_skips_the_future_and_what_the_window_hides():
@@ -349,17 +373,26 @@ def test_blocked_skips_the_future_and_what_the_window_hides():
   stream = _stream(1024, "none")
 
   def flops(fn, window):
-    compiled = jax.jit(
+    compiled = (
+      jax.jit(
         functools.partial(
-            fn, queries=stream, keys=stream, causal=True, window=window,
-            softcap=4.0, softmax_dtype="float32",
+          fn,
+          queries=stream,
+          keys=stream,
+          causal=True,
+          window=window,
+          softcap=4.0,
+          softmax_dtype="float32",
         )
-    ).lower(*_qkv(1024)).compile()  # fmt: skip
+      )
+      .lower(*_qkv(1024))
+      .compile()
+    )
     return compiled.cost_analysis()["flops"]
 
-  dense = flops(attention._reference, None)
-  assert flops(attention._blocked, None) < 0.6 * dense
-  assert flops(attention._blocked, 128) < 0.3 * dense
+  dense = flops(api._reference, None)
+  assert flops(api._blocked, None) < 0.6 * dense
+  assert flops(api._blocked, 128) < 0.3 * dense
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -369,11 +402,16 @@ def test_nothing_visible_gives_zeros_and_finite_gradients(window, softcap):
   stream = make_stream(jnp.zeros((B, 6, 1)), jnp.zeros((B, 6), int))
   for kernel in ("reference", "blocked"):
     loss = lambda *qkv, kernel=kernel: jnp.sum(
-        attention.attend(
-            *qkv, stream, stream, causal=True, window=window, softcap=softcap,
-            kernel=kernel,
-        )
-    )  # fmt: skip
+      api.attend(
+        *qkv,
+        stream,
+        stream,
+        causal=True,
+        window=window,
+        softcap=softcap,
+        kernel=kernel,
+      )
+    )
     value, grads = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
     assert value == 0
     assert all(np.all(g == 0) for g in grads)
@@ -385,9 +423,8 @@ def test_softmax_dtype_is_used(dtype):
   q, k, v = _qkv(32)
   stream = _stream(32, "packed")
   call = functools.partial(
-      attention.attend, q, k, v, stream, stream, causal=True, window=None,
-      softcap=4.0,
-  )  # fmt: skip
+    api.attend, q, k, v, stream, stream, causal=True, window=None, softcap=4.0
+  )
   for kernel in ("reference", "blocked"):
     low = call(kernel=kernel, softmax_dtype=dtype)
     difference = np.abs(low - call(kernel=kernel)).max()
@@ -438,7 +475,7 @@ def test_tokamax_of_pooled_streams(who, segments, window, causal):
 def test_tokamax_gives_zeros_to_queries_that_see_no_key():
   """Real ones, before the first key that a selection has kept."""
   queries = _stream(12, "none")
-  keys = jax.tree.map(lambda x: x[:, 5:8], visibility.slots(queries))
+  keys = jax.tree.map(lambda x: x[:, 5:8], masks.slots(queries))
   keys = keys.replace(even=False)
   with jax.numpy_rank_promotion("allow"):
     _agree(_tokamax_xla, queries, keys, True, None, 4.0)
@@ -479,7 +516,7 @@ def test_auto_on_a_tpu_compiles_to_its_kernel():
 
   def loss(q, k, v, segment_BT):
     stream = make_stream(jnp.zeros((4, 256, 1)), segment_BT)
-    out = attention.attend(
+    out = api.attend(
       q, k, v, stream, stream, causal=True, window=100, softcap=50.0
     )
     return jnp.sum(out.astype(jnp.float32) ** 2)
@@ -493,10 +530,18 @@ def test_auto_on_a_tpu_compiles_to_its_kernel():
 
 
 def _request(**changes):
-  return dict(
-      softcap=50.0, window=None, packed=False, unequal=False, uneven=False,
-      length=128, softmax_dtype="float32",
-  ) | changes  # fmt: skip
+  return (
+    dict(
+      softcap=50.0,
+      window=None,
+      packed=False,
+      unequal=False,
+      uneven=False,
+      length=128,
+      softmax_dtype="float32",
+    )
+    | changes
+  )
 
 
 @pytest.mark.parametrize("platform,skips", [("tpu", "splash"), ("cpu", None)])
@@ -514,17 +559,17 @@ def _request(**changes):
 def test_auto_takes_blocked_where_the_platforms_kernel_cannot(
   platform, skips, request_, by_order, monkeypatch
 ):
-  monkeypatch.setattr(attention, "target_platform", lambda: platform)
+  monkeypatch.setattr(api, "target_platform", lambda: platform)
   want = skips if skips and by_order else "blocked"
-  assert attention.choose_kernel("auto", **_request(**request_)) == want
+  assert api.choose_kernel("auto", **_request(**request_)) == want
 
 
 def test_auto_on_a_gpu_is_tokamax_for_any_streams(monkeypatch):
   pytest.importorskip("tokamax")
-  monkeypatch.setattr(attention, "target_platform", lambda: "gpu")
-  monkeypatch.setattr(attention, "_has_capped_backward", lambda: True)
+  monkeypatch.setattr(api, "target_platform", lambda: "gpu")
+  monkeypatch.setattr(api, "_has_capped_backward", lambda: True)
   request = _request(unequal=True, uneven=True, window=8, packed=True)
-  assert attention.choose_kernel("auto", **request) == "tokamax"
+  assert api.choose_kernel("auto", **request) == "tokamax"
 
 
 @pytest.mark.parametrize(
@@ -535,8 +580,8 @@ def test_attend_tells_what_its_streams_are(who, message):
   qkv = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
   kw = dict(causal=True, window=5, softcap=None)
   with pytest.raises(ValueError, match=message):
-    attention.attend(*qkv, queries, keys, kernel="splash", **kw)
-  got = attention.attend(*qkv, queries, keys, **kw)
+    api.attend(*qkv, queries, keys, kernel="splash", **kw)
+  got = api.attend(*qkv, queries, keys, **kw)
   want = _brute_force(*qkv, queries, keys, **kw)
   np.testing.assert_allclose(got, want, atol=1e-4)
 
@@ -555,4 +600,4 @@ def test_attend_tells_what_its_streams_are(who, message):
 )
 def test_what_a_kernel_cannot_do_raises(kernel, request_, message):
   with pytest.raises(ValueError, match=message):
-    attention.choose_kernel(kernel, **_request(**request_))
+    api.choose_kernel(kernel, **_request(**request_))

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_funnel import caches as caches_lib
-from gemma_funnel import decode
 from gemma_funnel.config import format_funnel, resolve_funnel, total_stride
-from gemma_funnel.model import Gemma
+from gemma_funnel.decode import caches as caches_lib
+from gemma_funnel.decode import decoder as decoder_lib
+from gemma_funnel.model import Transformer
 from gemma_funnel.stream import make_stream
 
 # Beyond the window, a ring of which comes round four times.
@@ -25,7 +25,7 @@ WIDTH = 40
 FUNNELS = funnel_grid.decodable()
 
 
-def _model(funnel: str) -> Gemma:
+def _model(funnel: str) -> Transformer:
   return funnel_grid.make_model(resolve_funnel(funnel, 5))
 
 
@@ -69,7 +69,7 @@ def _steps(graphdef, stride, fault, params, tokens_BT, carry, late):
   return steps_SBD, carry[2], carry[3]
 
 
-def _inputs(model: Gemma, lengths, width: int):
+def _inputs(model: Transformer, lengths, width: int):
   """(tokens_BT, lengths_B, phase, begin_BP) of random rows.
 
   Rows are of one phase; row b's prompt has lengths[b] tokens.
@@ -87,16 +87,27 @@ def _inputs(model: Gemma, lengths, width: int):
 
 
 def _compare(
-  model: Gemma, lengths, *, width=WIDTH, prefill=_prefill, fault="", late=0
+  model: Transformer,
+  lengths,
+  *,
+  width=WIDTH,
+  prefill=_prefill,
+  fault="",
+  late=0,
 ) -> tuple[float, list]:
   """(the largest relative difference to the one pass, caches at the end)."""
   tokens, lengths, phase, begin = _inputs(model, lengths, width)
-  graphdef, params = nnx.split(decode.unstacked(model))
+  graphdef, params = nnx.split(decoder_lib.unstacked(model))
   stream, caches, stages = prefill(graphdef, params, lengths, phase, begin)
   steps, caches, stages = _steps(
-      graphdef, total_stride(model.stages), fault, params, tokens,
-      (lengths, phase, caches, stages), late,
-  )  # fmt: skip
+    graphdef,
+    total_stride(model.stages),
+    fault,
+    params,
+    tokens,
+    (lengths, phase, caches, stages),
+    late,
+  )
   prefilled_B1D, steps_SBD = stream.hidden_BTD[:, -1:], np.asarray(steps)
   stream = make_stream(model.embed(tokens))
   want = np.asarray(model.trunk(stream, causal=True).hidden_BTD)
@@ -108,10 +119,10 @@ def _compare(
   return worst / np.abs(want).max(), (caches, stages)
 
 
-def _caches_by_shape(model: Gemma, lengths):
+def _caches_by_shape(model: Transformer, lengths):
   """(caches, stages) of a prefill, which steps keep the shapes of."""
   _, *inputs = _inputs(model, lengths, WIDTH)
-  graphdef, params = nnx.split(decode.unstacked(model))
+  graphdef, params = nnx.split(decoder_lib.unstacked(model))
   prefill = functools.partial(_prefill, graphdef)
   return jax.eval_shape(prefill, params, *inputs)[1:]
 
@@ -191,10 +202,12 @@ def test_planted_faults_are_seen(fault, monkeypatch):
     )
   else:
     monkeypatch.setattr(
-      caches_lib, "_join", lambda pending, new: put(
+      caches_lib,
+      "_join",
+      lambda pending, new: put(
         jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), pending), new
-      )
-    )  # fmt: skip
+      ),
+    )
   worst, _ = _compare(_model(FAULTY), [4] * 3, fault=fault)
   assert worst > 1e-3
 
@@ -206,9 +219,7 @@ def test_a_cache_is_as_large_as_it_is_said_to_be():
   funnel = "start=1,stop=4,stride=3,recover=attend"
   model = _model(funnel)
   caches, stages = _caches_by_shape(model, [1, 4])
-  kept = [
-    *(cache.keys_values for cache in caches), stages[0].deep.keys_values
-  ]  # fmt: skip
+  kept = [*(cache.keys_values for cache in caches), stages[0].deep.keys_values]
   got = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
   assert got == flops.cache_bytes(model.config, funnel, 2, CACHE)
 
@@ -216,7 +227,7 @@ def test_a_cache_is_as_large_as_it_is_said_to_be():
 def test_mixed_precision_keeps_its_dtype():
   model = _model("start=1,stride=2")
   config = dataclasses.replace(model.config, dtype="bfloat16")
-  graphdef = nnx.graphdef(Gemma.abstract(config, model.stages))
+  graphdef = nnx.graphdef(Transformer.abstract(config, model.stages))
   model = nnx.merge(graphdef, nnx.state(model))
   worst, (caches, _) = _compare(model, [3], width=7, prefill=_compiled_prefill)
   assert worst < 0.05

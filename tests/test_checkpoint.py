@@ -14,11 +14,12 @@ import tiny_run
 
 import gemma_funnel
 from gemma_funnel import generate
-from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.convert import __main__ as command
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
+from gemma_funnel.parallel import sharding
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import pretrain, sharding, start, workdir
+from gemma_funnel.training import pretrain, start, workdir
 
 
 def _no_evaluator(corpus, setup):
@@ -150,9 +151,13 @@ def learned(source, tmp_path_factory):
   """(folder, result) of a run that has learned something of a funnel."""
   folder = tmp_path_factory.mktemp("learned") / "run"
   config = tiny_run.make_config(
-      folder, source, steps=3, checkpoint_every=3, funnel=LEARNED,
-      optimizer__warmup_steps=0,
-  )  # fmt: skip
+    folder,
+    source,
+    steps=3,
+    checkpoint_every=3,
+    funnel=LEARNED,
+    optimizer__warmup_steps=0,
+  )
   return folder, pretrain.train(config, _no_evaluator)
 
 
@@ -193,8 +198,8 @@ def test_another_funnel_keeps_what_its_stages_learned(learned, capsys):
 
 def test_a_run_that_learns_a_funnel_resumes(learned, source, tmp_path):
   changes = dict(
-      steps=3, funnel=LEARNED, optimizer__warmup_steps=0, checkpoint_every=100
-  )  # fmt: skip
+    steps=3, funnel=LEARNED, optimizer__warmup_steps=0, checkpoint_every=100
+  )
   config = tiny_run.make_config(tmp_path / "run", source, **changes)
   assert not _stop_at(config, 1).finished
   config.eval_every = 1000
@@ -414,15 +419,22 @@ def test_a_workdir_is_claimed_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"steps": 13}, {"batch_size": 16}, {"length": 64}, {"seed": 1},
-        {"funnel": "off"}, {"z_loss": 0.0}, {"data.lanes": 2},
-        {"model.dtype": "bfloat16"}, {"optimizer.b2": 0.9},
-        {"data.seed": 1}, {"data.tokenizer": "x"},
-    ],
-    ids=str,
-)  # fmt: skip
+  "changes",
+  [
+    {"steps": 13},
+    {"batch_size": 16},
+    {"length": 64},
+    {"seed": 1},
+    {"funnel": "off"},
+    {"z_loss": 0.0},
+    {"data.lanes": 2},
+    {"model.dtype": "bfloat16"},
+    {"optimizer.b2": 0.9},
+    {"data.seed": 1},
+    {"data.tokenizer": "x"},
+  ],
+  ids=str,
+)
 def test_a_workdir_of_another_run_is_refused(changes, tmp_path):
   workdir.claim(_config(tmp_path))
   (tmp_path / "tokenizer.model").write_text("")
@@ -438,12 +450,23 @@ def test_what_changes_rounding_at_most_may_change(tmp_path):
   workdir.claim(_config(tmp_path / "run"))
   (tmp_path / "run" / "checkpoints").mkdir()
   changes = {
-      "log_every": 7, "eval_every": 3, "checkpoint_every": 5, "keep": 1,
-      "tensorboard": True, "latency.repeats": 3, "heldout_documents": 9,
-      "eval_documents": 3, "mesh.fsdp": 2, "accumulate": 2,
-      "model.remat": "block", "loss_chunk": 8, "data.num_workers": 1,
-      "watchdog_minutes": 3.0, "keep_best": 1, "rollback.factor": 2.0,
-  }  # fmt: skip
+    "log_every": 7,
+    "eval_every": 3,
+    "checkpoint_every": 5,
+    "keep": 1,
+    "tensorboard": True,
+    "latency.repeats": 3,
+    "heldout_documents": 9,
+    "eval_documents": 3,
+    "mesh.fsdp": 2,
+    "accumulate": 2,
+    "model.remat": "block",
+    "loss_chunk": 8,
+    "data.num_workers": 1,
+    "watchdog_minutes": 3.0,
+    "keep_best": 1,
+    "rollback.factor": 2.0,
+  }
   workdir.claim(_config(tmp_path / "run", **changes))
   moved = (tmp_path / "run").rename(tmp_path / "moved")
   workdir.claim(_config(moved))
@@ -481,10 +504,10 @@ def test_a_call_that_failed_early_may_be_corrected(tmp_path):
 
 def test_parameters_fit_any_funnel_of_the_same_sizes(trained):
   run = checkpoint_lib.load_run(trained[0])
-  config = GemmaConfig.from_dict(run.config.model)
+  config = TransformerConfig.from_dict(run.config.model)
 
   def shapes(funnel):
-    state = nnx.state(Gemma.abstract(config, funnel))
+    state = nnx.state(Transformer.abstract(config, funnel))
     return jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(state))
 
   assert shapes(None) == shapes("start=1,stride=2")

@@ -34,9 +34,10 @@ def run_main(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *args])
     monkeypatch.setattr(cli, "config_flags", _Own(values))
     monkeypatch.setattr(
-        flags, "mark_flag_as_required",
-        lambda name: flags._validators.mark_flag_as_required(name, values),
-    )  # fmt: skip
+      flags,
+      "mark_flag_as_required",
+      lambda name: flags._validators.mark_flag_as_required(name, values),
+    )
     monkeypatch.setattr(
       cli.app, "run", lambda main, flags_parser: main(flags_parser(sys.argv))
     )
@@ -121,9 +122,11 @@ def test_config_files_that_cannot_be_loaded(run_main, tmp_path):
 
 def test_files_that_are_not_what_they_should_be(run_main, source, tmp_path):
   def refuse(text, workdir=tmp_path / "run", **changes):
-    args = tiny_run.command(workdir, source, *(
-        f"--config.{k.replace('__', '.')}={v}" for k, v in changes.items()
-    ))[2:]  # fmt: skip
+    args = tiny_run.command(
+      workdir,
+      source,
+      *(f"--config.{k.replace('__', '.')}={v}" for k, v in changes.items()),
+    )[2:]
     _assert_refused(run_main(experiment.run, *args), text)
 
   empty = tmp_path / "empty.txt"
@@ -145,9 +148,11 @@ def test_a_tokenizer_larger_than_the_vocabulary(run_main, source, tmp_path):
   config = tiny_run.make_config(tmp_path, source)
   pipeline.load_corpus(config.data, 512, tmp_path)
   args = tiny_run.command(
-      tmp_path / "run", source, "--config.model.vocab_size=400",
-      f"--config.data.tokenizer={tmp_path / 'tokenizer.model'}",
-  )  # fmt: skip
+    tmp_path / "run",
+    source,
+    "--config.model.vocab_size=400",
+    f"--config.data.tokenizer={tmp_path / 'tokenizer.model'}",
+  )
   _assert_refused(
     run_main(experiment.run, *args[2:]), "512 pieces.* vocab_size=400"
   )
@@ -185,9 +190,12 @@ def test_errors_of_the_package_alone_are_lines(run_main):
 def test_the_configuration_is_handed_on(run_main):
   seen = []
   status, err = run_main(
-      seen.append, f"--config={CONFIG}", "--config.steps=7",
-      "--config.data.heldout=x.txt", "--config.model.attn_softcap=2",
-  )  # fmt: skip
+    seen.append,
+    f"--config={CONFIG}",
+    "--config.steps=7",
+    "--config.data.heldout=x.txt",
+    "--config.model.attn_softcap=2",
+  )
   assert (status, err) == (0, "")
   (config,) = seen
   assert (config.steps, config.data.heldout) == (7, "x.txt")
@@ -205,10 +213,13 @@ def test_a_loss_that_is_not_finite_exits_with_status_two(source, tmp_path):
 
 def test_eval_takes_the_same_flags():
   result = subprocess.run(
-      [sys.executable, "eval.py", "--config=configs/eval_accuracy.py"],
-      cwd=tiny_run.ROOT, env=tiny_run.environment(), capture_output=True,
-      text=True, check=False,
-  )  # fmt: skip
+    [sys.executable, "eval.py", "--config=configs/eval_accuracy.py"],
+    cwd=tiny_run.ROOT,
+    env=tiny_run.environment(),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   _assert_refused((result.returncode, result.stderr), "checkpoint is missing")
 
 

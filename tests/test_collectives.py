@@ -42,9 +42,12 @@ def test_gathering_one_axis():
 
 def test_summing_over_an_axis():
   sent, found = _found(
-    lambda x, w: x @ w, X, np.zeros((128, 32), np.float32),
-    in_specs=[P(None, "tensor"), P("tensor")], out_spec=P(),
-  )  # fmt: skip
+    lambda x, w: x @ w,
+    X,
+    np.zeros((128, 32), np.float32),
+    in_specs=[P(None, "tensor"), P("tensor")],
+    out_spec=P(),
+  )
   assert {one.kind for one in found} == {"all-reduce"}
   assert sent == {"tensor": 2 * 64 * 32 * 4 * 3 / 4}
 
@@ -55,15 +58,21 @@ def test_a_loop_sends_each_time():
     return jax.lax.scan(body, x, w)[0]
 
   sent, found = _found(
-    function, X, np.zeros((5, 128, 128), np.float32),
-    in_specs=[P("data"), P(None, "tensor")], out_spec=P("data"),
-  )  # fmt: skip
+    function,
+    X,
+    np.zeros((5, 128, 128), np.float32),
+    in_specs=[P("data"), P(None, "tensor")],
+    out_spec=P("data"),
+  )
   assert max(one.times for one in found) == 5
   assert sent and set(sent) == {"tensor"}
   once, _ = _found(
-    lambda x, w: jnp.tanh(x @ w), X, np.zeros((128, 128), np.float32),
-    in_specs=[P("data"), P("tensor")], out_spec=P("data"),
-  )  # fmt: skip
+    lambda x, w: jnp.tanh(x @ w),
+    X,
+    np.zeros((128, 128), np.float32),
+    in_specs=[P("data"), P("tensor")],
+    out_spec=P("data"),
+  )
   assert sent["tensor"] == pytest.approx(5 * once["tensor"], rel=0.5)
 
 
@@ -131,12 +140,15 @@ def test_text_of_tpus():
   found = collectives.collectives(_TPU, _mesh())
   times = {one.kind: one.times for one in found}
   assert times == {
-    "all-gather": 3, "collective-permute": 3 * 2, "all-reduce": 1,
-  }  # fmt: skip
+    "all-gather": 3,
+    "collective-permute": 3 * 2,
+    "all-reduce": 1,
+  }
   gathered = 3 * 8 * 8 * 2 * 3 / 4
   assert collectives.bytes_by_axis(found) == {
-    "tensor": gathered + 6 * 16, "data": 2 * 6 * 4 / 2,
-  }  # fmt: skip
+    "tensor": gathered + 6 * 16,
+    "data": 2 * 6 * 4 / 2,
+  }
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from gemma_funnel.config import (
   PRESETS,
   FunnelConfig,
-  GemmaConfig,
+  TransformerConfig,
   check_recovers,
   format_funnel,
   parse_funnel,
@@ -242,38 +242,41 @@ def test_what_needs_every_token_back():
 )
 def test_model_fields(changes, message):
   with pytest.raises(ValueError, match=message):
-    GemmaConfig.preset("tiny", **changes)
+    TransformerConfig.preset("tiny", **changes)
 
 
 def test_models_are_read_from_config_dicts():
-  values = ml_collections.ConfigDict(GemmaConfig.preset("tiny").to_dict())
-  assert GemmaConfig.from_dict(values) == GemmaConfig.preset("tiny")
+  values = ml_collections.ConfigDict(TransformerConfig.preset("tiny").to_dict())
+  assert TransformerConfig.from_dict(values) == TransformerConfig.preset("tiny")
 
 
 def test_unknown_preset():
   with pytest.raises(ValueError, match="preset='gemma3': expected one of"):
-    GemmaConfig.preset("gemma3")
+    TransformerConfig.preset("gemma3")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_round_trip(name):
-  config = GemmaConfig.preset(name)
+  config = TransformerConfig.preset(name)
   values = config.to_dict()
   values["attention_pattern"] = list(values["attention_pattern"])  # As JSON.
-  assert GemmaConfig.from_dict(values) == config
+  assert TransformerConfig.from_dict(values) == config
 
 
 def test_local_layers_come_first():
-  config = GemmaConfig.preset("gemma2_2b")
+  config = TransformerConfig.preset("gemma2_2b")
   assert config.attention_kinds == ("local", "global") * 13
   assert config.window_of(0) == 4096
   assert config.window_of(1) is None
-  assert set(GemmaConfig.preset("gemma1_7b").attention_kinds) == {"global"}
+  assert set(TransformerConfig.preset("gemma1_7b").attention_kinds) == {
+    "global"
+  }
 
 
 def test_query_scales_that_others_get_wrong():
   scalars = {
-    name: GemmaConfig.preset(name).query_pre_attn_scalar for name in PRESETS
+    name: TransformerConfig.preset(name).query_pre_attn_scalar
+    for name in PRESETS
   }
   assert scalars["gemma2_9b"] == 256
   assert scalars["gemma2_27b"] == 144
@@ -283,4 +286,4 @@ def test_configs_are_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     FunnelConfig(1).start = 2
   with pytest.raises(dataclasses.FrozenInstanceError):
-    GemmaConfig.preset("tiny").window = 3
+    TransformerConfig.preset("tiny").window = 3

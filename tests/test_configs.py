@@ -9,10 +9,11 @@ import pytest
 import tiny_run
 
 from gemma_funnel import evaluation, tasks
-from gemma_funnel.config import GemmaConfig, format_funnel, parse_funnel
+from gemma_funnel.config import TransformerConfig, format_funnel, parse_funnel
 from gemma_funnel.data import sources
 from gemma_funnel.data import tokenizer as tokenizer_lib
-from gemma_funnel.evaluation import finetuned, plan
+from gemma_funnel.evaluation import finetuned
+from gemma_funnel.study import grid
 from gemma_funnel.tasks import presets
 from gemma_funnel.tasks.task import SPLITS, Task, TextExample
 from gemma_funnel.training import finetune, pretrain, start
@@ -20,12 +21,13 @@ from gemma_funnel.training import finetune, pretrain, start
 NAMES = sorted(p.stem for p in (tiny_run.ROOT / "configs").glob("*.py"))
 EVALUATION = [name for name in NAMES if name.startswith("eval_")]
 # Those train.py fine-tunes with have a task; a study has axes.
-TUNING = [n for n in NAMES if "task" in tiny_run.load_config(n)
-          and n not in EVALUATION]  # fmt: skip
+TUNING = [
+  n for n in NAMES if "task" in tiny_run.load_config(n) and n not in EVALUATION
+]
 STUDIES = [n for n in NAMES if "axes" in tiny_run.load_config(n)]
 # Of commands of modules.
 COMMANDS = {"tokenize": "gemma_funnel.data.tokenize"} | dict.fromkeys(
-  STUDIES, "gemma_funnel.evaluation.ablation"
+  STUDIES, "gemma_funnel.study"
 )
 TRAINING = [n for n in NAMES if n not in (*EVALUATION, *TUNING, *COMMANDS)]
 
@@ -40,12 +42,13 @@ def test_there_are_configs_of_all_kinds():
 def test_a_training_config_is_a_run(name):
   config = tiny_run.load_config(name)
   setup = pretrain.make_setup(config)
-  assert setup.model_config == GemmaConfig.from_dict(config.model)
+  assert setup.model_config == TransformerConfig.from_dict(config.model)
   weights, opt_state = start.make_init(setup)[1]
   params = weights["params"]
   assert params["embedding"].shape == (
-      config.model.vocab_size, config.model.embed_dim
-  )  # fmt: skip
+    config.model.vocab_size,
+    config.model.embed_dim,
+  )
   assert len(jax.tree.leaves(opt_state)) > 2 * len(jax.tree.leaves(params))
   assert config.workdir and config.log_every <= config.steps
 
@@ -59,13 +62,16 @@ def test_a_tuning_config_is_a_run_of_each_seed(name, tmp_path):
   tokenizer_lib.train(documents, 300, config.tokenizer)
   text = TextExample("ab ba", None, 1)
   task = Task(
-      "t", "classification", ("a", "b"), ("accuracy",),
-      dict.fromkeys(SPLITS, (text,) * 320),
-  )  # fmt: skip
+    "t",
+    "classification",
+    ("a", "b"),
+    ("accuracy",),
+    dict.fromkeys(SPLITS, (text,) * 320),
+  )
   for seed in config.seeds:
     setup = finetune.make_setup(finetuned.of_seed(config, seed), task)
     assert setup.config.workdir == f"{config.workdir}/seed_{seed}"
-    assert setup.model_config == GemmaConfig.from_dict(config.model)
+    assert setup.model_config == TransformerConfig.from_dict(config.model)
     assert setup.steps == math.ceil(320 / config.batch_size * config.epochs)
   # Each task that the file names is one.
   with pytest.raises(ValueError, match="task 'none'"):
@@ -87,7 +93,7 @@ def test_a_study_is_a_plan(name):
   for given in config.tasks.values():
     given.task.update(max_train=50, max_dev=30, max_test=30)
   config.finetune.optimizer.warmup_steps = 0
-  made = plan.make(config)
+  made = grid.make(config)
   axes = config.axes
   assert {cell.task for cell in made.cells} == set(axes.task)
   assert {cell.seed for cell in made.cells} == set(axes.seed)

@@ -53,8 +53,9 @@ class TestSentences:
   def test_comments_are_no_words_and_words_no_comments(self, tmp_path):
     content = "# id = 7\n# a text\n#\n# O\nhere O\n# O\n\n#tag O\n"
     assert [s.words for s in _read(tmp_path, content)] == [
-      ("#", "here", "#"), ("#tag",),
-    ]  # fmt: skip
+      ("#", "here", "#"),
+      ("#tag",),
+    ]
 
   def test_a_comment_within_a_sentence_is_a_bad_line(self, tmp_path):
     (found,) = _read(tmp_path, "a O\n# a b c\nb O\n")
@@ -209,9 +210,14 @@ class TestTask:
   ("files", "separator", "words", "spans"),
   [
     (("wnut17/train", "wnut17/dev", "wnut17/test"), "tab", 23394, 1079),
-    (("sec_filings/train_FIN5", None, "sec_filings/test_FIN3"), None, 13246, 318),
+    (
+      ("sec_filings/train_FIN5", None, "sec_filings/test_FIN3"),
+      None,
+      13246,
+      318,
+    ),
   ],
-)  # fmt: skip
+)
 def test_published_counts(files, separator, words, spans):
   root = pathlib.Path(os.environ["GEMMA_FUNNEL_DATA"]) / "ner"
   config = tasks.default_config()

@@ -23,7 +23,7 @@ from tiny_checkpoints import (
 )
 
 import gemma_funnel
-from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.convert import (
   gemma_pytorch,
   google,
@@ -98,8 +98,8 @@ def test_gemma1_norm_after_attention_is_the_one_before_the_mlp(tmp_path):
   "name", ["gemma1_2b", "gemma1_7b", "gemma2_9b", "tiny"]
 )
 def test_formats_cover_every_parameter_once(name):
-  config = GemmaConfig.preset(name)
-  state = nnx.state(gemma_funnel.Gemma.abstract(config))
+  config = TransformerConfig.preset(name)
+  state = nnx.state(gemma_funnel.Transformer.abstract(config))
   expected = []
   for path, param in nnx.to_flat_state(state):
     layers = range(param.shape[0]) if path[0] == "layers" else [None]
@@ -120,7 +120,7 @@ def test_formats_cover_every_parameter_once(name):
 def test_a_loaded_model_is_one_like_any_other(tmp_path):
   folder = write(tmp_path, GEMMA2, random_tensors(GEMMA2))
   model = gemma_funnel.load(str(folder))
-  fresh = gemma_funnel.Gemma(model.config, rngs=nnx.Rngs(0))
+  fresh = gemma_funnel.Transformer(model.config, rngs=nnx.Rngs(0))
   # Equal graph definitions share compiled functions.
   assert nnx.graphdef(model) == nnx.graphdef(fresh)
   shapes = lambda m: jax.tree.map(lambda p: (p.shape, p.dtype), nnx.state(m))
@@ -184,8 +184,8 @@ def test_what_a_funnel_learns_is_made_afresh(tmp_path, capsys):
   assert first == "funnel stage 0: freshly initialised gate"
   assert "attend/attn/key, " in second and ", pool_query" in second
   assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {
-      jnp.dtype("bfloat16")
-  }  # fmt: skip
+    jnp.dtype("bfloat16")
+  }
   # It starts as what learns nothing.
   average = gemma_funnel.load(folder, "start=0+start=1", dtype="bfloat16")
   assert capsys.readouterr().out == ""
@@ -332,7 +332,7 @@ def test_our_runs_are_passed_on(tmp_path, monkeypatch):
   seen = []
   monkeypatch.setattr(checkpoint, "load_model", lambda *args: seen.append(args))
   (tmp_path / "checkpoints").mkdir()
-  model = GemmaConfig.preset("tiny").to_dict()
+  model = TransformerConfig.preset("tiny").to_dict()
   run = {"model": model, "funnel": "off", "data": {"tokenizer": None}}
   write_config(tmp_path, run)
   gemma_funnel.load(tmp_path, "start=1", dtype="bfloat16")

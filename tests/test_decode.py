@@ -10,12 +10,12 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from gemma_funnel import decode
 from gemma_funnel.config import format_funnel, resolve_funnel
-from gemma_funnel.decode import Decoder
-from gemma_funnel.model import Gemma
-from gemma_funnel.sampling import GREEDY, Sampling, draw
-from gemma_funnel.training import sharding
+from gemma_funnel.decode import decoder as decoder_lib
+from gemma_funnel.decode.decoder import Decoder
+from gemma_funnel.decode.sampling import GREEDY, Sampling, draw
+from gemma_funnel.model import Transformer
+from gemma_funnel.parallel import sharding
 
 NEW = 64
 SEED = 3
@@ -44,7 +44,7 @@ def _model(funnel="off"):
 @pytest.fixture(scope="module")
 def shallow():
   config = dataclasses.replace(funnel_grid.CONFIG, num_layers=3)
-  return funnel_grid.stirred(Gemma(config, SHALLOW, rngs=nnx.Rngs(0)))
+  return funnel_grid.stirred(Transformer(config, SHALLOW, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def decoder(shallow):
   return Decoder(shallow, CACHE)
 
 
-def _one_pass(model: Gemma, prompts, results, sampling=GREEDY):
+def _one_pass(model: Transformer, prompts, results, sampling=GREEDY):
   """The tokens that the one-pass forward's logits would have given."""
   rows = [prompts[r.prompt] + r.tokens for r in results]
   # One length for all, of which operations are compiled once.
@@ -110,8 +110,8 @@ def test_programs_are_compiled_once(shallow):
   decoder = Decoder(shallow, CACHE)
   for lengths in ([9], [14], [4], [30], [31]):
     decoder.generate(_prompts(*lengths), max_new_tokens=20)
-  assert decoder._advance._cache_size() == 1
-  assert decoder._prefill._cache_size() == 2  # 16 and 32.
+  assert decoder_lib._advance._cache_size() == 1
+  assert decoder_lib._prefill._cache_size() == 2  # 16 and 32.
 
 
 def test_steps_do_not_come_back_to_the_host(decoder):
@@ -134,22 +134,22 @@ def test_steps_do_not_come_back_to_the_host(decoder):
   ],
 )
 def test_rows_are_brought_to_one_phase(lengths, stride, want):
-  assert decode._common_phase(lengths, stride) == want
+  assert decoder_lib._common_phase(lengths, stride) == want
 
 
 def test_at_most_a_stride_less_one_steps_are_staggered():
   for stride in (2, 3, 6):
     for lengths in np.random.default_rng(0).integers(1, 30, (50, 4)):
-      phase, starts = decode._common_phase(lengths.tolist(), stride)
+      phase, starts = decoder_lib._common_phase(lengths.tolist(), stride)
       assert all(1 <= m <= n < m + stride for m, n in zip(starts, lengths))  # noqa: B905
       assert all((m - 1) % stride == phase for m in starts)
 
 
 def test_buckets_waste_a_quarter_at_most():
   for n in range(1, 5000):
-    bucket = decode._bucket(n)
+    bucket = decoder_lib._bucket(n)
     assert n <= bucket <= max(16, 1.25 * n)
-  assert len({decode._bucket(n) for n in range(513, 1025)}) == 4
+  assert len({decoder_lib._bucket(n) for n in range(513, 1025)}) == 4
 
 
 def test_stop_ids_end_a_row_and_the_others_go_on(decoder):
@@ -194,8 +194,16 @@ def test_samples_depend_on_seed_and_place_and_on_nothing_else(decoder):
   assert later != draw(prompts[1:2], 5)
   many = draw(prompts, 5, num_samples=3)
   assert [(r.prompt, r.sample) for r in many] == [
-    (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2),
-  ]  # fmt: skip
+    (0, 0),
+    (0, 1),
+    (0, 2),
+    (1, 0),
+    (1, 1),
+    (1, 2),
+    (2, 0),
+    (2, 1),
+    (2, 2),
+  ]
   assert many[::3] == one
   assert len({tuple(r.tokens) for r in many}) == 9
 
@@ -204,16 +212,17 @@ def test_repetition_penalty_counts_prompt_and_continuation(decoder):
   """So high a penalty lets no token come twice, while others are left."""
   prompts = _prompts(6, 3)
   results = decoder.generate(
-      prompts, max_new_tokens=40,
-      sampling=Sampling(temperature=0.0, repetition_penalty=1e6),
-  )  # fmt: skip
+    prompts,
+    max_new_tokens=40,
+    sampling=Sampling(temperature=0.0, repetition_penalty=1e6),
+  )
   for r in results:
     tokens = prompts[r.prompt] + r.tokens
     new = r.tokens[:20]
     assert len(set(new)) == 20 and not set(new) & set(prompts[r.prompt]), tokens
 
 
-def _on_a_mesh(model: Gemma):
+def _on_a_mesh(model: Transformer):
   mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
   params = nnx.to_pure_dict(nnx.state(model))
   params = jax.device_put(params, sharding.shardings_of(params, mesh))
@@ -222,7 +231,7 @@ def _on_a_mesh(model: Gemma):
 
 def test_what_a_new_funnel_learns_is_where_the_model_is():
   config = dataclasses.replace(funnel_grid.CONFIG, vocab_size=98)
-  model = Gemma(config, rngs=nnx.Rngs(0))
+  model = Transformer(config, rngs=nnx.Rngs(0))
   tokens = np.asarray(_prompts(9))
   new = "start=1,stride=2,pool=attention,recover=attend"
   call = jax.jit(
@@ -238,7 +247,7 @@ def test_what_a_new_funnel_learns_is_where_the_model_is():
 def test_sharded_like_the_model():
   """8 devices: rows over data and fsdp, heads over tensor; the same tokens."""
   config = dataclasses.replace(funnel_grid.CONFIG, vocab_size=98)
-  model = Gemma(config, AND_BACK, rngs=nnx.Rngs(0))
+  model = Transformer(config, AND_BACK, rngs=nnx.Rngs(0))
   prompts = _prompts(5, 9, 3, 12)
   want = Decoder(model, CACHE).generate(prompts, max_new_tokens=20)
   mesh, sharded = _on_a_mesh(model)
@@ -253,7 +262,7 @@ def test_sharded_like_the_model():
           )
           assert x.sharding.is_equivalent_to(spec, 4)
     state = decoder.advance(state, 30)
-  assert decode._results(state, 1)[1] == want
+  assert decoder_lib._results(state, 1)[1] == want
 
 
 @pytest.mark.parametrize(

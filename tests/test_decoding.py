@@ -4,32 +4,38 @@ from flax import nnx
 import numpy as np
 import pytest
 
-from gemma_funnel import decode, flops
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel import flops
+from gemma_funnel.config import TransformerConfig
+from gemma_funnel.decode import decoder as decoder_lib
 from gemma_funnel.evaluation import decoding, plots, report, timing
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 
-TINY = GemmaConfig.preset("tiny", kernel="reference")
+TINY = TransformerConfig.preset("tiny", kernel="reference")
 FUNNELS = ("start=1,stride=2", "start=1,stop=3,stride=4")
 NEW = 6
 
 
 @pytest.fixture(scope="module")
 def model():
-  return Gemma(TINY, rngs=nnx.Rngs(0))
+  return Transformer(TINY, rngs=nnx.Rngs(0))
 
 
 def _measure(model, funnels=FUNNELS, **changes):
-  arguments = dict(
-      batch_sizes=(2,), prompts=(9,), new_tokens=NEW,
+  arguments = (
+    dict(
+      batch_sizes=(2,),
+      prompts=(9,),
+      new_tokens=NEW,
       protocol=timing.Protocol(3, 1, log=lambda line: None),
-  ) | changes  # fmt: skip
+    )
+    | changes
+  )
   return decoding.measure(model, funnels, **arguments)
 
 
 def test_rows_say_what_was_measured(model, monkeypatch):
   steps = []
-  advance = decode.Decoder.advance
+  advance = decoder_lib.Decoder.advance
 
   def counted(self, state, until, *args):
     before = int(state.step)
@@ -37,7 +43,7 @@ def test_rows_say_what_was_measured(model, monkeypatch):
     steps.append((len(state.done_B), int(state.step) - before))
     return state
 
-  monkeypatch.setattr(decode.Decoder, "advance", counted)
+  monkeypatch.setattr(decoder_lib.Decoder, "advance", counted)
   rows = _measure(model)
   # Of three variants: one to compile, and all rounds; whole each time.
   assert steps == [(2, NEW)] * 3 * (1 + 4)
@@ -78,14 +84,14 @@ def test_ideals_are_those_of_flops(model):
 
 
 def test_a_failure_is_the_error_of_its_row(model, monkeypatch):
-  prefill = decode.Decoder.prefill
+  prefill = decoder_lib.Decoder.prefill
 
   def fails(self, *args, **kw):
     if self.stride == 4:
       raise RuntimeError("out of memory")
     return prefill(self, *args, **kw)
 
-  monkeypatch.setattr(decode.Decoder, "prefill", fails)
+  monkeypatch.setattr(decoder_lib.Decoder, "prefill", fails)
   rows = _measure(model)
   assert [bool(row["error"]) for row in rows] == [False, False, True]
   assert "out of memory" in rows[2]["error"] and rows[2]["speedup"] is None

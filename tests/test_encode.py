@@ -166,9 +166,11 @@ def test_numbers_stay_numbers():
 
 @pytest.mark.parametrize(
   "length, long, text",
-  [(3, "truncate", "length=3: expected at least 4"),
-   (8, "cut", "long='cut': expected one of .*'window'")],
-)  # fmt: skip
+  [
+    (3, "truncate", "length=3: expected at least 4"),
+    (8, "cut", "long='cut': expected one of .*'window'"),
+  ],
+)
 def test_what_cannot_be_encoded(length, long, text):
   with pytest.raises(ValueError, match=text):
     encode.encode(_task("tagging", TAGS), [], Characters(), length, long)

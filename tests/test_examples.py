@@ -44,9 +44,10 @@ class TestClassification:
     task = _classify(tmp_path)
     assert task.labels == ("neg", "pos")
     assert task.splits["train"] == (
-      TextExample("x", None, 1), TextExample("y", None, 0),
+      TextExample("x", None, 1),
+      TextExample("y", None, 0),
       TextExample("z", None, 1),
-    )  # fmt: skip
+    )
     assert task.metrics == ("accuracy", "macro_f1")
     assert not task.skipped
 
@@ -54,17 +55,22 @@ class TestClassification:
     content = "b\ta\tlabel\n1\t2\tx\n"
     files = dict(train=content, dev=content, test=content)
     task = _load(
-        tmp_path, files, kind="classification", text="a", second="b",
-        label="label",
-    )  # fmt: skip
+      tmp_path,
+      files,
+      kind="classification",
+      text="a",
+      second="b",
+      label="label",
+    )
     assert task.splits["test"] == (TextExample("2", "1", 0),)
 
   def test_names_or_ids_of_a_file(self, tmp_path):
     (tmp_path / "labels.txt").write_text("pos\nneg\nother\n")
     task = _classify(
-      tmp_path, test="text\tlabel\nu\t2\nv\tneg\n",
+      tmp_path,
+      test="text\tlabel\nu\t2\nv\tneg\n",
       labels=str(tmp_path / "labels.txt"),
-    )  # fmt: skip
+    )
     assert task.labels == ("pos", "neg", "other")
     assert [e.label for e in task.splits["test"]] == [2, 1]
     assert [e.label for e in task.splits["train"]] == [0, 1, 0]
@@ -88,9 +94,10 @@ class TestClassification:
     (tmp_path / "labels.txt").write_text("pos\nneg\n")
     with pytest.raises(ValueError, match="test.tsv, line 2: .*'2'.*below 2"):
       _classify(
-        tmp_path, test="text\tlabel\nu\t2\n",
+        tmp_path,
+        test="text\tlabel\nu\t2\n",
         labels=str(tmp_path / "labels.txt"),
-      )  # fmt: skip
+      )
 
   def test_several_labels_in_a_cell(self, tmp_path):
     train = "text\tlabel\nx\t1\ny\t3\nz\t1,3\n"
@@ -126,8 +133,9 @@ class TestClassification:
     task = _classify(tmp_path, rows, rows, rows)
     assert task.labels == ("0", "true")
     for value, message in [
-        (["x"], "'text' is a list"), ("\ud800", "not Unicode"),
-    ]:  # fmt: skip
+      (["x"], "'text' is a list"),
+      ("\ud800", "not Unicode"),
+    ]:
       bad = [*rows, {"text": value, "label": 0}]
       with pytest.raises(ValueError, match=f"jsonl, line 3: .*{message}"):
         _classify(tmp_path, rows, rows, bad)
@@ -178,9 +186,13 @@ class TestChoice:
   def test_answers_in_a_list(self, tmp_path, answer, index):
     rows = [{"q": "It is", "c": ["red", "4", "blue"], "a": answer}]
     task = _load(
-      tmp_path, {"test": rows}, kind="choice", prompt="q", choices="c",
+      tmp_path,
+      {"test": rows},
+      kind="choice",
+      prompt="q",
+      choices="c",
       answer="a",
-    )  # fmt: skip
+    )
     expected = ChoiceExample("It is", ("red", "4", "blue"), index)
     assert task.splits["test"] == (expected,)
 
@@ -217,9 +229,13 @@ class TestGeneration:
   def test_pattern_finds_the_answer(self, tmp_path):
     rows = [{"q": "1 + 1?", "a": "It is 1 + 1 = 2.\n#### 2 "}]
     task = _load(
-      tmp_path, {"test": rows}, kind="generation", prompt="q", answer="a",
+      tmp_path,
+      {"test": rows},
+      kind="generation",
+      prompt="q",
+      answer="a",
       answer_pattern="#### (.*)",
-    )  # fmt: skip
+    )
     assert task.splits["test"] == (GenerationExample("1 + 1?", ("2",)),)
     assert task.metrics == ("exact_match",)
 
@@ -243,9 +259,13 @@ class TestGeneration:
   def test_bad(self, tmp_path, answer, pattern, message):
     with pytest.raises(ValueError, match=message):
       _load(
-          tmp_path, {"test": [{"q": "x", "a": answer}]}, kind="generation",
-          prompt="q", answer="a", answer_pattern=pattern,
-      )  # fmt: skip
+        tmp_path,
+        {"test": [{"q": "x", "a": answer}]},
+        kind="generation",
+        prompt="q",
+        answer="a",
+        answer_pattern=pattern,
+      )
 
 
 class TestPerplexity:
@@ -293,10 +313,16 @@ def test_real_tables():
   config = tasks.default_config()
   folder = root / "cls" / "goemotions_group"
   config.update(
-    kind="classification", header=False, text="0", label="1", on_bad="skip",
-    train=str(folder / "train.tsv"), dev=str(folder / "dev.tsv"),
-    test=str(folder / "test.tsv"), labels=str(folder / "labels.txt"),
-  )  # fmt: skip
+    kind="classification",
+    header=False,
+    text="0",
+    label="1",
+    on_bad="skip",
+    train=str(folder / "train.tsv"),
+    dev=str(folder / "dev.tsv"),
+    test=str(folder / "test.tsv"),
+    labels=str(folder / "labels.txt"),
+  )
   task = tasks.load(config)
   assert len(task.splits["train"]) == 18454
   assert task.skipped["train"] == 20000 - 18454

@@ -12,18 +12,22 @@ import pytest
 import tiny_run
 
 from gemma_funnel import convert
-from gemma_funnel.config import GemmaConfig, format_funnel
+from gemma_funnel.config import TransformerConfig, format_funnel
 from gemma_funnel.data import sources
 from gemma_funnel.data import tokenizer as tokenizer_lib
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
+from gemma_funnel.parallel import sharding
 from gemma_funnel.tasks.task import TaggedExample, Task, TextExample
-from gemma_funnel.training import finetune, loop, pretrain, sharding
+from gemma_funnel.training import finetune, loop, pretrain
 
 WORDS = ("apple", "house", "river", "stone", "cloud", "tiger", "chair", "paper")
 QUICK = dict(
-    vocab_size=320, num_layers=2, attention_pattern=("global",),
-    kernel="reference", attn_softcap=50.0,
-)  # fmt: skip
+  vocab_size=320,
+  num_layers=2,
+  attention_pattern=("global",),
+  kernel="reference",
+  attn_softcap=50.0,
+)
 MAKE_MESH = sharding.make_mesh
 
 
@@ -76,11 +80,11 @@ def _tagged(draw):
 
 
 KINDS = {
-    "classification": (_classified, ("no", "yes"), ("accuracy",)),
-    "pair": (_pair, ("no", "yes"), ("accuracy",)),
-    "regression": (_number, (), ("pearson", "spearman")),
-    "tagging": (_tagged, ("O", "THING"), ("token_accuracy",)),
-}  # fmt: skip
+  "classification": (_classified, ("no", "yes"), ("accuracy",)),
+  "pair": (_pair, ("no", "yes"), ("accuracy",)),
+  "regression": (_number, (), ("pearson", "spearman")),
+  "tagging": (_tagged, ("O", "THING"), ("token_accuracy",)),
+}
 
 
 def _task(kind, sizes=(96, 24, 24), seed=0):
@@ -97,11 +101,17 @@ def _task(kind, sizes=(96, 24, 24), seed=0):
 
 def _config(workdir, tokenizer, **changes):
   config = tiny_run.load_config("finetune")
-  config.model = GemmaConfig.preset("tiny", **QUICK).to_dict()
+  config.model = TransformerConfig.preset("tiny", **QUICK).to_dict()
   config.update(
-      workdir=str(workdir), tokenizer=tokenizer, funnel="off", length=32,
-      batch_size=16, epochs=6.0, log_every=1000, tensorboard=False,
-  )  # fmt: skip
+    workdir=str(workdir),
+    tokenizer=tokenizer,
+    funnel="off",
+    length=32,
+    batch_size=16,
+    epochs=6.0,
+    log_every=1000,
+    tensorboard=False,
+  )
   with config.unlocked():
     config.seed = 0
   config.optimizer.update(learning_rate=1e-2, warmup_steps=4)
@@ -231,7 +241,7 @@ def test_predictions_that_are_all_equal_have_no_correlation(
   labels = [e.label for e in setup.task.splits["train"]]
   np.testing.assert_allclose(weights["head"]["bias"], [np.mean(labels)])
   encoder = finetune.Encoder(
-    Gemma(setup.model_config, None, rngs=nnx.Rngs(0)),
+    Transformer(setup.model_config, None, rngs=nnx.Rngs(0)),
     finetune.Head(32, setup.head, rngs=nnx.Rngs(0)),
   )
   rows = setup.rows["dev"]
@@ -286,9 +296,14 @@ def base(tokenizer, tmp_path_factory):
   folder = tmp_path_factory.mktemp("base")
   source = tiny_run.write_corpus(folder)
   config = tiny_run.make_config(
-      folder / "run", source, steps=3, model__attention_pattern=("global",),
-      funnel=FUNNEL, data__tokenizer=tokenizer, model__mlp_dim=40,
-  )  # fmt: skip
+    folder / "run",
+    source,
+    steps=3,
+    model__attention_pattern=("global",),
+    funnel=FUNNEL,
+    data__tokenizer=tokenizer,
+    model__mlp_dim=40,
+  )
   pretrain.train(config, lambda *_: lambda model: {"loss": 0.0})
   return config.workdir
 
@@ -337,9 +352,12 @@ def test_balanced_weights_give_classes_the_same_sum(tokenizer, tmp_path):
   task = _task("classification")
   train = [TextExample("apple", None, int(i < 12)) for i in range(48)]
   task = Task(
-      task.name, task.kind, task.labels, task.metrics,
-      {**task.splits, "train": train},
-  )  # fmt: skip
+    task.name,
+    task.kind,
+    task.labels,
+    task.metrics,
+    {**task.splits, "train": train},
+  )
   setup = lambda wanted: _setup(
     tmp_path, tokenizer, task=task, class_weights=wanted
   )

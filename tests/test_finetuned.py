@@ -71,14 +71,24 @@ def config(folder, words, pretrained):
   """configs/finetune.py, of a table of 60 rows, 2 seeds and 2 funnels."""
   config = tiny_run.load_config("finetune", "table")
   config.task.update(
-      kind="classification", text="text", label="label", name="first word",
-      train=write_rows(folder / "train.tsv", words, 60),
-      test=write_rows(folder / "test.tsv", words, 23), dev_fraction=0.2,
-  )  # fmt: skip
+    kind="classification",
+    text="text",
+    label="label",
+    name="first word",
+    train=write_rows(folder / "train.tsv", words, 60),
+    test=write_rows(folder / "test.tsv", words, 23),
+    dev_fraction=0.2,
+  )
   config.update(
-      workdir=str(folder / "tuned"), seeds=(0, 1), init_from=pretrained,
-      epochs=3.0, batch_size=16, length=LENGTH, log_every=1, tensorboard=False,
-  )  # fmt: skip
+    workdir=str(folder / "tuned"),
+    seeds=(0, 1),
+    init_from=pretrained,
+    epochs=3.0,
+    batch_size=16,
+    length=LENGTH,
+    log_every=1,
+    tensorboard=False,
+  )
   config.optimizer.update(learning_rate=3e-3, warmup_steps=1)
   return config
 
@@ -103,8 +113,10 @@ def test_the_table_is_of_both_funnels_over_seeds(config, rows):
     assert row["value"] == row["accuracy"] == pytest.approx((one + two) / 2)
     assert row["spread"] == pytest.approx(abs(one - two) / 2**0.5)
     assert (row["metric"], row["seeds"], row["num_examples"]) == (
-        "accuracy", 2, 23
-    )  # fmt: skip
+      "accuracy",
+      2,
+      23,
+    )
   # Learned, and read with the funnel that the row names.
   assert rows[0]["accuracy"] > 0.7
   assert rows[0]["ideal_reduction"] > rows[1]["ideal_reduction"] == 0
@@ -125,12 +137,13 @@ def test_the_same_call_trains_nothing(config, rows, monkeypatch):
 def test_eval_has_the_same_numbers(config, rows, monkeypatch):
   seen, inner = [], finetuned.finetune.measure
   monkeypatch.setattr(
-    finetuned.finetune, "measure",
+    finetuned.finetune,
+    "measure",
     lambda encoder, *args, **options: (
       seen.append(format_funnel(encoder.model.stages))
       or inner(encoder, *args, **options)
     ),
-  )  # fmt: skip
+  )
   assert evaluation.run(eval_config(config.workdir)) == rows
   # Each row is of the funnel that it names, which numbers may not tell.
   assert seen == [row["resolved"] for row in rows] * 2
@@ -259,9 +272,11 @@ def test_minimal_pairs_of_a_training_run(pretrained, folder, words):
   ]
   path = folder / "pairs.jsonl"
   config = eval_config(
-      pretrained, batch_size=6, max_length=LENGTH,
-      **{"task.kind": "choice", "task.choices": "good,bad"},
-  )  # fmt: skip
+    pretrained,
+    batch_size=6,
+    max_length=LENGTH,
+    **{"task.kind": "choice", "task.choices": "good,bad"},
+  )
   config.task.test, config.task.name = str(path), "order"
   config.funnels = ("trained", "off")
 

@@ -11,15 +11,15 @@ import pytest
 
 from gemma_funnel import flops
 from gemma_funnel import funnel as funnel_lib
+from gemma_funnel.attention.masks import visible
 from gemma_funnel.config import (
   PRESETS,
   FunnelConfig,
-  GemmaConfig,
+  TransformerConfig,
   resolve_funnel,
 )
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.stream import make_stream
-from gemma_funnel.visibility import visible
 
 # Parameters of the released checkpoints.
 PUBLISHED = {
@@ -33,13 +33,15 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_the_published_ones(name):
-  assert flops.parameters(GemmaConfig.preset(name)).total == PUBLISHED[name]
+  assert (
+    flops.parameters(TransformerConfig.preset(name)).total == PUBLISHED[name]
+  )
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_are_the_model_s(name):
-  config = GemmaConfig.preset(name)
-  leaves = jax.tree.leaves(nnx.state(Gemma.abstract(config)))
+  config = TransformerConfig.preset(name)
+  leaves = jax.tree.leaves(nnx.state(Transformer.abstract(config)))
   assert flops.parameters(config).total == sum(x.size for x in leaves)
 
 
@@ -52,12 +54,18 @@ def test_forward_is_the_compiler_s_count(funnel, head):
 
   Wide enough for norms and softmax to be a small part.
   """
-  config = GemmaConfig.preset(
-      "tiny", embed_dim=512, mlp_dim=2048, num_heads=8, head_dim=64,
-      vocab_size=4096, attention_pattern=("global",), scan_layers=False,
-      kernel="reference",
-  )  # fmt: skip
-  graphdef, params = nnx.split(Gemma.abstract(config, funnel))
+  config = TransformerConfig.preset(
+    "tiny",
+    embed_dim=512,
+    mlp_dim=2048,
+    num_heads=8,
+    head_dim=64,
+    vocab_size=4096,
+    attention_pattern=("global",),
+    scan_layers=False,
+    kernel="reference",
+  )
+  graphdef, params = nnx.split(Transformer.abstract(config, funnel))
 
   def run(params, tokens_BT):
     model = nnx.merge(graphdef, params)
@@ -77,12 +85,18 @@ LEARNED = (
 
 
 @pytest.mark.parametrize(
-  "funnel", ["start=1", "start=1,pool=attention", "start=1,recover=attend",
-             "start=0,pool=attention,recover=gate", LEARNED]
-)  # fmt: skip
+  "funnel",
+  [
+    "start=1",
+    "start=1,pool=attention",
+    "start=1,recover=attend",
+    "start=0,pool=attention,recover=gate",
+    LEARNED,
+  ],
+)
 def test_what_a_funnel_learns_is_counted(funnel):
-  config = GemmaConfig.preset("tiny")
-  state = nnx.to_pure_dict(nnx.state(Gemma.abstract(config, funnel)))
+  config = TransformerConfig.preset("tiny")
+  state = nnx.to_pure_dict(nnx.state(Transformer.abstract(config, funnel)))
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   counted = flops.parameters(config, funnel)
   assert counted.funnel == size(state.get("funnel", {}))
@@ -91,7 +105,7 @@ def test_what_a_funnel_learns_is_counted(funnel):
 
 
 # Six layers, of which 1 and 4 are local in a cycle of three; the window bites.
-CONFIG = GemmaConfig.preset(
+CONFIG = TransformerConfig.preset(
   "tiny", num_layers=6, attention_pattern=("global", "local", "global")
 )
 D, F, N, K, H = 32, 48, 4, 2, 6
@@ -147,15 +161,24 @@ def slots(stream):
 
 GRID = [
   FunnelConfig(
-      1, 5, stride, pool, "gate" if query_only else "attend",
-      pool_query_only=query_only, keep_first=keep_first, position=position,
+    1,
+    5,
+    stride,
+    pool,
+    "gate" if query_only else "attend",
+    pool_query_only=query_only,
+    keep_first=keep_first,
+    position=position,
   )
   for stride, pool, query_only, keep_first, position in itertools.product(
-    (2, 3), ("mean", "attention", "every"), (False, True), (False, True),
+    (2, 3),
+    ("mean", "attention", "every"),
+    (False, True),
+    (False, True),
     ("last", "first", "mean"),
   )
   if position == "last" or (pool == "mean" and stride == 3)
-]  # fmt: skip
+]
 # Stages one within another, and apart; a query-only layer of both kinds.
 NESTED = [
   (outer, FunnelConfig(2, 4, 2, pool_query_only=True, recover="attend"))
@@ -292,7 +315,7 @@ def test_without_recovery_there_is_no_head():
 
 
 def test_what_a_funnel_saves():
-  config = GemmaConfig.preset("gemma2_2b")
+  config = TransformerConfig.preset("gemma2_2b")
   half = FunnelConfig(0, stride=2)
   short = flops.ideal_reduction(config, half, 1, 512, head=False)
   assert short == pytest.approx(0.5, abs=0.01)
@@ -306,7 +329,7 @@ def test_what_a_funnel_saves():
 
 
 def test_bytes_at_batch_1_are_the_weights():
-  config = GemmaConfig.preset("gemma2_2b", dtype="bfloat16")
+  config = TransformerConfig.preset("gemma2_2b", dtype="bfloat16")
   least = 2 * flops.parameters(config).total
   moved = flops.forward_bytes(config, None, 1, 1)
   assert least < moved < 1.01 * least

@@ -17,13 +17,13 @@ from gemma_funnel.config import (
   POSITIONS,
   RECOVERIES,
   FunnelConfig,
-  GemmaConfig,
+  TransformerConfig,
   resolve_funnel,
 )
 from gemma_funnel.funnel import BYPASS, Reduce, Restore, Run, Stage
 from gemma_funnel.stream import Stream, make_stream
 
-CONFIG = GemmaConfig.preset("tiny", kernel="reference")
+CONFIG = TransformerConfig.preset("tiny", kernel="reference")
 LENGTH = 29
 
 
@@ -403,8 +403,14 @@ def test_select_leaves_the_others_as_they_were():
     ("start=0,recover=none", [Reduce(0), Run(0, 6, (0,))]),
     (
       "start=1,stop=4,pool_query_only=true",
-      [Run(0, 1), Reduce(0), Run(1, 2, (0,), True), Run(2, 4, (0,)),
-       Restore(0), Run(4, 6)],
+      [
+        Run(0, 1),
+        Reduce(0),
+        Run(1, 2, (0,), True),
+        Run(2, 4, (0,)),
+        Restore(0),
+        Run(4, 6),
+      ],
     ),
     (
       "start=3,stop=4,pool_query_only=true",
@@ -412,18 +418,43 @@ def test_select_leaves_the_others_as_they_were():
     ),
     (
       "start=0,stop=5+start=2,stop=4,pool_query_only=true",
-      [Reduce(0), Run(0, 2, (0,)), Reduce(1), Run(2, 3, (0, 1), True),
-       Run(3, 4, (0, 1)), Restore(1), Run(4, 5, (0,)), Restore(0), Run(5, 6)],
+      [
+        Reduce(0),
+        Run(0, 2, (0,)),
+        Reduce(1),
+        Run(2, 3, (0, 1), True),
+        Run(3, 4, (0, 1)),
+        Restore(1),
+        Run(4, 5, (0,)),
+        Restore(0),
+        Run(5, 6),
+      ],
     ),
     (
       "start=0,pool_query_only=true+start=1",
-      [Reduce(0), Run(0, 1, (0,), True), Reduce(1), Run(1, 6, (0, 1)),
-       Restore(1), Restore(0)],
+      [
+        Reduce(0),
+        Run(0, 1, (0,), True),
+        Reduce(1),
+        Run(1, 6, (0, 1)),
+        Restore(1),
+        Restore(0),
+      ],
     ),
     (
       "start=0,stop=2+start=2,stop=3+start=4",
-      [Reduce(0), Run(0, 2, (0,)), Restore(0), Reduce(1), Run(2, 3, (1,)),
-       Restore(1), Run(3, 4), Reduce(2), Run(4, 6, (2,)), Restore(2)],
+      [
+        Reduce(0),
+        Run(0, 2, (0,)),
+        Restore(0),
+        Reduce(1),
+        Run(2, 3, (1,)),
+        Restore(1),
+        Run(3, 4),
+        Reduce(2),
+        Run(4, 6, (2,)),
+        Restore(2),
+      ],
     ),
     (
       "start=0,recover=none+start=2,recover=none",
@@ -434,7 +465,7 @@ def test_select_leaves_the_others_as_they_were():
       [Reduce(0), Run(0, 2, (0,)), Reduce(1), Run(2, 6, (0, 1)), Restore(1)],
     ),
   ],
-)  # fmt: skip
+)
 def test_schedule(funnel, steps):
   assert funnel_lib.schedule(resolve_funnel(funnel, 6), 6) == steps
 

@@ -19,10 +19,31 @@ from gemma_funnel.convert import layout, source
 
 _TOKENS = re.compile(r'"[^"]*"|-?[\d.]+(e-?\d+)?|true|false|null|[\[\]{},]')
 _ODD = (
-    "null", "true", "-1", "0", "7", "3.0", "1e999", "NaN", "2147483648", "1e9",
-    "4611686018427387904", "9" * 400, '""', '"x"', '"../x"', "[]", "{}", "[[]]",
-    '"\\ud800"', '"\\u0000"', "1000000", '"F64"', "[1e3]", "[[1],{}]",
-)  # fmt: skip
+  "null",
+  "true",
+  "-1",
+  "0",
+  "7",
+  "3.0",
+  "1e999",
+  "NaN",
+  "2147483648",
+  "1e9",
+  "4611686018427387904",
+  "9" * 400,
+  '""',
+  '"x"',
+  '"../x"',
+  "[]",
+  "{}",
+  "[[]]",
+  '"\\ud800"',
+  '"\\u0000"',
+  "1000000",
+  '"F64"',
+  "[1e3]",
+  "[[1],{}]",
+)
 
 
 def damage_json(rng, data):
@@ -70,9 +91,16 @@ def bounded_memory(most):
 
 
 CASES = {
-    "hf": 300, "hf shards": 350, "learned": 250, "ckpt": 250, "bin": 250,
-    "flat": 150, "ours": 150, "ocdbt": 150, "plain": 150,
-}  # fmt: skip
+  "hf": 300,
+  "hf shards": 350,
+  "learned": 250,
+  "ckpt": 250,
+  "bin": 250,
+  "flat": 150,
+  "ours": 150,
+  "ocdbt": 150,
+  "plain": 150,
+}
 
 
 def test_there_are_two_thousand_cases():

@@ -17,7 +17,7 @@ import tiny_checkpoints as tiny
 from tiny_checkpoints import D, F, H, K, L, N, V
 
 import gemma_funnel
-from gemma_funnel.config import PRESETS, GemmaConfig
+from gemma_funnel.config import PRESETS, TransformerConfig
 from gemma_funnel.convert import discover, gemma_pytorch, target, transfer
 from gemma_funnel.convert.__main__ import main
 from gemma_funnel.convert.source import open_checkpoint
@@ -172,9 +172,14 @@ def test_all_wrong_tensors_are_named_at_once(tmp_path):
   with pytest.raises(ValueError) as error:
     gemma_funnel.load(path, config=reference.config)
   rows = (N + 2 * K) * H
-  for what in (str(path), packed, f"({rows - 1}, {D})", f"({rows}, {D})",
-               "missing: ['model.norm.weight']",
-               "unexpected: ['vision.weight']"):  # fmt: skip
+  for what in (
+    str(path),
+    packed,
+    f"({rows - 1}, {D})",
+    f"({rows}, {D})",
+    "missing: ['model.norm.weight']",
+    "unexpected: ['vision.weight']",
+  ):
     assert what in str(error.value)
 
 
@@ -269,8 +274,12 @@ def test_scales_that_do_not_fit(tmp_path, weight, fault):
   quantized, _ = quantize(state, np.random.default_rng(1))
   scaler = f"{weight}.weight_scaler"
   rows = len(quantized[scaler])
-  found = {"none": "no such tensor", "shape": f"({rows - 1},)",
-           "columns": f"({rows}, 1)", "unused": "not int8"}[fault]  # fmt: skip
+  found = {
+    "none": "no such tensor",
+    "shape": f"({rows - 1},)",
+    "columns": f"({rows}, 1)",
+    "unused": "not int8",
+  }[fault]
   match fault:
     case "none":
       del quantized[scaler]
@@ -281,7 +290,7 @@ def test_scales_that_do_not_fit(tmp_path, weight, fault):
     case "unused":
       quantized[f"{weight}.weight"] = state[f"{weight}.weight"]
   path = save(tmp_path / "a.ckpt", quantized, "ours", "model_state_dict")
-  config = GemmaConfig.preset("gemma2_2b")
+  config = TransformerConfig.preset("gemma2_2b")
   with pytest.raises(ValueError, match=re.escape(scaler)) as error:
     gemma_funnel.load(path, config=config)
   assert str(path) in str(error.value) and found in str(error.value)
@@ -379,7 +388,7 @@ RELEASED = [name for name in PRESETS if name.startswith(("gemma1_", "gemma2_"))]
 @pytest.mark.parametrize("name", RELEASED)
 @pytest.mark.parametrize("int8", [False, True])
 def test_released_sizes_are_known(tmp_path, name, int8):
-  config = GemmaConfig.preset(name)
+  config = TransformerConfig.preset(name)
   headers = {"freqs_cis": Header((16_384, 128), np.dtype(np.complex64))}
   for tensor in gemma_pytorch.tensors(config):
     quantized = int8 and len(tensor.shape) == 2
@@ -407,8 +416,13 @@ def test_unreleased_sizes_need_a_configuration(tmp_path, family):
   with pytest.raises(ValueError) as error:
     gemma_funnel.load(folder)
   keys = raw["num_key_value_heads"] * H
-  for what in ("no published Gemma", discover.SIDECAR, f"'mlp_dim': {F}",
-               f"'query_width': {N * H}", f"'key_width': {keys}"):  # fmt: skip
+  for what in (
+    "no published Gemma",
+    discover.SIDECAR,
+    f"'mlp_dim': {F}",
+    f"'query_width': {N * H}",
+    f"'key_width': {keys}",
+  ):
     assert what in str(error.value)
   # By the command, a configuration of Hugging Face's will do.
   config = tmp_path / "hf" / "config.json"

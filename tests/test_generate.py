@@ -20,12 +20,12 @@ import tiny_run
 
 from gemma_funnel import config as config_lib
 from gemma_funnel import convert, generate
-from gemma_funnel.config import GemmaConfig, resolve_funnel
+from gemma_funnel.config import TransformerConfig, resolve_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.data.tokenizer import BOS_ID, Tokenizer
-from gemma_funnel.decode import Decoder, Generation
-from gemma_funnel.model import Gemma
-from gemma_funnel.sampling import GREEDY, Sampling
+from gemma_funnel.decode.decoder import Decoder, Generation
+from gemma_funnel.decode.sampling import GREEDY, Sampling
+from gemma_funnel.model import Transformer
 from gemma_funnel.training import checkpoint as checkpoint_lib
 from gemma_funnel.training import workdir
 
@@ -34,13 +34,13 @@ TRAINED = "start=1,stride=2"
 LENGTH = 1 << 15
 CACHE = 48
 OTHER = "start=0,stop=1,stride=3"
-CONFIG = GemmaConfig.preset(
+CONFIG = TransformerConfig.preset(
   "tiny", num_layers=2, vocab_size=VOCAB, max_length=LENGTH
 )
 EMOJI = "🎉"
 
 
-def _loud(model: Gemma) -> Gemma:
+def _loud(model: Transformer) -> Transformer:
   """The model with layers that matter: fresh ones repeat the last token."""
   for norm in (model.layers.post_attn_norm, model.layers.post_mlp_norm):
     norm.scale[...] = norm.scale[...] + 6
@@ -60,17 +60,20 @@ def folder(tmp_path_factory):
   workdir.claim(config)
   corpus = pipeline.load_corpus(data, VOCAB, folder)
   batches = pipeline.train_iterator(
-      corpus.train, corpus.tokenizer, batch_size=4, length=32, align=2, seed=0
-  )  # fmt: skip
+    corpus.train, corpus.tokenizer, batch_size=4, length=32, align=2, seed=0
+  )
   next(batches)
-  model = _loud(Gemma(CONFIG, TRAINED, rngs=nnx.Rngs(0)))
+  model = _loud(Transformer(CONFIG, TRAINED, rngs=nnx.Rngs(0)))
   with checkpoint_lib.Checkpoints(folder) as checkpoints:
     checkpoints.save(
-        7,
-        {"params": nnx.to_pure_dict(nnx.state(model)),
-         "opt_state": {"x": np.zeros(1)}},
-        {"data": batches.get_state()}, config,
-    )  # fmt: skip
+      7,
+      {
+        "params": nnx.to_pure_dict(nnx.state(model)),
+        "opt_state": {"x": np.zeros(1)},
+      },
+      {"data": batches.get_state()},
+      config,
+    )
     checkpoints.wait()
   return folder
 
@@ -230,9 +233,12 @@ def test_greedy_is_the_one_pass_forward(funnel, command, folder, tokenizer):
   for text, line in zip(texts, lines, strict=True):
     tokens = _greedy(model, [BOS_ID, *tokenizer.encode(text)], 6)
     assert line == {
-        "prompt": text, "sample": 0, "text": tokenizer.decode(tokens),
-        "tokens": tokens, "stopped": False,
-    }  # fmt: skip
+      "prompt": text,
+      "sample": 0,
+      "text": tokenizer.decode(tokens),
+      "tokens": tokens,
+      "stopped": False,
+    }
   assert len({tuple(line["tokens"]) for line in lines}) == 3
 
 
@@ -286,9 +292,14 @@ def test_stdin_is_one_prompt(command, monkeypatch):
 def test_samples_and_seeds(command):
   def tokens(*flags):
     status, out, _ = command(
-        *["--prompt=abc"] * 3, "--temperature=1", "--num_samples=2",
-        "--max_new_tokens=8", "--stop_id=0", "--batch_size=2", *flags,
-    )  # fmt: skip
+      *["--prompt=abc"] * 3,
+      "--temperature=1",
+      "--num_samples=2",
+      "--max_new_tokens=8",
+      "--stop_id=0",
+      "--batch_size=2",
+      *flags,
+    )
     lines = _lines(out)
     assert status == 0
     assert [line["sample"] for line in lines] == [0, 1] * 3
@@ -309,14 +320,25 @@ def test_flags_reach_the_decoder(command, monkeypatch):
 
   monkeypatch.setattr(Decoder, "stream", stream)
   command(
-      "--prompt=a", "--temperature=0.5", "--top_k=7", "--top_p=0.25",
-      "--min_p=0.125", "--repetition_penalty=2", "--seed=9",
-      "--max_new_tokens=3", "--chunk=2", "--stop_id=4", "--stop_id=6",
-  )  # fmt: skip
+    "--prompt=a",
+    "--temperature=0.5",
+    "--top_k=7",
+    "--top_p=0.25",
+    "--min_p=0.125",
+    "--repetition_penalty=2",
+    "--seed=9",
+    "--max_new_tokens=3",
+    "--chunk=2",
+    "--stop_id=4",
+    "--stop_id=6",
+  )
   assert seen == dict(
-      max_new_tokens=3, sampling=Sampling(0.5, 7, 0.25, 0.125, 2.0), chunk=2,
-      stop_ids=[4, 6], seed=9,
-  )  # fmt: skip
+    max_new_tokens=3,
+    sampling=Sampling(0.5, 7, 0.25, 0.125, 2.0),
+    chunk=2,
+    stop_ids=[4, 6],
+    seed=9,
+  )
   command("--prompt=a")
   assert (seen["sampling"], seen["stop_ids"]) == (GREEDY, [1])
 
@@ -385,11 +407,16 @@ def plain(tmp_path, folder):
     tmp_path / "model.safetensors",
   )
   config = dict(
-      model_type="gemma", vocab_size=vocab, hidden_size=width,
-      intermediate_size=hidden, num_hidden_layers=layers,
-      num_attention_heads=heads, num_key_value_heads=1, head_dim=size,
-      max_position_embeddings=64,
-  )  # fmt: skip
+    model_type="gemma",
+    vocab_size=vocab,
+    hidden_size=width,
+    intermediate_size=hidden,
+    num_hidden_layers=layers,
+    num_attention_heads=heads,
+    num_key_value_heads=1,
+    head_dim=size,
+    max_position_embeddings=64,
+  )
   (tmp_path / "config.json").write_text(json.dumps(config))
   model = (folder / "tokenizer.model").read_bytes()
   (tmp_path / "tokenizer.model").write_bytes(model)
@@ -398,9 +425,13 @@ def plain(tmp_path, folder):
 
 def test_a_hugging_face_folder(plain, command, tokenizer):
   status, out, err = command(
-    "--prompt=abc", "--prompt=m", "--max_new_tokens=6", "--stop_id=0",
-    checkpoint=plain, quick=False,
-  )  # fmt: skip
+    "--prompt=abc",
+    "--prompt=m",
+    "--max_new_tokens=6",
+    "--stop_id=0",
+    checkpoint=plain,
+    quick=False,
+  )
   assert status == 0
   assert f"{VOCAB} pieces, the model {VOCAB + 30} ids" in err
   model = convert.load(plain)
@@ -576,8 +607,9 @@ def test_runs_that_do_not_do(refuse, folder, tmp_path):
   refuse("has no tokenizer: there is no file", prompt, checkpoint=tmp_path)
   # What can only be told of weights is told as a line too.
   given = f"--tokenizer={folder / 'tokenizer.model'}"
-  refuse("can be read: it is empty", prompt, given, checkpoint=tmp_path,
-         loads=True)  # fmt: skip
+  refuse(
+    "can be read: it is empty", prompt, given, checkpoint=tmp_path, loads=True
+  )
 
 
 def test_what_the_decoder_names_is_a_line(command, monkeypatch):
@@ -631,9 +663,13 @@ def test_interrupted_text_is_what_there_was(command, monkeypatch):
 
 def test_interrupted_lines_are_marked(command, monkeypatch):
   flags = (
-      "--prompt=abc", "--prompt=m", "--prompt=k", "--batch_size=2",
-      "--max_new_tokens=8", "--chunk=2",
-  )  # fmt: skip
+    "--prompt=abc",
+    "--prompt=m",
+    "--prompt=k",
+    "--batch_size=2",
+    "--max_new_tokens=8",
+    "--chunk=2",
+  )
   whole = _lines(command(*flags, "--stop_id=0")[1])
   stop = next(t for t in whole[0]["tokens"] if t not in whole[1]["tokens"])
   assert whole[0]["tokens"].index(stop) < 5
@@ -669,19 +705,29 @@ def test_a_closed_pipe_ends_quietly(command, monkeypatch):
 
 def test_ctrl_c_of_the_command(folder):
   args = [
-      sys.executable, "-m", "gemma_funnel.generate", f"--checkpoint={folder}",
-      f"--prompt={EMOJI}", "--temperature=1", "--top_k=2", "--chunk=1",
-      # With two to draw from, it goes on to the end, half a minute later.
-      "--stop_id=0", f"--max_new_tokens={LENGTH - 10}",
-  ]  # fmt: skip
+    sys.executable,
+    "-m",
+    "gemma_funnel.generate",
+    f"--checkpoint={folder}",
+    f"--prompt={EMOJI}",
+    "--temperature=1",
+    "--top_k=2",
+    "--chunk=1",
+    # With two to draw from, it goes on to the end, half a minute later.
+    "--stop_id=0",
+    f"--max_new_tokens={LENGTH - 10}",
+  ]
   # Text is UTF-8 whatever the terminal says.
   env = tiny_run.environment() | {"PYTHONIOENCODING": "ascii"}
   # Tests in the background of a shell would pass on that they ignore Ctrl-C.
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   with subprocess.Popen(
-      args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tiny_run.ROOT,
-      env=env,
-  ) as process:  # fmt: skip
+    args,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    cwd=tiny_run.ROOT,
+    env=env,
+  ) as process:
     signal.signal(signal.SIGINT, before)
     begun = os.read(process.stdout.fileno(), 1)  # What comes after stays.
     process.send_signal(signal.SIGINT)

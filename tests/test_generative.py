@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gemma_funnel import decode, evaluation, tasks
-from gemma_funnel.config import GemmaConfig, format_funnel
+from gemma_funnel import evaluation, tasks
+from gemma_funnel.config import TransformerConfig, format_funnel
 from gemma_funnel.data import sources
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID
-from gemma_funnel.decode import Decoder
+from gemma_funnel.decode import decoder as decoder_lib
+from gemma_funnel.decode.decoder import Decoder
 from gemma_funnel.evaluation import asking, generative, scoring
 from gemma_funnel.evaluation import subject as subject_lib
 from gemma_funnel.evaluation.generative import Settings
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.tasks.task import (
   ChoiceExample,
   Document,
@@ -33,7 +34,7 @@ from gemma_funnel.tasks.task import (
 VOCAB = 300
 LONGEST = 32
 FUNNEL = "start=1,stride=2"
-CONFIG = GemmaConfig.preset(
+CONFIG = TransformerConfig.preset(
   "tiny", num_layers=2, vocab_size=VOCAB, max_length=LONGEST
 )
 # One shape almost throughout: tests spend their time compiling.
@@ -53,7 +54,7 @@ def make_task(kind, examples, train=(), metrics=()):
 
 @pytest.fixture(scope="module")
 def model():
-  model = nnx.jit(lambda: Gemma(CONFIG, FUNNEL, rngs=nnx.Rngs(0)))()
+  model = nnx.jit(lambda: Transformer(CONFIG, FUNNEL, rngs=nnx.Rngs(0)))()
   for norm in (model.layers.post_attn_norm, model.layers.post_mlp_norm):
     norm.scale[...] = norm.scale[...] + 6
   return model
@@ -140,9 +141,11 @@ def test_few_shots_come_first(model, tokenizer, monkeypatch):
   train = [ChoiceExample(p, (" no", " {yes}"), 1) for p in ("x{}", "y", "z")]
   task = make_task("choice", CHOICES[:1], train)
   settings = dataclasses.replace(
-      SETTINGS, few_shot=2, shot_format="Q: {prompt}{answer}.",
-      prompt_format="Q: {prompt}",
-  )  # fmt: skip
+    SETTINGS,
+    few_shot=2,
+    shot_format="Q: {prompt}{answer}.",
+    prompt_format="Q: {prompt}",
+  )
   generative.evaluate(task, model, tokenizer, settings)
   assert seen[0] == ("Q: x{} {yes}.Q: y {yes}.Q: one two", " three")
 
@@ -173,11 +176,14 @@ def test_perplexity_by_hand(model, tokenizer):
   words = sum(len(re.split(r"\s+", text)) for text in texts)
   assert size > sum(map(len, texts))
   expected = {
-      "loss": -total / tokens, "perplexity": math.exp(-total / tokens),
-      "bits_per_byte": -total / math.log(2) / size,
-      "word_perplexity": math.exp(-total / words), "num_tokens": tokens,
-      "num_examples": 3, "num_cut": 0,
-  }  # fmt: skip
+    "loss": -total / tokens,
+    "perplexity": math.exp(-total / tokens),
+    "bits_per_byte": -total / math.log(2) / size,
+    "word_perplexity": math.exp(-total / words),
+    "num_tokens": tokens,
+    "num_examples": 3,
+    "num_cut": 0,
+  }
   assert found == pytest.approx(expected, rel=1e-4)
   assert generative.main_metric(task) == "bits_per_byte"
 
@@ -215,7 +221,7 @@ def written(model, tokenizer, decoder):
 def test_generation_is_the_decoder_s(
   model, tokenizer, written, decoder, monkeypatch
 ):
-  monkeypatch.setattr(decode, "Decoder", decoder)
+  monkeypatch.setattr(decoder_lib, "Decoder", decoder)
   # Answered out of order: the shortest prompt is run last.
   items = list(reversed(written.items()))
   examples = [
@@ -235,13 +241,18 @@ def test_generation_is_the_decoder_s(
 def test_stop_strings_end_a_text(
   model, tokenizer, written, decoder, monkeypatch
 ):
-  monkeypatch.setattr(decode, "Decoder", decoder)
+  monkeypatch.setattr(decoder_lib, "Decoder", decoder)
   text = max(written.values(), key=len)
   stop = [text[6:9], text[3:5]]
   found = generative.continuations(
-      model, tokenizer, [[BOS_ID, *tokenizer.encode(p)] for p in written],
-      stop=stop, max_new_tokens=NEW, batch_size=3, longest=LONGEST,
-  )  # fmt: skip
+    model,
+    tokenizer,
+    [[BOS_ID, *tokenizer.encode(p)] for p in written],
+    stop=stop,
+    max_new_tokens=NEW,
+    batch_size=3,
+    longest=LONGEST,
+  )
   for whole, cut in zip(written.values(), found, strict=True):
     assert whole.startswith(cut) and not any(s in cut for s in stop)
     rest = whole[len(cut) :]
@@ -266,7 +277,7 @@ class Spy:
 
 def test_a_long_prompt_is_cut_on_the_left(model, tokenizer, monkeypatch):
   spy = Spy([])
-  monkeypatch.setattr(decode, "Decoder", spy)
+  monkeypatch.setattr(decoder_lib, "Decoder", spy)
   options = dict(stop=(), max_new_tokens=8, batch_size=2, longest=20)
   make = lambda count: [BOS_ID, *range(100, 99 + count)]
   prompts = [make(5), make(12), make(13), make(40), make(1)]
@@ -325,20 +336,29 @@ def test_settings_out_of_range_are_named(changes, message):
 @pytest.mark.parametrize(
   "task, changes, message",
   [
-    (make_task("classification", [TextExample("a", None, 0)]), {},
-     "'classification', which a head is fine-tuned for"),
+    (
+      make_task("classification", [TextExample("a", None, 0)]),
+      {},
+      "'classification', which a head is fine-tuned for",
+    ),
     (make_task("choice", []), {}, "no examples in split='test'"),
     (make_task("choice", CHOICES), dict(few_shot=1), "has 0 examples in its"),
-    (make_task("choice", CHOICES, CHOICES), dict(few_shot=1, split="train"),
-     "would show answers"),
+    (
+      make_task("choice", CHOICES, CHOICES),
+      dict(few_shot=1, split="train"),
+      "would show answers",
+    ),
     (make_task("perplexity", [Document("a")]), dict(few_shot=1), "no prompts"),
     (make_task("perplexity", [Document("")]), {}, "the texts have no tokens"),
     (make_task("choice", CHOICES, metrics=("f1",)), {}, "metrics=.'f1',."),
     (make_task("choice", CHOICES), dict(max_length=33), "model.max_length=32"),
-    (make_task("choice", [ChoiceExample("a", ("", " b"), 0)]), {},
-     "task my task, example 0: the continuation '' has no tokens"),
+    (
+      make_task("choice", [ChoiceExample("a", ("", " b"), 0)]),
+      {},
+      "task my task, example 0: the continuation '' has no tokens",
+    ),
   ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(model, tokenizer, task, changes, message):
   with pytest.raises(ValueError, match=message):
     generative.evaluate(
@@ -392,7 +412,7 @@ def test_run_writes_a_table_and_predictions(config, model, tokenizer, capsys):
 
 
 def test_run_of_a_generation_task(config, written, decoder, monkeypatch):
-  monkeypatch.setattr(decode, "Decoder", decoder)
+  monkeypatch.setattr(decoder_lib, "Decoder", decoder)
   examples = [GenerationExample(p, (t,)) for p, t in written.items()]
   task = make_task("generation", examples)
   monkeypatch.setattr(tasks, "load", lambda c: task)

@@ -23,13 +23,13 @@ import tiny_checkpoints as tiny
 from tiny_checkpoints import D, F, H, K, L, N, V
 
 import gemma_funnel
-from gemma_funnel.config import PRESETS, GemmaConfig
+from gemma_funnel.config import PRESETS, TransformerConfig
 from gemma_funnel.convert import discover, google, target, transfer
 from gemma_funnel.convert.__main__ import main
 from gemma_funnel.convert.orbax_tree import OrbaxTree
 from gemma_funnel.convert.source import open_checkpoint
 from gemma_funnel.convert.store import Header
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 
 # Grouped queries, one head of keys and values, and as many as of queries,
 # which Google stores as one tensor.
@@ -315,12 +315,17 @@ def test_what_a_gemma_has_not_is_named(tmp_path, kind):
 @pytest.mark.parametrize(
   "kind, names",
   [
-    ("flat", ("transformer/layer_1/attn/q_einsum.w",
-              "transformer/layer_1/mlp/linear.w")),
+    (
+      "flat",
+      (
+        "transformer/layer_1/attn/q_einsum.w",
+        "transformer/layer_1/mlp/linear.w",
+      ),
+    ),
     ("nested", ("layer_1.attn.kv_einsum.w", "layer_1.mlp.gating_einsum")),
     ("kauldron", ("params.layer_1.post_ffw_norm.scale",)),
   ],
-)  # fmt: skip
+)
 def test_a_missing_layer_is_named(tmp_path, kind, names):
   tree = google_tree("gqa", kind, False)
   layers = tree["params"] if kind == "kauldron" else tree
@@ -419,7 +424,7 @@ def test_orbax_restores_ours_without_a_word(tmp_path, kind, checkpointer):
 def test_orbax_restores_our_own_format(tmp_path, family):
   path = tmp_path / "ours"
   transfer.convert(write_hf(tmp_path / "hf", family), path, "orbax")
-  graphdef, state = nnx.split(Gemma.abstract(config_of(family)))
+  graphdef, state = nnx.split(Transformer.abstract(config_of(family)))
   with ocp.StandardCheckpointer() as checkpointer:
     restored = checkpointer.restore(
       path / "params", in_place(nnx.to_pure_dict(state))
@@ -460,8 +465,7 @@ def test_rows_are_padded_and_left_out_again(tmp_path, padded, kind):
   assert open_checkpoint(there).config.vocab_size == V
   assert open_checkpoint(there).dropped_rows() == (2, 0.0)
   same(
-    reference_of("gqa", "bfloat16"),
-    gemma_funnel.load(there, dtype="bfloat16"),
+    reference_of("gqa", "bfloat16"), gemma_funnel.load(there, dtype="bfloat16")
   )
   transfer.convert(there, back, "hf")
   for name, values in load_file(back / "model.safetensors").items():
@@ -558,7 +562,7 @@ RELEASED = [name for name in PRESETS if name.startswith(("gemma1_", "gemma2_"))]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_released_sizes_are_known(tmp_path, name, kind, transposed):
-  config = GemmaConfig.preset(name)
+  config = TransformerConfig.preset(name)
   for rows in (256_000, 256_128):
     tensors, _ = google.tensors(config, kind, transposed, rows)
     weights = weights_of(tensors, tmp_path, "google")
@@ -586,8 +590,13 @@ def test_an_unreleased_gemma2_needs_a_configuration(tmp_path, kind):
     gemma_funnel.load(path)
   text = str(error.value)
   assert "no published Gemma" in text and discover.SIDECAR in text
-  for size in (f"'num_layers': {L}", f"'mlp_dim': {F}", f"'head_dim': {H}",
-               f"'num_kv_heads': {K}", f"'vocab_size': {V}"):  # fmt: skip
+  for size in (
+    f"'num_layers': {L}",
+    f"'mlp_dim': {F}",
+    f"'head_dim': {H}",
+    f"'num_kv_heads': {K}",
+    f"'vocab_size': {V}",
+  ):
     assert size in text
   # What it asks for.
   sidecar = dict(model=config_of("gqa").to_dict(), funnel="off")
@@ -598,14 +607,20 @@ def test_an_unreleased_gemma2_needs_a_configuration(tmp_path, kind):
 @pytest.mark.parametrize(
   "change, word",
   [
-    (lambda tree: tree["layer_0"]["attn"].pop("attn_vec_einsum"),
-     r"layer_0\.attn\.attn_vec_einsum\.w.*no such tensor"),
-    (lambda tree: tree["layer_0"]["mlp"].update(linear=np.ones(5)),
-     r"layer_0\.mlp\.linear.*2 axes.*\(5,\)"),
-    (lambda tree: tree["embedder"].update(input_embedding=np.ones(5)),
-     r"embedder\.input_embedding.*2 axes.*\(5,\)"),
+    (
+      lambda tree: tree["layer_0"]["attn"].pop("attn_vec_einsum"),
+      r"layer_0\.attn\.attn_vec_einsum\.w.*no such tensor",
+    ),
+    (
+      lambda tree: tree["layer_0"]["mlp"].update(linear=np.ones(5)),
+      r"layer_0\.mlp\.linear.*2 axes.*\(5,\)",
+    ),
+    (
+      lambda tree: tree["embedder"].update(input_embedding=np.ones(5)),
+      r"embedder\.input_embedding.*2 axes.*\(5,\)",
+    ),
   ],
-)  # fmt: skip
+)
 def test_shapes_that_tell_nothing(tmp_path, change, word):
   tree = google_tree("gqa", "nested", False)
   change(tree)
@@ -621,7 +636,7 @@ def test_shapes_that_tell_nothing(tmp_path, change, word):
   "name, wrong, right", [("gemma2_9b", 224, 256), ("gemma2_27b", 128, 144)]
 )
 def test_a_query_scale_that_is_known_to_be_wrong(tmp_path, name, wrong, right):
-  published = GemmaConfig.preset(name)
+  published = TransformerConfig.preset(name)
   config = {
     **tiny.GEMMA2,
     "vocab_size": published.vocab_size,

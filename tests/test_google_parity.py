@@ -79,25 +79,28 @@ class Case:
     kinds = _modules.AttentionType
     norm = _config.QueryPreAttentionNormalisation
     fields = dict(
-        num_embed=raw["vocab_size"], embed_dim=raw["hidden_size"],
-        hidden_dim=raw["intermediate_size"],
-        num_heads=raw["num_attention_heads"], head_dim=raw["head_dim"],
-        num_kv_heads=raw["num_key_value_heads"],
-        final_logit_softcap=raw.get("final_logit_softcapping"),
-        attn_logits_soft_cap=raw.get("attn_logit_softcapping"),
-        use_post_attn_norm=is_gemma2, use_post_ffw_norm=is_gemma2,
-        attention_types=tuple(
-          kinds.LOCAL_SLIDING if is_gemma2 and i % 2 == 0 else kinds.GLOBAL
-          for i in range(raw["num_hidden_layers"])
-        ),
-        query_pre_attn_norm=(
-          norm.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS
-          if self.name == "g2_27b"
-          else norm.BY_ONE_OVER_SQRT_HEAD_DIM
-        ),
-        sliding_window_size=raw.get("sliding_window"),
-        transpose_gating_einsum=transposed,
-    )  # fmt: skip
+      num_embed=raw["vocab_size"],
+      embed_dim=raw["hidden_size"],
+      hidden_dim=raw["intermediate_size"],
+      num_heads=raw["num_attention_heads"],
+      head_dim=raw["head_dim"],
+      num_kv_heads=raw["num_key_value_heads"],
+      final_logit_softcap=raw.get("final_logit_softcapping"),
+      attn_logits_soft_cap=raw.get("attn_logit_softcapping"),
+      use_post_attn_norm=is_gemma2,
+      use_post_ffw_norm=is_gemma2,
+      attention_types=tuple(
+        kinds.LOCAL_SLIDING if is_gemma2 and i % 2 == 0 else kinds.GLOBAL
+        for i in range(raw["num_hidden_layers"])
+      ),
+      query_pre_attn_norm=(
+        norm.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS
+        if self.name == "g2_27b"
+        else norm.BY_ONE_OVER_SQRT_HEAD_DIM
+      ),
+      sliding_window_size=raw.get("sliding_window"),
+      transpose_gating_einsum=transposed,
+    )
     config = _config.TransformerConfig(**fields | changes)
     model = _transformer.Transformer(
       config=config, dtype=jnp.float32, tokens="tokens"

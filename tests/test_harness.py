@@ -17,14 +17,14 @@ from lm_eval import utils  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from gemma_funnel.config import GemmaConfig  # noqa: E402
+from gemma_funnel.config import TransformerConfig  # noqa: E402
 from gemma_funnel.data import sources  # noqa: E402
 from gemma_funnel.data import tokenizer as tokenizer_lib  # noqa: E402
 from gemma_funnel.data.tokenizer import BOS_ID  # noqa: E402
+from gemma_funnel.decode.sampling import GREEDY, Sampling  # noqa: E402
 from gemma_funnel.evaluation import generative, harness, scoring  # noqa: E402
 from gemma_funnel.evaluation import subject as subject_lib  # noqa: E402
-from gemma_funnel.model import Gemma  # noqa: E402
-from gemma_funnel.sampling import GREEDY, Sampling  # noqa: E402
+from gemma_funnel.model import Transformer  # noqa: E402
 from gemma_funnel.tasks.task import (  # noqa: E402
   ChoiceExample,
   Document,
@@ -36,7 +36,7 @@ from gemma_funnel.tasks.task import (  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("default")
 VOCAB = 300
 FUNNEL = "start=1,stride=2"
-CONFIG = GemmaConfig.preset(
+CONFIG = TransformerConfig.preset(
   "tiny", num_layers=2, vocab_size=VOCAB, max_length=64
 )
 CHOICES = [
@@ -61,7 +61,7 @@ output_type: {kind}
 
 @pytest.fixture(scope="module")
 def model():
-  model = Gemma(CONFIG, rngs=nnx.Rngs(0))
+  model = Transformer(CONFIG, rngs=nnx.Rngs(0))
   for norm in (model.layers.post_attn_norm, model.layers.post_mlp_norm):
     norm.scale[...] = norm.scale[...] + 6
   return model
@@ -118,9 +118,14 @@ def test_numbers_of_lm_eval_are_those_of_our_own(
   lm = load(funnel=FUNNEL.replace(",", "/"), batch_size=3)
   model = model.with_funnel(FUNNEL)
   texts = generative.continuations(
-      model, tokenizer, [[BOS_ID, *tokenizer.encode(p)] for p in PROMPTS],
-      stop=(), max_new_tokens=NEW, batch_size=3, longest=64,
-  )  # fmt: skip
+    model,
+    tokenizer,
+    [[BOS_ID, *tokenizer.encode(p)] for p in PROMPTS],
+    stop=(),
+    max_new_tokens=NEW,
+    batch_size=3,
+    longest=64,
+  )
   answers = [texts[0], "no", texts[2]]
   rows = [dict(q=p, answer=a) for p, a in zip(PROMPTS, answers, strict=True)]
   write_task(tmp_path, "gf_choice", CHOICES, "multiple_choice", CHOICE_YAML)
@@ -128,9 +133,13 @@ def test_numbers_of_lm_eval_are_those_of_our_own(
   documents = [dict(text=text) for text in TEXTS]
   write_task(tmp_path, "gf_text", documents, "loglikelihood_rolling", TEXT_YAML)
   found = lm_eval.simple_evaluate(
-      lm, tasks=["gf_choice", "gf_answer", "gf_text"], bootstrap_iters=0,
-      task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
-  )  # fmt: skip
+    lm,
+    tasks=["gf_choice", "gf_answer", "gf_text"],
+    bootstrap_iters=0,
+    task_manager=TaskManager(
+      include_path=str(tmp_path), include_defaults=False
+    ),
+  )
   results, samples = found["results"], found["samples"]
   options = generative.Settings(
     batch_size=2, max_new_tokens=NEW, prompt_format="{prompt} "
@@ -188,11 +197,15 @@ def request(kind, *args):
 
 def test_generation_takes_the_task_s_arguments(load):
   lm = load(batch_size="2")
-  whole, short, cut = lm.generate_until([
+  whole, short, cut = lm.generate_until(
+    [
       request("generate_until", "one two", dict(max_gen_toks=10)),
       request("generate_until", "one two", dict(max_gen_toks=2, until=None)),
-      request("generate_until", "one two", dict(max_gen_toks=10, until=["q", "w"])),
-  ])  # fmt: skip
+      request(
+        "generate_until", "one two", dict(max_gen_toks=10, until=["q", "w"])
+      ),
+    ]
+  )
   assert whole.startswith(short) and len(short) < len(whole)
   assert cut == whole.split("q")[0].split("w")[0]
   draw = dict(max_gen_toks=10, do_sample=True, temperature=5.0)
@@ -246,10 +259,14 @@ def test_the_command(model, tokenizer, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(subject_lib, "load", read)
   write_task(tmp_path, "gf_choice", CHOICES, "multiple_choice", CHOICE_YAML)
   before = list(sys.argv)
-  status = harness.main([
+  status = harness.main(
+    [
       "--model_args=checkpoint=DIR,funnel=start=1/stride=2,dtype=float32",
-      "--tasks=gf_choice", f"--include_path={tmp_path}", "--batch_size=4",
-  ])  # fmt: skip
+      "--tasks=gf_choice",
+      f"--include_path={tmp_path}",
+      "--batch_size=4",
+    ]
+  )
   assert status == 0 and sys.argv == before
   assert seen == [("DIR", "float32")]
   out = capsys.readouterr().out

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.heads import POOLS, Encoder, Head, HeadConfig
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 
 D, C = 8, 3
 # Two rows of five tokens: padding after, and padding before.
@@ -148,10 +148,10 @@ def test_a_head_that_cannot_be(changes, text):
 
 
 def _encoder(funnel=None, *, causal=False, **config):
-  sizes = GemmaConfig.preset(
+  sizes = TransformerConfig.preset(
     "tiny", kernel="reference", num_layers=2, attention_pattern=("global",)
   )
-  model = Gemma(sizes, funnel, rngs=nnx.Rngs(0))
+  model = Transformer(sizes, funnel, rngs=nnx.Rngs(0))
   return Encoder(model, _head(sizes.embed_dim, **config), causal=causal)
 
 

@@ -37,9 +37,13 @@ with health.Watchdog(0.02) as watchdog:
 def test_a_hang_ends_with_stacks():
   start = time.monotonic()
   done = subprocess.run(
-    [sys.executable, "-c", HANG], capture_output=True, text=True,
-    cwd=tiny_run.ROOT, timeout=60, check=False,
-  )  # fmt: skip
+    [sys.executable, "-c", HANG],
+    capture_output=True,
+    text=True,
+    cwd=tiny_run.ROOT,
+    timeout=60,
+    check=False,
+  )
   assert done.returncode == health.HUNG == 75
   assert time.monotonic() - start < 40
   assert done.stdout == "alive\n"

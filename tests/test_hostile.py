@@ -174,13 +174,23 @@ def make_with(change, made, folder, to, dtype=None, **options):
   """A checkpoint whose blocks are changed by `change(part, block)`."""
   read = transfer._read
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(transfer, "_read", lambda s, plan, part, cut: change(
-        part, read(s, dataclasses.replace(plan, dtype=np.dtype("f4")), part,
-                   cut)))  # fmt: skip
+    patch.setattr(
+      transfer,
+      "_read",
+      lambda s, plan, part, cut: change(
+        part,
+        read(s, dataclasses.replace(plan, dtype=np.dtype("f4")), part, cut),
+      ),
+    )
     if dtype is not None:
       planned = transfer.plan_for
-      patch.setattr(transfer, "plan_for", lambda *args: dataclasses.replace(
-          planned(*args), dtype=np.dtype(dtype)))  # fmt: skip
+      patch.setattr(
+        transfer,
+        "plan_for",
+        lambda *args: dataclasses.replace(
+          planned(*args), dtype=np.dtype(dtype)
+        ),
+      )
     make(made / "first", folder, to, **options)
 
 

@@ -3,7 +3,7 @@
 import pytest
 from tiny_checkpoints import GEMMA1, GEMMA2, D, F, H, K, L, N, V, write_config
 
-from gemma_funnel.config import PRESETS, GemmaConfig
+from gemma_funnel.config import PRESETS, TransformerConfig
 from gemma_funnel.convert import huggingface
 
 
@@ -14,22 +14,42 @@ def config_of(tmp_path, raw, without=(), **changes):
 
 
 def test_gemma2_config(tmp_path):
-  assert config_of(tmp_path, GEMMA2) == GemmaConfig(
-      vocab_size=V, num_layers=L, embed_dim=D, mlp_dim=F, num_heads=N,
-      num_kv_heads=K, head_dim=H, query_pre_attn_scalar=11.0,
-      attention_pattern=("local", "global"), window=5, attn_softcap=2.0,
-      final_softcap=3.0, post_norms=True, rope_base=500.0, norm_eps=1e-5,
-      max_length=64,
-  )  # fmt: skip
+  assert config_of(tmp_path, GEMMA2) == TransformerConfig(
+    vocab_size=V,
+    num_layers=L,
+    embed_dim=D,
+    mlp_dim=F,
+    num_heads=N,
+    num_kv_heads=K,
+    head_dim=H,
+    query_pre_attn_scalar=11.0,
+    attention_pattern=("local", "global"),
+    window=5,
+    attn_softcap=2.0,
+    final_softcap=3.0,
+    post_norms=True,
+    rope_base=500.0,
+    norm_eps=1e-5,
+    max_length=64,
+  )
 
 
 def test_gemma1_config(tmp_path):
-  assert config_of(tmp_path, GEMMA1) == GemmaConfig(
-      vocab_size=V, num_layers=L, embed_dim=D, mlp_dim=F, num_heads=N,
-      num_kv_heads=K, head_dim=H, query_pre_attn_scalar=float(H),
-      attention_pattern=("global",), attn_softcap=None, final_softcap=None,
-      post_norms=False, max_length=64,
-  )  # fmt: skip
+  assert config_of(tmp_path, GEMMA1) == TransformerConfig(
+    vocab_size=V,
+    num_layers=L,
+    embed_dim=D,
+    mlp_dim=F,
+    num_heads=N,
+    num_kv_heads=K,
+    head_dim=H,
+    query_pre_attn_scalar=float(H),
+    attention_pattern=("global",),
+    attn_softcap=None,
+    final_softcap=None,
+    post_norms=False,
+    max_length=64,
+  )
 
 
 # As published: without layer_types, and with the keys of their time.
@@ -46,18 +66,26 @@ PUBLISHED = {
 def test_published_configs_are_the_presets(tmp_path, name):
   raw, width, mlp, depth, heads, kv_heads, head_dim, scalar = PUBLISHED[name]
   changes = dict(
-      vocab_size=256_000, hidden_size=width, intermediate_size=mlp,
-      num_hidden_layers=depth, num_attention_heads=heads,
-      num_key_value_heads=kv_heads, head_dim=head_dim, rms_norm_eps=1e-6,
-      max_position_embeddings=8192, rope_theta=10_000.0,
-  )  # fmt: skip
+    vocab_size=256_000,
+    hidden_size=width,
+    intermediate_size=mlp,
+    num_hidden_layers=depth,
+    num_attention_heads=heads,
+    num_key_value_heads=kv_heads,
+    head_dim=head_dim,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=8192,
+    rope_theta=10_000.0,
+  )
   if scalar:
     changes |= dict(
-        query_pre_attn_scalar=scalar, sliding_window=4096,
-        attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-    )  # fmt: skip
+      query_pre_attn_scalar=scalar,
+      sliding_window=4096,
+      attn_logit_softcapping=50.0,
+      final_logit_softcapping=30.0,
+    )
   config = config_of(tmp_path, raw, **changes)
-  assert config == GemmaConfig.from_dict(PRESETS[name])
+  assert config == TransformerConfig.from_dict(PRESETS[name])
 
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -79,8 +107,9 @@ def test_layer_types_become_the_shortest_pattern(tmp_path, types, pattern):
     tmp_path, GEMMA2, layer_types=types, num_hidden_layers=len(types)
   )
   assert config.attention_pattern == pattern
-  assert [{"local": LOCAL, "global": GLOBAL}[kind]
-          for kind in config.attention_kinds] == types  # fmt: skip
+  assert [
+    {"local": LOCAL, "global": GLOBAL}[kind] for kind in config.attention_kinds
+  ] == types
 
 
 def test_keys_of_other_versions(tmp_path):

@@ -26,7 +26,7 @@ import pytest
 
 from gemma_funnel import funnel as funnel_lib
 from gemma_funnel.config import POSITIONS, resolve_funnel
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.stream import make_stream
 
 PLAIN = [Case((), True), Case((), False)]
@@ -170,10 +170,12 @@ def test_the_future_is_hidden_or_seen(case):
   """By perturbation: tokens from s on are others."""
   rows = _hidden(case)
   base = rows["base"]
-  change_SR = np.stack([
-    np.abs(rows["changed", s].hidden_RD - base.hidden_RD).max(axis=1)
-    for s in range(LENGTH)
-  ])  # fmt: skip
+  change_SR = np.stack(
+    [
+      np.abs(rows["changed", s].hidden_RD - base.hidden_RD).max(axis=1)
+      for s in range(LENGTH)
+    ]
+  )
   before_SR = base.last_R[None] < np.arange(LENGTH)[:, None]
   assert change_SR[~before_SR].max() > 1e-2
   if case.causal:
@@ -226,9 +228,9 @@ ONES = {
 } | dict(span=((0, None), (1, 4)), second=("no",))
 
 
-@over([
-  Case.of(chosen, stride=1, recover="repeat") for chosen in covering(ONES, 2)
-])  # fmt: skip
+@over(
+  [Case.of(chosen, stride=1, recover="repeat") for chosen in covering(ONES, 2)]
+)
 def test_stride_1_with_repeat_is_the_plain_model(case):
   want = _hidden(Case((), case.causal))
   got = _run(case, _rows(1, 0))
@@ -304,7 +306,7 @@ def test_rows_of_padding_alone_give_no_nan():
 # --- Faults that the above must see ---------------------------------------
 
 
-def _future_leak(model: Gemma) -> float:
+def _future_leak(model: Transformer) -> float:
   """The largest change of a state by a change of later tokens.
 
   Traced anew each time: a fault may have been planted since.
@@ -394,7 +396,7 @@ class FirstLoud(Loudest):
     return jnp.sort(loud_BT, axis=1)[:, :size]
 
 
-def _with_stage(kind, funnel) -> Gemma:
+def _with_stage(kind, funnel) -> Transformer:
   """A model of which a stage is of another kind; no more is needed."""
   model = make_model(resolve_funnel(funnel, CONFIG.num_layers))
   graphdef, params = nnx.split(model)

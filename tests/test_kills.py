@@ -27,8 +27,10 @@ KILLED = {1: KILLS, 4: KILLS // 6}  # By the number of processes.
 STEPS = {count: 20 * (kills + 2) for count, kills in KILLED.items()}
 FLAGS = (
   "--config.checkpoint_every=4",
-  "--config.data.lanes=4", "--config.log_every=1000", "--config.keep=2",
-)  # fmt: skip
+  "--config.data.lanes=4",
+  "--config.log_every=1000",
+  "--config.keep=2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +65,11 @@ def _start(workdir, source, count):
       free.bind(("localhost", 0))
       port = free.getsockname()[1]
     joint = [
-      f"--config.mesh.data={count}", f"--coordinator=localhost:{port}",
-      f"--num_processes={count}", "--config.watchdog_minutes=1",
-    ]  # fmt: skip
+      f"--config.mesh.data={count}",
+      f"--coordinator=localhost:{port}",
+      f"--num_processes={count}",
+      "--config.watchdog_minutes=1",
+    ]
   started = []
   for i in range(count):
     own = [*joint, f"--process_id={i}"] if joint else []

@@ -203,11 +203,16 @@ class TestErrors:
   @pytest.mark.parametrize(
     "state",
     [
-      {}, [], {"rows": 3}, {"rows": "3", "lanes": {"0": {}}},
-      {"rows": -1, "lanes": {"0": {}}}, {"rows": 1, "lanes": {}},
-      {"rows": 1, "lanes": {"a": {}}}, {"rows": 1, "lanes": [1]},
+      {},
+      [],
+      {"rows": 3},
+      {"rows": "3", "lanes": {"0": {}}},
+      {"rows": -1, "lanes": {"0": {}}},
+      {"rows": 1, "lanes": {}},
+      {"rows": 1, "lanes": {"a": {}}},
+      {"rows": 1, "lanes": [1]},
     ],
-  )  # fmt: skip
+  )
   def test_no_state(self, state):
     with pytest.raises(ValueError, match="the state of the data has"):
       lanes_lib.check_state(state)
@@ -273,8 +278,9 @@ def test_workers_end_with_a_killed_trainer(tmp_path):
   script.write_text(_TRAINER.format(tests=folder))
   sleeping = tmp_path / "sleeping"
   environment = os.environ | {
-    "PYTHONPATH": os.path.dirname(folder), "SLEEPING": str(sleeping)
-  }  # fmt: skip
+    "PYTHONPATH": os.path.dirname(folder),
+    "SLEEPING": str(sleeping),
+  }
   with subprocess.Popen(
     [sys.executable, script], stdout=subprocess.PIPE, env=environment
   ) as trainer:

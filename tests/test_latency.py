@@ -14,15 +14,15 @@ from gemma_funnel import convert, evaluation, flops
 from gemma_funnel.config import (
   PRESETS,
   FunnelConfig,
-  GemmaConfig,
+  TransformerConfig,
   parse_funnel,
   resolve_funnel,
 )
 from gemma_funnel.evaluation import decoding, funnels, latency, plots, timing
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = GemmaConfig.preset("tiny")
+TINY = TransformerConfig.preset("tiny")
 FUNNELS = ("start=1,stride=2", "start=1,stop=3,stride=3,recover=add")
 
 
@@ -77,9 +77,12 @@ def test_a_planted_clock_gives_its_rows(model, monkeypatch):
 
   device = FakeDevice(monkeypatch, cost)
   rows = latency.measure(
-      model, FUNNELS, batch_sizes=(2,), lengths=(12, 24),
-      protocol=device.protocol(repeats=3),
-  )  # fmt: skip
+    model,
+    FUNNELS,
+    batch_sizes=(2,),
+    lengths=(12, 24),
+    protocol=device.protocol(repeats=3),
+  )
   assert [(r["length"], r["head"], r["funnel"]) for r in rows] == [
     (length, head, funnel)
     for length in (12, 24)
@@ -98,9 +101,13 @@ def test_a_planted_clock_gives_its_rows(model, monkeypatch):
 
 def test_rows_agree_with_themselves_and_with_flops(model):
   rows = latency.measure(
-      model, FUNNELS[1:], batch_sizes=(2,), lengths=(33,), causal=False,
-      protocol=timing.Protocol(repeats=3, warmup=1, log=lambda line: None),
-  )  # fmt: skip
+    model,
+    FUNNELS[1:],
+    batch_sizes=(2,),
+    lengths=(33,),
+    causal=False,
+    protocol=timing.Protocol(repeats=3, warmup=1, log=lambda line: None),
+  )
   assert len(rows) == 2 * 2
   off = {
     (r["batch"], r["length"], r["head"]): r
@@ -137,9 +144,12 @@ def test_rows_agree_with_themselves_and_with_flops(model):
 def test_programs_are_forward_passes_of_the_model(model, monkeypatch):
   device = FakeDevice(monkeypatch, lambda *_: 1.0)
   latency.measure(
-      model, FUNNELS[:1], batch_sizes=(2,), lengths=(16,),
-      protocol=device.protocol(repeats=1),
-  )  # fmt: skip
+    model,
+    FUNNELS[:1],
+    batch_sizes=(2,),
+    lengths=(16,),
+    protocol=device.protocol(repeats=1),
+  )
   for (function, args), (funnel, head) in zip(
     device.functions,
     [(None, False), (FUNNELS[0], False), (None, True), (FUNNELS[0], True)],
@@ -147,7 +157,7 @@ def test_programs_are_forward_passes_of_the_model(model, monkeypatch):
   ):
     expected = model.with_funnel(funnel).encode(args[1], causal=True)
     if head:
-      expected = nnx.jit(Gemma.logits)(model, expected)
+      expected = nnx.jit(Transformer.logits)(model, expected)
     np.testing.assert_allclose(
       jax.jit(function)(*args), expected, rtol=2e-5, atol=2e-5
     )
@@ -156,10 +166,13 @@ def test_programs_are_forward_passes_of_the_model(model, monkeypatch):
 def test_off_is_measured_once_whatever_is_listed(model, monkeypatch):
   device = FakeDevice(monkeypatch, lambda *_: 1.0)
   rows = latency.measure(
-      model, ("start=1,stride=2", "off", FunnelConfig(1, 4, 2)),
-      batch_sizes=(1,), lengths=(8,), head=(False, False),
-      protocol=device.protocol(repeats=1),
-  )  # fmt: skip
+    model,
+    ("start=1,stride=2", "off", FunnelConfig(1, 4, 2)),
+    batch_sizes=(1,),
+    lengths=(8,),
+    head=(False, False),
+    protocol=device.protocol(repeats=1),
+  )
   assert [row["funnel"] for row in rows] == ["off", "start=1,stride=2"]
 
 
@@ -172,9 +185,12 @@ def test_a_variant_that_fails_has_its_error_in_its_row(model, monkeypatch):
 
   device = FakeDevice(monkeypatch, cost)
   rows = latency.measure(
-      model, FUNNELS[:1], batch_sizes=(1,), lengths=(8,),
-      protocol=device.protocol(repeats=2),
-  )  # fmt: skip
+    model,
+    FUNNELS[:1],
+    batch_sizes=(1,),
+    lengths=(8,),
+    protocol=device.protocol(repeats=2),
+  )
   plain, funnelled, plain_head, funnelled_head = rows
   assert plain["error"] is None and funnelled["reduction"] == 0.5
   assert "out of memory" in plain_head["error"]
@@ -213,21 +229,28 @@ def test_bad_arguments_are_named(model, changes, message):
 
 
 def test_a_kernel_that_cannot_is_found_before_anything_runs(model, monkeypatch):
-  config = GemmaConfig.preset("tiny", kernel="splash")
-  model = nnx.merge(nnx.graphdef(Gemma.abstract(config)), nnx.state(model))
+  config = TransformerConfig.preset("tiny", kernel="splash")
+  model = nnx.merge(
+    nnx.graphdef(Transformer.abstract(config)), nnx.state(model)
+  )
   device = FakeDevice(monkeypatch, lambda *_: 1.0)
   with pytest.raises(ValueError, match="splash"):
     latency.measure(
-        model, FUNNELS, batch_sizes=(1,), lengths=(16,),
-        protocol=device.protocol(),
-    )  # fmt: skip
+      model,
+      FUNNELS,
+      batch_sizes=(1,),
+      lengths=(16,),
+      protocol=device.protocol(),
+    )
   assert not device.functions
 
 
 def test_random_model_is_a_model_in_its_dtype(model):
-  config = GemmaConfig.preset("tiny", num_layers=2, param_dtype="bfloat16")
+  config = TransformerConfig.preset(
+    "tiny", num_layers=2, param_dtype="bfloat16"
+  )
   made = nnx.state(latency.random_model(config, seed=3))
-  shapes = nnx.state(Gemma.abstract(config))
+  shapes = nnx.state(Transformer.abstract(config))
   assert jax.tree.structure(made) == jax.tree.structure(shapes)
   leaves = jax.tree.leaves(made), jax.tree.leaves(shapes)
   for a, b in zip(*leaves, strict=True):
@@ -239,15 +262,18 @@ def test_random_model_is_a_model_in_its_dtype(model):
 
 def test_layer_kinds():
   rows = latency.measure_layer_kinds(
-      TINY, batch_sizes=(2,), lengths=(64,),
-      protocol=timing.Protocol(repeats=2, warmup=1, log=lambda line: None),
-  )  # fmt: skip
+    TINY,
+    batch_sizes=(2,),
+    lengths=(64,),
+    protocol=timing.Protocol(repeats=2, warmup=1, log=lambda line: None),
+  )
   assert [(r["length"], r["kind"], r["window"]) for r in rows] == [
-      (64, "global", None), (64, "local", 8),
-  ]  # fmt: skip
+    (64, "global", None),
+    (64, "local", 8),
+  ]
   for row in rows:
     assert row["latency_s"] == pytest.approx(np.median(row["times_s"]))
-    one_layer = GemmaConfig.preset(
+    one_layer = TransformerConfig.preset(
       "tiny", num_layers=1, attention_pattern=(row["kind"],)
     )
     assert row["flops"] == flops.forward(
@@ -262,10 +288,13 @@ def test_layer_kinds():
 @pytest.fixture
 def quick(tmp_path):
   return dict(
-      funnels=FUNNELS[:1], lengths=(16,), warmup=0, repeats=2,
-      out=str(tmp_path / "out"),
-      decode=dict(batch_sizes=(1,), prompts=(8,), new_tokens=4),
-  )  # fmt: skip
+    funnels=FUNNELS[:1],
+    lengths=(16,),
+    warmup=0,
+    repeats=2,
+    out=str(tmp_path / "out"),
+    decode=dict(batch_sizes=(1,), prompts=(8,), new_tokens=4),
+  )
 
 
 def test_run_writes_what_it_returns(quick, tmp_path, capsys):
@@ -279,7 +308,7 @@ def test_run_writes_what_it_returns(quick, tmp_path, capsys):
   }
   content = json.loads((tmp_path / "out" / "latency.json").read_text())
   assert content["rows"] == rows
-  assert GemmaConfig.from_dict(content["settings"]["model"]) == TINY
+  assert TransformerConfig.from_dict(content["settings"]["model"]) == TINY
   out = capsys.readouterr().out
   assert "compiling start=1,stride=2, with the head" in out
   assert "| reduction % |" in out and "| first token ms |" in out
@@ -299,9 +328,12 @@ def test_run_with_a_checkpoint(quick, monkeypatch, model):
   monkeypatch.setattr(convert, "load", load)
   # Sizes are the checkpoint's, how it runs is configured.
   config = get_config(
-      "quickstart", **quick, checkpoint="somewhere", head=(False,),
-      layer_kinds=False,
-  )  # fmt: skip
+    "quickstart",
+    **quick,
+    checkpoint="somewhere",
+    head=(False,),
+    layer_kinds=False,
+  )
   config.decode.new_tokens = 0
   config.model.kernel = "reference"
   config.model.param_dtype = "bfloat16"
@@ -352,7 +384,7 @@ def test_bad_configurations_are_named(quick):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_configuration_of_every_preset_is_valid(preset):
   config = get_config(preset)
-  model = GemmaConfig.from_dict(config.model)
+  model = TransformerConfig.from_dict(config.model)
   assert max(config.lengths) <= model.max_length
   assert decoding.check(model, config.funnels, **config.decode)
   assert funnels.resolve(config.funnels, model.num_layers)
@@ -361,22 +393,32 @@ def test_the_configuration_of_every_preset_is_valid(preset):
   assert config.layer_kinds == ("local" in model.attention_pattern)
   # A cap can be set and taken away on the command line.
   config.model.attn_softcap = 20.0
-  assert GemmaConfig.from_dict(config.model).attn_softcap == 20
+  assert TransformerConfig.from_dict(config.model).attn_softcap == 20
 
 
 def test_known_names_stand_for_funnels():
   known = {"trained": FunnelConfig(1, stride=3)}
   several = "start=0+start=2"
   named = funnels.resolve(
-      ("trained", "off", "start=1,stride=3", "start=2", several,
-       (FunnelConfig(2), FunnelConfig(0)), (FunnelConfig(3),)), 4, known,
-  )  # fmt: skip
+    (
+      "trained",
+      "off",
+      "start=1,stride=3",
+      "start=2",
+      several,
+      (FunnelConfig(2), FunnelConfig(0)),
+      (FunnelConfig(3),),
+    ),
+    4,
+    known,
+  )
   assert named == {
-      "trained": (FunnelConfig(1, 4, 3),), "off": (),
-      "start=2": (FunnelConfig(2, 4),),
-      several: (FunnelConfig(0, 4), FunnelConfig(2, 4)),
-      "start=3,stride=2,pool=mean,recover=average": (FunnelConfig(3, 4),),
-  }  # fmt: skip
+    "trained": (FunnelConfig(1, 4, 3),),
+    "off": (),
+    "start=2": (FunnelConfig(2, 4),),
+    several: (FunnelConfig(0, 4), FunnelConfig(2, 4)),
+    "start=3,stride=2,pool=mean,recover=average": (FunnelConfig(3, 4),),
+  }
 
 
 LEARNED = "start=0,stride=3,recover=gate+start=1,pool=attention,recover=attend"
@@ -389,9 +431,13 @@ def test_variants_run_with_what_they_learn(model, monkeypatch, capsys):
   capsys.readouterr()
   device = FakeDevice(monkeypatch, lambda *_: 1.0)
   latency.measure(
-      learned, (LEARNED,), batch_sizes=(2,), lengths=(16,), head=(False,),
-      protocol=device.protocol(repeats=1),
-  )  # fmt: skip
+    learned,
+    (LEARNED,),
+    batch_sizes=(2,),
+    lengths=(16,),
+    head=(False,),
+    protocol=device.protocol(repeats=1),
+  )
   assert capsys.readouterr().out == ""  # Nothing is made afresh.
   plain, (function, args) = device.functions
   # The model itself is in memory once.
@@ -438,9 +484,12 @@ def test_plot_of_many_lengths_and_funnels(monkeypatch, model):
     monkeypatch, lambda funnel, head, shape: float(np.prod(shape))
   )
   rows = latency.measure(
-      model, FUNNELS, batch_sizes=(1, 2), lengths=(16, 32, 64),
-      protocol=device.protocol(repeats=1),
-  )  # fmt: skip
+    model,
+    FUNNELS,
+    batch_sizes=(1, 2),
+    lengths=(16, 32, 64),
+    protocol=device.protocol(repeats=1),
+  )
   figure = plots.latency(rows)
   assert len(figure.axes) == 8
   # Two funnels at three lengths.

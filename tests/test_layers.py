@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.layers import (
   MLP,
   Attention,
@@ -19,7 +19,7 @@ from gemma_funnel.layers import (
   rotate,
 )
 
-CONFIG = GemmaConfig.preset("tiny")
+CONFIG = TransformerConfig.preset("tiny")
 
 
 def _states(length=5, seed=0):

@@ -131,14 +131,20 @@ def test_a_run_tells_of_all_its_steps(source, tmp_path, capsys):
 
   def evaluator(corpus, setup):
     assert corpus.heldout and setup.stages[0].stride == 2
-    return lambda model: evaluated.append(model) or {
-        "loss": 7.0, "bits_per_byte": 3.0
-    }  # fmt: skip
+    return lambda model: (
+      evaluated.append(model) or {"loss": 7.0, "bits_per_byte": 3.0}
+    )
 
   result = _train(
-      tmp_path / "run", source, evaluator, steps=7, eval_every=3, log_every=5,
-      checkpoint_every=4, tensorboard=True,
-  )  # fmt: skip
+    tmp_path / "run",
+    source,
+    evaluator,
+    steps=7,
+    eval_every=3,
+    log_every=5,
+    checkpoint_every=4,
+    tensorboard=True,
+  )
   assert result.finished and result.steps == 7
   lines = _lines(tmp_path / "run")
   steps = lambda kind: [x["step"] for x in lines if x["kind"] == kind]
@@ -150,9 +156,15 @@ def test_a_run_tells_of_all_its_steps(source, tmp_path, capsys):
     for group in ("attention", "embedding", "mlp", "norm")
   }
   assert set(lines[0]) == groups | {
-      "step", "kind", "loss", "accuracy", "tokens", "grad_norm",
-      "learning_rate", "skipped",
-  }  # fmt: skip
+    "step",
+    "kind",
+    "loss",
+    "accuracy",
+    "tokens",
+    "grad_norm",
+    "learning_rate",
+    "skipped",
+  }
   # The rate that the step was taken with: warm-up is two steps long.
   rates = [x["learning_rate"] for x in lines if x["kind"] == "train"][:3]
   np.testing.assert_allclose(rates, [0, 0.0015, 0.003], rtol=1e-6)
@@ -301,14 +313,20 @@ def test_a_spike_sends_the_run_back_and_on_with_the_data(
   _poison(monkeypatch, {7}, 100.0)
   batches, put = [], loop.sharding.put_batch
   monkeypatch.setattr(
-    loop.sharding, "put_batch",
+    loop.sharding,
+    "put_batch",
     lambda host, mesh: batches.append(host["tokens"]) or put(host, mesh),
-  )  # fmt: skip
+  )
   folder = tmp_path / "run"
   _train(
-      folder, source, steps=10, checkpoint_every=4, rollback__factor=3.0,
-      rollback__window=4, log_every=1,
-  )  # fmt: skip
+    folder,
+    source,
+    steps=10,
+    checkpoint_every=4,
+    rollback__factor=3.0,
+    rollback__window=4,
+    log_every=1,
+  )
   out = capsys.readouterr().out
   assert (
     "far above those before; back to step 4, on with the data (1 of 3)" in out
@@ -325,9 +343,14 @@ def test_spikes_that_come_again_end_the_run(source, tmp_path, monkeypatch):
   _poison(monkeypatch, set(range(7, 100)), 100.0)
   with pytest.raises(FloatingPointError, match="after 1 rollbacks"):
     _train(
-        tmp_path / "run", source, steps=30, checkpoint_every=2,
-        rollback__factor=3.0, rollback__window=2, rollback__most=1,
-    )  # fmt: skip
+      tmp_path / "run",
+      source,
+      steps=30,
+      checkpoint_every=2,
+      rollback__factor=3.0,
+      rollback__window=2,
+      rollback__most=1,
+    )
 
 
 def test_checkpoints_are_kept_by_age_by_loss_and_by_number(source, tmp_path):
@@ -337,9 +360,16 @@ def test_checkpoints_are_kept_by_age_by_loss_and_by_number(source, tmp_path):
     return lambda model: {"loss": next(losses), "bits_per_byte": 0.0}
 
   _train(
-      tmp_path / "run", source, evaluator, steps=12, eval_every=2,
-      checkpoint_every=2, keep=1, keep_best=1, keep_period=6,
-  )  # fmt: skip
+    tmp_path / "run",
+    source,
+    evaluator,
+    steps=12,
+    eval_every=2,
+    checkpoint_every=2,
+    keep=1,
+    keep_best=1,
+    keep_period=6,
+  )
   kept = {int(p) for p in os.listdir(tmp_path / "run" / "checkpoints")}
   assert kept == {4, 6, 12}  # The best, every sixth, the newest.
 
@@ -357,9 +387,14 @@ def test_checkpoints_are_written_by_the_clock_too(
 
   monkeypatch.setattr(loop, "time", Clock)
   _train(
-      tmp_path / "run", source, steps=9, checkpoint_every=100, log_every=2,
-      checkpoint_minutes=0.5, keep=9,
-  )  # fmt: skip
+    tmp_path / "run",
+    source,
+    steps=9,
+    checkpoint_every=100,
+    log_every=2,
+    checkpoint_minutes=0.5,
+    keep=9,
+  )
   kept = sorted(int(p) for p in os.listdir(tmp_path / "run" / "checkpoints"))
   assert 9 in kept and len(kept) > 1
   assert all(step % 2 == 0 for step in kept[:-1])
@@ -369,15 +404,15 @@ def test_the_average_of_weights_is_what_a_run_gives(source, tmp_path):
   measured = []
 
   def evaluator(corpus, setup):
-    return lambda model: measured.append(
-      np.asarray(model.embedding[...])
-    ) or {"loss": 0.0, "bits_per_byte": 0.0}  # fmt: skip
+    return lambda model: (
+      measured.append(np.asarray(model.embedding[...]))
+      or {"loss": 0.0, "bits_per_byte": 0.0}
+    )
 
   folder = tmp_path / "run"
   result = _train(
-      folder, source, evaluator, steps=6, eval_every=6,
-      optimizer__ema_decay=0.9,
-  )  # fmt: skip
+    folder, source, evaluator, steps=6, eval_every=6, optimizer__ema_decay=0.9
+  )
   plain = _train(tmp_path / "plain", source, steps=6)
   found = np.asarray(result.model.embedding[...])
   np.testing.assert_array_equal(measured[-1], found)

@@ -11,17 +11,25 @@ import optax
 import pytest
 import tiny_run
 
-from gemma_funnel.config import GemmaConfig
-from gemma_funnel.model import Gemma
-from gemma_funnel.training import lora as lora_lib
-from gemma_funnel.training import optimizer, sharding
-from gemma_funnel.training.scaling import path_of
+from gemma_funnel import lora as lora_lib
+from gemma_funnel.config import TransformerConfig
+from gemma_funnel.model import Transformer
+from gemma_funnel.parallel import sharding
+from gemma_funnel.training import optimizer
+from gemma_funnel.training.transforms import path_of
 
 CONFIG = dataclasses.replace(
-  GemmaConfig.preset("tiny"), num_layers=2, num_heads=4, num_kv_heads=2,
-  head_dim=24, embed_dim=32, mlp_dim=40, vocab_size=64, window=4,
+  TransformerConfig.preset("tiny"),
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=24,
+  embed_dim=32,
+  mlp_dim=40,
+  vocab_size=64,
+  window=4,
   kernel="reference",
-)  # fmt: skip
+)
 FUNNELS = ["off", "start=1,stride=2,recover=gate"]
 LORA = lora_lib.LoraConfig(rank=3, alpha=6.0, target="attn|mlp")
 TOKENS = np.random.default_rng(0).integers(5, 64, (2, 12))
@@ -38,12 +46,12 @@ def _like(shapes, seed, size):
 @functools.cache
 def _params(funnel, dtype="float32"):
   config = dataclasses.replace(CONFIG, param_dtype=dtype)
-  state = nnx.state(Gemma.abstract(config, funnel))
+  state = nnx.state(Transformer.abstract(config, funnel))
   return _like(nnx.to_pure_dict(state), 0, 0.2)
 
 
 def _model(params, funnel):
-  graphdef = nnx.graphdef(Gemma.abstract(CONFIG, funnel))
+  graphdef = nnx.graphdef(Transformer.abstract(CONFIG, funnel))
   return nnx.merge(graphdef, params)
 
 
@@ -81,10 +89,7 @@ def _assert_close(got, want, **tolerance):
 
 @pytest.mark.parametrize(
   "funnel, target, base_dtype",
-  [
-    ("off", "query|down$", None),
-    (FUNNELS[1], "attn|mlp", "nf4"),
-  ],
+  [("off", "query|down$", None), (FUNNELS[1], "attn|mlp", "nf4")],
 )
 def test_attached_is_merged(funnel, target, base_dtype):
   lora = dataclasses.replace(LORA, target=target, base_dtype=base_dtype)
@@ -159,8 +164,7 @@ def _quantised(base):
 
 
 @pytest.mark.parametrize(
-  "base_dtype, funnel",
-  [("int8", "off"), ("int4", FUNNELS[1]), ("nf4", "off")],
+  "base_dtype, funnel", [("int8", "off"), ("int4", FUNNELS[1]), ("nf4", "off")]
 )
 def test_a_quantised_base_is_its_dequantised_one(base_dtype, funnel):
   lora = dataclasses.replace(LORA, base_dtype=base_dtype, target="query")
@@ -283,8 +287,11 @@ def test_training_lowers_the_loss_and_leaves_the_base():
   # All of it is trained; what the funnel learns too.
   moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), weights, start)
   assert all(jax.tree.leaves(moved)), moved
-  gates = [p for p, _ in jax.tree_util.tree_leaves_with_path(weights)
-           if "funnel" in path_of(p)]  # fmt: skip
+  gates = [
+    p
+    for p, _ in jax.tree_util.tree_leaves_with_path(weights)
+    if "funnel" in path_of(p)
+  ]
   assert len(gates) == 1
   # A plain model: whatever reads parameters reads these.
   merged = _merge(frozen, weights["lora"], lora)
@@ -314,7 +321,7 @@ def test_the_backward_pass_keeps_no_layers(base_dtype):
   config = dataclasses.replace(
     CONFIG, num_layers=8, embed_dim=256, mlp_dim=1024
   )
-  model = Gemma.abstract(config)
+  model = Transformer.abstract(config)
   graphdef, shapes = nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model))
   lora = dataclasses.replace(LORA, base_dtype=base_dtype)
   base = jax.eval_shape(lambda x: lora_lib.freeze(x, lora), shapes)
@@ -357,9 +364,10 @@ def test_lies_on_a_mesh_as_the_parameters_do():
 
 def test_target_chooses():
   adapters = lora_lib.init(
-    _params(FUNNELS[1]), dataclasses.replace(LORA, target="mlp/(up|down)$"),
+    _params(FUNNELS[1]),
+    dataclasses.replace(LORA, target="mlp/(up|down)$"),
     jax.random.key(0),
-  )  # fmt: skip
+  )
   assert set(adapters) == {"layers", "funnel"}
   assert set(adapters["layers"]) == {"mlp"}
   assert set(adapters["layers"]["mlp"]) == {"up", "down"}

@@ -41,9 +41,11 @@ def base(source, tmp_path_factory):
 
 
 LORA = dict(
-  lora__rank=2, lora__base_dtype="int8", optimizer__learning_rate=2e-2,
+  lora__rank=2,
+  lora__base_dtype="int8",
+  optimizer__learning_rate=2e-2,
   funnel="start=1,stride=2,recover=gate",
-)  # fmt: skip
+)
 
 
 def _params(model):

@@ -17,9 +17,9 @@ import tiny_run
 
 import gemma_funnel
 from gemma_funnel import convert
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert import safetensors_file, store, target
-from gemma_funnel.training import sharding
+from gemma_funnel.parallel import sharding
 
 ROWS, WIDTH = 65_536, 512
 # Sizes that the axes of the mesh divide; the vocabulary too.
@@ -47,11 +47,13 @@ def converted(request, folder, tmp_path_factory):
 @pytest.mark.parametrize(
   "axes",
   [
-    dict(data=8), dict(fsdp=2, tensor=4), dict(data=2, fsdp=4),
+    dict(data=8),
+    dict(fsdp=2, tensor=4),
+    dict(data=2, fsdp=4),
     dict(fsdp=2, sequence=2, tensor=2),
   ],
   ids=str,
-)  # fmt: skip
+)
 def test_parameters_are_where_the_rules_say(folder, converted, axes):
   mesh = sharding.make_mesh(axes)
   model = gemma_funnel.load(converted, mesh=mesh)
@@ -96,13 +98,18 @@ def test_a_mesh_that_does_not_divide_is_named(folder):
 def large(tmp_path_factory):
   """A checkpoint whose embedding is nearly all of it, and a small one."""
   folder = tmp_path_factory.mktemp("large")
-  config = GemmaConfig.preset(
-      "tiny", vocab_size=ROWS, embed_dim=WIDTH, num_heads=8, num_kv_heads=8,
-      mlp_dim=64, num_layers=1,
-  )  # fmt: skip
+  config = TransformerConfig.preset(
+    "tiny",
+    vocab_size=ROWS,
+    embed_dim=WIDTH,
+    num_heads=8,
+    num_kv_heads=8,
+    mlp_dim=64,
+    num_layers=1,
+  )
   draw = np.random.default_rng(0)
   for name, sizes in (("all", config), ("all-small", None)):
-    sizes = sizes or GemmaConfig.from_dict(
+    sizes = sizes or TransformerConfig.from_dict(
       config.to_dict() | {"vocab_size": 64}
     )
     plan = target.make_plan("hf", sizes, (), np.dtype(np.float32))
@@ -131,7 +138,7 @@ def test_no_process_holds_the_whole_of_a_sharded_tensor(large):
       stdout=subprocess.PIPE,
       text=True,
       env=tiny_run.environment(4),
-    )  # fmt: skip
+    )
     for n in range(2)
   ]
   outputs = [process.communicate(timeout=120)[0] for process in processes]

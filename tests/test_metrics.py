@@ -144,11 +144,13 @@ def test_spans_as_conlleval_counts_them():
     found = metrics.compute(
       ["span_f1", "span_precision", "span_recall"], tags, ours, theirs
     )
-    assert found == pytest.approx({
+    assert found == pytest.approx(
+      {
         "span_f1": _f1_of(hit, said, true),
         "span_precision": hit / said if said else 0.0,
         "span_recall": hit / true if true else 0.0,
-    })  # fmt: skip
+      }
+    )
 
 
 def test_no_spans_at_all():
@@ -171,7 +173,12 @@ def test_exact_match():
 @pytest.mark.parametrize(
   ("name", "predictions", "references", "message"),
   [
-    ("bleu", [0], [0], "metric 'bleu': expected one of .*'accuracy'.*'span_f1'"),
+    (
+      "bleu",
+      [0],
+      [0],
+      "metric 'bleu': expected one of .*'accuracy'.*'span_f1'",
+    ),
     ("accuracy", [], [], "found 0 predictions and 0 references"),
     ("accuracy", [0], [0, 1], "found 1 predictions and 2 references"),
     ("span_f1", [["O"]], [["O", "O"]], "sentence 0: found 1 .* expected 2"),
@@ -179,7 +186,7 @@ def test_exact_match():
     ("token_accuracy", ["ab"], [["a", "b"]], "sentence 0: found a string"),
     ("token_accuracy", [[]], [[]], "sentences without words"),
   ],
-)  # fmt: skip
+)
 def test_bad_input(name, predictions, references, message):
   with pytest.raises(ValueError, match=message):
     _compute(name, predictions, references)
@@ -203,7 +210,6 @@ def test_libraries_are_imported_when_wanted():
     "print(heavy & set(sys.modules))"
   )
   found = subprocess.run(
-    [sys.executable, "-c", program],
-    check=True, capture_output=True, text=True,
-  ).stdout  # fmt: skip
+    [sys.executable, "-c", program], check=True, capture_output=True, text=True
+  ).stdout
   assert found == "set()\n"

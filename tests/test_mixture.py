@@ -154,8 +154,9 @@ def test_heldout_is_that_of_each(corpora, tmp_path):
   assert [(p.name, p.weight) for p in corpus.train.mixed] == [("short", 1.0)]
   _, held = sources.load_split(corpora[0]["long"], heldout_fraction=0.2)
   assert [d.text for d in corpus.heldout] == [
-    *(d.text for d in held), "held out"
-  ]  # fmt: skip
+    *(d.text for d in held),
+    "held out",
+  ]
   batches = pipeline.heldout_batches(
     corpus.heldout, corpus.tokenizer, batch_size=2, length=48, align=2
   )

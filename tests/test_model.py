@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_funnel.config import GemmaConfig, format_funnel
+from gemma_funnel.config import TransformerConfig, format_funnel
 from gemma_funnel.funnel import num_groups
 from gemma_funnel.layers import make_look, rope_angles
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.stream import make_stream
 
-CONFIG = GemmaConfig.preset("tiny", num_layers=5)
+CONFIG = TransformerConfig.preset("tiny", num_layers=5)
 FUNNEL = "start=1,stop=4,stride=3"
 # Everything that a funnel may learn, and positions that are not integers.
 NESTED = (
@@ -28,14 +28,16 @@ def _tokens(batch=2, length=21):
   return np.random.default_rng(0).integers(5, 97, (batch, length))
 
 
-def _variant(model: Gemma, **changes) -> Gemma:
+def _variant(model: Transformer, **changes) -> Transformer:
   """The same parameters under a changed configuration."""
   config = dataclasses.replace(model.config, **changes)
-  graphdef = nnx.graphdef(Gemma.abstract(config, format_funnel(model.stages)))
+  graphdef = nnx.graphdef(
+    Transformer.abstract(config, format_funnel(model.stages))
+  )
   return nnx.merge(graphdef, nnx.state(model))
 
 
-def _loss_and_grads(model: Gemma):
+def _loss_and_grads(model: Transformer):
   graphdef, params = nnx.split(model)
 
   def loss(params):
@@ -47,7 +49,7 @@ def _loss_and_grads(model: Gemma):
 
 @pytest.fixture(scope="module", params=["off", FUNNEL])
 def model(request):
-  return Gemma(CONFIG, request.param, rngs=nnx.Rngs(0))
+  return Transformer(CONFIG, request.param, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_switches_that_keep_the_numbers(model, numbers, changes):
 
 
 def test_switches_keep_the_numbers_of_all_that_a_funnel_learns():
-  model = Gemma(CONFIG, NESTED, rngs=nnx.Rngs(0))
+  model = Transformer(CONFIG, NESTED, rngs=nnx.Rngs(0))
   changes = dict(scan_layers=False, kernel="reference", remat="block")
   other = _variant(model, **changes)
   _check_same_numbers(_loss_and_grads(other), _loss_and_grads(model))
@@ -89,10 +91,10 @@ def test_remat_saves_memory():
   """The switch is not only accepted: fewer temporaries, in this order."""
 
   def temporaries(remat):
-    config = GemmaConfig.preset(
+    config = TransformerConfig.preset(
       "tiny", num_layers=8, embed_dim=64, mlp_dim=256, remat=remat
     )
-    graphdef, params = nnx.split(Gemma.abstract(config))
+    graphdef, params = nnx.split(Transformer.abstract(config))
     loss = lambda params, tokens: jnp.sum(
       nnx.merge(graphdef, params).encode(tokens, causal=True) ** 2
     )
@@ -106,7 +108,7 @@ def test_remat_saves_memory():
 
 def test_the_backward_pass_keeps_no_parameters_and_nothing_twice():
   config = dataclasses.replace(CONFIG, num_layers=6, mlp_dim=88)
-  model = Gemma.abstract(config)
+  model = Transformer.abstract(config)
   graphdef, params = nnx.split(model)
 
   def loss(params, tokens):
@@ -131,7 +133,9 @@ def test_dtypes_are_used(model):
   assert low(_tokens()).dtype == jnp.float32
   difference = np.abs(low(_tokens()) - model(_tokens()))
   assert 1e-4 < difference.mean() < 0.1
-  stored = Gemma.abstract(dataclasses.replace(CONFIG, param_dtype="bfloat16"))
+  stored = Transformer.abstract(
+    dataclasses.replace(CONFIG, param_dtype="bfloat16")
+  )
   dtypes = {x.dtype for x in jax.tree.leaves(nnx.state(stored))}
   assert dtypes == {jnp.dtype("bfloat16")}
 
@@ -141,7 +145,7 @@ def test_embedding_scale_is_rounded_to_the_compute_dtype():
   config = dataclasses.replace(
     CONFIG, embed_dim=3072, num_layers=1, dtype="bfloat16"
   )
-  model = Gemma(config, rngs=nnx.Rngs(0))
+  model = Transformer(config, rngs=nnx.Rngs(0))
   token = jnp.asarray([[7]])
   row = model.embedding[...][7].astype(jnp.bfloat16)
   want = row * jnp.asarray(55.5, jnp.bfloat16)
@@ -153,16 +157,18 @@ def test_pooled_queries_see_the_keys_from_before(causal):
   """A model of one such layer, against a call of its block."""
   config = dataclasses.replace(CONFIG, num_layers=1, kernel="reference")
   funnel = "start=0,stride=3,pool=max,recover=none,pool_query_only=true"
-  model = Gemma(config, funnel, rngs=nnx.Rngs(0))
+  model = Transformer(config, funnel, rngs=nnx.Rngs(0))
   stream = make_stream(model.embed(_tokens()))
   short, _ = model.funnel[0].reduce(stream, causal)
   graphdef, params = nnx.split(model.layers)
   block = nnx.merge(graphdef, jax.tree.map(lambda p: p[0], params))
   want = block(
-      short.hidden_BTD, rope_angles(short.position_BT, config),
-      make_look(config, short, stream, causal, config.window_of(0)),
-      stream.hidden_BTD, rope_angles(stream.position_BT, config),
-  )  # fmt: skip
+    short.hidden_BTD,
+    rope_angles(short.position_BT, config),
+    make_look(config, short, stream, causal, config.window_of(0)),
+    stream.hidden_BTD,
+    rope_angles(stream.position_BT, config),
+  )
   got = model.encode(_tokens(), causal=causal)
   np.testing.assert_allclose(got, model.final_norm(want), atol=1e-5)
   pooled = model.with_funnel("start=0,stride=3,pool=max,recover=none")
@@ -199,7 +205,7 @@ def test_logits_are_of_the_encoded(model):
   ],
 )
 def test_a_funnel_that_does_not_recover_encodes_alone(funnel, strides):
-  model = Gemma(CONFIG, funnel, rngs=nnx.Rngs(0))
+  model = Transformer(CONFIG, funnel, rngs=nnx.Rngs(0))
   length = 21
   for stage, stride in zip(model.stages, strides, strict=False):
     length = num_groups(length, stage, causal=True)
@@ -209,7 +215,7 @@ def test_a_funnel_that_does_not_recover_encodes_alone(funnel, strides):
     model(_tokens())
 
 
-def _paths(model: Gemma, under=None) -> dict:
+def _paths(model: Transformer, under=None) -> dict:
   """Parameters by path, those in `under` or all."""
   flat = nnx.to_flat_state(nnx.state(model))
   return {
@@ -220,7 +226,7 @@ def _paths(model: Gemma, under=None) -> dict:
 
 
 def test_with_funnel_shares_parameters():
-  model = Gemma(CONFIG, rngs=nnx.Rngs(0))
+  model = Transformer(CONFIG, rngs=nnx.Rngs(0))
   funnelled = model.with_funnel(FUNNEL)
   assert funnelled.embedding[...] is model.embedding[...]
   assert [(s.start, s.stop) for s in funnelled.stages] == [(1, 4)]
@@ -231,7 +237,7 @@ def test_with_funnel_shares_parameters():
 def test_with_funnel_keeps_makes_and_drops_what_is_learned(capsys):
   """By the number of the stage; a line names what is fresh."""
   fresh = lambda n, name: f"funnel stage {n}: freshly initialised {name}\n"
-  plain = Gemma(CONFIG, rngs=nnx.Rngs(0))
+  plain = Transformer(CONFIG, rngs=nnx.Rngs(0))
   plain.with_funnel(FUNNEL)
   assert capsys.readouterr().out == ""
   gated = plain.with_funnel("start=1,recover=gate")
@@ -261,7 +267,7 @@ def test_with_funnel_keeps_makes_and_drops_what_is_learned(capsys):
 
 
 def test_with_funnel_makes_an_attention_that_adds_nothing(capsys):
-  plain = Gemma(CONFIG, rngs=nnx.Rngs(0))
+  plain = Transformer(CONFIG, rngs=nnx.Rngs(0))
   attending = plain.with_funnel("start=1,stop=4,stride=3,recover=attend")
   (line,) = capsys.readouterr().out.splitlines()
   for name in ("query", "key", "value", "out"):
@@ -270,7 +276,7 @@ def test_with_funnel_makes_an_attention_that_adds_nothing(capsys):
   assert np.all(parts["funnel/0/attend/attn/out"] == 0)
   assert np.std(parts["funnel/0/attend/attn/key"]) > 0.1
   # And as a model made with that funnel does.
-  made = Gemma(
+  made = Transformer(
     CONFIG, "start=1,stop=4,stride=3,recover=attend", rngs=nnx.Rngs(0)
   )
   assert set(_paths(made)) == set(_paths(attending))
@@ -285,7 +291,7 @@ def test_with_funnel_makes_an_attention_that_adds_nothing(capsys):
   ],
 )
 def test_what_a_funnel_learns_starts_as_what_it_replaces(learned, plain):
-  model = Gemma(CONFIG, rngs=nnx.Rngs(0))
+  model = Transformer(CONFIG, rngs=nnx.Rngs(0))
   got, want = (
     model.with_funnel(f"{FUNNEL},{rule}")(_tokens())
     for rule in (learned, plain)
@@ -295,8 +301,8 @@ def test_what_a_funnel_learns_starts_as_what_it_replaces(learned, plain):
 
 def test_initialisation_is_fit_for_training():
   """Logits of about unit variance; no layer starts dead."""
-  config = GemmaConfig.preset("quickstart", final_softcap=None)
-  model = Gemma(config, rngs=nnx.Rngs(0))
+  config = TransformerConfig.preset("quickstart", final_softcap=None)
+  model = Transformer(config, rngs=nnx.Rngs(0))
   tokens = np.random.default_rng(0).integers(0, 4096, (2, 64))
   assert 0.7 < model(tokens).std() < 1.4
   for path, x in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
@@ -306,8 +312,8 @@ def test_initialisation_is_fit_for_training():
 
 @pytest.mark.parametrize("name", ["gemma2_27b", "gemma1_7b"])
 def test_full_sizes_run_by_shape(name):
-  config = GemmaConfig.preset(name)
-  graphdef, params = nnx.split(Gemma.abstract(config, "start=3,stride=2"))
+  config = TransformerConfig.preset(name)
+  graphdef, params = nnx.split(Transformer.abstract(config, "start=3,stride=2"))
   tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
   logits = jax.eval_shape(
     lambda p, t: nnx.merge(graphdef, p)(t), params, tokens
@@ -319,7 +325,7 @@ def test_full_sizes_run_by_shape(name):
 @pytest.mark.parametrize("funnel", [FUNNEL, NESTED, "start=0,recover=none"])
 def test_the_parameters_do_not_depend_on_the_funnel(funnel):
   """Paths, shapes and, of one seed, values; `funnel/` comes besides."""
-  make = lambda funnel: _paths(Gemma(CONFIG, funnel, rngs=nnx.Rngs(3)))
+  make = lambda funnel: _paths(Transformer(CONFIG, funnel, rngs=nnx.Rngs(3)))
   plain, funnelled = make("off"), make(funnel)
   learned = {name for name in funnelled if name.startswith("funnel/")}
   assert set(funnelled) - learned == set(plain)

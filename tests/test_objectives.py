@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.data.tokenizer import BOS_ID, MASK_ID
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.training import objectives
 
 FUNNELS = (None, "start=1,stop=3,stride=2,recover=average")
@@ -23,8 +23,8 @@ LEARNED = (
 
 
 def _model(funnel=None, **changes):
-  config = GemmaConfig.preset("tiny", kernel="reference", **changes)
-  return Gemma(config, funnel, rngs=nnx.Rngs(0))
+  config = TransformerConfig.preset("tiny", kernel="reference", **changes)
+  return Transformer(config, funnel, rngs=nnx.Rngs(0))
 
 
 def _batch(length=24, packed=True, vocab=97):
@@ -218,10 +218,13 @@ def test_what_is_masked():
   shown, weight = map(
     np.asarray,
     objectives.mask(
-      jnp.asarray(tokens, jnp.int32), jnp.asarray(segment),
-      jax.random.key(0), rate, VOCAB,
+      jnp.asarray(tokens, jnp.int32),
+      jnp.asarray(segment),
+      jax.random.key(0),
+      rate,
+      VOCAB,
     ),
-  )  # fmt: skip
+  )
   chosen = weight == 1
   may = (segment > 0) & (tokens != BOS_ID)
   assert np.all(may[chosen]) and set(np.unique(weight)) == {0, 1}
@@ -242,9 +245,12 @@ def test_what_is_masked():
   assert drawn.min() == MASK_ID + 1 and drawn.max() == VOCAB - 1
   assert len(np.unique(drawn)) > 85
   other, _ = objectives.mask(
-      jnp.asarray(tokens, jnp.int32), jnp.asarray(segment), jax.random.key(1),
-      rate, VOCAB,
-  )  # fmt: skip
+    jnp.asarray(tokens, jnp.int32),
+    jnp.asarray(segment),
+    jax.random.key(1),
+    rate,
+    VOCAB,
+  )
   assert np.any(other != shown)
 
 
@@ -343,9 +349,8 @@ def test_no_gradient_enters_the_teacher():
 
   def loss(own, params):
     return objectives.distill(
-        nnx.merge(own_def, own), nnx.merge(def_, params), batch, chunk=9,
-        **TERMS,
-    )[0]  # fmt: skip
+      nnx.merge(own_def, own), nnx.merge(def_, params), batch, chunk=9, **TERMS
+    )[0]
 
   of_own, of_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(own, params)
   assert all(np.any(g) for g in jax.tree.leaves(of_own))
@@ -374,9 +379,11 @@ def test_classes_cost_what_scikit_learn_says(class_weights, per_token):
   wide = outputs[real].astype(np.float64)
   share = np.exp(wide) / np.exp(wide).sum(-1, keepdims=True)
   expected = sklearn.metrics.log_loss(
-      label[real], share, labels=[0, 1, 2],
-      sample_weight=class_weights and np.asarray(class_weights)[label[real]],
-  )  # fmt: skip
+    label[real],
+    share,
+    labels=[0, 1, 2],
+    sample_weight=class_weights and np.asarray(class_weights)[label[real]],
+  )
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   assert metrics["loss"] == loss
   hits = (wide.argmax(-1) == label[real]).mean()

@@ -10,8 +10,8 @@ import optax
 import pytest
 import tiny_run
 
-from gemma_funnel.config import GemmaConfig
-from gemma_funnel.model import Gemma
+from gemma_funnel.config import TransformerConfig
+from gemma_funnel.model import Transformer
 from gemma_funnel.training import optimizer as optimizer_lib
 
 
@@ -84,8 +84,8 @@ def test_schedule_without_warmup_starts_at_its_peak():
 
 def _params():
   """A Gemma's, all of them 0.5."""
-  model = Gemma.abstract(
-    GemmaConfig.preset("tiny"),
+  model = Transformer.abstract(
+    TransformerConfig.preset("tiny"),
     "start=0,recover=gate+start=1,pool=attention,recover=attend",
   )
   shapes = nnx.to_pure_dict(nnx.state(model))
@@ -107,10 +107,14 @@ def test_weight_decay_leaves_scales_and_a_funnel_s_vectors_alone():
     else:
       np.testing.assert_allclose(update, -0.01 * 0.1 * 0.5, rtol=1e-5)
   norms = [
-      "final_norm", "funnel/1/attend/key_norm", "funnel/1/attend/query_norm",
-      "layers/post_attn_norm", "layers/post_mlp_norm", "layers/pre_attn_norm",
-      "layers/pre_mlp_norm",
-  ]  # fmt: skip
+    "final_norm",
+    "funnel/1/attend/key_norm",
+    "funnel/1/attend/query_norm",
+    "layers/post_attn_norm",
+    "layers/post_mlp_norm",
+    "layers/pre_attn_norm",
+    "layers/pre_mlp_norm",
+  ]
   assert sorted(kept) == sorted(
     [f"{name}/scale" for name in norms]
     + ["funnel/0/gate", "funnel/1/pool_query"]
@@ -261,12 +265,16 @@ def test_adamw_is_optax_adamw(clip_norm):
   theirs = optax.chain(
     optax.clip_by_global_norm(clip_norm),
     optax.adamw(
-      optimizer_lib.schedule_of(config, 20), 0.9, 0.95, 1e-8, weight_decay=0.1,
+      optimizer_lib.schedule_of(config, 20),
+      0.9,
+      0.95,
+      1e-8,
+      weight_decay=0.1,
       mask=lambda tree: jax.tree_util.tree_map_with_path(
         lambda path, _: not optimizer_lib.path_of(path).endswith("scale"), tree
       ),
     ),
-  )  # fmt: skip
+  )
   got, want = _train(_make(clip_norm=clip_norm)), _train(theirs)
   # Runs from before there were other optimizers go on: the same tree.
   assert jax.tree.structure(got[-1]) == jax.tree.structure(want[-1])
@@ -389,9 +397,13 @@ def test_arithmetic_of_bfloat16_parameters_is_float32():
 def test_resumes_from_numpy_to_the_bit(name):
   changes = {"b1": 0.5} if name == "adafactor" else {}
   optimizer = _make(
-    name=name, ema_decay=0.9, moment_dtype="bfloat16", freeze="embedding",
-    stochastic_rounding=True, **changes,
-  )  # fmt: skip
+    name=name,
+    ema_decay=0.9,
+    moment_dtype="bfloat16",
+    freeze="embedding",
+    stochastic_rounding=True,
+    **changes,
+  )
   whole = _train(optimizer, 4, dtype=jnp.bfloat16, stochastic=True)
   params, state = jax.tree.map(jnp.asarray, whole[1])
   step = _step(optimizer, stochastic=True)

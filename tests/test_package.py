@@ -4,9 +4,17 @@ import subprocess
 import sys
 
 _HEAVY = (
-  "tensorflow", "tensorflow_datasets", "torch", "transformers", "grain",
-  "orbax", "matplotlib", "sentencepiece", "safetensors", "tokamax",
-)  # fmt: skip
+  "tensorflow",
+  "tensorflow_datasets",
+  "torch",
+  "transformers",
+  "grain",
+  "orbax",
+  "matplotlib",
+  "sentencepiece",
+  "safetensors",
+  "tokamax",
+)
 
 
 def test_import_is_light():
@@ -17,9 +25,8 @@ def test_import_is_light():
     "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
   )
   new = subprocess.run(
-    [sys.executable, "-c", program],
-    check=True, capture_output=True, text=True,
-  ).stdout.split()  # fmt: skip
+    [sys.executable, "-c", program], check=True, capture_output=True, text=True
+  ).stdout.split()
   assert "gemma_funnel" in new
   assert not set(new) & set(_HEAVY)
 

@@ -32,9 +32,13 @@ def _documents(count=60):
 def _pack(documents, *, align=1, length=LENGTH, gap=0, shuffle_seed=None):
   dataset = grain.MapDataset.source(documents).to_iter_dataset()
   rows = packing.pack(
-      dataset, FakeTokenizer(), length=length, align=align, gap=gap,
-      shuffle_seed=shuffle_seed,
-  )  # fmt: skip
+    dataset,
+    FakeTokenizer(),
+    length=length,
+    align=align,
+    gap=gap,
+    shuffle_seed=shuffle_seed,
+  )
   return list(rows)
 
 

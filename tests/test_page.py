@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from gemma_funnel.evaluation import page
 from gemma_funnel.evaluation.report import Column
+from gemma_funnel.study import html_report
 
 COLUMNS = (
   Column("name", "na<me"),
@@ -21,7 +21,7 @@ ROWS = (
   {"name": "a|b <i>", "value": 0.5, "spread": "-1.20 ± 0.30"},
   {"name": "2nd", "value": None, "spread": "10.00 (n=1)"},
 )
-TABLE = page.Table("A & B", COLUMNS, ROWS, "a note <b>")
+TABLE = html_report.Table("A & B", COLUMNS, ROWS, "a note <b>")
 HOSTILE = "</script><script>alert(1)</script>\"'&<!--\ud800"
 _VOID = {"meta", "link", "img"}
 
@@ -59,7 +59,7 @@ def _read(text):
 
 
 def _page(title="t", claims=(), tables=(TABLE,), pictures=(), settings=None):
-  return page.render(title, claims, tables, pictures, settings or {})
+  return html_report.render(title, claims, tables, pictures, settings or {})
 
 
 def test_a_table_as_markdown():
@@ -73,20 +73,27 @@ def test_a_table_as_markdown():
     "| a\\|b <i> |      50.0 | -1.20 ± 0.30 |",
     "| 2nd      |         - |  10.00 (n=1) |",
   ]
-  empty = page.Table("Failures", COLUMNS, (), "None.")
+  empty = html_report.Table("Failures", COLUMNS, (), "None.")
   assert empty.markdown() == "## Failures\n\nNone."
 
 
 def test_the_page_has_what_it_was_given():
-  picture = page.Picture(b"\x89PNG", "a caption", 'an "alt" <text>')
+  picture = html_report.Picture(b"\x89PNG", "a caption", 'an "alt" <text>')
   settings = {"seeds": [0, 1], "model": {"preset": "tiny", "none": None}}
   reader = _read(
     _page("A title", ["one", "two"], (TABLE,), [picture], settings)
   )
   assert reader.cells == [
-      "na<me", "value (%)", "drop", "a|b <i>", "50.0", "-1.20 ± 0.30", "2nd",
-      "-", "10.00 (n=1)",
-  ]  # fmt: skip
+    "na<me",
+    "value (%)",
+    "drop",
+    "a|b <i>",
+    "50.0",
+    "-1.20 ± 0.30",
+    "2nd",
+    "-",
+    "10.00 (n=1)",
+  ]
   text = " ".join(reader.text)
   for part in ("A title", "one", "two", "a caption", "0, 1", "preset", "tiny"):
     assert part in text
@@ -97,7 +104,7 @@ def test_the_page_has_what_it_was_given():
 
 
 def test_nothing_is_loaded():
-  picture = page.Picture(b"\x89PNG", "c", "a")
+  picture = html_report.Picture(b"\x89PNG", "c", "a")
   for tag, attrs in _read(_page(pictures=[picture])).seen:
     for name in ("src", "href"):
       assert attrs.get(name, "data:").startswith("data:"), (tag, attrs)
@@ -111,11 +118,11 @@ def test_hostile_text(where):
   give = lambda name: HOSTILE if where == name else "x"
   columns = [Column("a", give("table"))]
   rows = [{"a": give("table")}]
-  text = page.render(
+  text = html_report.render(
     give("title"),
     [give("claims")],
-    [page.Table(give("table"), columns, rows, give("table"))],
-    [page.Picture(b"", give("picture"), give("picture"))],
+    [html_report.Table(give("table"), columns, rows, give("table"))],
+    [html_report.Picture(b"", give("picture"), give("picture"))],
     {give("set"): [give("set")], "nested": {give("set"): give("set")}},
   )
   reader = _read(text)
@@ -132,7 +139,7 @@ def test_random_text_comes_back():
   alphabet = "ab<>&\"'|\\ é-1.5±%"
   for _ in range(50):
     value = "".join(chance.choices(alphabet, k=8)).strip() or "x"
-    table = page.Table("t", [Column("a", "h")], [{"a": value}])
+    table = html_report.Table("t", [Column("a", "h")], [{"a": value}])
     got = _read(_page(tables=(table,))).cells[1]
     # `report` escapes a bar, and the page undoes it.
     assert got == value.replace("\\|", "|") or "\\" in value
@@ -141,12 +148,19 @@ def test_random_text_comes_back():
 
 def test_numbers_are_sorted_by_value():
   keys = {
-      "-1.20 ± 0.30": -1.2, "10.00 (n=1)": 10.0, "37": 37.0, "1e-05": 1e-5,
-      "+2.5": 2.5, "-": None, "text": None, "2nd": None, "59d0d6d": None,
-      "1.2.3": None,
-  }  # fmt: skip
+    "-1.20 ± 0.30": -1.2,
+    "10.00 (n=1)": 10.0,
+    "37": 37.0,
+    "1e-05": 1e-5,
+    "+2.5": 2.5,
+    "-": None,
+    "text": None,
+    "2nd": None,
+    "59d0d6d": None,
+    "1.2.3": None,
+  }
   for text, value in keys.items():
-    table = page.Table("t", [Column("a", "h")], [{"a": text}])
+    table = html_report.Table("t", [Column("a", "h")], [{"a": text}])
     [cell] = [a for tag, a in _read(_page(tables=(table,))).seen if tag == "td"]
     assert cell.get("data-n") == (None if value is None else str(value)), text
 

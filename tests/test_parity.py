@@ -21,13 +21,13 @@ import tiny_run
 
 from gemma_funnel import convert, flops
 from gemma_funnel import layers as layers_lib
-from gemma_funnel.config import PRESETS, GemmaConfig
+from gemma_funnel.config import PRESETS, TransformerConfig
 from gemma_funnel.convert import target
 from gemma_funnel.data import sources, tokenizer
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
-from gemma_funnel.decode import Decoder
-from gemma_funnel.model import Gemma
-from gemma_funnel.sampling import Sampling
+from gemma_funnel.decode.decoder import Decoder
+from gemma_funnel.decode.sampling import Sampling
+from gemma_funnel.model import Transformer
 
 pytestmark = pytest.mark.parity
 
@@ -41,12 +41,20 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 def _common(**changes):
-  return dict(
-      vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48,
-      num_attention_heads=HEADS, head_dim=HEAD_DIM, max_position_embeddings=256,
-      rms_norm_eps=1e-5, attn_implementation="eager",
+  return (
+    dict(
+      vocab_size=VOCAB,
+      hidden_size=WIDTH,
+      intermediate_size=48,
+      num_attention_heads=HEADS,
+      head_dim=HEAD_DIM,
+      max_position_embeddings=256,
+      rms_norm_eps=1e-5,
+      attn_implementation="eager",
       rope_parameters={"rope_type": "default", "rope_theta": 300.0},
-  ) | changes  # fmt: skip
+    )
+    | changes
+  )
 
 
 def _gemma2(**changes):
@@ -59,12 +67,14 @@ def _gemma2(**changes):
       attn_logit_softcapping=3.0,
       final_logit_softcapping=4.0,
     )
-    | changes  # fmt: skip
+    | changes
   )
 
 
 def _gemma1(**changes):
-  return transformers.GemmaConfig(**_common(num_hidden_layers=3) | changes)
+  return transformers.TransformerConfig(
+    **_common(num_hidden_layers=3) | changes
+  )
 
 
 # Depths are odd, and more than one period of the pattern.
@@ -119,7 +129,7 @@ def _their_logits(name):
 def _changed(model, **changes):
   """The same parameters under a changed configuration."""
   config = dataclasses.replace(model.config, **changes)
-  graphdef = nnx.graphdef(Gemma.abstract(config, model.stages))
+  graphdef = nnx.graphdef(Transformer.abstract(config, model.stages))
   return nnx.merge(graphdef, nnx.state(model))
 
 
@@ -149,9 +159,8 @@ def test_left_padding_agrees(load_ours, name, kernel):
   tokens = np.where(real, tokens, 0)
   with torch.no_grad():
     expected = theirs(name)(
-        torch.tensor(tokens), attention_mask=torch.tensor(real),
-        use_cache=False,
-    ).logits.numpy()  # fmt: skip
+      torch.tensor(tokens), attention_mask=torch.tensor(real), use_cache=False
+    ).logits.numpy()
   model = _changed(load_ours(name), kernel=kernel)
   logits = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(real)))
   assert np.isfinite(logits).all()
@@ -300,7 +309,7 @@ FAULTS = {
   "norm w for 1 + w": _by_code(
     layers_lib.RMSNorm, "__call__", _norm_without_one
   ),
-  "embedding not scaled": _by_code(Gemma, "embed", _embed_without_scale),
+  "embedding not scaled": _by_code(Transformer, "embed", _embed_without_scale),
   "gelu by erf": _by_code(jax.nn, "gelu", _gelu_by_erf),
   "key heads in turn": _by_code(layers_lib, "attend", _heads_in_turn),
   "rope of neighbours": _by_code(layers_lib, "rotate", _rotate_neighbours),
@@ -336,10 +345,12 @@ def test_without_a_fault_nothing_is_seen(load_ours, retrace):
 @pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith("gemma")])
 def test_parameter_counts_are_those_of_transformers(name):
   """Of models of the same sizes, made without memory."""
-  config = GemmaConfig.preset(name)
-  kind = transformers.Gemma2Config if config.post_norms else (
-      transformers.GemmaConfig
-  )  # fmt: skip
+  config = TransformerConfig.preset(name)
+  kind = (
+    transformers.Gemma2Config
+    if config.post_norms
+    else (transformers.TransformerConfig)
+  )
   with torch.device("meta"):
     model = transformers.AutoModelForCausalLM.from_config(
       kind(
@@ -363,11 +374,20 @@ def _their_continuations(name, rows, **options):
   for row, ids in enumerate(rows):
     padded[row, longest - len(ids) :], real[row, longest - len(ids) :] = ids, 1
   with torch.no_grad():
-    return theirs(name).generate(
-        torch.tensor(padded), attention_mask=torch.tensor(real),
-        do_sample=False, max_new_tokens=100, min_new_tokens=100,
-        eos_token_id=VOCAB + 1, pad_token_id=0, **options,
-    ).numpy()[:, longest:]  # fmt: skip
+    return (
+      theirs(name)
+      .generate(
+        torch.tensor(padded),
+        attention_mask=torch.tensor(real),
+        do_sample=False,
+        max_new_tokens=100,
+        min_new_tokens=100,
+        eos_token_id=VOCAB + 1,
+        pad_token_id=0,
+        **options,
+      )
+      .numpy()[:, longest:]
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -247,10 +247,10 @@ class TestResume:
       size, steps = draw.randint(1, 5), draw.randint(1, 6)
       processes = [
         make_iterator(
-            lanes=lanes, batch_size=size, process_index=p, process_count=count
+          lanes=lanes, batch_size=size, process_index=p, process_count=count
         )
         for p in range(count)
-      ]  # fmt: skip
+      ]
       for process in processes:
         if state is not None:
           process.set_state(json.loads(json.dumps(state)))
@@ -413,13 +413,13 @@ class TestUnigram:
   def test_by_hand(self):
     # Predicted: 7, 7, 8, 1 and 8, 7, 9, 1 = 7 x3, 8 x2, 1 x2, 9 x1.
     batch = {
-        "tokens": np.asarray([
-            [2, 7, 7, 8, 1, 0, 0, 0], [2, 8, 7, 2, 9, 1, 0, 0]
-        ]),
-        "segment": np.asarray([
-            [1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 2, 2, 2, 0, 0]
-        ]),
-    }  # fmt: skip
+      "tokens": np.asarray(
+        [[2, 7, 7, 8, 1, 0, 0, 0], [2, 8, 7, 2, 9, 1, 0, 0]]
+      ),
+      "segment": np.asarray(
+        [[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 2, 2, 2, 0, 0]]
+      ),
+    }
     heldout = pipeline.HeldOut((batch,), 16, 8, 2)
     counts = [3, 2, 2, 1]
     entropy = -sum(n / 8 * math.log2(n / 8) for n in counts)
@@ -449,9 +449,16 @@ class TestLoadCorpus:
 
   def test_default_config(self):
     assert pipeline.default_config().to_dict() == dict(
-        source="stdlib", heldout=None, heldout_fraction=0.1, text_key="text",
-        mixture={}, tokenizer=None, lanes=1, num_workers=0, seed=0,
-    )  # fmt: skip
+      source="stdlib",
+      heldout=None,
+      heldout_fraction=0.1,
+      text_key="text",
+      mixture={},
+      tokenizer=None,
+      lanes=1,
+      num_workers=0,
+      seed=0,
+    )
     cfg = pipeline.default_config()
     cfg.tokenizer = "a.model"  # Placeholders take the type they name.
     with pytest.raises(TypeError):
@@ -515,9 +522,13 @@ class TestLoadCorpus:
 def test_stdlib_end_to_end(tmp_path, make_iterator):
   corpus = pipeline.load_corpus(pipeline.default_config(), 1024, tmp_path)
   heldout = pipeline.heldout_batches(
-      corpus.heldout, corpus.tokenizer, max_documents=8, batch_size=8,
-      length=256, align=4,
-  )  # fmt: skip
+    corpus.heldout,
+    corpus.tokenizer,
+    max_documents=8,
+    batch_size=8,
+    length=256,
+    align=4,
+  )
   assert 2 < pipeline.unigram_bits_per_byte(heldout) < 5
   fill = [np.mean(b["segment"] > 0) for b in heldout.batches[:-1]]
   assert np.mean(fill) > 0.8

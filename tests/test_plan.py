@@ -5,7 +5,7 @@ import collections
 import pytest
 import tiny_study
 
-from gemma_funnel.evaluation import plan
+from gemma_funnel.study import grid
 
 
 @pytest.fixture(scope="module")
@@ -25,33 +25,33 @@ def _kinds(cells):
 
 
 def test_cells_of_a_small_grid(study):
-  cells = plan.make(study()).cells
+  cells = grid.make(study()).cells
   # For each of two recoveries; "aware" is fine-tuned with its funnel, and
   # measured with it. A task without fine-tuning has no such choice.
   assert _kinds(cells) == {
-      # The baseline knows no recovery: there is one.
-      ("standard", "off", "off", "words"): 1,
-      ("standard", "off", "on", "words"): 2,
-      ("standard", "on", "on", "words"): 2,
-      ("aware", "on", "on", "words"): 2,
-      ("standard", None, "off", "pairs"): 1,
-      ("standard", None, "on", "pairs"): 2,
-      ("aware", None, "off", "pairs"): 2,
-      ("aware", None, "on", "pairs"): 2,
-  }  # fmt: skip
+    # The baseline knows no recovery: there is one.
+    ("standard", "off", "off", "words"): 1,
+    ("standard", "off", "on", "words"): 2,
+    ("standard", "on", "on", "words"): 2,
+    ("aware", "on", "on", "words"): 2,
+    ("standard", None, "off", "pairs"): 1,
+    ("standard", None, "on", "pairs"): 2,
+    ("aware", None, "off", "pairs"): 2,
+    ("aware", None, "on", "pairs"): 2,
+  }
   assert len({c.hash for c in cells}) == len(cells)
 
 
 def test_everything_is_there_if_nothing_is_excluded(study):
   config = study(seed=(0, 1), task=("words",))
   config.exclude = ()
-  cells = plan.make(config).cells
+  cells = grid.make(config).cells
   # Seeds x (baseline + recoveries x (3 of standard + 4 of aware)).
   assert len(cells) == 2 * (1 + 2 * (3 + 4))
 
 
 def test_stages_are_shared(study):
-  made = plan.make(study(seed=(0, 1)))
+  made = grid.make(study(seed=(0, 1)))
   stages = list(made.by_pretraining())
   assert [(p.kind, p.funnel) for p, _, _ in stages] == [
     ("standard", "off"),
@@ -63,18 +63,25 @@ def test_stages_are_shared(study):
   # Per seed, one without a funnel (three funnels at inference), and one with
   # each of the two.
   assert {(t.funnel, t.seed): len(c) for t, c in tunings.items()} == {
-    ("off", 0): 3, ("off", 1): 3,
-    **{(f"{tiny_study.ONE}{r}", s): 1
-       for r in ("average", "repeat") for s in (0, 1)},
-  }  # fmt: skip
+    ("off", 0): 3,
+    ("off", 1): 3,
+    **{
+      (f"{tiny_study.ONE}{r}", s): 1
+      for r in ("average", "repeat")
+      for s in (0, 1)
+    },
+  }
   assert len(own) == 3
-  counted = [c for _, cells, ts in stages
-             for c in (*cells, *(c for own in ts.values() for c in own))]  # fmt: skip
+  counted = [
+    c
+    for _, cells, ts in stages
+    for c in (*cells, *(c for own in ts.values() for c in own))
+  ]
   assert sorted(c.hash for c in counted) == sorted(c.hash for c in made.cells)
 
 
 def test_tasks_without_fine_tuning_have_one_seed(study):
-  made = plan.make(study(seed=(3, 4, 5)))
+  made = grid.make(study(seed=(3, 4, 5)))
   seeds = collections.defaultdict(set)
   for cell in made.cells:
     seeds[cell.task].add(cell.seed)
@@ -85,10 +92,10 @@ def test_tasks_without_fine_tuning_have_one_seed(study):
 
 
 def test_a_cell_says_its_axes(study):
-  made = plan.make(study())
+  made = grid.make(study())
   for cell in made.cells:
     values = cell.to_dict()
-    assert set(plan.AXES) < values.keys()
+    assert set(grid.AXES) < values.keys()
     if cell.funnel is None:
       assert values["funnel"] == "off" and values["start"] is None
       assert cell.measured_with == "off"
@@ -97,27 +104,29 @@ def test_a_cell_says_its_axes(study):
       on = cell.inference == "on"
       assert (values["recover"] in cell.measured_with) == on
   assert set(made.funnels()["small"]) == {
-    "off", f"{tiny_study.ONE}average", f"{tiny_study.ONE}repeat"
-  }  # fmt: skip
+    "off",
+    f"{tiny_study.ONE}average",
+    f"{tiny_study.ONE}repeat",
+  }
 
 
 def test_one_sampled_fine_tuning_serves_all_funnels(study):
   config = study(
     task=("words",), pretraining=("standard",), finetuning=("sampled",)
   )
-  made = plan.make(config)
+  made = grid.make(config)
   ((stage, _, tunings),) = made.by_pretraining()
   (tuning,) = tunings
   assert tuning.funnel == "sampled" and len(tunings[tuning]) == 3
   found = made.finetune_config(stage, tuning)
-  assert found.funnel_sampled == ("off", *plan.sampled_funnels(config, "small"))
+  assert found.funnel_sampled == ("off", *grid.sampled_funnels(config, "small"))
   assert made.work() > 0
 
 
 def test_exclusions(study):
   config = study(task=("words",))
   count = lambda *exclude: (
-    config.update(exclude=exclude) or len(plan.make(config).cells)
+    config.update(exclude=exclude) or len(grid.make(config).cells)
   )
   everything = count()
   assert everything == 15
@@ -133,18 +142,24 @@ def test_exclusions(study):
 
 @pytest.mark.parametrize(
   "text",
-  ["aware", "pretrain=aware", "pretraining=awre", "inference=yes",
-   "task=wods", "=on"],
-)  # fmt: skip
+  [
+    "aware",
+    "pretrain=aware",
+    "pretraining=awre",
+    "inference=yes",
+    "task=wods",
+    "=on",
+  ],
+)
 def test_an_exclusion_that_excludes_nothing_ever(text, study):
   config = study()
   config.exclude = (text,)
   with pytest.raises(ValueError, match=f"exclude: '{text}'"):
-    plan.make(config)
+    grid.make(config)
 
 
 def _hashes(config):
-  return {c.hash for c in plan.make(config).cells}
+  return {c.hash for c in grid.make(config).cells}
 
 
 MATTERS = (
@@ -178,9 +193,12 @@ def test_hashes_do_not_tell_of_where_and_how_it_is_told(study):
   config = study()
   before = _hashes(config)
   config.update(
-      workdir="elsewhere", title="T", keep_finetuned=True, retry=True,
-      dry_run=True,
-  )  # fmt: skip
+    workdir="elsewhere",
+    title="T",
+    keep_finetuned=True,
+    retry=True,
+    dry_run=True,
+  )
   assert _hashes(config) == before
 
 
@@ -190,12 +208,16 @@ def test_a_larger_study_has_the_cells_of_the_smaller(study):
 
 
 def test_every_kind_of_pretraining(study):
-  config = study(task=("words",), pretraining=plan.PRETRAININGS)
-  made = plan.make(config)
+  config = study(task=("words",), pretraining=grid.PRETRAININGS)
+  made = grid.make(config)
   kinds = collections.Counter(p.kind for p in made.pretrainings)
   assert kinds == {
-      "standard": 1, "aware": 2, "switched": 2, "sampled": 1, "distilled": 2
-  }  # fmt: skip
+    "standard": 1,
+    "aware": 2,
+    "switched": 2,
+    "sampled": 1,
+    "distilled": 2,
+  }
   folders = set()
   for stage in made.pretrainings:
     found = stage.config(config, "/f")
@@ -209,8 +231,10 @@ def test_every_kind_of_pretraining(study):
     assert found.data.tokenizer is None  # The study gives it its own.
     if stage.kind == "sampled":
       assert found.funnel_sampled == (
-        "off", f"{tiny_study.ONE}average", f"{tiny_study.ONE}repeat"
-      )  # fmt: skip
+        "off",
+        f"{tiny_study.ONE}average",
+        f"{tiny_study.ONE}repeat",
+      )
     if stage.kind == "distilled":
       assert made.teacher(stage) == made.pretrainings[0]
   assert len(folders) == len(made.pretrainings)
@@ -220,7 +244,7 @@ def test_a_student_is_another_one_where_its_teacher_is(study):
   config = study(task=("words",), pretraining=("distilled",))
 
   def told():
-    made = plan.make(config)
+    made = grid.make(config)
     folder = made.pretrainings[0].config(config, "/f").workdir
     return _hashes(config), folder
 
@@ -232,7 +256,7 @@ def test_a_student_is_another_one_where_its_teacher_is(study):
 
 
 def test_work_that_is_left(study):
-  made = plan.make(study(seed=(0, 1)))
+  made = grid.make(study(seed=(0, 1)))
   total, done = made.work(), {c.hash for c in made.cells}
   assert total > 0 == made.work(done)
   # All the fine-tunings of one pretraining but one cell.
@@ -272,21 +296,21 @@ def test_work_that_is_left(study):
 )
 def test_an_axis_that_cannot_be(axes, text, study):
   with pytest.raises(ValueError, match=text):
-    plan.make(study(**axes))
+    grid.make(study(**axes))
 
 
 def test_a_study_that_cannot_be(study):
   config = study()
   config.tasks.words.task.train = "nowhere.tsv"
   with pytest.raises(ValueError, match="tasks.words: .*nowhere.tsv"):
-    plan.make(config)
+    grid.make(config)
   config = study()
   config.pretrain.batch_size = 12
   with pytest.raises(ValueError, match="batch_size=12"):
-    plan.make(config)
+    grid.make(config)
   for tune in ({"epoch": 3.0}, {"optimizer": {"rate": 1.0}}):
     config = study()
     with config.unlocked():
       config.tasks.words.tune = tune
     with pytest.raises(ValueError, match="tasks.words.tune: "):
-      plan.make(config)
+      grid.make(config)

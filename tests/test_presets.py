@@ -13,9 +13,15 @@ def test_a_preset_has_the_keys_of_every_task(name):
   assert config.format in tasks.FORMATS
   changed = {k for k in config if config[k] != default[k]}
   allowed = {
-      "format", "dataset", "kind", "choices", "group", "max_train", "max_dev",
-      "max_test",
-  }  # fmt: skip
+    "format",
+    "dataset",
+    "kind",
+    "choices",
+    "group",
+    "max_train",
+    "max_dev",
+    "max_test",
+  }
   assert changed <= allowed
   assert presets.preset(name) is not config  # One's changes are not another's.
 
@@ -44,8 +50,10 @@ def test_tasks_without_files_are_small_ones():
   for name in ("code_tags", "code_packages"):
     config = presets.preset(name)
     assert (config.max_train, config.max_dev, config.max_test) == (
-        2000, 300, 600
-    )  # fmt: skip
+      2000,
+      300,
+      600,
+    )
 
 
 def test_no_such_preset():

@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 
 from gemma_funnel import convert
-from gemma_funnel.config import GemmaConfig, format_funnel
+from gemma_funnel.config import TransformerConfig, format_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.funnel import check_segments
 from gemma_funnel.training import checkpoint as checkpoint_lib
@@ -83,9 +83,14 @@ def test_masked_tokens_are_learned(source, tmp_path, monkeypatch):
   monkeypatch.setattr(pipeline, "train_iterator", spy)
   funnel = "start=1,stride=2,keep_first=true"
   _train(
-      tmp_path / "run", source, objective="masked", funnel=funnel, steps=30,
-      mask_rate=0.3, log_every=100,
-  )  # fmt: skip
+    tmp_path / "run",
+    source,
+    objective="masked",
+    funnel=funnel,
+    steps=30,
+    mask_rate=0.3,
+    log_every=100,
+  )
   losses = _metrics(tmp_path / "run", "loss")
   assert np.mean(losses[-5:]) < np.mean(losses[:3]) - 0.5
   # Some of the batch's 256 slots are padding; of the rest, three in ten.
@@ -133,7 +138,7 @@ def test_how_it_is_run_is_not_the_checkpoints(base, source, tmp_path):
       init_from=base,
       model__remat="block",
       model__dtype="bfloat16",
-    )  # fmt: skip
+    )
   )
   found = setup.model_config
   assert (found.remat, found.dtype, found.mlp_dim) == ("block", "bfloat16", 48)
@@ -147,10 +152,15 @@ def test_distilling_makes_the_student_agree(
   monkeypatch.setattr(loop, "run", lambda job: jobs.append(job) or run(job))
   workdir = str(tmp_path / "run")
   result = _train(
-      workdir, source, objective="distill", init_from=base, steps=40,
-      distill__temperature=1.5, optimizer__learning_rate=1e-2,
-      funnel="start=1,stride=2,recover=gate",
-  )  # fmt: skip
+    workdir,
+    source,
+    objective="distill",
+    init_from=base,
+    steps=40,
+    distill__temperature=1.5,
+    optimizer__learning_rate=1e-2,
+    funnel="start=1,stride=2,recover=gate",
+  )
   kl = _metrics(workdir, "kl")
   assert np.mean(kl[-4:]) < 0.6 * np.mean(kl[:3])
   teacher = _params(checkpoint_lib.load_run(base).model)
@@ -208,9 +218,13 @@ def _count_traces(monkeypatch):
 def test_a_sampled_run_serves_all_its_members(source, tmp_path, monkeypatch):
   traced = _count_traces(monkeypatch)
   config = _config(
-      tmp_path / "run", source, funnel=SAMPLED[1], funnel_from=3,
-      funnel_sampled=SAMPLED[1:], steps=14,
-  )  # fmt: skip
+    tmp_path / "run",
+    source,
+    funnel=SAMPLED[1],
+    funnel_from=3,
+    funnel_sampled=SAMPLED[1:],
+    steps=14,
+  )
   members = pretrain.make_setup(config).funnels.members
   pretrain.train(config, _no_evaluator)
   assert traced == {format_funnel(m): 1 for m in members} and len(members) == 3
@@ -257,10 +271,7 @@ def test_a_member_cannot_learn_what_the_run_has_not(source, tmp_path):
     ({"funnel_sampled": ("start=1,recover=none",)}, "recover='none'"),
     ({"funnel_sampled": ("start=1,stride=3",)}, "length=32 .* stride 6"),
     (
-      {
-        "objective": "masked",
-        "funnel": "start=1,stride=32,keep_first=true",
-      },
+      {"objective": "masked", "funnel": "start=1,stride=32,keep_first=true"},
       "length=32 leaves no room for text beside .* of 32",
     ),
     ({"keep": 0}, "keep=0: expected at least 1"),
@@ -275,9 +286,13 @@ def test_a_configuration_that_cannot_be(changes, text):
 
 def test_a_distillation_of_nothing(base):
   config = tiny_run.make_config(
-      "unused", "unused", objective="distill", init_from=base,
-      distill__logits=0.0, distill__hidden=0.0,
-  )  # fmt: skip
+    "unused",
+    "unused",
+    objective="distill",
+    init_from=base,
+    distill__logits=0.0,
+    distill__hidden=0.0,
+  )
   with pytest.raises(ValueError, match="nothing is learned of the teacher"):
     pretrain.make_setup(config)
   config.distill.hidden = 0.5
@@ -292,4 +307,6 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
 
 def test_the_sizes_of_the_configuration_are_used_without_a_checkpoint():
   config = tiny_run.make_config("unused", "unused")
-  assert pretrain.find_model(config) == GemmaConfig.from_dict(config.model)
+  assert pretrain.find_model(config) == TransformerConfig.from_dict(
+    config.model
+  )

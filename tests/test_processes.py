@@ -15,19 +15,22 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gemma_funnel.mesh import AXES
+from gemma_funnel.parallel import processes
+from gemma_funnel.parallel.mesh import AXES
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import processes
 
 pytestmark = pytest.mark.slow
 STEPS = 50
 FLAGS = (
-  f"--config.steps={STEPS}", "--config.checkpoint_every=10",
-  "--config.data.lanes=4", "--config.model.num_heads=8",
-  "--config.optimizer.learning_rate=1e-2", "--config.log_every=10",
+  f"--config.steps={STEPS}",
+  "--config.checkpoint_every=10",
+  "--config.data.lanes=4",
+  "--config.model.num_heads=8",
+  "--config.optimizer.learning_rate=1e-2",
+  "--config.log_every=10",
   # Of a gradient near zero, Adam's step would be its sign, which is noise.
   "--config.optimizer.eps=1e-3",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +85,15 @@ def _assert_same_losses(folder, other, rtol=1e-5):
 @pytest.mark.parametrize(
   "sizes",
   [
-    dict(data=8), dict(fsdp=8), dict(tensor=8), dict(sequence=8),
-    dict(fsdp=2, sequence=2, tensor=2), dict(slice=2, data=2, fsdp=2),
+    dict(data=8),
+    dict(fsdp=8),
+    dict(tensor=8),
+    dict(sequence=8),
+    dict(fsdp=2, sequence=2, tensor=2),
+    dict(slice=2, data=2, fsdp=2),
   ],
   ids=str,
-)  # fmt: skip
+)
 def test_losses_are_those_of_one_device(sizes, alone, source, tmp_path):
   folder = str(tmp_path / "run")
   _finish(_start(folder, source, *_mesh(**sizes), devices=8))
@@ -161,8 +168,13 @@ def _wait_for_step(folder, step, started):
 
 def test_a_coordinator_that_is_not_there_is_named(source, tmp_path):
   start = time.monotonic()
-  command = tiny_run.command(str(tmp_path), source, "--coordinator=localhost:9",
-                             "--num_processes=2", "--process_id=1")  # fmt: skip
+  command = tiny_run.command(
+    str(tmp_path),
+    source,
+    "--coordinator=localhost:9",
+    "--num_processes=2",
+    "--process_id=1",
+  )
   _, err = tiny_run.finish(tiny_run.start(command), 1)
   assert time.monotonic() - start < 60
   assert "error: waited 50 s for 2 processes at localhost:9" in err

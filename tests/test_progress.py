@@ -11,17 +11,23 @@ import jax
 import ml_collections
 import pytest
 
-from gemma_funnel import hardware
-from gemma_funnel.training import progress, sharding
+from gemma_funnel.parallel import hardware, sharding
+from gemma_funnel.training import progress
 
 VALUES = {"loss": 2.5, "learning_rate": 1e-3, "grad_norm": 0.5}
 
 
 def _config(folder, **changes):
   return ml_collections.ConfigDict(
-    {"workdir": str(folder), "log_every": 2, "tensorboard": False,
-     "wandb": None, "profile_steps": (), **changes}
-  )  # fmt: skip
+    {
+      "workdir": str(folder),
+      "log_every": 2,
+      "tensorboard": False,
+      "wandb": None,
+      "profile_steps": (),
+      **changes,
+    }
+  )
 
 
 def _metrics(config, step, steps, clock={}):  # noqa: B006
@@ -66,14 +72,19 @@ def test_every_step_is_written_and_some_are_told(tmp_path, capsys):
   assert [x["step"] for x in lines] == [1, 2, 3, 4, 5, 5]
   assert lines[0] == {"step": 1, "kind": "train", **VALUES}
   assert lines[-1] == {
-      "step": 5, "kind": "heldout", "loss": 3.0, "pearson": None
-  }  # fmt: skip
+    "step": 5,
+    "kind": "heldout",
+    "loss": 3.0,
+    "pearson": None,
+  }
   assert [x["step"] for x in _lines(tmp_path, "speed")] == [2, 4, 5]
   out = capsys.readouterr().out
   # Every second step, and the last one.
   assert re.findall(r"step (\d)/5  loss 2\.5000  lr 1\.00e-03", out) == [
-      "2", "4", "5"
-  ]  # fmt: skip
+    "2",
+    "4",
+    "5",
+  ]
   assert "step 5/5  held out: loss 3.0000\n" in out  # None is not told.
 
 
@@ -91,8 +102,12 @@ def test_a_resumed_run_goes_on_with_the_file(tmp_path):
         metrics.trained(step, {**VALUES, "loss": float(begin)}, 64)
   lines = _lines(tmp_path, "train")
   assert [(x["step"], x["loss"]) for x in lines] == [
-      (1, 0.0), (2, 0.0), (3, 2.0), (4, 2.0), (5, 2.0)
-  ]  # fmt: skip
+    (1, 0.0),
+    (2, 0.0),
+    (3, 2.0),
+    (4, 2.0),
+    (5, 2.0),
+  ]
 
 
 def test_rates_are_of_steps_alone(tmp_path, capsys, clock):
@@ -170,9 +185,7 @@ def test_a_trace_is_of_the_steps_asked_for(tmp_path, monkeypatch):
       metrics.trace(step)
       calls.append(step)
   folder = str(tmp_path / "profile")
-  assert calls == [
-      1, 2, ("start_trace", folder), 3, 4, ("stop_trace",), 5, 6
-  ]  # fmt: skip
+  assert calls == [1, 2, ("start_trace", folder), 3, 4, ("stop_trace",), 5, 6]
 
 
 def test_weights_and_biases_are_told(tmp_path, monkeypatch):
@@ -195,6 +208,11 @@ def test_weights_and_biases_are_told(tmp_path, monkeypatch):
 
 
 def test_duration():
-  shown = {0.4: "0m00s", 59.6: "1m00s", 187: "3m07s", 3600: "1h00m",
-           7384: "2h03m"}  # fmt: skip
+  shown = {
+    0.4: "0m00s",
+    59.6: "1m00s",
+    187: "3m07s",
+    3600: "1h00m",
+    7384: "2h03m",
+  }
   assert {s: progress.duration(s) for s in shown} == shown

@@ -32,26 +32,61 @@ class TestTags:
           return self.sort(items, key=lambda key: key.rank)
     """)
     assert found == [
-      ("from", "keyword"), ("os", "import"), ("import", "keyword"),
-      ("path", "import"), ("as", "keyword"), ("p", "import"),
+      ("from", "keyword"),
+      ("os", "import"),
+      ("import", "keyword"),
+      ("path", "import"),
+      ("as", "keyword"),
+      ("p", "import"),
       ("# here", "comment"),
-      ("class", "keyword"), ("Box", "class"), ("(", "operator"),
-      ("Base", "variable"), (")", "operator"), (":", "operator"),
-      ("async", "keyword"), ("def", "keyword"), ("put", "function"),
-      ("(", "operator"), ("self", "parameter"), (",", "operator"),
-      ("*", "operator"), ("items", "parameter"), (",", "operator"),
-      ("key", "parameter"), ("=", "operator"), ("None", "keyword"),
-      (")", "operator"), (":", "operator"), ('"Text."', "string"),
-      ("self", "variable"), (".", "operator"), ("size", "attribute"),
-      ("+=", "operator"), ("len", "builtin"), ("(", "operator"),
-      ("items", "variable"), (")", "operator"), ("*", "operator"),
-      ("2", "number"), ("return", "keyword"), ("self", "variable"),
-      (".", "operator"), ("sort", "call"), ("(", "operator"),
-      ("items", "variable"), (",", "operator"), ("key", "keyword_argument"),
-      ("=", "operator"), ("lambda", "keyword"), ("key", "parameter"),
-      (":", "operator"), ("key", "variable"), (".", "operator"),
-      ("rank", "attribute"), (")", "operator"),
-    ]  # fmt: skip
+      ("class", "keyword"),
+      ("Box", "class"),
+      ("(", "operator"),
+      ("Base", "variable"),
+      (")", "operator"),
+      (":", "operator"),
+      ("async", "keyword"),
+      ("def", "keyword"),
+      ("put", "function"),
+      ("(", "operator"),
+      ("self", "parameter"),
+      (",", "operator"),
+      ("*", "operator"),
+      ("items", "parameter"),
+      (",", "operator"),
+      ("key", "parameter"),
+      ("=", "operator"),
+      ("None", "keyword"),
+      (")", "operator"),
+      (":", "operator"),
+      ('"Text."', "string"),
+      ("self", "variable"),
+      (".", "operator"),
+      ("size", "attribute"),
+      ("+=", "operator"),
+      ("len", "builtin"),
+      ("(", "operator"),
+      ("items", "variable"),
+      (")", "operator"),
+      ("*", "operator"),
+      ("2", "number"),
+      ("return", "keyword"),
+      ("self", "variable"),
+      (".", "operator"),
+      ("sort", "call"),
+      ("(", "operator"),
+      ("items", "variable"),
+      (",", "operator"),
+      ("key", "keyword_argument"),
+      ("=", "operator"),
+      ("lambda", "keyword"),
+      ("key", "parameter"),
+      (":", "operator"),
+      ("key", "variable"),
+      (".", "operator"),
+      ("rank", "attribute"),
+      (")", "operator"),
+    ]
 
   def test_places_count_characters(self):
     found = dict(_tags('x = "é", f(é=1), é.ö\n'))
@@ -63,10 +98,14 @@ class TestTags:
   def test_an_f_string_is_one_word_in_every_version(self):
     source = "x = f'a{y}b{{c}}{f\"{z}\"}' + f'''{\nw}''' + y\n"
     assert _tags(source) == [
-      ("x", "variable"), ("=", "operator"),
-      ("f'a{y}b{{c}}{f\"{z}\"}'", "string"), ("+", "operator"),
-      ("f'''{\nw}'''", "string"), ("+", "operator"), ("y", "variable"),
-    ]  # fmt: skip
+      ("x", "variable"),
+      ("=", "operator"),
+      ("f'a{y}b{{c}}{f\"{z}\"}'", "string"),
+      ("+", "operator"),
+      ("f'''{\nw}'''", "string"),
+      ("+", "operator"),
+      ("y", "variable"),
+    ]
 
   def test_soft_keywords(self):
     found = _tags("match = 1\nmatch match:\n  case _:\n    pass\n")
@@ -186,9 +225,10 @@ class TestCodePackages:
       for example in part:
         package = code_packages.labels[example.label]
         found = [
-          key for key, text in files
+          key
+          for key, text in files
           if key.startswith(package + "/") and example.text in text
-        ]  # fmt: skip
+        ]
         assert found
         assert package not in example.text.lower().split()
         # Some snippets are in several files, word for word.

@@ -44,9 +44,15 @@ def test_a_column_without_values_is_left_out_until_it_has_one():
 
 def test_files_and_output_agree(tmp_path, capsys):
   paths = report.write(
-      tmp_path / "new" / "folder", "result", ROWS, COLUMNS, "A title", plot,
-      settings={"seed": 3}, notes=["a note"],
-  )  # fmt: skip
+    tmp_path / "new" / "folder",
+    "result",
+    ROWS,
+    COLUMNS,
+    "A title",
+    plot,
+    settings={"seed": 3},
+    notes=["a note"],
+  )
   assert sorted(paths) == ["json", "md", "png"]
   with open(paths["json"]) as f:
     content = json.load(f)
@@ -77,8 +83,9 @@ def test_the_plot_is_a_png_that_shows_something(tmp_path):
 
 def test_without_a_plot(tmp_path):
   assert sorted(report.write(tmp_path, "x", ROWS, COLUMNS, "t")) == [
-      "json", "md",
-  ]  # fmt: skip
+    "json",
+    "md",
+  ]
 
 
 def test_what_json_cannot_hold_writes_nothing(tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_funnel.sampling import Sampling, draw, filtered_logits
+from gemma_funnel.decode.sampling import Sampling, draw, filtered_logits
 
 B, V = 4, 60
 
@@ -50,8 +50,8 @@ def _softmax(x_V):
 
 
 def _brute_force(
-    logits_V, seen_V, *, temperature, top_k, top_p, min_p, repetition_penalty
-):  # fmt: skip
+  logits_V, seen_V, *, temperature, top_k, top_p, min_p, repetition_penalty
+):
   """The definitions, one token after another, in float64."""
   x = np.array(logits_V, np.float64)
   for token in np.flatnonzero(seen_V):
@@ -132,9 +132,11 @@ def test_a_real_vocabulary():
     got = np.isfinite(_filtered(logits_BV, temperature=0.8, **settings))
     for kept_V, x_V in zip(got, logits_BV, strict=True):
       want_V = _brute_force(
-          x_V, [], **dict(temperature=0.8, top_k=None, min_p=0,
-          repetition_penalty=1) | settings,
-      )  # fmt: skip
+        x_V,
+        [],
+        **dict(temperature=0.8, top_k=None, min_p=0, repetition_penalty=1)
+        | settings,
+      )
       want = np.isfinite(want_V).sum()
       assert abs(kept_V.sum() - want) <= 1e-4 * want
       assert want < 256_000
@@ -164,9 +166,11 @@ def test_filters_are_those_of_transformers():
 
   for settings in GRID:
     np.testing.assert_allclose(
-        _filtered(logits_BV, seen_BV, **settings), theirs(**settings),
-        rtol=1e-6, err_msg=str(settings),
-    )  # fmt: skip
+      _filtered(logits_BV, seen_BV, **settings),
+      theirs(**settings),
+      rtol=1e-6,
+      err_msg=str(settings),
+    )
 
   # Where logits are equal: theirs are among ours, and ours that are not equal
   # their lowest.
@@ -256,9 +260,11 @@ def test_greedy_is_the_argmax_and_needs_no_keys():
 def test_little_temperature_or_top_p_is_greedy():
   logits_BV = _logits()
   for settings in (
-      dict(temperature=1e-6), dict(temperature=9, top_k=1),
-      dict(temperature=9, top_p=1e-9), dict(temperature=9, min_p=0.9999),
-  ):  # fmt: skip
+    dict(temperature=1e-6),
+    dict(temperature=9, top_k=1),
+    dict(temperature=9, top_p=1e-9),
+    dict(temperature=9, min_p=0.9999),
+  ):
     tokens_B = draw(jnp.asarray(logits_BV), _keys(), None, Sampling(**settings))
     np.testing.assert_array_equal(tokens_B, logits_BV.argmax(-1))
 

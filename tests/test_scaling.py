@@ -7,7 +7,8 @@ import optax
 from optax.contrib import scale_by_muon
 import pytest
 
-from gemma_funnel.training import scaling, sharding
+from gemma_funnel.parallel import sharding
+from gemma_funnel.training import transforms
 
 L, D, N, K, H, F, V = 3, 160, 4, 1, 40, 200, 300
 # By the parameter's path: its shape, and that of a layer's matrix.
@@ -37,7 +38,7 @@ def _tree(flat):
 
 def _flat(tree):
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {scaling.path_of(path): np.asarray(leaf) for path, leaf in leaves}
+  return {transforms.path_of(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _draw(seed, shapes=None):
@@ -105,16 +106,16 @@ def test_adafactor_is_optax_s_of_each_layer(b2):
     )
   )
   theirs = optax.chain(capped, optax.clip_by_block_rms(1.0))
-  ours = scaling.scale_by("adafactor", {"b1": 0.0, "b2": b2, "eps": 1e-30})
+  ours = transforms.scale_by("adafactor", {"b1": 0.0, "b2": b2, "eps": 1e-30})
   got, want = _run(ours, 4, False), _run(theirs, 4, True)
   _assert_close(got, want, rtol=2e-4, atol=1e-6)
 
 
 def test_adafactor_averages_its_updates():
   options = {"b1": 0.0, "b2": 0.999, "eps": 1e-30}
-  plain = _run(scaling.scale_by("adafactor", options), 3, False)
+  plain = _run(transforms.scale_by("adafactor", options), 3, False)
   options["b1"] = 0.75
-  got = _run(scaling.scale_by("adafactor", options), 3, False)
+  got = _run(transforms.scale_by("adafactor", options), 3, False)
   want = 0.0
   for step, updates in enumerate(plain):
     want = 0.75 * want + 0.25 * updates["params/embedding:0"]
@@ -124,7 +125,7 @@ def test_adafactor_averages_its_updates():
 
 
 def test_adafactor_keeps_rows_and_columns_of_a_layer_s_matrix():
-  state = scaling.scale_by(
+  state = transforms.scale_by(
     "adafactor", {"b1": 0.0, "b2": 0.999, "eps": 1e-30}
   ).init(_tree(_draw(0)))
   shapes = {path: x.shape for path, x in _flat(state[0]).items()}
@@ -150,7 +151,7 @@ def test_adafactor_keeps_rows_and_columns_of_a_layer_s_matrix():
 
 def test_adafactor_never_factors_by_depth():
   deep = {"layers": {"mlp": {"up": jnp.ones((500, 128, 130))}}}
-  state = scaling.scale_by(
+  state = transforms.scale_by(
     "adafactor", {"b1": 0.0, "b2": 0.999, "eps": 1e-30}
   ).init(deep)
   assert state[0].v_row["layers"]["mlp"]["up"].shape == (500, 128, 1)
@@ -163,12 +164,12 @@ MUON = {"momentum": 0.9, "b1": 0.8, "b2": 0.97, "eps": 1e-3}
 
 
 def test_muon_is_optax_s_of_each_layer_s_matrix():
-  got = _run(scaling.scale_by("muon", MUON), 3, False)
+  got = _run(transforms.scale_by("muon", MUON), 3, False)
   keys = [f"{p}:{i}" for p in MATRICES for i in range(L)]
   by_hand = scale_by_muon(
     beta=0.9,
     weight_dimension_numbers=lambda tree: jax.tree.map(
-      lambda x: scaling.MuonDimensionNumbers(0, 1), tree
+      lambda x: transforms.MuonDimensionNumbers(0, 1), tree
     ),
   )
   only = optax.GradientTransformation(
@@ -186,7 +187,7 @@ def test_muon_is_optax_s_of_each_layer_s_matrix():
 
 
 def test_muon_orthogonalises_and_has_the_size_of_adam():
-  updates = _run(scaling.scale_by("muon", MUON), 1, False)[0]
+  updates = _run(transforms.scale_by("muon", MUON), 1, False)[0]
   for path in MATRICES:
     for layer in range(L if "layers/" in path else 1):
       x = updates[f"{path}:{layer}"]
@@ -200,7 +201,7 @@ def test_muon_orthogonalises_and_has_the_size_of_adam():
 
 def test_muon_leaves_the_rest_to_adam():
   others = [path for path in SHAPES if path not in MATRICES]
-  got = _run(scaling.scale_by("muon", MUON), 3, False)
+  got = _run(transforms.scale_by("muon", MUON), 3, False)
   want = _run(optax.scale_by_adam(0.8, 0.97, 1e-3, nesterov=True), 3, True)
   assert others and any("embedding" in path for path in others)
   _assert_close(got, want, others, rtol=1e-5, atol=1e-7)
@@ -212,7 +213,7 @@ def test_others_are_optax_s(name):
     "adamw": (dict(b1=0.8, b2=0.9, eps=0.1), optax.scale_by_adam),
     "lion": (dict(b1=0.8, b2=0.9), optax.scale_by_lion),
   }[name]
-  got = _run(scaling.scale_by(name, ours), 3, False)
+  got = _run(transforms.scale_by(name, ours), 3, False)
   want = _run(theirs(**ours), 3, True)
   _assert_close(got, want, rtol=1e-6)
 
@@ -223,11 +224,13 @@ def test_state_lies_as_its_parameters_do(name):
   config.update(data=2, fsdp=2, tensor=2)
   mesh = sharding.make_mesh(config)
   options = MUON if name == "muon" else {"b1": 0.5, "b2": 0.9, "eps": 1e-30}
-  state = jax.eval_shape(scaling.scale_by(name, options).init, _tree(_draw(0)))
+  state = jax.eval_shape(
+    transforms.scale_by(name, options).init, _tree(_draw(0))
+  )
   leaves = jax.tree_util.tree_leaves_with_path(state)
   split = 0
   for path, leaf in leaves:
-    path = scaling.path_of(path)
+    path = transforms.path_of(path)
     spec = sharding.spec_of(path, leaf.shape, mesh)
     of = [p for p in SHAPES if path.endswith("/" + p)]
     if not of:

@@ -8,14 +8,14 @@ from jax.extend.core import jaxprs_in_params
 import numpy as np
 import pytest
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.data.tokenizer import BOS_ID
 from gemma_funnel.evaluation import scoring
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 
 VOCAB = 300
 LONGEST = 64
-CONFIG = GemmaConfig.preset(
+CONFIG = TransformerConfig.preset(
   "tiny", num_layers=2, vocab_size=VOCAB, max_length=LONGEST
 )
 FUNNELS = ("off", "start=1,stride=3")
@@ -25,7 +25,7 @@ SHAPE = dict(batch_size=4, lengths=(LONGEST,))
 
 @pytest.fixture(scope="module")
 def model():
-  model = nnx.jit(lambda: Gemma(CONFIG, rngs=nnx.Rngs(0)))()
+  model = nnx.jit(lambda: Transformer(CONFIG, rngs=nnx.Rngs(0)))()
   # Fresh layers add little to the embedding: the context would not matter.
   for norm in (model.layers.post_attn_norm, model.layers.post_mlp_norm):
     norm.scale[...] = norm.scale[...] + 3
@@ -93,7 +93,7 @@ def test_padding_is_told_from_tokens(model, monkeypatch):
   def encode(self, tokens_BT, segment_BT, *, causal):
     raise Seen(tokens_BT, segment_BT, causal)
 
-  monkeypatch.setattr(Gemma, "encode", encode)
+  monkeypatch.setattr(Transformer, "encode", encode)
   inputs = scoring._arrays([((2, 5), (7, 8)), ((2,), (9,))], 3, 5)
   with pytest.raises(Seen) as seen:
     scoring._batch_scores.__wrapped__(*nnx.split(model), inputs)
@@ -112,9 +112,10 @@ def test_pieces_of_logits_do_not_matter(model, monkeypatch):
   monkeypatch.setattr(scoring, "_LOGITS", 11)
   inner = scoring._batch_scores.__wrapped__
   monkeypatch.setattr(
-    scoring, "_batch_scores",
+    scoring,
+    "_batch_scores",
     jax.jit(lambda *args: inner(*args), static_argnums=0),
-  )  # fmt: skip
+  )
   found = scoring.log_likelihoods(model, requests, **SHAPE)
   np.testing.assert_allclose(values(found), values(expected), rtol=2e-5)
 

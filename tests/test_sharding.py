@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gemma_funnel.mesh import AXES, WIDTH
-from gemma_funnel.training import pretrain, sharding, start
+from gemma_funnel.parallel import sharding
+from gemma_funnel.parallel.mesh import AXES, WIDTH
+from gemma_funnel.training import pretrain, start
 from gemma_funnel.training.optimizer import path_of
 from gemma_funnel.training.step import make_train_step
 
@@ -65,9 +66,12 @@ def _steps(setup, count=2):
   with jax.set_mesh(setup.mesh):
     init, abstract = start.make_init(setup)
     step = make_train_step(
-      pretrain.make_loss(setup), setup.optimizer, abstract, setup.mesh,
+      pretrain.make_loss(setup),
+      setup.optimizer,
+      abstract,
+      setup.mesh,
       setup.config,
-    )  # fmt: skip
+    )
     weights, opt_state = init(0)
     before = jax.device_get(weights["params"])
     every = []
@@ -141,9 +145,11 @@ def test_parameters_and_moments_are_split():
 def test_what_a_funnel_learns_takes_the_same_step_on_any_mesh():
   # Steps in proportion to gradients: those of what starts as zero are small.
   changes = {
-      "funnel": LEARNED, "optimizer.eps": 1.0, "optimizer.clip_norm": 9.0,
-      "optimizer.learning_rate": 1.0,
-  }  # fmt: skip
+    "funnel": LEARNED,
+    "optimizer.eps": 1.0,
+    "optimizer.clip_norm": 9.0,
+    "optimizer.learning_rate": 1.0,
+  }
   setup = _setup(MESHES[0], **changes)
   whole = _setup({}, jax.devices()[:1], **changes)
   (params, before, _), (expected, _, _) = _steps(setup), _steps(whole)
@@ -210,14 +216,19 @@ def _init(changes, **mesh):
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [
-        dict(data=3), dict(data=4), dict(data=16), dict(data=-1, fsdp=3),
-        dict(data=-1, fsdp=-1), dict(data=0), dict(data=-2),
-        dict(data=-1, tensor=0),
-    ],
-    ids=str,
-)  # fmt: skip
+  "sizes",
+  [
+    dict(data=3),
+    dict(data=4),
+    dict(data=16),
+    dict(data=-1, fsdp=3),
+    dict(data=-1, fsdp=-1),
+    dict(data=0),
+    dict(data=-2),
+    dict(data=-1, tensor=0),
+  ],
+  ids=str,
+)
 def test_meshes_that_cannot_be(sizes):
   with pytest.raises(ValueError, match="mesh {'slice': "):
     _mesh(**sizes)
@@ -242,4 +253,4 @@ def test_one_device_holds_the_whole_model(on_one_device):
 
 def _abstract():
   setup = _setup(dict(data=8))
-  return pretrain.Gemma.abstract(setup.model_config, setup.stages)
+  return pretrain.Transformer.abstract(setup.model_config, setup.stages)

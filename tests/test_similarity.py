@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_funnel.config import GemmaConfig
-from gemma_funnel.evaluation import similarity
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.layers import make_look, rope_angles
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.stream import make_stream
+from gemma_funnel.study import layer_similarity
 
 # The window is shorter than a row.
-CONFIG = GemmaConfig.preset(
+CONFIG = TransformerConfig.preset(
   "tiny", num_layers=3, window=6, scan_layers=False, kernel="reference"
 )
 NESTED = "start=1,stop=3,pool=every,recover=add+start=2,stop=3,stride=3"
@@ -25,7 +25,7 @@ NESTED = "start=1,stop=3,pool=every,recover=add+start=2,stop=3,stride=3"
 
 @pytest.fixture(scope="module")
 def model():
-  return stirred(Gemma(CONFIG, rngs=nnx.Rngs(0)))
+  return stirred(Transformer(CONFIG, rngs=nnx.Rngs(0)))
 
 
 def _tokens(length=13):
@@ -39,7 +39,7 @@ def _segments(length=13):
 
 
 def _by_depth(model, funnel, causal=True, **kwargs):
-  return similarity.by_depth(
+  return layer_similarity.by_depth(
     model, funnel, _tokens(), _segments(), causal=causal, **kwargs
   )
 
@@ -48,7 +48,7 @@ def _by_depth(model, funnel, causal=True, **kwargs):
 def _states_of(graphdef, params):
   model = nnx.merge(graphdef, params)
   segment_BT = jnp.ones((2, 13), jnp.int32)
-  states = similarity.states(model, _tokens(), segment_BT, True)
+  states = layer_similarity.states(model, _tokens(), segment_BT, True)
   return states, model.final_norm(states[-1])
 
 
@@ -74,9 +74,11 @@ def test_what_is_before_the_stage_is_the_same(model):
   rows = _by_depth(model, "start=1,stop=2,stride=3", causal=False)
   shown = [(r["layer"], r["at"], r["short"]) for r in rows]
   assert shown == [
-      (0, "layer", False), (1, "layer", True), (1, "recovery", False),
-      (2, "layer", False),
-  ]  # fmt: skip
+    (0, "layer", False),
+    (1, "layer", True),
+    (1, "recovery", False),
+    (2, "layer", False),
+  ]
   assert (rows[0]["cosine"], rows[0]["error"]) == (1, 0)
   assert all(0.1 < r["cosine"] < 0.99 for r in rows[1:])
 
@@ -122,7 +124,7 @@ def test_one_stage_by_hand(model):
     )
     for other in (read, recovered)
   ]
-  rows = similarity.by_depth(
+  rows = layer_similarity.by_depth(
     model, "start=1,stop=2,stride=2,pool=mean", tokens, causal=False
   )
   assert [r["cosine"] for r in rows[1:3]] == pytest.approx(want, abs=1e-5)
@@ -133,12 +135,13 @@ def test_one_stage_by_hand(model):
 
 
 @pytest.mark.parametrize(
-    "funnel",
-    [
-        NESTED, "start=0,stop=2,pool_query_only=true",
-        "start=1,pool=every,recover=none",
-    ],
-)  # fmt: skip
+  "funnel",
+  [
+    NESTED,
+    "start=0,stop=2,pool_query_only=true",
+    "start=1,pool=every,recover=none",
+  ],
+)
 def test_the_last_states_are_what_encode_norms(model, funnel):
   model = model.with_funnel(funnel)
   got = np.asarray(_states_of(*nnx.split(model))[1])
@@ -161,13 +164,16 @@ def test_nested_stages_are_read_through_both(model):
   assert np.abs(inner[:, 0] - inner[:, 6]).max() > 0.01
   rows = _by_depth(model, NESTED)
   assert [(r["layer"], r["at"], r["short"]) for r in rows] == [
-      (0, "layer", False), (1, "layer", True), (2, "layer", True),
-      (2, "recovery", True), (2, "recovery", False),
-  ]  # fmt: skip
+    (0, "layer", False),
+    (1, "layer", True),
+    (2, "layer", True),
+    (2, "recovery", True),
+    (2, "recovery", False),
+  ]
 
 
 def test_padding_does_not_count(model):
-  rows = lambda tokens, segments: similarity.by_depth(
+  rows = lambda tokens, segments: layer_similarity.by_depth(
     model, "start=1", tokens, segments, causal=True
   )
   spoiled = _tokens()
@@ -186,7 +192,7 @@ def test_padding_does_not_count(model):
 
 
 def test_two_models(model):
-  other = Gemma(CONFIG, rngs=nnx.Rngs(7))
+  other = Transformer(CONFIG, rngs=nnx.Rngs(7))
   same = _by_depth(model, "start=1")
   assert _by_depth(model, "start=1", funnelled=model) == same
   rows = _by_depth(model, "start=1", funnelled=other)
@@ -203,15 +209,15 @@ def test_two_models(model):
 def test_what_cannot_be_compared(model):
   wide = dataclasses.replace(CONFIG, num_layers=2)
   with pytest.raises(ValueError, match="num_layers is 3 without.* 2 with it"):
-    _by_depth(model, "off", funnelled=Gemma.abstract(wide))
+    _by_depth(model, "off", funnelled=Transformer.abstract(wide))
   with pytest.raises(ValueError, match="0 everywhere"):
-    similarity.by_depth(
+    layer_similarity.by_depth(
       model, "off", _tokens(), np.zeros((2, 13), np.int32), causal=True
     )
   with pytest.raises(ValueError, match="funnel.stop=9"):
     _by_depth(model, "start=1,stop=9")
   with pytest.raises(ValueError, match="vocab_size"):
-    similarity.by_depth(model, "off", _tokens() + 10_000, causal=True)
+    layer_similarity.by_depth(model, "off", _tokens() + 10_000, causal=True)
   graphdef, params = nnx.split(model)
   spoiled = nnx.merge(graphdef, jax.tree.map(lambda p: p * np.nan, params))
   with pytest.raises(ValueError, match="layer 0 are not finite"):

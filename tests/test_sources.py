@@ -59,11 +59,18 @@ class TestStdlib:
 
   def test_what_is_left_out(self, tmp_path):
     for path in [
-        "a.py", "pkg/b.py", "pkg/test/c.py", "tests/d.py",
-        "idlelib/idle_test/e.py", "lib2to3/tests/f.py", "lib2to3/main.py",
-        "site-packages/g.py", "dist-packages/h.py", "__pycache__/i.py",
-        "notes.txt",
-    ]:  # fmt: skip
+      "a.py",
+      "pkg/b.py",
+      "pkg/test/c.py",
+      "tests/d.py",
+      "idlelib/idle_test/e.py",
+      "lib2to3/tests/f.py",
+      "lib2to3/main.py",
+      "site-packages/g.py",
+      "dist-packages/h.py",
+      "__pycache__/i.py",
+      "notes.txt",
+    ]:
       (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
       (tmp_path / path).write_bytes(b"x = 1\r\n")
     (tmp_path / "empty.py").write_bytes(b"")
@@ -240,8 +247,11 @@ class TestReadOnDemand:
     everything = list(found)
     # Texts that are empty keep their number.
     assert [d.key for d in everything[30:34]] == [
-      "a.jsonl:38", "a.jsonl:39", "b.jsonl:1", "b.jsonl:2"
-    ]  # fmt: skip
+      "a.jsonl:38",
+      "a.jsonl:39",
+      "b.jsonl:1",
+      "b.jsonl:2",
+    ]
     assert [d.text for d in everything[:32]] == [t for t in TEXTS if t]
     for i in (-1, -67, 66, np.int64(31), 32):
       assert found[i] == everything[i]

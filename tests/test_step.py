@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gemma_funnel.training import pretrain, sharding, start
+from gemma_funnel.parallel import sharding
+from gemma_funnel.training import pretrain, start
 from gemma_funnel.training.step import make_train_step
 
 EXACT = {
@@ -41,16 +42,22 @@ def _step(setup, batch, loss=None, given=None):
   with jax.set_mesh(setup.mesh):
     init, abstract = start.make_init(setup)
     step = make_train_step(
-      loss or pretrain.make_loss(setup), setup.optimizer, abstract, setup.mesh,
+      loss or pretrain.make_loss(setup),
+      setup.optimizer,
+      abstract,
+      setup.mesh,
       setup.config,
-    )  # fmt: skip
+    )
     state = given or init(0)
     return jax.device_get(
       step(
-        setup.stages, *state, None, sharding.put_batch(batch, setup.mesh),
+        setup.stages,
+        *state,
+        None,
+        sharding.put_batch(batch, setup.mesh),
         jax.random.key(0),
       )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
@@ -121,9 +128,12 @@ def test_gradients_of_what_is_frozen_are_not_made():
     with jax.set_mesh(setup.mesh):
       abstract = start.make_init(setup)[1]
       step = make_train_step(
-        pretrain.make_loss(setup), setup.optimizer, abstract, setup.mesh,
+        pretrain.make_loss(setup),
+        setup.optimizer,
+        abstract,
+        setup.mesh,
         setup.config,
-      )  # fmt: skip
+      )
       args = (*abstract, {}, _batch(), jax.random.key(0))
       compiled = step.lower(setup.stages, *args).compile()
     return compiled.cost_analysis()["flops"]

@@ -7,11 +7,11 @@ from matplotlib.backends import backend_agg
 import pytest
 from test_study import _funnel, _row, make_rows
 
-from gemma_funnel.evaluation import study, study_plots
+from gemma_funnel.study import analysis, plots
 
 
 def _drawn(rows):
-  drawn = study_plots.draw(study.organise(rows))
+  drawn = plots.draw(analysis.organise(rows))
   return {name: (figure, caption, alt) for name, figure, caption, alt in drawn}
 
 
@@ -53,10 +53,10 @@ def test_nothing_is_drawn_of_nothing():
 
 def test_pareto():
   points = [(0, 0.9), (10, 0.8), (10, 0.7), (20, 0.85), (30, 0.1)]
-  assert study_plots.pareto(points, True) == [(0, 0.9), (20, 0.85), (30, 0.1)]
-  assert study_plots.pareto(points, False) == [(30, 0.1)]
+  assert plots.pareto(points, True) == [(0, 0.9), (20, 0.85), (30, 0.1)]
+  assert plots.pareto(points, False) == [(30, 0.1)]
   # A tie saves more or is dominated.
-  assert study_plots.pareto([(0, 0.5), (10, 0.5)], True) == [(10, 0.5)]
+  assert plots.pareto([(0, 0.5), (10, 0.5)], True) == [(10, 0.5)]
 
 
 def test_pareto_against_its_definition():
@@ -72,7 +72,7 @@ def test_pareto_against_its_definition():
         for q in points  # noqa: B023
       )
       want = sorted(p for p in set(points) if not beaten(p))
-      assert study_plots.pareto(points, sign == 1) == want
+      assert plots.pareto(points, sign == 1) == want
 
 
 def test_the_front_and_the_baseline_are_where_they_should_be(drawn):
@@ -172,5 +172,5 @@ def test_no_text_lies_on_other_text(long):
 
 
 def test_a_png(drawn):
-  data = study_plots.png(drawn["depth.png"][0])
+  data = plots.png(drawn["depth.png"][0])
   assert data.startswith(b"\x89PNG\r\n\x1a\n")

@@ -22,8 +22,9 @@ class TestTsv:
     content = 'a\tb\n"x\t1\n\ny\u0085\u2028z\t"2"\n\n'
     rows = tables.read_rows(_write(tmp_path, "t.tsv", content), ["a"], True)
     assert _values(rows) == [
-      {"a": '"x', "b": "1"}, {"a": "y\u0085\u2028z", "b": '"2"'},
-    ]  # fmt: skip
+      {"a": '"x', "b": "1"},
+      {"a": "y\u0085\u2028z", "b": '"2"'},
+    ]
     assert [row.place[-6:] for row in rows] == ["line 2", "line 4"]
 
   def test_windows_line_ends_and_byte_order_mark(self, tmp_path):
@@ -50,9 +51,7 @@ class TestCsv:
   def test_quotes_and_line_numbers(self, tmp_path):
     content = 'a,b\r\n"x, ""y""\nz",1\r\n\r\nw,2\r\n'
     rows = tables.read_rows(_write(tmp_path, "t.csv", content), ["a"], True)
-    assert _values(rows) == [
-      {"a": 'x, "y"\nz', "b": "1"}, {"a": "w", "b": "2"},
-    ]  # fmt: skip
+    assert _values(rows) == [{"a": 'x, "y"\nz', "b": "1"}, {"a": "w", "b": "2"}]
     assert [row.place[-6:] for row in rows] == ["line 2", "line 5"]
 
   def test_broken_quotes(self, tmp_path):

@@ -104,7 +104,7 @@ def test_names_and_metrics(tmp_path):
     ({"format": "conll"}, "text='text': format='conll' does not use it"),
     ({"format": "code_tags"}, "format='code_tags' does not use it"),
   ],
-)  # fmt: skip
+)
 def test_keys(tmp_path, keys, message):
   with pytest.raises(ValueError, match=message):
     tasks.load(_config(tmp_path, **keys))

@@ -60,9 +60,10 @@ def data_dir(tmp_path_factory):
   """GLUE's names and columns, with texts of our own."""
   root = tmp_path_factory.mktemp("tfds")
   sst2 = {
-    "train": _sentences(20), "validation": _sentences(6, 100),
+    "train": _sentences(20),
+    "validation": _sentences(6, 100),
     "test": _sentences(3, 200, -1),
-  }  # fmt: skip
+  }
   _prepare(root, "glue/sst2", {"sentence": _TEXT, "label": _CLASS}, sst2)
   pairs = [
     {"sentence1": f"a {i}", "sentence2": f"b {i}", "label": i / 2}
@@ -75,13 +76,20 @@ def data_dir(tmp_path_factory):
   names = ["entailment", "neutral", "contradiction"]
   rows = [{"premise": "p", "hypothesis": "", "label": i % 3} for i in range(9)]
   features = {
-    "premise": _TEXT, "hypothesis": _TEXT,
+    "premise": _TEXT,
+    "hypothesis": _TEXT,
     "label": tfds.features.ClassLabel(names=names),
-  }  # fmt: skip
-  _prepare(root, "glue/mnli", features, {
-      "train": rows, "validation_matched": rows[:3],
+  }
+  _prepare(
+    root,
+    "glue/mnli",
+    features,
+    {
+      "train": rows,
+      "validation_matched": rows[:3],
       "validation_mismatched": rows[:5],
-  })  # fmt: skip
+    },
+  )
   features = {
     "tokens": tfds.features.Sequence(_TEXT),
     "ner": tfds.features.Sequence(
@@ -127,10 +135,16 @@ class TestGlue:
   def test_all_nine(self):
     glue = {k.split("/")[1]: v for k, v in reader.KNOWN.items() if "/" in k}
     assert {name: known.metrics[0] for name, known in glue.items()} == {
-      "cola": "matthews", "sst2": "accuracy", "mrpc": "f1", "qqp": "f1",
-      "stsb": "pearson", "mnli": "accuracy", "qnli": "accuracy",
-      "rte": "accuracy", "wnli": "accuracy",
-    }  # fmt: skip
+      "cola": "matthews",
+      "sst2": "accuracy",
+      "mrpc": "f1",
+      "qqp": "f1",
+      "stsb": "pearson",
+      "mnli": "accuracy",
+      "qnli": "accuracy",
+      "rte": "accuracy",
+      "wnli": "accuracy",
+    }
 
   def test_columns_are_those_tfds_has(self):
     """The builders that TFDS comes with name the same columns."""
@@ -228,8 +242,9 @@ def test_without_tensorflow(data_dir, tmp_path):
   found = subprocess.run(
     [sys.executable, "-c", program, str(data_dir)],
     env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-    capture_output=True, text=True,
-  )  # fmt: skip
+    capture_output=True,
+    text=True,
+  )
   assert found.stdout == "6 False\n", found.stderr
 
 

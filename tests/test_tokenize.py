@@ -41,9 +41,11 @@ def corpus(tmp_path_factory):
 def _config(folder, **changes):
   config = tiny_run.load_config("tokenize")
   config.update(
-      source=f"{folder}/*.jsonl", tokenizer=f"{folder}/given.model",
-      out=f"{folder}/ids", shards=4,
-  )  # fmt: skip
+    source=f"{folder}/*.jsonl",
+    tokenizer=f"{folder}/given.model",
+    out=f"{folder}/ids",
+    shards=4,
+  )
   config.update(changes)
   return config
 
@@ -51,9 +53,10 @@ def _config(folder, **changes):
 def _data(folder, **changes):
   cfg = pipeline.default_config()
   cfg.update(
-      source=f"{folder}/ids", tokenizer=f"{folder}/ids/tokenizer.model",
-      heldout_fraction=0.2,
-  )  # fmt: skip
+    source=f"{folder}/ids",
+    tokenizer=f"{folder}/ids/tokenizer.model",
+    heldout_fraction=0.2,
+  )
   cfg.update(changes)
   return cfg
 
@@ -127,8 +130,9 @@ class TestReading:
     }
     found = pipeline.load_corpus(cfg, 300, tmp_path)
     assert {type(d).__name__ for d in found.train} == {
-      "Document", "TokenizedDocument"
-    }  # fmt: skip
+      "Document",
+      "TokenizedDocument",
+    }
     _batches(found, 3)
     cfg.tokenizer = f"{corpus}/given.model"  # The same content.
     pipeline.load_corpus(cfg, 300, tmp_path)
@@ -140,8 +144,10 @@ class TestWhatIsWritten:
     tokenizer = tokenizer_lib.Tokenizer.load(corpus / "given.model")
     texts = [d.text for d in sources.load(f"{corpus}/*.jsonl")]
     assert metadata["tokenizer"] == {
-        "file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": 280
-    }  # fmt: skip
+      "file": "tokenizer.model",
+      "sha256": tokenizer.sha256,
+      "vocab_size": 280,
+    }
     assert metadata["documents"] == len(texts)
     assert metadata["tokens"] == sum(len(tokenizer.encode(t)) for t in texts)
     assert metadata["bytes"] == sum(len(t.encode()) for t in texts)
@@ -151,11 +157,14 @@ class TestWhatIsWritten:
     ).read_bytes()
     names = sorted(os.listdir(corpus / "ids"))
     shards = [f"tokens-0000{i}-of-00004" for i in range(4)]
-    assert names == sorted([
-        "metadata.json", "tokenizer.model",
+    assert names == sorted(
+      [
+        "metadata.json",
+        "tokenizer.model",
         *(f"{s}.array_record" for s in shards),
         *(f"{s}.digests.npy" for s in shards),
-    ])  # fmt: skip
+      ]
+    )
 
   def test_ids_of_a_large_vocabulary(self):
     dtypes = [tokenized.dtype_for(n) for n in (65_536, 65_537)]
@@ -326,8 +335,11 @@ class TestErrors:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     for num_workers in (0, 1):
       config = _config(
-          corpus, source=f"{tmp_path}/a.jsonl", out=str(tmp_path / "ids"),
-          shards=1, num_workers=num_workers,
-      )  # fmt: skip
+        corpus,
+        source=f"{tmp_path}/a.jsonl",
+        out=str(tmp_path / "ids"),
+        shards=1,
+        num_workers=num_workers,
+      )
       with pytest.raises(ValueError, match="a.jsonl, line 2: the value of"):
         tokenize.tokenize(config)

@@ -185,9 +185,12 @@ def test_other_special_ids(tmp_path):
   path = tmp_path / "llama.model"
   with open(path, "wb") as f:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([d.text for d in _documents()]),
-        model_writer=f, vocab_size=60, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+      sentence_iterator=iter([d.text for d in _documents()]),
+      model_writer=f,
+      vocab_size=60,
+      hard_vocab_limit=False,
+      minloglevel=2,
+    )
   with pytest.raises(ValueError, match="llama.model: .*'bos': 1.*Gemma's"):
     tokenizer_lib.Tokenizer.load(path)
 
@@ -266,20 +269,37 @@ def _rename_pieces(source, path):
 def _train_with_symbols(path):
   with open(path, "wb") as f:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([d.text for d in _documents()]),
-        model_writer=f, vocab_size=VOCAB + 10, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, split_digits=True,
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3,
-        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
-        unk_piece="<unk>",
-        user_defined_symbols=[
-            "<mask>", "<unused0>", "<start_of_turn>", "<end_of_turn>",
-            "\n\n", "\n\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "<b>",
-        ],
-        minloglevel=2,
-    )  # fmt: skip
+      sentence_iterator=iter([d.text for d in _documents()]),
+      model_writer=f,
+      vocab_size=VOCAB + 10,
+      model_type="bpe",
+      byte_fallback=True,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      split_digits=True,
+      pad_id=0,
+      eos_id=1,
+      bos_id=2,
+      unk_id=3,
+      pad_piece="<pad>",
+      eos_piece="<eos>",
+      bos_piece="<bos>",
+      unk_piece="<unk>",
+      user_defined_symbols=[
+        "<mask>",
+        "<unused0>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "\n\n",
+        "\n\n\n",
+        "\u2581\u2581",
+        "\u2581\u2581\u2581",
+        "<b>",
+      ],
+      minloglevel=2,
+    )
 
 
 class TestHuggingFace:
@@ -408,9 +428,13 @@ class TestHuggingFace:
         direction="Right", max_length=2, strategy="LongestFirst", stride=0
       )
       content["padding"] = dict(
-        strategy={"Fixed": 50}, direction="Right", pad_to_multiple_of=None,
-        pad_id=0, pad_type_id=0, pad_token="<pad>",
-      )  # fmt: skip
+        strategy={"Fixed": 50},
+        direction="Right",
+        pad_to_multiple_of=None,
+        pad_id=0,
+        pad_type_id=0,
+        pad_token="<pad>",
+      )
 
     text = "return x + 12"
     assert tokenizer_lib.Tokenizer.load(write(change)).encode(

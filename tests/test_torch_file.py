@@ -102,9 +102,13 @@ def tensor(
 ):
   stored = storage(**keywords) if stored is None else stored
   arguments = (
-    stored + number(offset) + numbers(shape) + numbers(strides)
-    + b"\x89ccollections\nOrderedDict\n)R" + more
-  )  # fmt: skip
+    stored
+    + number(offset)
+    + numbers(shape)
+    + numbers(strides)
+    + b"\x89ccollections\nOrderedDict\n)R"
+    + more
+  )
   return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
 
 
@@ -282,10 +286,19 @@ def test_what_is_not_plain_is_refused(tmp_path):
 # Reading parts.
 
 INDICES = [
-  (), (0,), (-1,), (slice(2, 5),), (slice(None), 3), (slice(1, 9, 3),),
-  (slice(4, 4),), (2, slice(1, 3)), (slice(None, None, -2), slice(0, 2)),
-  (slice(0, 3), slice(None), slice(1, 2)), (1, 2, 3), (np.int64(1),),
-]  # fmt: skip
+  (),
+  (0,),
+  (-1,),
+  (slice(2, 5),),
+  (slice(None), 3),
+  (slice(1, 9, 3),),
+  (slice(4, 4),),
+  (2, slice(1, 3)),
+  (slice(None, None, -2), slice(0, 2)),
+  (slice(0, 3), slice(None), slice(1, 2)),
+  (1, 2, 3),
+  (np.int64(1),),
+]
 
 
 @pytest.mark.parametrize("index", INDICES)
@@ -312,10 +325,15 @@ def test_a_part_reads_only_its_bytes(tmp_path, monkeypatch):
   assert sum(count) < 2000
   overhead = 64
   for index, elements in [
-    ((3,), 100), ((slice(5, 9),), 400), ((0, 7), 1), ((0, slice(3, 9)), 6),
-    ((slice(0, 0),), 0), ((slice(0, 20, 10),), 1100), ((), 100_000),
+    ((3,), 100),
+    ((slice(5, 9),), 400),
+    ((0, 7), 1),
+    ((0, slice(3, 9)), 6),
+    ((slice(0, 0),), 0),
+    ((slice(0, 20, 10),), 1100),
+    ((), 100_000),
     ((slice(0, 3), 1), 201),
-  ]:  # fmt: skip
+  ]:
     count.clear()
     file.read("w", index)
     assert elements * 4 <= sum(count) <= elements * 4 + overhead
@@ -462,9 +480,11 @@ def test_legacy_and_torchscript_are_named(tmp_path):
   path = tmp_path / "a.bin"
   for protocol in (2, 3, 4):
     torch.save(
-      {"w": torch.ones(2)}, path, pickle_protocol=protocol,
+      {"w": torch.ones(2)},
+      path,
+      pickle_protocol=protocol,
       _use_new_zipfile_serialization=False,
-    )  # fmt: skip
+    )
     assert is_torch_file(path)
     refused(path, "before torch 1.6")
 
@@ -614,10 +634,7 @@ def test_no_code_is_run(tmp_path):
     (b"}" + b")" + b"q\x00h\x00\x86" * 99 + b"Ns.", "no names"),
     (b")" + b"q\x00h\x00\x86" * 99 + b".", "holds a tuple"),
     (b"}" + b"Vx\n" + b")" + b"q\x00h\x00\x86" * 99 + b"s.", "instruction"),
-    (
-      b"}" + text("w") + b")" + b"q\x00h\x00\x86" * 99 + b"s.",
-      "'w', a tuple",
-    ),
+    (b"}" + text("w") + b")" + b"q\x00h\x00\x86" * 99 + b"s.", "'w', a tuple"),
     (b"(" * 100_000 + b".", "damaged"),
     (b"]" * 100_000 + b"a" * 99_999 + b".", "holds a list"),
     (b")" + b"\x85" * 300_000 + b".", "holds a tuple"),
@@ -698,10 +715,15 @@ def test_a_tensor_lies_within_its_storage(tmp_path, value, word):
 @pytest.mark.parametrize(
   "shape, strides, offset",
   [
-    ((1, 4), (HUGE, 1), 8), ((0, 3), (HUGE, HUGE), 12), ((4, 0), (0, 0), 0),
-    ((), (), 11), ((3, 4), (4, 1), 0), ((4, 3), (1, 4), 0), ((1,), (0,), 11),
+    ((1, 4), (HUGE, 1), 8),
+    ((0, 3), (HUGE, HUGE), 12),
+    ((4, 0), (0, 0), 0),
+    ((), (), 11),
+    ((3, 4), (4, 1), 0),
+    ((4, 3), (1, 4), 0),
+    ((1,), (0,), 11),
   ],
-)  # fmt: skip
+)
 def test_strides(tmp_path, shape, strides, offset):
   path = archive(tmp_path / "a.bin", state_dict(tensor(shape, strides, offset)))
   base = np.arange(12, dtype=np.float32)
@@ -725,11 +747,14 @@ def test_the_state_dict_may_be_wrapped(tmp_path):
     (b"}" + wrapped("state_dict", inner), ["w"]),
     (b"}" + wrapped("model_state_dict", inner), ["w"]),
     (
-      b"}" + wrapped("optimizer", b"]") + wrapped("state_dict", other)
-      + wrapped("model_state_dict", inner), ["w"],
+      b"}"
+      + wrapped("optimizer", b"]")
+      + wrapped("state_dict", other)
+      + wrapped("model_state_dict", inner),
+      ["w"],
     ),
     (b"}" + wrapped("state_dict", tensor()), ["state_dict"]),
-  ]:  # fmt: skip
+  ]:
     assert list(TorchFile(archive(path, code + b".")).tensors) == names
   refused(archive(path, b"}" + wrapped("model", inner) + b"."), "'model', a")
 

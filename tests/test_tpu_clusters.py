@@ -16,18 +16,35 @@ def fakes(tmp_path):
 
 def test_the_workload_of_gke(fakes):
   done = fakes.script(
-      "gke.sh", "launch", *GKE, "--topology=v5p:2x2x2", "--slices=2",
-      "--image=i", "--restarts=7", "--grace=90", "--", *NASTY,
-  )  # fmt: skip
+    "gke.sh",
+    "launch",
+    *GKE,
+    "--topology=v5p:2x2x2",
+    "--slices=2",
+    "--image=i",
+    "--restarts=7",
+    "--grace=90",
+    "--",
+    *NASTY,
+  )
   assert done.returncode == 0, done.stderr
   (call,) = fakes.calls()
   command = call.pop().removeprefix("--command=")
   assert call == [
-      "xpk", "workload", "create", "--workload=run1", "--cluster=c1",
-      "--project=p", "--zone=us-east5-a", "--tpu-type=v5p-16",
-      "--num-slices=2", "--docker-image=i", "--max-restarts=7",
-      "--restart-on-exit-codes=1,75", "--termination-grace-period-seconds=90",
-  ]  # fmt: skip
+    "xpk",
+    "workload",
+    "create",
+    "--workload=run1",
+    "--cluster=c1",
+    "--project=p",
+    "--zone=us-east5-a",
+    "--tpu-type=v5p-16",
+    "--num-slices=2",
+    "--docker-image=i",
+    "--max-restarts=7",
+    "--restart-on-exit-codes=1,75",
+    "--termination-grace-period-seconds=90",
+  ]
   shell = 'exec() { printf "%s\\0" "$@"; }; '
   got = fakes.run("bash", "-c", shell + command).stdout.split("\0")[:-1]
   assert got == ["bash", "tpu/host.sh", "pod", "--", *NASTY]
@@ -36,9 +53,8 @@ def test_the_workload_of_gke(fakes):
 @pytest.mark.parametrize("argument", ["a\nb", "a$(b)"])
 def test_what_a_workload_cannot_carry(argument, fakes):
   done = fakes.script(
-      "gke.sh", "launch", *GKE, "--topology=v5e:2x4", "--image=i", "--",
-      argument,
-  )  # fmt: skip
+    "gke.sh", "launch", *GKE, "--topology=v5e:2x4", "--image=i", "--", argument
+  )
   assert done.returncode == 2
   assert "XPK cannot carry a line break or $(" in done.stderr
 
@@ -75,17 +91,31 @@ def test_the_batch_script_asks_for_a_task_a_gpu(slurm):
   script = slurm.submit("--cpus-per-task=16", "--sbatch-flag=--partition=gpu")
   flags = [x for x in script.splitlines() if x.startswith("#SBATCH ")]
   assert [flag.removeprefix("#SBATCH ") for flag in flags] == [
-    "--job-name=run1", "--nodes=2", "--gpus-per-node=4",
-    "--ntasks-per-node=4", "--time=60", "--signal=B:TERM@120", "--requeue",
-    "--open-mode=append", f"--output={slurm.log}", "--cpus-per-task=16",
+    "--job-name=run1",
+    "--nodes=2",
+    "--gpus-per-node=4",
+    "--ntasks-per-node=4",
+    "--time=60",
+    "--signal=B:TERM@120",
+    "--requeue",
+    "--open-mode=append",
+    f"--output={slurm.log}",
+    "--cpus-per-task=16",
     "--partition=gpu",
-  ]  # fmt: skip
+  ]
   assert slurm.attempt(FINISH) == (0, False)
   (srun,) = slurm.calls()
   assert srun == [
-      "srun", "--kill-on-bad-exit=1", "--label", "--cpus-per-task=16",
-      "/bin/sh", "-u", "train.py", *TRAIN, *NASTY,
-  ]  # fmt: skip
+    "srun",
+    "--kill-on-bad-exit=1",
+    "--label",
+    "--cpus-per-task=16",
+    "/bin/sh",
+    "-u",
+    "train.py",
+    *TRAIN,
+    *NASTY,
+  ]
 
 
 def test_the_time_limit_saves_and_requeues(slurm):
@@ -143,9 +173,13 @@ def test_stop_does_not_requeue_until_the_next_submit(slurm):
 def test_stop_of_a_job_that_waits(slurm):
   slurm.play(squeue=["echo 17 PENDING", "echo 17 COMPLETING"])
   done = slurm.script(
-      "slurm.sh", "stop", "--name=run1", f"--dir={slurm.folder}", "--poll=0",
-      "--grace=0",
-  )  # fmt: skip
+    "slurm.sh",
+    "stop",
+    "--name=run1",
+    f"--dir={slurm.folder}",
+    "--poll=0",
+    "--grace=0",
+  )
   assert slurm.calls()[1] == ["scancel", "17"]
   assert done.returncode == 1
   assert "still in the queue after 0 s: 17 COMPLETING" in done.stderr
@@ -154,9 +188,16 @@ def test_stop_of_a_job_that_waits(slurm):
 def test_submit_refuses_a_second_job_of_the_name(slurm):
   slurm.play(squeue=["echo 17 PENDING"])
   done = slurm.script(
-      "slurm.sh", "submit", "--name=run1", f"--dir={slurm.folder}",
-      "--gpus-per-node=1", "--time=1", "--python=/bin/sh", "--", "x",
-  )  # fmt: skip
+    "slurm.sh",
+    "submit",
+    "--name=run1",
+    f"--dir={slurm.folder}",
+    "--gpus-per-node=1",
+    "--time=1",
+    "--python=/bin/sh",
+    "--",
+    "x",
+  )
   assert done.returncode == 1
   assert "run1 is in the queue: 17 PENDING" in done.stderr
   assert not (slurm.folder / "run1.sbatch").exists()

@@ -132,8 +132,11 @@ def test_check_compares_chips_and_counts_hosts(pod_host):
   done = pod_host("check", "64")
   assert done.returncode == 0, done.stderr
   assert done.stdout.split()[2:] == [
-    "checked", "process=3,devices=64", "of", "16"
-  ]  # fmt: skip
+    "checked",
+    "process=3,devices=64",
+    "of",
+    "16",
+  ]
   # From now on a host knows how many there are.
   assert pod_host("status").stdout.split()[-1] == "16"
   wrong = pod_host("check", "128")
@@ -211,21 +214,26 @@ def test_the_launcher_and_the_hosts_understand_each_other(fakes):
   fakes.program("on_hosts", ON_HOSTS)
   fakes.program("hostname", '#!/bin/sh\necho "host-$HOST_NUMBER"\n')
   fakes.program("host_python", HOST_PYTHON)
-  fakes.program("uv", '#!/bin/sh\nmkdir -p "$5/bin"\n'
-                'cp "$FAKES/bin/host_python" "$5/bin/python"\n')  # fmt: skip
+  fakes.program(
+    "uv",
+    '#!/bin/sh\nmkdir -p "$5/bin"\n'
+    'cp "$FAKES/bin/host_python" "$5/bin/python"\n',
+  )
   fakes.program("python3", '#!/bin/sh\n[ "$2" != site ] || echo "$FAKES"\n')
   on_hosts = ['on_hosts "$@"']
   fakes.play(
-      **{kind: on_hosts for kind in ("status", "check", "start", "stop")},
-      host=on_hosts, ssh=on_hosts,
-      scp=[f'for i in 0 1; do cp "$5" {folder}/host-$i/gemma-funnel.tar.gz; '
-           "done"],
-  )  # fmt: skip
+    **{kind: on_hosts for kind in ("status", "check", "start", "stop")},
+    host=on_hosts,
+    ssh=on_hosts,
+    scp=[
+      f'for i in 0 1; do cp "$5" {folder}/host-$i/gemma-funnel.tar.gz; done'
+    ],
+  )
   for i in range(2):
     (folder / f"host-{i}").mkdir()
   done = queued(
-      fakes, "watch", *SLICE, "--poll=0.2", "--restarts=1", "--", *TRAIN, *NASTY
-  )  # fmt: skip
+    fakes, "watch", *SLICE, "--poll=0.2", "--restarts=1", "--", *TRAIN, *NASTY
+  )
   assert done.returncode == 0, done.stderr
   assert "installed on 2 hosts, 64 chips" in done.stderr
   assert "the run ended with status 75; again (1 of 1)" in done.stderr

@@ -52,7 +52,12 @@ PLAIN = {
   "gke.sh cluster": (*GKE[1:], "--topology=v6e:8x8", "--spot"),
   "gke.sh build": ("--image=i n",),
   "gke.sh launch": (
-      *GKE, "--topology=v5e:4x4", "--image=i", "--", *TRAIN, *NASTY,
+    *GKE,
+    "--topology=v5e:4x4",
+    "--image=i",
+    "--",
+    *TRAIN,
+    *NASTY,
   ),
   "gke.sh watch": GKE,
   "gke.sh status": GKE,
@@ -61,12 +66,19 @@ PLAIN = {
   "gke.sh delete": GKE,
   "gke.sh delete-cluster": GKE[1:],
   "slurm.sh submit": (
-      *SLURM, "--gpus-per-node=8", "--time=1:00:00", "--python=/bin/sh",
-      "--dir=jobs", "--sbatch-flag=--partition=gpu", "--", *TRAIN, *NASTY,
+    *SLURM,
+    "--gpus-per-node=8",
+    "--time=1:00:00",
+    "--python=/bin/sh",
+    "--dir=jobs",
+    "--sbatch-flag=--partition=gpu",
+    "--",
+    *TRAIN,
+    *NASTY,
   ),
   "slurm.sh status": SLURM,
   "slurm.sh stop": (*SLURM, "--dir=jobs", "--poll=0"),
-}  # fmt: skip
+}
 # The plain course of events, where it is not what the fakes say anyway.
 COURSE = {
   "queued.sh create": dict(describe=[NOT_FOUND, "echo ACTIVE"]),
@@ -126,29 +138,46 @@ def test_a_dry_run_needs_no_tools(fakes):
   ("flags", "expected"),
   [
     (
-        ["--topology=v5p:4x4x4"],
-        ["--accelerator-type=v5p-128", "--runtime-version=v2-alpha-tpuv5",
-         "--node-id=run1"],
+      ["--topology=v5p:4x4x4"],
+      [
+        "--accelerator-type=v5p-128",
+        "--runtime-version=v2-alpha-tpuv5",
+        "--node-id=run1",
+      ],
     ),
     (
-        ["--topology=v5e:16x16", "--spot"],
-        ["--accelerator-type=v5litepod-256",
-         "--runtime-version=v2-alpha-tpuv5-lite", "--node-id=run1", "--spot"],
+      ["--topology=v5e:16x16", "--spot"],
+      [
+        "--accelerator-type=v5litepod-256",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+        "--node-id=run1",
+        "--spot",
+      ],
     ),
     (
-        ["--topology=v6e:2x4", "--slices=3", "--reserved",
-         "--service-account=a@b", "--create-flag=--internal-ips"],
-        ["--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e",
-         "--node-count=3", "--node-prefix=run1", "--reserved",
-         "--service-account=a@b", "--internal-ips"],
+      [
+        "--topology=v6e:2x4",
+        "--slices=3",
+        "--reserved",
+        "--service-account=a@b",
+        "--create-flag=--internal-ips",
+      ],
+      [
+        "--accelerator-type=v6e-8",
+        "--runtime-version=v2-alpha-tpuv6e",
+        "--node-count=3",
+        "--node-prefix=run1",
+        "--reserved",
+        "--service-account=a@b",
+        "--internal-ips",
+      ],
     ),
     (
-        ["--accelerator-type=v4-32", "--runtime-version=new"],
-        ["--accelerator-type=v4-32", "--runtime-version=new",
-         "--node-id=run1"],
+      ["--accelerator-type=v4-32", "--runtime-version=new"],
+      ["--accelerator-type=v4-32", "--runtime-version=new", "--node-id=run1"],
     ),
   ],
-)  # fmt: skip
+)
 def test_create_asks_for_the_slice(flags, expected, fakes):
   fakes.play(describe=[NOT_FOUND, "echo ACTIVE"])
   assert queued(fakes, "create", *QUEUED, *flags).returncode == 0
@@ -192,10 +221,15 @@ def test_install_copies_installs_and_checks_all_chips(fakes):
   assert fakes.verbs() == ["status", "tar", "scp", "ssh", "setup", "check"]
   archive = f"{fakes.folder}/gemma-funnel-run1.tar.gz"
   assert calls[2] == [
-      *gcloud("scp")[:5], archive, "run1:gemma-funnel.tar.gz",
-      "--project=p", "--zone=us-east5-a",
-      "--worker=all", "--node=all", "--batch-size=all",
-  ]  # fmt: skip
+    *gcloud("scp")[:5],
+    archive,
+    "run1:gemma-funnel.tar.gz",
+    "--project=p",
+    "--zone=us-east5-a",
+    "--worker=all",
+    "--node=all",
+    "--batch-size=all",
+  ]
   assert calls[3] == ssh(
     "rm -rf gemma-funnel && mkdir gemma-funnel &&"
     " tar -xzf gemma-funnel.tar.gz -C gemma-funnel"
@@ -304,8 +338,10 @@ def test_status_shows_each_host_in_order(fakes):
     ("queued.sh create {q} --topology=v5p", "GENERATION:SHAPE is needed"),
     ("queued.sh create {q} --topology=v9:2x2", "are v5e, v5p and v6e"),
     ("queued.sh create {q} --topology=v5e:3x3", "v5e has 1x1 2x2 2x4"),
-    ("queued.sh create {q} --topology=v5e:2x2 --accelerator-type=v4-8",
-     "not both"),
+    (
+      "queued.sh create {q} --topology=v5e:2x2 --accelerator-type=v4-8",
+      "not both",
+    ),
     ("queued.sh create {q} --accelerator-type=h100", "v4-N, v5p-N"),
     ("queued.sh create {q} --topology=v5e:2x2 --slices=0", "at least one"),
     ("queued.sh create {q} --topology=v5e:2x2 --slices=x", "a whole number"),
@@ -327,12 +363,17 @@ def test_status_shows_each_host_in_order(fakes):
     ("slurm.sh submit --name=a -- x", "no --gpus-per-node"),
     ("slurm.sh submit --name=a --gpus-per-node=8 -- x", "no --time"),
     ("slurm.sh submit --name=a --gpus-per-node=0 --time=1 -- x", "at least 1"),
-    ("slurm.sh submit --name=a --gpus-per-node=8 --time=1 --python=/no -- x",
-     "--python=/no: no such program"),
-    ("slurm.sh submit --name=a --gpus-per-node=8 --time=1 --python=/bin/sh"
-     " --sbatch-flag='--comment=a b' -- x", "without spaces, quotes"),
+    (
+      "slurm.sh submit --name=a --gpus-per-node=8 --time=1 --python=/no -- x",
+      "--python=/no: no such program",
+    ),
+    (
+      "slurm.sh submit --name=a --gpus-per-node=8 --time=1 --python=/bin/sh"
+      " --sbatch-flag='--comment=a b' -- x",
+      "without spaces, quotes",
+    ),
   ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(call, error, fakes):
   script, *words = shlex.split(call.format(q=" ".join(QUEUED)))
   done = fakes.script(script, *words)
@@ -428,7 +469,6 @@ def test_the_commands_of_the_guide_and_of_help_are_ones_that_there_are(fakes):
   for command in commands:
     script, subcommand, *words = shlex.split(command, comments=True)
     done = fakes.script(
-        script.removeprefix("tpu/"), subcommand, "--dry-run", *words,
-        **exported,
-    )  # fmt: skip
+      script.removeprefix("tpu/"), subcommand, "--dry-run", *words, **exported
+    )
     assert done.returncode == 0, f"{command}: {done.stderr}"

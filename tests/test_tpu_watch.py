@@ -1,15 +1,7 @@
 """queued.sh watch: preemptions, errors and ends, against a fake gcloud."""
 
 import pytest
-from tpu_fakes import (
-  NOT_FOUND,
-  SLICE,
-  TRAIN,
-  Fakes,
-  host,
-  queued,
-  ssh,
-)
+from tpu_fakes import NOT_FOUND, SLICE, TRAIN, Fakes, host, queued, ssh
 
 
 @pytest.fixture
@@ -36,10 +28,18 @@ def test_watch_makes_a_new_slice_after_a_preemption(fakes):
   done = watch(fakes, "--spot")
   assert done.returncode == 0, done.stderr
   assert fakes.verbs() == [
-      *ROUND, *ROUND,
-      "describe", "describe", "delete", "describe", "create",
-      "describe", *ROUND, *INSTALL, *ROUND,
-  ]  # fmt: skip
+    *ROUND,
+    *ROUND,
+    "describe",
+    "describe",
+    "delete",
+    "describe",
+    "create",
+    "describe",
+    *ROUND,
+    *INSTALL,
+    *ROUND,
+  ]
   assert "preempted" in done.stderr
   assert "--spot" in fakes.calls()[8]
   start = "bash gemma-funnel/tpu/host.sh start -- " + " ".join(TRAIN)
@@ -48,21 +48,35 @@ def test_watch_makes_a_new_slice_after_a_preemption(fakes):
 
 def test_watch_sees_a_preempted_node_of_an_active_request(fakes):
   fakes.play(
-      describe=["echo ACTIVE", "echo ACTIVE", NOT_FOUND, "echo ACTIVE"],
-      status=["exit 1", "exit 1", host("none", "-"), host("finished")],
-      nodes=["printf 'READY\\nREADY\\n'", "printf 'READY\\nPREEMPTED\\n'"],
-  )  # fmt: skip
+    describe=["echo ACTIVE", "echo ACTIVE", NOT_FOUND, "echo ACTIVE"],
+    status=["exit 1", "exit 1", host("none", "-"), host("finished")],
+    nodes=["printf 'READY\\nREADY\\n'", "printf 'READY\\nPREEMPTED\\n'"],
+  )
   done = watch(fakes)
   assert done.returncode == 0, done.stderr
   assert fakes.verbs() == [
-      *ROUND, "nodes", *ROUND, "nodes", "delete", "describe", "create",
-      *ROUND, "start", *ROUND,
-  ]  # fmt: skip
+    *ROUND,
+    "nodes",
+    *ROUND,
+    "nodes",
+    "delete",
+    "describe",
+    "create",
+    *ROUND,
+    "start",
+    *ROUND,
+  ]
   assert fakes.calls()[2] == [
-      "gcloud", "compute", "tpus", "tpu-vm", "list", "--project=p",
-      "--zone=us-east5-a", '--filter=queuedResource~"/run1$"',
-      "--format=value(state)",
-  ]  # fmt: skip
+    "gcloud",
+    "compute",
+    "tpus",
+    "tpu-vm",
+    "list",
+    "--project=p",
+    "--zone=us-east5-a",
+    '--filter=queuedResource~"/run1$"',
+    "--format=value(state)",
+  ]
 
 
 @pytest.mark.parametrize("code", [1, 75, "lost"])
@@ -71,9 +85,7 @@ def test_watch_starts_again_after_errors(code, fakes):
   fakes.play(status=[failed, failed, host("running"), host("finished")])
   done = watch(fakes, "--restarts=2")
   assert done.returncode == 0, done.stderr
-  assert fakes.verbs() == [
-    *ROUND, "start", *ROUND, "start", *ROUND, *ROUND
-  ]  # fmt: skip
+  assert fakes.verbs() == [*ROUND, "start", *ROUND, "start", *ROUND, *ROUND]
   assert f"status {code}; again (2 of 2)" in done.stderr
 
 
@@ -133,8 +145,14 @@ def test_watch_outlives_gcloud_and_a_failed_install(fakes):
   assert done.returncode == 0, done.stderr
   assert "install failed; again (1 of 10)" in done.stderr
   assert fakes.verbs() == [
-    "describe", *ROUND, "tar", "scp", *ROUND, *INSTALL, *ROUND
-  ]  # fmt: skip
+    "describe",
+    *ROUND,
+    "tar",
+    "scp",
+    *ROUND,
+    *INSTALL,
+    *ROUND,
+  ]
 
 
 def test_watch_does_not_ask_for_ever(fakes):

@@ -42,9 +42,11 @@ def test_a_table_of_steps(tmp_path):
   rows = evaluation.run(config)
   named = [(r["funnel"], r["loss_chunk"], r["remat"]) for r in rows]
   assert named == [
-      ("off", 8, "none"), (FUNNEL, 8, "none"), ("off", 0, "none"),
-      ("off", 8, "block"),
-  ]  # fmt: skip
+    ("off", 8, "none"),
+    (FUNNEL, 8, "none"),
+    ("off", 0, "none"),
+    ("off", 8, "block"),
+  ]
   model = pretrain.find_model(config.pretrain)
   for row, funnel in zip(rows, (None, FUNNEL, None, None), strict=True):
     assert row["flops"] == flops.train_step(model, funnel, 8, 32)

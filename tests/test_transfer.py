@@ -18,7 +18,7 @@ import tiny_run
 
 import gemma_funnel
 from gemma_funnel import convert
-from gemma_funnel.config import GemmaConfig, resolve_funnel
+from gemma_funnel.config import TransformerConfig, resolve_funnel
 from gemma_funnel.convert import __main__ as command
 from gemma_funnel.convert import layout, target, transfer, verify
 from gemma_funnel.convert.source import BLOCK_BYTES, open_checkpoint
@@ -56,7 +56,7 @@ def tokenizer_file(tmp_path_factory):
 @pytest.mark.parametrize("to", FORMATS)
 def test_plans_of_the_published_models(name, to):
   """Shapes, bytes, shards and blocks, without a weight."""
-  config = GemmaConfig.preset(name)
+  config = TransformerConfig.preset(name)
   plan = target.make_plan(to, config, (), BFLOAT16)
   # Google's embedding has 128 rows more.
   rows = 128 * config.embed_dim if to == "google" else 0
@@ -86,7 +86,9 @@ def test_plans_of_the_published_models(name, to):
 
 
 def test_the_shards_of_27b():
-  plan = target.make_plan("hf", GemmaConfig.preset("gemma2_27b"), (), BFLOAT16)
+  plan = target.make_plan(
+    "hf", TransformerConfig.preset("gemma2_27b"), (), BFLOAT16
+  )
   names = [file.name for file in plan.files]
   assert len(names) == 12 and names[3] == "model-00004-of-00012.safetensors"
   raw = json.loads(plan.texts["config.json"])
@@ -162,9 +164,10 @@ def _write_own(model, folder):
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(folder / "params", params)
   config = dict(
-      gemma_funnel="0", model=model.config.to_dict(),
-      funnel=gemma_funnel.config.format_funnel(model.stages),
-  )  # fmt: skip
+    gemma_funnel="0",
+    model=model.config.to_dict(),
+    funnel=gemma_funnel.config.format_funnel(model.stages),
+  )
   (folder / "config.json").write_text(json.dumps(config))
 
 

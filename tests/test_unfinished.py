@@ -10,12 +10,7 @@ import subprocess
 import sys
 import tempfile
 
-from made_checkpoints import (
-  contents,
-  fails,
-  parameters,
-  refused_by_command,
-)
+from made_checkpoints import contents, fails, parameters, refused_by_command
 import numpy as np
 import pytest
 

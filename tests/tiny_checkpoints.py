@@ -10,27 +10,44 @@ from gemma_funnel.convert.store import Header
 
 V, D, F, L, N, K, H = 31, 8, 12, 3, 4, 2, 6
 GEMMA2 = dict(
-    model_type="gemma2", vocab_size=V, hidden_size=D, intermediate_size=F,
-    num_hidden_layers=L, num_attention_heads=N, num_key_value_heads=K,
-    head_dim=H, query_pre_attn_scalar=11, sliding_window=5,
-    attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
-    hidden_activation="gelu_pytorch_tanh", max_position_embeddings=64,
-    rms_norm_eps=1e-5, rope_theta=500.0, attention_bias=False,
-)  # fmt: skip
+  model_type="gemma2",
+  vocab_size=V,
+  hidden_size=D,
+  intermediate_size=F,
+  num_hidden_layers=L,
+  num_attention_heads=N,
+  num_key_value_heads=K,
+  head_dim=H,
+  query_pre_attn_scalar=11,
+  sliding_window=5,
+  attn_logit_softcapping=2.0,
+  final_logit_softcapping=3.0,
+  hidden_activation="gelu_pytorch_tanh",
+  max_position_embeddings=64,
+  rms_norm_eps=1e-5,
+  rope_theta=500.0,
+  attention_bias=False,
+)
 GEMMA1 = dict(
-    model_type="gemma", vocab_size=V, hidden_size=D, intermediate_size=F,
-    num_hidden_layers=L, num_attention_heads=N, num_key_value_heads=K,
-    head_dim=H, hidden_act="gelu", max_position_embeddings=64,
-    rms_norm_eps=1e-6, rope_theta=10000.0, attention_bias=False,
-)  # fmt: skip
+  model_type="gemma",
+  vocab_size=V,
+  hidden_size=D,
+  intermediate_size=F,
+  num_hidden_layers=L,
+  num_attention_heads=N,
+  num_key_value_heads=K,
+  head_dim=H,
+  hidden_act="gelu",
+  max_position_embeddings=64,
+  rms_norm_eps=1e-6,
+  rope_theta=10000.0,
+  attention_bias=False,
+)
 
 
 def random_tensors(raw, dtype=np.float32):
   """Tensors by the names and shapes of transformers."""
-  shapes = {
-    "model.embed_tokens.weight": (V, D),
-    "model.norm.weight": (D,),
-  }
+  shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
   norms = ["input_layernorm", "post_attention_layernorm"]
   if raw["model_type"] == "gemma2":
     norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]

@@ -57,7 +57,7 @@ def use_one_device(patch) -> None:
   """
   import jax
 
-  from gemma_funnel.training import sharding
+  from gemma_funnel.parallel import sharding
 
   make = sharding.make_mesh
   patch.setattr(
@@ -96,9 +96,9 @@ def make_config(workdir, source, **changes):
   """The configuration of a tiny run; a "." in a key is written "__"."""
   config = load_config()
   changes = {k.replace("__", "."): v for k, v in changes.items()}
-  config.update_from_flattened_dict({
-      **CHANGES, "workdir": str(workdir), "data.source": str(source), **changes
-  })  # fmt: skip
+  config.update_from_flattened_dict(
+    {**CHANGES, "workdir": str(workdir), "data.source": str(source), **changes}
+  )
   return config
 
 
@@ -106,11 +106,12 @@ def command(workdir, source, *flags: str) -> list[str]:
   """The command of the same run; `flags` come last and so prevail."""
   changes = {**CHANGES, "workdir": workdir, "data.source": source}
   return [
-      sys.executable, str(ROOT / "train.py"),
-      f"--config={ROOT / 'configs' / 'quickstart.py'}",
-      *(f"--config.{key}={value}" for key, value in changes.items()),
-      *flags,
-  ]  # fmt: skip
+    sys.executable,
+    str(ROOT / "train.py"),
+    f"--config={ROOT / 'configs' / 'quickstart.py'}",
+    *(f"--config.{key}={value}" for key, value in changes.items()),
+    *flags,
+  ]
 
 
 def environment(devices: int = 1) -> dict[str, str]:
@@ -124,9 +125,13 @@ def start(args: list[str], devices: int = 1) -> subprocess.Popen:
   # Files, not pipes: workers of a killed process would hold those open.
   files = [tempfile.TemporaryFile("w+") for _ in range(2)]
   process = subprocess.Popen(
-      args, stdout=files[0], stderr=files[1], env=environment(devices), cwd=ROOT,
-      start_new_session=True,
-  )  # fmt: skip
+    args,
+    stdout=files[0],
+    stderr=files[1],
+    env=environment(devices),
+    cwd=ROOT,
+    start_new_session=True,
+  )
   process.files = files
   return process
 

@@ -27,14 +27,14 @@ def write_tasks(folder: pathlib.Path) -> dict[str, dict]:
   path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
   files = {s: str(folder / f"{s}.tsv") for s in ("train", "dev", "test")}
   return {
-      "words": dict(
-          kind="classification", text="text", label="label", **files
-      ),
-      "pairs": dict(
-          kind="choice", choices="sentence_good,sentence_bad", group="UID",
-          test=str(path),
-      ),
-  }  # fmt: skip
+    "words": dict(kind="classification", text="text", label="label", **files),
+    "pairs": dict(
+      kind="choice",
+      choices="sentence_good,sentence_bad",
+      group="UID",
+      test=str(path),
+    ),
+  }
 
 
 def make_study(workdir, source, files, **axes):
@@ -45,10 +45,18 @@ def make_study(workdir, source, files, **axes):
   study.workdir = str(workdir)
   small = study.models.small
   small.update(
-      vocab_size=320, num_layers=2, embed_dim=16, mlp_dim=32, num_heads=2,
-      num_kv_heads=1, head_dim=8, window=8, max_length=64, kernel="reference",
-      attention_pattern=("global",),
-  )  # fmt: skip
+    vocab_size=320,
+    num_layers=2,
+    embed_dim=16,
+    mlp_dim=32,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    window=8,
+    max_length=64,
+    kernel="reference",
+    attention_pattern=("global",),
+  )
   study.pretrain.update(steps=8, batch_size=8, length=32, log_every=100)
   study.pretrain.update(loss_chunk=32, checkpoint_every=100, eval_every=100)
   study.pretrain.data.source = str(source)
@@ -65,8 +73,11 @@ def make_study(workdir, source, files, **axes):
       task.update(keys)
       study.tasks[name] = dict(task=task, tune=dict())
     study.axes.update(
-        start=(1,), stop=(None,), recover=("average", "repeat"),
-        task=tuple(files), seed=(0,),
-    )  # fmt: skip
+      start=(1,),
+      stop=(None,),
+      recover=("average", "repeat"),
+      task=tuple(files),
+      seed=(0,),
+    )
     study.axes.update(axes)
   return study

@@ -12,8 +12,18 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 TPU = ROOT / "tpu"
-FAKED = ("gcloud", "xpk", "docker", "kubectl", "tar", "sbatch", "squeue",
-         "scancel", "scontrol", "srun")  # fmt: skip
+FAKED = (
+  "gcloud",
+  "xpk",
+  "docker",
+  "kubectl",
+  "tar",
+  "sbatch",
+  "squeue",
+  "scancel",
+  "scontrol",
+  "srun",
+)
 # {calls}: arguments end in NUL, calls in RS. {replies}/KIND: a line of shell
 # for each call of the kind; the last one serves all further calls.
 FAKE = r"""#!/usr/bin/env bash
@@ -37,8 +47,15 @@ echo "$number" >"$replies.count"
 eval "$(sed -n "${number}p" "$replies")"
 """
 NOT_FOUND = "echo 'ERROR: NOT_FOUND: no such resource' >&2; exit 1"
-NASTY = ("--config.funnel=start=2,stop=8", "--config.name=two words",
-         "it's", 'a "b" $HOME `id` \\ !x *', "", "é~{}[]", "#;&|<>()")  # fmt: skip
+NASTY = (
+  "--config.funnel=start=2,stop=8",
+  "--config.name=two words",
+  "it's",
+  'a "b" $HOME `id` \\ !x *',
+  "",
+  "é~{}[]",
+  "#;&|<>()",
+)
 TRAIN = ("--config=configs/quickstart.py", "--distributed=auto")
 
 
@@ -66,9 +83,11 @@ class Fakes:
       self.program(name, FAKE)
     self.path = folder / "bin"
     self.env = {
-      "PATH": f"{self.path}:{os.environ['PATH']}", "FAKES": str(folder),
-      "HOME": str(folder), "TMPDIR": str(folder),
-    }  # fmt: skip
+      "PATH": f"{self.path}:{os.environ['PATH']}",
+      "FAKES": str(folder),
+      "HOME": str(folder),
+      "TMPDIR": str(folder),
+    }
     # What any real pod would say, if nothing else is played.
     self.play(
       describe=["echo ACTIVE"],
@@ -94,10 +113,14 @@ class Fakes:
   def run(self, *command: object, **env: str) -> subprocess.CompletedProcess:
     (self.folder / "calls").write_bytes(b"")
     return subprocess.run(
-        [str(word) for word in command], env={**self.env, **env}, text=True,
-        capture_output=True, timeout=300, cwd=self.folder,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+      [str(word) for word in command],
+      env={**self.env, **env},
+      text=True,
+      capture_output=True,
+      timeout=300,
+      cwd=self.folder,
+      stdin=subprocess.DEVNULL,
+    )
 
   def script(self, name: str, *args: object, **env: str):
     return self.run("bash", TPU / name, *args, **env)
@@ -131,9 +154,16 @@ def queued(fakes, subcommand: str, *flags: str, **env: str):
 
 def gcloud(verb: str, *flags: str) -> list[str]:
   return [
-    "gcloud", "compute", "tpus", "queued-resources", verb, "run1",
-    "--project=p", "--zone=us-east5-a", *flags,
-  ]  # fmt: skip
+    "gcloud",
+    "compute",
+    "tpus",
+    "queued-resources",
+    verb,
+    "run1",
+    "--project=p",
+    "--zone=us-east5-a",
+    *flags,
+  ]
 
 
 def ssh(command: str) -> list[str]:
@@ -177,10 +207,19 @@ class Slurm(Fakes):
 
   def submit(self, *flags: str):
     done = self.script(
-        "slurm.sh", "submit", "--name=run1", f"--dir={self.folder}",
-        "--nodes=2", "--gpus-per-node=4", "--time=60", "--python=/bin/sh",
-        *flags, "--", *TRAIN, *NASTY,
-    )  # fmt: skip
+      "slurm.sh",
+      "submit",
+      "--name=run1",
+      f"--dir={self.folder}",
+      "--nodes=2",
+      "--gpus-per-node=4",
+      "--time=60",
+      "--python=/bin/sh",
+      *flags,
+      "--",
+      *TRAIN,
+      *NASTY,
+    )
     assert done.returncode == 0, done.stderr
     self.log.touch()
     return (self.folder / "run1.sbatch").read_text()

@@ -68,10 +68,13 @@ def run(config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.md").write_text("\n".join(lines) + "\n")
     record = dict(
-      topology=values.topology, slices=values.slices, device=kind,
-      devices=len(devices), config=json.loads(config.to_json()),
+      topology=values.topology,
+      slices=values.slices,
+      device=kind,
+      devices=len(devices),
+      config=json.loads(config.to_json()),
       plans=[ahead.as_row(plan) for plan in found],
-    )  # fmt: skip
+    )
     (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from gemma_funnel.config import (
   Funnel,
   FunnelConfig,
-  GemmaConfig,
+  TransformerConfig,
   resolve_funnel,
 )
 from gemma_funnel.convert import discover
 from gemma_funnel.convert.layout import Path
 from gemma_funnel.convert.source import Source, open_checkpoint
 from gemma_funnel.convert.transfer import convert as convert
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Description:
     is_run: whether it is a training run of ours.
   """
 
-  config: GemmaConfig
+  config: TransformerConfig
   stages: tuple[FunnelConfig, ...]
   tokenizer_path: str
   is_run: bool
@@ -50,8 +50,8 @@ def load(
   dtype: str = "float32",
   *,
   mesh: jax.sharding.Mesh | None = None,
-  config: GemmaConfig | None = None,
-) -> Gemma:
+  config: TransformerConfig | None = None,
+) -> Transformer:
   """Loads a checkpoint, whatever its format.
 
   Args:
@@ -64,7 +64,7 @@ def load(
       checkpoint has not is made afresh, and a line says so.
     dtype: what parameters are stored in and matrices are multiplied in:
       "float32", "bfloat16" or "float16".
-    mesh: of `training.sharding.make_mesh`. Parameters are placed by its rules,
+    mesh: of `parallel.sharding.make_mesh`. Parameters are placed by its rules,
       and each process reads only what its own devices hold. None is the
       default device.
     config: what to take the weights for, instead of the configuration beside
@@ -105,18 +105,18 @@ def describe(path: str | os.PathLike[str]) -> Description:
   tokenizers = (files[n] for n in discover.TOKENIZERS if n in files)
   usual = weights.folder / discover.TOKENIZERS[0]
   return Description(
-      config, stages, str(next(tokenizers, usual)), weights.format == "run"
-  )  # fmt: skip
+    config, stages, str(next(tokenizers, usual)), weights.format == "run"
+  )
 
 
 def _assemble(
   source: Source, dtype: str, mesh: jax.sharding.Mesh | None
-) -> Gemma:
+) -> Transformer:
   """A model of the source's own funnel, with its values."""
   from gemma_funnel import cli  # With absl, which `import` alone needs not.
 
   config = dataclasses.replace(source.config, param_dtype=dtype, dtype=dtype)
-  graphdef, state = nnx.split(Gemma.abstract(config, source.stages))
+  graphdef, state = nnx.split(Transformer.abstract(config, source.stages))
   params = dict(nnx.to_flat_state(state))
   total = sum(p.size * p.dtype.itemsize for p in params.values())
   with cli.Progress("loading", total) as progress:
@@ -132,7 +132,7 @@ def _assemble(
 def _sharding_of(path: Path, shape, mesh) -> jax.sharding.Sharding:
   if mesh is None:
     return jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
-  from gemma_funnel.training import sharding
+  from gemma_funnel.parallel import sharding
 
   spec = sharding.spec_of("/".join(path), shape, mesh)
   return jax.sharding.NamedSharding(mesh, spec)

@@ -13,42 +13,56 @@ import sys
 import time
 
 from gemma_funnel import cli
-from gemma_funnel.config import DTYPES, PRESETS, GemmaConfig
+from gemma_funnel.config import DTYPES, PRESETS, TransformerConfig
 from gemma_funnel.convert import discover, google, huggingface, target, transfer
 from gemma_funnel.convert.source import Source, open_checkpoint
 from gemma_funnel.convert.store import read_json
 
 _FLAGS = {
-    "to": dict(
-        required=True, choices=target.FORMATS,
-        help="orbax is our own format, google that of its Flax models"),
-    "dtype": dict(
-        choices=DTYPES, help="of the tensors there (default: the source's)"),
-    "vocab_size": dict(
-        type=int, metavar="N", help="rows of the embedding there: rows of "
-        "zeros are added, or the last ones left out (default: the source's "
-        "tokens; 256,000 tokens have 256,128 rows with --to=google)"),
-    "layout": dict(
-        choices=[name for name in google.LAYOUTS if name != "kauldron"],
-        help="of --to=google (default: flat, as Google's releases are)"),
-    "config": dict(
-        metavar="NAME|FILE", help="what to take the source for: a preset such "
-        "as gemma2_2b, a config.json of Hugging Face's or a "
-        f"{discover.SIDECAR} (default: what lies beside it)"),
-    "verify": dict(
-        action="store_true", help="reads both back: compares all values, and "
-        "the logits of a fixed prompt; status 1 where they differ"),
-    "dry_run": dict(
-        action="store_true", help="checks the source, and prints what would "
-        "be written"),
-}  # fmt: skip
+  "to": dict(
+    required=True,
+    choices=target.FORMATS,
+    help="orbax is our own format, google that of its Flax models",
+  ),
+  "dtype": dict(
+    choices=DTYPES, help="of the tensors there (default: the source's)"
+  ),
+  "vocab_size": dict(
+    type=int,
+    metavar="N",
+    help="rows of the embedding there: rows of "
+    "zeros are added, or the last ones left out (default: the source's "
+    "tokens; 256,000 tokens have 256,128 rows with --to=google)",
+  ),
+  "layout": dict(
+    choices=[name for name in google.LAYOUTS if name != "kauldron"],
+    help="of --to=google (default: flat, as Google's releases are)",
+  ),
+  "config": dict(
+    metavar="NAME|FILE",
+    help="what to take the source for: a preset such "
+    "as gemma2_2b, a config.json of Hugging Face's or a "
+    f"{discover.SIDECAR} (default: what lies beside it)",
+  ),
+  "verify": dict(
+    action="store_true",
+    help="reads both back: compares all values, and "
+    "the logits of a fixed prompt; status 1 where they differ",
+  ),
+  "dry_run": dict(
+    action="store_true",
+    help="checks the source, and prints what would be written",
+  ),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(
-      prog="python -m gemma_funnel.convert", allow_abbrev=False,
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
+    prog="python -m gemma_funnel.convert",
+    allow_abbrev=False,
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument("source", metavar="SRC")
   parser.add_argument("destination", metavar="DST")
   for name, options in _FLAGS.items():
@@ -56,11 +70,11 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _read_config(given: str | None) -> GemmaConfig | None:
+def _read_config(given: str | None) -> TransformerConfig | None:
   if given is None:
     return None
   if given in PRESETS:
-    return GemmaConfig.preset(given)
+    return TransformerConfig.preset(given)
   file = pathlib.Path(given)
   if "model_type" in read_json(file):
     return huggingface.read_config(file)

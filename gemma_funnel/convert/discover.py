@@ -14,10 +14,11 @@ from typing import Any
 from flax import nnx
 import numpy as np
 
+from gemma_funnel import lora
 from gemma_funnel.config import (
   PRESETS,
   FunnelConfig,
-  GemmaConfig,
+  TransformerConfig,
   resolve_funnel,
 )
 from gemma_funnel.convert import gemma_pytorch, google, huggingface
@@ -32,7 +33,7 @@ from gemma_funnel.convert.store import (
   read_json,
 )
 from gemma_funnel.convert.torch_file import TorchFile, is_torch_file
-from gemma_funnel.training import checkpoint, lora
+from gemma_funnel.training import checkpoint
 
 CONFIG = "config.json"
 # In a folder that is being written.
@@ -51,9 +52,13 @@ OURS = "gemma_funnel"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 # What else belongs to a tokenizer, or to generating with a model.
 COMPANIONS = (
-    *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+  *TOKENIZERS,
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+  "generation_config.json",
+)
 
 _EXPECTED = (
   "Expected a Hugging Face folder (config.json with a model_type, and "
@@ -160,8 +165,7 @@ def _open_run(folder: pathlib.Path, config: dict[str, Any]) -> Reader:
   # Factors are merged into what they are beside, in memory.
   params = nnx.to_flat_state(nnx.state(checkpoint.load_run(folder).model))
   return Arrays(
-    str(folder),
-    {".".join(map(str, path)): np.asarray(x) for path, x in params},
+    str(folder), {".".join(map(str, path)): np.asarray(x) for path, x in params}
   )
 
 
@@ -187,7 +191,7 @@ def _names(folder: pathlib.Path, most: int = 10) -> str:
 
 def read_config(
   weights: Weights,
-) -> tuple[GemmaConfig, tuple[FunnelConfig, ...]]:
+) -> tuple[TransformerConfig, tuple[FunnelConfig, ...]]:
   """The model, and the funnel it was trained with; () is none.
 
   From the configuration beside the weights; where there is none, the published
@@ -221,7 +225,7 @@ def read_config(
 
 def read_own_config(
   file: pathlib.Path,
-) -> tuple[GemmaConfig, tuple[FunnelConfig, ...]]:
+) -> tuple[TransformerConfig, tuple[FunnelConfig, ...]]:
   """The model and the funnel of a configuration that we wrote.
 
   Raises:
@@ -234,7 +238,7 @@ def read_own_config(
       f"and funnel, found {sorted(raw)}"
     )
   try:
-    config = GemmaConfig.from_dict(raw["model"])
+    config = TransformerConfig.from_dict(raw["model"])
     return config, resolve_funnel(raw["funnel"], config.num_layers)
   except (ValueError, TypeError) as error:
     raise ValueError(f"{file}: {error}") from error
@@ -266,7 +270,7 @@ def open_reader(weights: Weights) -> tuple[str, Reader]:
   return "google", reader
 
 
-def _infer_config(weights: Weights) -> GemmaConfig:
+def _infer_config(weights: Weights) -> TransformerConfig:
   format_, reader = open_reader(weights)
   family = {"google": google, "gemma_pytorch": gemma_pytorch}.get(format_)
   if family is None:
@@ -276,14 +280,14 @@ def _infer_config(weights: Weights) -> GemmaConfig:
   except ValueError as error:
     raise ValueError(f"{reader.where}: {error}") from error
   for name in PRESETS:
-    config = GemmaConfig.preset(name)
+    config = TransformerConfig.preset(name)
     if _is_published(name) and _agrees(config, known):
       return config
   if "head_dim" in known and not known["post_norms"]:
     # All else of a Gemma 1 follows from its shapes.
-    return GemmaConfig.preset(
-        "gemma1_2b", query_pre_attn_scalar=float(known["head_dim"]), **known
-    )  # fmt: skip
+    return TransformerConfig.preset(
+      "gemma1_2b", query_pre_attn_scalar=float(known["head_dim"]), **known
+    )
   raise ValueError(
     f"{reader.where} has no configuration beside it, and its shapes are of no "
     f"published Gemma: {known}. Expected {SIDECAR} there, or a configuration "
@@ -295,7 +299,7 @@ def _is_published(name: str) -> bool:
   return name.startswith(("gemma1_", "gemma2_"))
 
 
-def _agrees(config: GemmaConfig, known: dict[str, int | bool]) -> bool:
+def _agrees(config: TransformerConfig, known: dict[str, int | bool]) -> bool:
   found = dict(
     config.to_dict(),
     query_width=config.num_heads * config.head_dim,
@@ -304,12 +308,19 @@ def _agrees(config: GemmaConfig, known: dict[str, int | bool]) -> bool:
   return all(found[key] == value for key, value in known.items())
 
 
-def published(config: GemmaConfig) -> GemmaConfig | None:
+def published(config: TransformerConfig) -> TransformerConfig | None:
   """The published model of the same sizes, whatever its vocabulary."""
-  sizes = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads",
-           "head_dim", "post_norms")  # fmt: skip
+  sizes = (
+    "num_layers",
+    "embed_dim",
+    "mlp_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "post_norms",
+  )
   known = {name: getattr(config, name) for name in sizes}
-  presets = (GemmaConfig.preset(n) for n in PRESETS if _is_published(n))
+  presets = (TransformerConfig.preset(n) for n in PRESETS if _is_published(n))
   return next((p for p in presets if _agrees(p, known)), None)
 
 

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert import huggingface
 from gemma_funnel.convert.layout import Part, Tensor, sizes_of
 from gemma_funnel.convert.store import Header, Index, Reader
@@ -21,7 +21,7 @@ _SCALES = ".weight_scaler"
 _BUFFERS = re.compile(r"(local_|global_)?freqs_cis$")
 
 
-def tensors(config: GemmaConfig) -> list[Tensor]:
+def tensors(config: TransformerConfig) -> list[Tensor]:
   """All tensors of a state dict, in its order."""
   sizes = sizes_of(config)
   queries = sizes["N"] * sizes["H"]
@@ -51,7 +51,7 @@ def tensors(config: GemmaConfig) -> list[Tensor]:
 
 
 def infer_sizes(names: Mapping[str, Header]) -> dict[str, int | bool]:
-  """Fields of `GemmaConfig` that the shapes of a state dict tell.
+  """Fields of `TransformerConfig` that the shapes of a state dict tell.
 
   Heads are not among them: of H, N and K, only N*H and K*H can be told.
 
@@ -128,6 +128,7 @@ class Dequantized:
     if name not in self._scaled:
       return values
     scale = self._reader.read(self._scaled[name], index[:1])
-    columns = scale.astype(np.float32).reshape(*scale.shape, *[1] * (
-        values.ndim - scale.ndim))  # fmt: skip
+    columns = scale.astype(np.float32).reshape(
+      *scale.shape, *[1] * (values.ndim - scale.ndim)
+    )
     return values * columns

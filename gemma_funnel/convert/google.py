@@ -11,7 +11,7 @@ i // period of `attention_type_{i % period}`.
 from collections.abc import Mapping
 import re
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert.layout import Part, Tensor, shape_of, sizes_of
 from gemma_funnel.convert.store import Header, Reader
 
@@ -62,7 +62,7 @@ def is_transposed(reader: Reader) -> bool:
   return last_axes.get("gating_einsum") == linear
 
 
-def rows_of(names: Mapping[str, Header], config: GemmaConfig) -> int:
+def rows_of(names: Mapping[str, Header], config: TransformerConfig) -> int:
   """Rows of the stored embedding: of the vocabulary, or padded ones."""
   layout = layout_of(names)
   shape = names[_entry_name(layout, "embedder", "input_embedding")].shape
@@ -78,7 +78,7 @@ def padded_rows(vocab_size: int) -> int:
 
 
 def infer_sizes(names: Mapping[str, Header]) -> dict[str, int | bool]:
-  """Fields of `GemmaConfig` that the shapes of a tree tell.
+  """Fields of `TransformerConfig` that the shapes of a tree tell.
 
   Raises:
     ValueError: tensors that it takes are missing or have other axes.
@@ -127,7 +127,7 @@ def infer_sizes(names: Mapping[str, Header]) -> dict[str, int | bool]:
 
 
 def tensors(
-  config: GemmaConfig, layout: str, transposed: bool, rows: int
+  config: TransformerConfig, layout: str, transposed: bool, rows: int
 ) -> tuple[list[Tensor], dict[str, tuple[str, ...]]]:
   """All tensors of a tree, and the keys that lead to each, by name.
 
@@ -172,7 +172,7 @@ def tensors(
   return found, keys
 
 
-def _layer_groups(config: GemmaConfig, layout: str) -> dict[str, range]:
+def _layer_groups(config: TransformerConfig, layout: str) -> dict[str, range]:
   """The layers that share a module in a tree, by its name."""
   depth = config.num_layers
   if layout != "stacked":
@@ -184,7 +184,7 @@ def _layer_groups(config: GemmaConfig, layout: str) -> dict[str, range]:
   }
 
 
-def _layer_modules(config: GemmaConfig, transposed: bool):
+def _layer_modules(config: TransformerConfig, transposed: bool):
   """(module, leaf) -> [(our path in a block, axes)], stacked if several."""
   attn = lambda name: ("attn", name)
   modules = {("attn/attn_vec_einsum", "w"): [(attn("out"), "N H D")]}

@@ -12,7 +12,7 @@ from typing import Any
 from gemma_funnel.config import (
   OFF,
   FunnelConfig,
-  GemmaConfig,
+  TransformerConfig,
   format_funnel,
   resolve_funnel,
 )
@@ -47,9 +47,14 @@ _SIZES = {
 }
 # Fields besides sizes that say what is computed.
 _FUNCTION = (
-    "query_pre_attn_scalar", "window", "attn_softcap", "final_softcap",
-    "rope_base", "norm_eps", "max_length",
-)  # fmt: skip
+  "query_pre_attn_scalar",
+  "window",
+  "attn_softcap",
+  "final_softcap",
+  "rope_base",
+  "norm_eps",
+  "max_length",
+)
 _LAYER_TYPES = {"sliding_attention": "local", "full_attention": "global"}
 
 
@@ -76,7 +81,7 @@ _GEMMA2_LAYER = {
 }
 
 
-def tensors(config: GemmaConfig) -> list[Tensor]:
+def tensors(config: TransformerConfig) -> list[Tensor]:
   """Every tensor of a causal language model, whose head is tied."""
   sizes = sizes_of(config)
 
@@ -111,7 +116,7 @@ def own_names(stored: Iterable[str]) -> dict[str, str]:
   }
 
 
-def read_config(file: pathlib.Path) -> GemmaConfig:
+def read_config(file: pathlib.Path) -> TransformerConfig:
   """The model that a config.json describes, in float32.
 
   Raises:
@@ -145,7 +150,7 @@ def read_funnel(
 
 
 def make_config(
-  config: GemmaConfig, stages: Sequence[FunnelConfig], dtype: str
+  config: TransformerConfig, stages: Sequence[FunnelConfig], dtype: str
 ) -> dict[str, Any]:
   """The config.json of a model, with a key `funnel` if it has one.
 
@@ -208,7 +213,7 @@ def make_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
   )
 
 
-def _check_is_same(config: GemmaConfig, raw: dict[str, Any]) -> None:
+def _check_is_same(config: TransformerConfig, raw: dict[str, Any]) -> None:
   read = _to_config(raw)
   differ = []
   if read.attention_kinds != config.attention_kinds:
@@ -225,7 +230,7 @@ def _check_is_same(config: GemmaConfig, raw: dict[str, Any]) -> None:
     )
 
 
-def _to_config(raw: dict[str, Any]) -> GemmaConfig:
+def _to_config(raw: dict[str, Any]) -> TransformerConfig:
   """A GemmaConfig of the keys that say what is computed.
 
   An absent key means what it means to transformers; sizes have to be there.
@@ -247,7 +252,7 @@ def _to_config(raw: dict[str, Any]) -> GemmaConfig:
     max_length=raw.get("max_position_embeddings", 8192),
   )
   if model_type == "gemma":
-    return GemmaConfig(
+    return TransformerConfig(
       **common,
       query_pre_attn_scalar=_number(raw, "head_dim", 256.0),
       attention_pattern=("global",),
@@ -260,7 +265,7 @@ def _to_config(raw: dict[str, Any]) -> GemmaConfig:
   window = raw.get("sliding_window", 4096)
   if window is None and "local" not in pattern:
     window = common["max_length"]
-  return GemmaConfig(
+  return TransformerConfig(
     **common,
     query_pre_attn_scalar=_number(raw, "query_pre_attn_scalar", 256.0),
     attention_pattern=pattern,

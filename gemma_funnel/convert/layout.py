@@ -14,9 +14,9 @@ import math
 from flax import nnx
 import numpy as np
 
-from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.convert.store import Index
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 
 # In our tree, such as ("layers", "attn", "query").
 Path = tuple[str, ...]
@@ -34,9 +34,15 @@ _AXES = {
 }
 
 _CUT = {
-    "embedding": "V", "query": "N", "key": "K", "value": "K", "out": "D",
-    "gate": "F", "up": "F", "down": "D",
-}  # fmt: skip
+  "embedding": "V",
+  "query": "N",
+  "key": "K",
+  "value": "K",
+  "out": "D",
+  "gate": "F",
+  "up": "F",
+  "down": "D",
+}
 
 
 def axes_of(path: Path) -> str:
@@ -46,13 +52,17 @@ def axes_of(path: Path) -> str:
   return "D" if vector else _AXES[path[-1]]
 
 
-def sizes_of(config: GemmaConfig) -> dict[str, int]:
+def sizes_of(config: TransformerConfig) -> dict[str, int]:
   """The size of each letter."""
   return dict(
-      V=config.vocab_size, D=config.embed_dim, F=config.mlp_dim,
-      N=config.num_heads, K=config.num_kv_heads, H=config.head_dim,
-      L=config.num_layers,
-  )  # fmt: skip
+    V=config.vocab_size,
+    D=config.embed_dim,
+    F=config.mlp_dim,
+    N=config.num_heads,
+    K=config.num_kv_heads,
+    H=config.head_dim,
+    L=config.num_layers,
+  )
 
 
 def shape_of(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -113,15 +123,15 @@ class Tensor:
 
 
 def own_parameters(
-  config: GemmaConfig, stages: tuple[FunnelConfig, ...]
+  config: TransformerConfig, stages: tuple[FunnelConfig, ...]
 ) -> dict[Path, tuple[int, ...]]:
   """The shape of each of our parameters, what stages learn included."""
-  state = nnx.to_flat_state(nnx.state(Gemma.abstract(config, stages)))
+  state = nnx.to_flat_state(nnx.state(Transformer.abstract(config, stages)))
   return {tuple(map(str, path)): param.shape for path, param in state}
 
 
 def own_tensors(
-  config: GemmaConfig, stages: tuple[FunnelConfig, ...] = ()
+  config: TransformerConfig, stages: tuple[FunnelConfig, ...] = ()
 ) -> list[Tensor]:
   """Our own tree: names are paths joined by dots, layers are stacked."""
   tensors = []

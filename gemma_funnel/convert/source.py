@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from gemma_funnel.config import FunnelConfig, GemmaConfig
+from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.convert import (
   discover,
   gemma_pytorch,
@@ -46,7 +46,7 @@ class Source:
 
   where: str
   format: str
-  config: GemmaConfig
+  config: TransformerConfig
   stages: tuple[FunnelConfig, ...]
   dtype: np.dtype
   companions: Mapping[str, pathlib.Path]
@@ -145,7 +145,7 @@ def _cut_of(letters, index) -> dict[str, slice]:
 
 
 def open_checkpoint(
-  path: str | os.PathLike, config: GemmaConfig | None = None
+  path: str | os.PathLike, config: TransformerConfig | None = None
 ) -> Source:
   """Opens a checkpoint and checks that its tensors are what they should be.
 
@@ -180,14 +180,19 @@ def open_checkpoint(
     tensors = [*tensors, *learned]
   merged = Shards(reader.where, readers)
   return Source(
-      where=os.fspath(path), format=format_, config=config, stages=stages,
-      dtype=_widest({merged.tensors[t.name].dtype for t in tensors}),
-      companions=discover.find_companions(weights), _reader=merged,
-      _sizes=sizes, _parts=layout.parts_of(tensors),
-  )  # fmt: skip
+    where=os.fspath(path),
+    format=format_,
+    config=config,
+    stages=stages,
+    dtype=_widest({merged.tensors[t.name].dtype for t in tensors}),
+    companions=discover.find_companions(weights),
+    _reader=merged,
+    _sizes=sizes,
+    _parts=layout.parts_of(tensors),
+  )
 
 
-def _check_sizes(where: pathlib.Path, config: GemmaConfig) -> None:
+def _check_sizes(where: pathlib.Path, config: TransformerConfig) -> None:
   widths = layout.sizes_of(config)
   layers = widths.pop("L")
   if layers > _MOST_LAYERS or max(widths.values()) > _MOST_WIDTH:
@@ -207,9 +212,11 @@ def _tensors_of(format_, config, sizes, reader) -> list[Tensor] | None:
     case "google":
       names = reader.tensors
       return google.tensors(
-          config, google.layout_of(names), google.is_transposed(reader),
-          sizes["V"],
-      )[0]  # fmt: skip
+        config,
+        google.layout_of(names),
+        google.is_transposed(reader),
+        sizes["V"],
+      )[0]
   return None
 
 

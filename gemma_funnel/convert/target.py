@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import gemma_funnel
-from gemma_funnel.config import FunnelConfig, GemmaConfig, format_funnel
+from gemma_funnel.config import FunnelConfig, TransformerConfig, format_funnel
 from gemma_funnel.convert import (
   discover,
   gemma_pytorch,
@@ -61,7 +61,7 @@ class Plan:
   """
 
   format: str
-  config: GemmaConfig
+  config: TransformerConfig
   stages: tuple[FunnelConfig, ...]
   dtype: np.dtype
   sizes: Mapping[str, int]
@@ -83,7 +83,7 @@ class Plan:
 
 def make_plan(
   format_: str,
-  config: GemmaConfig,
+  config: TransformerConfig,
   stages: tuple[FunnelConfig, ...],
   dtype: np.dtype,
   google_layout: str = "flat",
@@ -114,10 +114,13 @@ def make_plan(
   sizes = {**layout.sizes_of(config), "V": rows}
   own = layout.own_tensors(config, stages)
   learned = layout.learned_tensors(own)
-  ours = _dump({
-      discover.OURS: gemma_funnel.__version__, "model": config.to_dict(),
+  ours = _dump(
+    {
+      discover.OURS: gemma_funnel.__version__,
+      "model": config.to_dict(),
       "funnel": format_funnel(stages),
-  })  # fmt: skip
+    }
+  )
   if format_ == "orbax":
     keys = {tensor.name: tensor.name.split(".") for tensor in own}
     files = [_tree(discover.PARAMS, own, keys, sizes, dtype)]
@@ -147,12 +150,12 @@ def _dump(values: Mapping[str, Any]) -> str:
   return json.dumps(values, indent=2) + "\n"
 
 
-def _is_transposed(config: GemmaConfig) -> bool:
+def _is_transposed(config: TransformerConfig) -> bool:
   """Whether Google's tree of this model has gating_einsum [2, F, D]."""
   published = discover.published(config)
   return published is not None and published in (
-    GemmaConfig.preset("gemma2_9b"),
-    GemmaConfig.preset("gemma2_27b"),
+    TransformerConfig.preset("gemma2_9b"),
+    TransformerConfig.preset("gemma2_27b"),
   )
 
 

@@ -26,32 +26,50 @@ _MAX_AXES = 32
 _WRAPS = ("model_state_dict", "state_dict")
 
 _STORAGES = {
-    f"torch.{kind}Storage": np.dtype(dtype)
-    for kind, dtype in dict(
-        Float=np.float32, Double=np.float64, Half=np.float16,
-        BFloat16=BFLOAT16, Char=np.int8, Byte=np.uint8, Short=np.int16,
-        Int=np.int32, Long=np.int64, Bool=np.bool_,
-        ComplexFloat=np.complex64, ComplexDouble=np.complex128,
-    ).items()
-}  # fmt: skip
+  f"torch.{kind}Storage": np.dtype(dtype)
+  for kind, dtype in dict(
+    Float=np.float32,
+    Double=np.float64,
+    Half=np.float16,
+    BFloat16=BFLOAT16,
+    Char=np.int8,
+    Byte=np.uint8,
+    Short=np.int16,
+    Int=np.int32,
+    Long=np.int64,
+    Bool=np.bool_,
+    ComplexFloat=np.complex64,
+    ComplexDouble=np.complex128,
+  ).items()
+}
 _GLOBALS = {
-    *_STORAGES, "collections.OrderedDict", "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
-    # Of configurations that lie beside a state dict.
-    "torch.Size", "torch.device", "torch.bfloat16", "torch.float16",
-    "torch.float32", "torch.float64",
-}  # fmt: skip
+  *_STORAGES,
+  "collections.OrderedDict",
+  "torch._utils._rebuild_tensor_v2",
+  "torch._utils._rebuild_parameter",
+  "torch._utils._rebuild_parameter_with_state",
+  # Of configurations that lie beside a state dict.
+  "torch.Size",
+  "torch.device",
+  "torch.bfloat16",
+  "torch.float16",
+  "torch.float32",
+  "torch.float64",
+}
 
 # The instructions that are understood: what torch emits in protocols 2 to 5.
 _CONSTANTS = {
-    pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False,
-    pickle.EMPTY_TUPLE: (),
-}  # fmt: skip
+  pickle.NONE: None,
+  pickle.NEWTRUE: True,
+  pickle.NEWFALSE: False,
+  pickle.EMPTY_TUPLE: (),
+}
 _NUMBERS = {
-    pickle.BININT: "<i", pickle.BININT1: "<B", pickle.BININT2: "<H",
-    pickle.BINFLOAT: ">d",
-}  # fmt: skip
+  pickle.BININT: "<i",
+  pickle.BININT1: "<B",
+  pickle.BININT2: "<H",
+  pickle.BINFLOAT: ">d",
+}
 _TEXTS = {pickle.BINUNICODE: "<I", pickle.SHORT_BINUNICODE: "<B"}
 _PUTS = {pickle.BINPUT: "<B", pickle.LONG_BINPUT: "<I"}
 _GETS = {pickle.BINGET: "<B", pickle.LONG_BINGET: "<I"}
@@ -307,8 +325,9 @@ def _call(function: Any, arguments: Any) -> Any:
     case "_rebuild_tensor_v2", (_Storage() as storage, *what):
       return _make_view(storage, *what)
     case "_rebuild_parameter" | "_rebuild_parameter_with_state", (
-      View() as view, *_,
-    ):  # fmt: skip
+      View() as view,
+      *_,
+    ):
       return view
   raise ValueError(f"its data.pkl calls {name} with arguments not known here")
 

@@ -16,7 +16,7 @@ import shutil
 
 import numpy as np
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert import discover, target
 from gemma_funnel.convert.layout import Part, cut_sizes, shape_of
 from gemma_funnel.convert.source import THREADS, Source, open_checkpoint
@@ -39,7 +39,7 @@ def convert(
   dtype: str | None = None,
   vocab_size: int | None = None,
   google_layout: str = "flat",
-  config: GemmaConfig | None = None,
+  config: TransformerConfig | None = None,
 ) -> target.Plan:
   """Converts a checkpoint.
 

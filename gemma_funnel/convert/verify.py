@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert import layout
 from gemma_funnel.convert.source import BLOCK_BYTES, Source
 from gemma_funnel.convert.transfer import Progress
@@ -52,9 +52,7 @@ class Difference:
 
 
 def compare(
-  first: Source,
-  second: Source,
-  progress: Progress = lambda name, nbytes: None,
+  first: Source, second: Source, progress: Progress = lambda name, nbytes: None
 ) -> Difference:
   """Compares all that both have; rows of the vocabulary that one lacks are not.
 
@@ -108,8 +106,8 @@ def plain_logits(
     dtype: what weights are rounded to first.
   """
   config = dataclasses.replace(
-      source.config, param_dtype="float32", dtype="float32", kernel="reference"
-  )  # fmt: skip
+    source.config, param_dtype="float32", dtype="float32", kernel="reference"
+  )
 
   def read(path, layer, cut):
     axes = layout.axes_of(path)
@@ -127,9 +125,13 @@ def plain_logits(
   for layer in range(config.num_layers):
     params = [read(("layers", *path), layer, {}) for path in paths]
     hidden_BTD = _run_layer(
-        graphdef, config, config.window_of(layer), tuple(paths), params,
-        hidden_BTD,
-    )  # fmt: skip
+      graphdef,
+      config,
+      config.window_of(layer),
+      tuple(paths),
+      params,
+      hidden_BTD,
+    )
   scale = 1 + read(("final_norm", "scale"), None, {})
   hidden_TD = normalize(hidden_BTD[0], config.norm_eps) * scale[None]
   part = layout.Part(("embedding",), None, (), "V D")
@@ -143,7 +145,7 @@ def plain_logits(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run_layer(
-  graphdef, config: GemmaConfig, window, paths, params, hidden_BTD
+  graphdef, config: TransformerConfig, window, paths, params, hidden_BTD
 ):
   stream = make_stream(hidden_BTD)
   flat = {p: nnx.Param(v) for p, v in zip(paths, params, strict=True)}

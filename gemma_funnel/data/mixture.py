@@ -89,9 +89,7 @@ def entries(cfg: Any) -> dict[str, dict[str, Any]]:
   return found
 
 
-def load_split(
-  cfg: Any,
-) -> tuple[Mixture, Sequence[Document]]:
+def load_split(cfg: Any) -> tuple[Mixture, Sequence[Document]]:
   """Finds the documents of all entries, each split as a single source is.
 
   Args:
@@ -115,9 +113,11 @@ def load_split(
   for name, entry in found.items():
     try:
       train, held = sources.load_split(
-          entry["source"], heldout=entry["heldout"],
-          heldout_fraction=cfg.heldout_fraction, text_key=entry["text_key"],
-      )  # fmt: skip
+        entry["source"],
+        heldout=entry["heldout"],
+        heldout_fraction=cfg.heldout_fraction,
+        text_key=entry["text_key"],
+      )
     except ValueError as e:
       raise ValueError(f"data.mixture.{name}: {e}") from e
     heldout.append(held)

@@ -282,14 +282,21 @@ def train_iterator(
   _check_lanes(documents, lanes)
   tokenized.check_tokenizer(documents, tokenizer)
   make_lane = functools.partial(
-      _make_lane, lanes=lanes, documents=documents, tokenizer=tokenizer,
-      seed=seed, shape=dict(length=length, align=align, gap=gap),
-  )  # fmt: skip
+    _make_lane,
+    lanes=lanes,
+    documents=documents,
+    tokenizer=tokenizer,
+    seed=seed,
+    shape=dict(length=length, align=align, gap=gap),
+  )
   return Lanes(
-      make_lane, lanes=lanes, batch_size=batch_size * process_count,
-      process_index=process_index, process_count=process_count,
-      num_workers=num_workers,
-  )  # fmt: skip
+    make_lane,
+    lanes=lanes,
+    batch_size=batch_size * process_count,
+    process_index=process_index,
+    process_count=process_count,
+    num_workers=num_workers,
+  )
 
 
 def _spread(

@@ -16,17 +16,30 @@ from gemma_funnel.data.documents import Document, is_heldout
 from gemma_funnel.data.files import TEXT_DOCUMENT_BYTES
 
 __all__ = [
-    "STDLIB", "TEXT_DOCUMENT_BYTES", "Document", "check_disjoint",
-    "file_documents", "is_heldout", "load", "load_split", "paths_of",
-    "stdlib_documents",
-]  # fmt: skip
+  "STDLIB",
+  "TEXT_DOCUMENT_BYTES",
+  "Document",
+  "check_disjoint",
+  "file_documents",
+  "is_heldout",
+  "load",
+  "load_split",
+  "paths_of",
+  "stdlib_documents",
+]
 
 STDLIB = "stdlib"
 
-_SKIPPED_DIRECTORIES = frozenset((
-    "__pycache__", "dist-packages", "idle_test", "site-packages", "test",
+_SKIPPED_DIRECTORIES = frozenset(
+  (
+    "__pycache__",
+    "dist-packages",
+    "idle_test",
+    "site-packages",
+    "test",
     "tests",
-))  # fmt: skip
+  )
+)
 
 
 def stdlib_documents(root: str | os.PathLike | None = None) -> list[Document]:
@@ -228,7 +241,9 @@ def load_split(
     train, "train", source, f"{found}: give more text, or lower the fraction"
   )
   _require_nonempty(
-      held, "held-out", source,
-      f"{found}: give more text, raise the fraction, or name heldout files",
-  )  # fmt: skip
+    held,
+    "held-out",
+    source,
+    f"{found}: give more text, raise the fraction, or name heldout files",
+  )
   return train, held

@@ -138,9 +138,11 @@ def _write_shard(
   with open(tokenized.digests_path(str(path)), "wb") as f:
     np.save(f, np.asarray(digests, np.uint64))
   numbers = {
-      "file": name, "documents": len(digests), "tokens": tokens,
-      "bytes": num_bytes,
-  }  # fmt: skip
+    "file": name,
+    "documents": len(digests),
+    "tokens": tokens,
+    "bytes": num_bytes,
+  }
   tokenized.write_bytes(f"{path}.json", json.dumps(numbers).encode())
   return numbers
 
@@ -164,9 +166,12 @@ def _write_shards(
   done = sum(n["documents"] for n in numbers.values() if n)
   progress = _Progress(len(documents), done)
   encoded = workers.ordered_map(
-      _encode, _blocks(bounds, todo), config.num_workers, _start,
-      (documents, tokenizer, tokenized.dtype_for(tokenizer.vocab_size)),
-  )  # fmt: skip
+    _encode,
+    _blocks(bounds, todo),
+    config.num_workers,
+    _start,
+    (documents, tokenizer, tokenized.dtype_for(tokenizer.vocab_size)),
+  )
   for i in todo:
     size = bounds[i + 1] - bounds[i]
     blocks = (next(encoded) for _ in range(0, size, _BLOCK_DOCUMENTS))
@@ -201,9 +206,11 @@ def tokenize(config: Any) -> dict[str, Any]:
   folder = pathlib.Path(f"{os.path.normpath(config.out)}.partial")
   about = {"source": config.source, "text_key": config.text_key}
   plan = {
-      **about, "tokenizer": tokenizer.sha256, "shards": config.shards,
-      "documents": len(documents),
-  }  # fmt: skip
+    **about,
+    "tokenizer": tokenizer.sha256,
+    "shards": config.shards,
+    "documents": len(documents),
+  }
   _claim(folder, plan)
   shards = _write_shards(folder, documents, tokenizer, config)
   metadata = tokenized.metadata_of(tokenizer, shards, **about)

@@ -95,15 +95,19 @@ def metadata_of(
   """
   total = lambda name: sum(shard[name] for shard in shards)
   return {
-      "format": _FORMAT, **about,
-      "tokenizer": {
-          "file": tokenizer_file(tokenizer), "sha256": tokenizer.sha256,
-          "vocab_size": tokenizer.vocab_size,
-      },
-      "dtype": dtype_for(tokenizer.vocab_size).str,
-      "documents": total("documents"), "tokens": total("tokens"),
-      "bytes": total("bytes"), "shards": shards,
-  }  # fmt: skip
+    "format": _FORMAT,
+    **about,
+    "tokenizer": {
+      "file": tokenizer_file(tokenizer),
+      "sha256": tokenizer.sha256,
+      "vocab_size": tokenizer.vocab_size,
+    },
+    "dtype": dtype_for(tokenizer.vocab_size).str,
+    "documents": total("documents"),
+    "tokens": total("tokens"),
+    "bytes": total("bytes"),
+    "shards": shards,
+  }
 
 
 def tokenizer_file(tokenizer: tokenizer_lib.Tokenizer) -> str:
@@ -133,8 +137,9 @@ class TokenizedFile(files.RecordFile):
     self._dtype = np.dtype(self.metadata["dtype"])
     self._digests = self._read_digests()
     for what, count in (
-      (path, len(self)), (digests_path(path), len(self._digests))
-    ):  # fmt: skip
+      (path, len(self)),
+      (digests_path(path), len(self._digests)),
+    ):
       if count != shards[name]["documents"]:
         raise ValueError(
           f"{what}: found {count} documents, {METADATA} says "

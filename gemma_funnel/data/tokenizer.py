@@ -56,9 +56,12 @@ class _SentencePiece:
   def special_ids(self) -> dict[str, int]:
     sp = self._processor
     return dict(
-        pad=sp.pad_id(), eos=sp.eos_id(), bos=sp.bos_id(), unk=sp.unk_id(),
-        mask=sp.piece_to_id(MASK_PIECE),
-    )  # fmt: skip
+      pad=sp.pad_id(),
+      eos=sp.eos_id(),
+      bos=sp.bos_id(),
+      unk=sp.unk_id(),
+      mask=sp.piece_to_id(MASK_PIECE),
+    )
 
   def byte_id(self, byte: int) -> int:
     """The piece of a byte, UNK_ID if there is none."""
@@ -420,9 +423,7 @@ def train(
 
 
 def find_tokenizer(
-  path: str | os.PathLike | None,
-  cache_path: str | os.PathLike,
-  vocab_size: int,
+  path: str | os.PathLike | None, cache_path: str | os.PathLike, vocab_size: int
 ) -> Tokenizer | None:
   """The tokenizer at `path`, else the one at `cache_path`, else None.
 

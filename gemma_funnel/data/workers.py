@@ -155,9 +155,11 @@ def ordered_map(
 
   items = iter(items)
   with futures.ProcessPoolExecutor(
-      num_workers, multiprocessing.get_context("spawn"),
-      _initialize, (initializer, initargs),
-  ) as pool:  # fmt: skip
+    num_workers,
+    multiprocessing.get_context("spawn"),
+    _initialize,
+    (initializer, initargs),
+  ) as pool:
     ahead = itertools.islice(items, 4 * num_workers)
     pending = [pool.submit(function, item) for item in ahead]
     try:

@@ -24,7 +24,7 @@ from gemma_funnel.data import pipeline
 from gemma_funnel.evaluation import funnels as funnels_lib
 from gemma_funnel.evaluation import plots, report
 from gemma_funnel.evaluation import subject as subject_lib
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.training import objectives
 
 TRAINED = "trained"
@@ -42,7 +42,9 @@ def _sums(graphdef, chunk, params, batch):
   )
 
 
-def evaluate(model: Gemma, heldout: pipeline.HeldOut, chunk: int = 512) -> Row:
+def evaluate(
+  model: Transformer, heldout: pipeline.HeldOut, chunk: int = 512
+) -> Row:
   """Next-token statistics of a model on held-out text.
 
   Args:
@@ -89,7 +91,7 @@ def _masked_sums(graphdef, rate, chunk, params, batch, key):
 
 
 def evaluate_masked(
-  model: Gemma,
+  model: Transformer,
   heldout: pipeline.HeldOut,
   *,
   rate: float,
@@ -164,13 +166,21 @@ def _heldout(
     data, subject.model.config.vocab_size, config.checkpoint
   )
   heldout = pipeline.heldout_batches(
-      corpus.heldout, corpus.tokenizer, batch_size=batch_size, length=length,
-      align=align, max_documents=config.max_documents,
-  )  # fmt: skip
+    corpus.heldout,
+    corpus.tokenizer,
+    batch_size=batch_size,
+    length=length,
+    align=align,
+    max_documents=config.max_documents,
+  )
   settings = dict(
-      length=length, batch_size=batch_size, align=align, data=data.to_dict(),
-      num_documents=heldout.num_documents, num_bytes=heldout.num_bytes,
-  )  # fmt: skip
+    length=length,
+    batch_size=batch_size,
+    align=align,
+    data=data.to_dict(),
+    num_documents=heldout.num_documents,
+    num_bytes=heldout.num_bytes,
+  )
   return heldout, settings
 
 
@@ -185,13 +195,20 @@ COLUMNS = (
   report.Column("ideal_reduction", "FLOPs saved %", ".1f", 100),
 )
 KEYS = (
-    "checkpoint", "tokenizer", "funnels", "batch_size", "length",
-    "max_documents", "chunk", "data", "out",
-)  # fmt: skip
+  "checkpoint",
+  "tokenizer",
+  "funnels",
+  "batch_size",
+  "length",
+  "max_documents",
+  "chunk",
+  "data",
+  "out",
+)
 
 
 def measure(
-  model: Gemma,
+  model: Transformer,
   funnels: Sequence[Funnel],
   heldout: pipeline.HeldOut,
   chunk: int = 512,
@@ -274,9 +291,10 @@ def run(config: Any) -> list[Row]:
   heldout, settings = _heldout(config, subject, align)
   rows = measure(subject.model, config.funnels, heldout, config.chunk)
   settings |= dict(
-      checkpoint=config.checkpoint, step=subject.step,
-      model=subject.model.config.to_dict(),
-  )  # fmt: skip
+    checkpoint=config.checkpoint,
+    step=subject.step,
+    model=subject.model.config.to_dict(),
+  )
   step = "" if subject.step is None else f", step {subject.step}"
   note = (
     f"{rows[0]['num_tokens']} tokens, {heldout.num_bytes} bytes, "
@@ -284,8 +302,13 @@ def run(config: Any) -> list[Row]:
     "Unigram: the least that token frequencies alone allow."
   )
   report.write(
-      config.out or subject_lib.folder(config.checkpoint), "accuracy", rows,
-      COLUMNS, f"Held-out text: {config.checkpoint}{step}", plots.accuracy,
-      settings=settings, notes=[note],
-  )  # fmt: skip
+    config.out or subject_lib.folder(config.checkpoint),
+    "accuracy",
+    rows,
+    COLUMNS,
+    f"Held-out text: {config.checkpoint}{step}",
+    plots.accuracy,
+    settings=settings,
+    notes=[note],
+  )
   return rows

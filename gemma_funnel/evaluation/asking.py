@@ -9,10 +9,10 @@ from gemma_funnel.tasks.task import GENERATIVE_KINDS, SPLITS, Task
 
 # The first is the main one of a task that names none.
 METRICS = {
-    "choice": ("accuracy", "accuracy_norm"),
-    "perplexity": ("bits_per_byte", "loss", "perplexity", "word_perplexity"),
-    "generation": ("exact_match",),
-}  # fmt: skip
+  "choice": ("accuracy", "accuracy_norm"),
+  "perplexity": ("bits_per_byte", "loss", "perplexity", "word_perplexity"),
+  "generation": ("exact_match",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,10 @@ class Settings:
 
   def __post_init__(self):
     for name, least in (
-        ("batch_size", 1), ("max_new_tokens", 1), ("few_shot", 0),
-    ):  # fmt: skip
+      ("batch_size", 1),
+      ("max_new_tokens", 1),
+      ("few_shot", 0),
+    ):
       _require_int(name, getattr(self, name), least)
     for name, least in (("max_length", 2), ("max_examples", 1)):
       if getattr(self, name) is not None:

@@ -13,24 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_funnel import decode, flops
+from gemma_funnel import flops
 from gemma_funnel.config import (
   OFF,
   Funnel,
-  GemmaConfig,
+  TransformerConfig,
   check_recovers,
   format_funnel,
 )
+from gemma_funnel.decode import decoder as decoder_lib
 from gemma_funnel.evaluation import funnels as funnels_lib
 from gemma_funnel.evaluation import report, timing
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 
 Row = dict[str, Any]
 _FIRST, _EACH = "first", "each"
 
 
 def measure(
-  model: Gemma,
+  model: Transformer,
   funnels: Sequence[Funnel],
   *,
   batch_sizes: Sequence[int],
@@ -61,7 +62,7 @@ def measure(
     ValueError: an argument out of range, or a funnel that does not fit.
   """
   named = check(model.config, funnels, batch_sizes, prompts, new_tokens)
-  base = decode.unstacked(model)
+  base = decoder_lib.unstacked(model)
   cells = [(batch, length) for batch in batch_sizes for length in prompts]
   progress = timing.Progress(
     {(b, n): b * (n + new_tokens) for b, n in cells}, protocol
@@ -75,7 +76,7 @@ def measure(
 
 
 def check(
-  config: GemmaConfig,
+  config: TransformerConfig,
   funnels: Sequence[Funnel],
   batch_sizes: Sequence[int],
   prompts: Sequence[int],
@@ -114,7 +115,9 @@ class _Cell:
     # A token more than is timed: no row is done before the end.
     self.options = dict(max_new_tokens=new_tokens + 1)
     self.decoders = {
-      name: decode.Decoder(model.with_funnel(stages), length + new_tokens + 1)
+      name: decoder_lib.Decoder(
+        model.with_funnel(stages), length + new_tokens + 1
+      )
       for name, stages in named.items()
     }
     self.cache_bytes = {}
@@ -128,7 +131,7 @@ class _Cell:
     state = jax.block_until_ready(prefill())
     call = prefill
     if part == _EACH:
-      self.cache_bytes[name] = decode.cache_bytes(state)
+      self.cache_bytes[name] = decoder_lib.cache_bytes(state)
       # Steps use up the state that they are given. Copying one costs as much
       # as a part of one step does.
       call = lambda: decoder.advance(
@@ -160,12 +163,14 @@ class _Cell:
   def _row(self, name: str, first: Row, each: Row) -> Row:
     stages = self.named[name]
     row = {
-        "batch": self.batch, "prompt": self.length,
-        "new_tokens": self.new_tokens, "funnel": name,
-        "resolved": format_funnel(stages),
-        "error": first["error"] or each["error"],
-        "cache_bytes": self.cache_bytes.get(name),
-    }  # fmt: skip
+      "batch": self.batch,
+      "prompt": self.length,
+      "new_tokens": self.new_tokens,
+      "funnel": name,
+      "resolved": format_funnel(stages),
+      "error": first["error"] or each["error"],
+      "cache_bytes": self.cache_bytes.get(name),
+    }
     seconds = each.get("latency_s")
     token_s = seconds and seconds / self.new_tokens
     # Half of the new tokens are in the cache, on average.
@@ -177,23 +182,25 @@ class _Cell:
     least = cost(flops.decode_bytes, stages, self.batch)
     ideal_bytes = saved(flops.decode_bytes, self.batch)
     return row | {
-        "first_token_s": first.get("latency_s"),
-        "first_spread": first.get("spread"),
-        "first_reduction": first.get("reduction"),
-        "first_ideal": flops.ideal_reduction(
-            self.config, stages, self.batch, self.length, head=False
-        ),
-        "token_s": token_s, "spread": each.get("spread"),
-        "reduction": each.get("reduction"),
-        "ideal_flops": saved(flops.decode_flops),
-        "ideal_bytes": ideal_bytes, "ideal_speedup": 1 / (1 - ideal_bytes),
-        "tokens_per_s": token_s and self.batch / token_s,
-        "bytes_per_s": token_s and least / token_s,
-        "ideal_cache_bytes": flops.cache_bytes(
-            self.config, stages, self.batch, self.length + self.new_tokens + 1
-        ),
-        "times_s": {_FIRST: first.get("times_s"), _EACH: each.get("times_s")},
-    }  # fmt: skip
+      "first_token_s": first.get("latency_s"),
+      "first_spread": first.get("spread"),
+      "first_reduction": first.get("reduction"),
+      "first_ideal": flops.ideal_reduction(
+        self.config, stages, self.batch, self.length, head=False
+      ),
+      "token_s": token_s,
+      "spread": each.get("spread"),
+      "reduction": each.get("reduction"),
+      "ideal_flops": saved(flops.decode_flops),
+      "ideal_bytes": ideal_bytes,
+      "ideal_speedup": 1 / (1 - ideal_bytes),
+      "tokens_per_s": token_s and self.batch / token_s,
+      "bytes_per_s": token_s and least / token_s,
+      "ideal_cache_bytes": flops.cache_bytes(
+        self.config, stages, self.batch, self.length + self.new_tokens + 1
+      ),
+      "times_s": {_FIRST: first.get("times_s"), _EACH: each.get("times_s")},
+    }
 
 
 def _result_line(row: Row) -> str:

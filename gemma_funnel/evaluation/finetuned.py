@@ -33,10 +33,20 @@ Row = dict[str, Any]
 _USED = ("batch_size", "split", "max_examples")
 # What the seeds of one table have in common.
 _COMMON = (
-  "task", "length", "long", "causal", "head", "init_from", "tokenizer",
-  "funnel", "funnel_from", "funnel_sampled", "epochs", "batch_size",
+  "task",
+  "length",
+  "long",
+  "causal",
+  "head",
+  "init_from",
+  "tokenizer",
+  "funnel",
+  "funnel_from",
+  "funnel_sampled",
+  "epochs",
+  "batch_size",
   "optimizer",
-)  # fmt: skip
+)
 
 
 def run(config: ml_collections.ConfigDict) -> list[Row] | None:
@@ -72,16 +82,26 @@ def run(config: ml_collections.ConfigDict) -> list[Row] | None:
       return None
     measured.append(
       measure(
-          result.encoder, task, "test", setup.rows["test"], funnels,
-          batch_size=setup.config.batch_size, length=setup.config.length,
+        result.encoder,
+        task,
+        "test",
+        setup.rows["test"],
+        funnels,
+        batch_size=setup.config.batch_size,
+        length=setup.config.length,
       )
-    )  # fmt: skip
+    )
   rows = _over_seeds(task, measured)
   if jax.process_index() == 0:
     _report(
-        config.workdir, "task", rows, task, f"{task.name}: test split",
-        settings={"config": config.to_dict()}, length=setups[0].config.length,
-    )  # fmt: skip
+      config.workdir,
+      "task",
+      rows,
+      task,
+      f"{task.name}: test split",
+      settings={"config": config.to_dict()},
+      length=setups[0].config.length,
+    )
   return rows
 
 
@@ -127,23 +147,33 @@ def measure(
   """
   model = encoder.model
   named = _resolve(
-    funnels, model.stages, model.config.num_layers,
+    funnels,
+    model.stages,
+    model.config.num_layers,
     encoder.head.config.per_token,
-  )  # fmt: skip
+  )
   measured = []
   for name, stages in named.items():
     print(f"task {task.name}: {name}", flush=True)
     found = finetune.measure(
-      encoder.with_funnel(stages), task, split, rows, batch_size=batch_size,
+      encoder.with_funnel(stages),
+      task,
+      split,
+      rows,
+      batch_size=batch_size,
       length=length,
-    )  # fmt: skip
-    measured.append({
-        "funnel": name, "resolved": format_funnel(stages), **found,
+    )
+    measured.append(
+      {
+        "funnel": name,
+        "resolved": format_funnel(stages),
+        **found,
         "num_examples": len(task.splits[split]),
         "ideal_reduction": flops.ideal_reduction(
           model.config, stages, 1, length, head=False, causal=encoder.causal
         ),
-    })  # fmt: skip
+      }
+    )
   return measured
 
 
@@ -173,9 +203,15 @@ def _over_seeds(task: Task, measured: Sequence[Sequence[Row]]) -> list[Row]:
 
 
 def _report(
-  out: str, name: str, rows: Sequence[Row], task: Task, title: str, *,
-  settings: dict[str, Any], length: int,
-) -> None:  # fmt: skip
+  out: str,
+  name: str,
+  rows: Sequence[Row],
+  task: Task,
+  title: str,
+  *,
+  settings: dict[str, Any],
+  length: int,
+) -> None:
   columns = [
     report.Column("funnel", "funnel"),
     report.Column("resolved", "in full"),
@@ -187,12 +223,18 @@ def _report(
   counts = ", ".join(f"{len(task.splits[s])} {s}" for s in task.splits)
   skipped = sum(task.skipped.values())
   report.write(
-      out, name, rows, columns, title, plots.task, settings=settings,
-      notes=[
-          f"{counts} examples, {skipped} malformed rows left out. FLOPs of the "
-          f"trunk at {length} tokens."
-      ],
-  )  # fmt: skip
+    out,
+    name,
+    rows,
+    columns,
+    title,
+    plots.task,
+    settings=settings,
+    notes=[
+      f"{counts} examples, {skipped} malformed rows left out. FLOPs of the "
+      f"trunk at {length} tokens."
+    ],
+  )
 
 
 def find_runs(path: str | None) -> list[str]:
@@ -231,9 +273,11 @@ def evaluate(config: Any, settings: Settings) -> list[Row]:
   first, labels, trained = loaded[0]
   length = trained.length
   _resolve(
-    config.funnels, first.model.stages, first.model.config.num_layers,
+    config.funnels,
+    first.model.stages,
+    first.model.config.num_layers,
     first.head.config.per_token,
-  )  # fmt: skip
+  )
   task = _read_task(config, trained, settings)
   _check_labels(task, labels, first.head.config, config.checkpoint)
   tokenizer = tokenizer_lib.find_tokenizer(
@@ -244,18 +288,27 @@ def evaluate(config: Any, settings: Settings) -> list[Row]:
   )
   measured = [
     measure(
-        encoder, task, settings.split, encoded, config.funnels,
-        batch_size=config.batch_size or trained.batch_size, length=length,
+      encoder,
+      task,
+      settings.split,
+      encoded,
+      config.funnels,
+      batch_size=config.batch_size or trained.batch_size,
+      length=length,
     )
     for encoder, _, _ in loaded
-  ]  # fmt: skip
+  ]
   rows = _over_seeds(task, measured)
   title = f"{task.name}: {config.checkpoint}, {settings.split} split"
   _report(
-      config.out or subject_lib.folder(config.checkpoint),
-      re.sub(r"[^\w.-]", "_", task.name), rows, task, title, length=length,
-      settings={"config": config.to_dict(), "trained": trained.to_dict()},
-  )  # fmt: skip
+    config.out or subject_lib.folder(config.checkpoint),
+    re.sub(r"[^\w.-]", "_", task.name),
+    rows,
+    task,
+    title,
+    length=length,
+    settings={"config": config.to_dict(), "trained": trained.to_dict()},
+  )
   return rows
 
 
@@ -332,9 +385,11 @@ def _check_labels(task: Task, labels, head, path: str) -> None:
     return
   more = [x for x in task.labels if x not in labels]
   less = [x for x in labels if x not in task.labels]
-  said = f"has {more} more and lacks {less}" if more or less else (
-    f"has them as {list(task.labels)}"
-  )  # fmt: skip
+  said = (
+    f"has {more} more and lacks {less}"
+    if more or less
+    else (f"has them as {list(task.labels)}")
+  )
   raise ValueError(
     f"the labels of task {task.name} are not those of {path}: expected "
     f"{list(labels)}, it {said}"

@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from gemma_funnel import decode, flops, generate, tasks
+from gemma_funnel import flops, generate, tasks
 from gemma_funnel.config import check_recovers, format_funnel
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from gemma_funnel.decode import decoder as decoder_lib
+from gemma_funnel.decode.sampling import GREEDY, Sampling
 from gemma_funnel.evaluation import asking, finetuned, plots, report, scoring
 from gemma_funnel.evaluation import funnels as funnels_lib
 from gemma_funnel.evaluation import subject as subject_lib
 from gemma_funnel.evaluation.asking import Settings, check, main_metric
-from gemma_funnel.model import Gemma
-from gemma_funnel.sampling import GREEDY, Sampling
+from gemma_funnel.model import Transformer
 from gemma_funnel.tasks.task import Task
 
 Row = dict[str, Any]
@@ -34,7 +35,7 @@ _CHUNK = 16
 
 
 def evaluate(
-  task: Task, model: Gemma, tokenizer: Tokenizer, settings: Settings
+  task: Task, model: Transformer, tokenizer: Tokenizer, settings: Settings
 ) -> Row:
   """Metrics of a task.
 
@@ -65,7 +66,7 @@ def evaluate(
 
 
 def predict(
-  task: Task, model: Gemma, tokenizer: Tokenizer, settings: Settings
+  task: Task, model: Transformer, tokenizer: Tokenizer, settings: Settings
 ) -> list[Row]:
   """What a model makes of each example; JSON values, in order.
 
@@ -99,7 +100,7 @@ def _predict_choices(task, examples, model, tokenizer, settings, longest):
       requests,
       batch_size=settings.batch_size,
       lengths=scoring.bucket_lengths(longest),
-    )  # fmt: skip
+    )
   )
   fed = iter([len(a) + len(b) - 1 for a, b in requests])
   return [
@@ -108,7 +109,7 @@ def _predict_choices(task, examples, model, tokenizer, settings, longest):
       [next(scores).log_likelihood for _ in example.choices],
       [next(fed) for _ in example.choices],
       longest,
-    )  # fmt: skip
+    )
     for example in examples
   ]
 
@@ -126,14 +127,19 @@ def _choice_record(example, scores, fed, longest) -> Row:
   per_byte = [s / n for s, n in zip(scores, sizes, strict=True)]
   chosen_norm, tied_norm = _best(per_byte)
   return {
-      "prompt": example.prompt, "choices": list(example.choices),
-      "answer": example.answer, "group": example.group,
-      "log_likelihoods": scores, "chosen": chosen, "tied": tied,
-      "correct": chosen == example.answer and not tied,
-      "chosen_norm": chosen_norm,
-      "correct_norm": chosen_norm == example.answer and not tied_norm,
-      "num_fed": max(fed), "cut": max(fed) > longest,
-  }  # fmt: skip
+    "prompt": example.prompt,
+    "choices": list(example.choices),
+    "answer": example.answer,
+    "group": example.group,
+    "log_likelihoods": scores,
+    "chosen": chosen,
+    "tied": tied,
+    "correct": chosen == example.answer and not tied,
+    "chosen_norm": chosen_norm,
+    "correct_norm": chosen_norm == example.answer and not tied_norm,
+    "num_fed": max(fed),
+    "cut": max(fed) > longest,
+  }
 
 
 def _best(scores: Sequence[float]) -> tuple[int, bool]:
@@ -146,18 +152,22 @@ def _predict_texts(task, examples, model, tokenizer, settings, longest):
   del task
   texts = [tokenizer.encode(example.text) for example in examples]
   totals = scoring.rolling(
-      model, texts, batch_size=settings.batch_size,
-      lengths=scoring.bucket_lengths(longest),
-  )  # fmt: skip
+    model,
+    texts,
+    batch_size=settings.batch_size,
+    lengths=scoring.bucket_lengths(longest),
+  )
   return [
     {
-        "log_likelihood": total, "num_tokens": len(ids),
-        "num_bytes": len(example.text.encode()),
-        "num_words": len(re.split(r"\s+", example.text)),
-        "num_fed": min(1 + len(ids), longest), "cut": False,
+      "log_likelihood": total,
+      "num_tokens": len(ids),
+      "num_bytes": len(example.text.encode()),
+      "num_words": len(re.split(r"\s+", example.text)),
+      "num_fed": min(1 + len(ids), longest),
+      "cut": False,
     }
     for example, ids, total in zip(examples, texts, totals, strict=True)
-  ]  # fmt: skip
+  ]
 
 
 def _predict_generated(task, examples, model, tokenizer, settings, longest):
@@ -166,9 +176,14 @@ def _predict_generated(task, examples, model, tokenizer, settings, longest):
     [BOS_ID, *tokenizer.encode(prompt_of(example))] for example in examples
   ]
   texts = continuations(
-      model, tokenizer, prompts, stop=settings.stop, longest=longest,
-      max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
-  )  # fmt: skip
+    model,
+    tokenizer,
+    prompts,
+    stop=settings.stop,
+    longest=longest,
+    max_new_tokens=settings.max_new_tokens,
+    batch_size=settings.batch_size,
+  )
   room = longest - settings.max_new_tokens
   records = []
   for example, ids, text in zip(examples, prompts, texts, strict=True):
@@ -177,17 +192,20 @@ def _predict_generated(task, examples, model, tokenizer, settings, longest):
     right = {normal(answer) for answer in example.answers}
     records.append(
       {
-          "prompt": example.prompt, "answers": list(example.answers),
-          "text": text, "found": found,
-          "correct": found is not None and normal(found) in right,
-          "num_fed": min(len(ids), room), "cut": len(ids) > room,
+        "prompt": example.prompt,
+        "answers": list(example.answers),
+        "text": text,
+        "found": found,
+        "correct": found is not None and normal(found) in right,
+        "num_fed": min(len(ids), room),
+        "cut": len(ids) > room,
       }
-    )  # fmt: skip
+    )
   return records
 
 
 def continuations(
-  model: Gemma,
+  model: Transformer,
   tokenizer: Tokenizer,
   prompts: Sequence[Sequence[int]],
   *,
@@ -226,7 +244,7 @@ def continuations(
   prompts = [cut(list(ids)) for ids in prompts]
   order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
   cache_length = len(prompts[order[0]]) + max_new_tokens
-  decoder = decode.Decoder(model, cache_length)
+  decoder = decoder_lib.Decoder(model, cache_length)
   texts = [""] * len(prompts)
   size = min(batch_size, len(prompts))
   for start in range(0, len(order), size):
@@ -234,10 +252,14 @@ def continuations(
     # A batch that is not full would be compiled for anew.
     full = batch + batch[-1:] * (size - len(batch))
     for results in decoder.stream(
-        [prompts[n] for n in full], max_new_tokens=max_new_tokens,
-        sampling=sampling, stop_ids=[EOS_ID], seed=seed, first_row=start,
-        chunk=_CHUNK,
-    ):  # fmt: skip
+      [prompts[n] for n in full],
+      max_new_tokens=max_new_tokens,
+      sampling=sampling,
+      stop_ids=[EOS_ID],
+      seed=seed,
+      first_row=start,
+      chunk=_CHUNK,
+    ):
       whole = [generate.decode(tokenizer, r.tokens) for r in results]
       done = [
         r.stopped or any(s in text for s in stop)
@@ -268,9 +290,14 @@ def summarize(kind: str, records: Sequence[Row]) -> Row:
         counts["groups"] = {k: _rates(v) for k, v in sorted(groups.items())}
       return _rates(records) | counts
     case "perplexity":
-      return _perplexities(*map(
-          total, ("log_likelihood", "num_tokens", "num_bytes", "num_words")
-      )) | counts  # fmt: skip
+      return (
+        _perplexities(
+          *map(
+            total, ("log_likelihood", "num_tokens", "num_bytes", "num_words")
+          )
+        )
+        | counts
+      )
   found = sum(record["found"] is not None for record in records)
   rate = total("correct") / len(records)
   return {"exact_match": rate, "num_found": found} | counts
@@ -279,10 +306,11 @@ def summarize(kind: str, records: Sequence[Row]) -> Row:
 def _rates(records) -> Row:
   count = len(records)
   return {
-      "accuracy": sum(r["correct"] for r in records) / count,
-      "accuracy_norm": sum(r["correct_norm"] for r in records) / count,
-      "num_ties": sum(r["tied"] for r in records), "num_examples": count,
-  }  # fmt: skip
+    "accuracy": sum(r["correct"] for r in records) / count,
+    "accuracy_norm": sum(r["correct_norm"] for r in records) / count,
+    "num_ties": sum(r["tied"] for r in records),
+    "num_examples": count,
+  }
 
 
 def _perplexities(log_likelihood, tokens, num_bytes, words) -> Row:
@@ -290,17 +318,19 @@ def _perplexities(log_likelihood, tokens, num_bytes, words) -> Row:
     raise ValueError("the texts have no tokens: expected one at least")
   power = lambda x: math.exp(x) if x < _MAX_EXPONENT else None
   return {
-      "loss": -log_likelihood / tokens,
-      "perplexity": power(-log_likelihood / tokens),
-      "bits_per_byte": -log_likelihood / math.log(2) / num_bytes,
-      "word_perplexity": power(-log_likelihood / words), "num_tokens": tokens,
-  }  # fmt: skip
+    "loss": -log_likelihood / tokens,
+    "perplexity": power(-log_likelihood / tokens),
+    "bits_per_byte": -log_likelihood / math.log(2) / num_bytes,
+    "word_perplexity": power(-log_likelihood / words),
+    "num_tokens": tokens,
+  }
 
 
 _PREDICTORS = {
-    "choice": _predict_choices, "perplexity": _predict_texts,
-    "generation": _predict_generated,
-}  # fmt: skip
+  "choice": _predict_choices,
+  "perplexity": _predict_texts,
+  "generation": _predict_generated,
+}
 COLUMNS = (
   report.Column("funnel", "funnel"),
   report.Column("resolved", "in full"),
@@ -318,13 +348,19 @@ COLUMNS = (
 )
 _SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
 KEYS = (
-    "checkpoint", "tokenizer", "dtype", "funnels", "task", "out", *_SETTINGS
-)  # fmt: skip
+  "checkpoint",
+  "tokenizer",
+  "dtype",
+  "funnels",
+  "task",
+  "out",
+  *_SETTINGS,
+)
 
 
 def measure(
   task: Task,
-  model: Gemma,
+  model: Transformer,
   funnels: Mapping[str, funnels_lib.Stages],
   tokenizer: Tokenizer,
   settings: Settings,
@@ -344,7 +380,7 @@ def measure(
   config, metric = model.config, main_metric(task)
   if task.kind == "generation":
     # Otherwise each funnel's decoder would hold a copy of all layers.
-    model = decode.unstacked(model)
+    model = decoder_lib.unstacked(model)
   rows, predictions = [], []
   for name, stages in funnels.items():
     print(f"task {task.name}: {name}", flush=True)
@@ -399,16 +435,25 @@ def run(config: Any) -> list[Row]:
   out = config.out or subject_lib.folder(config.checkpoint)
   name = re.sub(r"[^\w.-]", "_", task.name)
   kept = dict(
-      checkpoint=config.checkpoint, step=subject.step, task=config.task.to_dict(),
-      skipped=dict(task.skipped), model=model.config.to_dict(),
-      **dataclasses.asdict(settings),
-  )  # fmt: skip
+    checkpoint=config.checkpoint,
+    step=subject.step,
+    task=config.task.to_dict(),
+    skipped=dict(task.skipped),
+    model=model.config.to_dict(),
+    **dataclasses.asdict(settings),
+  )
   step = "" if subject.step is None else f", step {subject.step}"
   note = f"{rows[0]['num_examples']} examples of split {settings.split}."
   report.write(
-      out, name, rows, COLUMNS, f"{task.name}: {config.checkpoint}{step}",
-      plots.task, settings=kept, notes=[note],
-  )  # fmt: skip
+    out,
+    name,
+    rows,
+    COLUMNS,
+    f"{task.name}: {config.checkpoint}{step}",
+    plots.task,
+    settings=kept,
+    notes=[note],
+  )
   lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
   report.write_atomically(
     os.path.join(out, f"{name}.predictions.jsonl"), "".join(lines).encode()

@@ -28,9 +28,9 @@ from gemma_funnel import cli
 from gemma_funnel.config import check_recovers
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID
+from gemma_funnel.decode.sampling import Sampling
 from gemma_funnel.evaluation import generative, scoring
 from gemma_funnel.evaluation import subject as subject_lib
-from gemma_funnel.sampling import Sampling
 
 _NAME = "gemma_funnel"
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens")
@@ -149,8 +149,9 @@ class GemmaFunnel(TemplateLM):
   ) -> list[float]:
     """Log-likelihoods of whole texts, in nats, by windows."""
     del disable_tqdm
-    texts = [self.tok_encode(r.args[0], add_special_tokens=False)
-             for r in requests]  # fmt: skip
+    texts = [
+      self.tok_encode(r.args[0], add_special_tokens=False) for r in requests
+    ]
     totals = scoring.rolling(self.model, texts, **self._passes)
     for request, total in zip(requests, totals, strict=True):
       self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -174,10 +175,16 @@ class GemmaFunnel(TemplateLM):
     for (stop, max_new_tokens, sampling), numbers in groups.items():
       prompts = [self.tok_encode(requests[n].args[0]) for n in numbers]
       found = generative.continuations(
-          self.model, self._tokenizer, prompts, stop=stop,
-          max_new_tokens=max_new_tokens, batch_size=self.batch_size,
-          longest=self.max_length, sampling=sampling, seed=self.seed,
-      )  # fmt: skip
+        self.model,
+        self._tokenizer,
+        prompts,
+        stop=stop,
+        max_new_tokens=max_new_tokens,
+        batch_size=self.batch_size,
+        longest=self.max_length,
+        sampling=sampling,
+        seed=self.seed,
+      )
       for number, text in zip(numbers, found, strict=True):
         texts[number] = text
         if sampling.temperature == 0:
@@ -209,7 +216,10 @@ def _options(
   stop = (until,) if isinstance(until, str) else tuple(until)
   limits = [given.pop(name, None) for name in _LIMITS]
   limit = next((n for n in limits if n is not None), default)
-  do_sample, temperature = given.pop("do_sample", None), given.pop("temperature", None)  # fmt: skip
+  do_sample, temperature = (
+    given.pop("do_sample", None),
+    given.pop("temperature", None),
+  )
   if do_sample is None:
     do_sample = bool(temperature)
   filters = {

@@ -18,13 +18,13 @@ from gemma_funnel.config import (
   ATTENTION_KINDS,
   OFF,
   Funnel,
-  GemmaConfig,
+  TransformerConfig,
   check_recovers,
   format_funnel,
 )
 from gemma_funnel.evaluation import decoding, plots, report, timing
 from gemma_funnel.evaluation import funnels as funnels_lib
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.stream import make_stream
 
 # Where kinds of layers are compared: layers of each, and what with.
@@ -44,15 +44,15 @@ def _check_sweep(config, batch_sizes, lengths) -> None:
     )
 
 
-def random_model(config: GemmaConfig, seed: int = 0) -> Gemma:
+def random_model(config: TransformerConfig, seed: int = 0) -> Transformer:
   """A model of random weights, made on the device in `param_dtype`."""
   params = _random_params(config, jax.random.key(seed))
-  return nnx.merge(nnx.graphdef(Gemma.abstract(config)), params)
+  return nnx.merge(nnx.graphdef(Transformer.abstract(config)), params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _random_params(config, key):
-  return nnx.state(Gemma(config, rngs=nnx.Rngs(key)))
+  return nnx.state(Transformer(config, rngs=nnx.Rngs(key)))
 
 
 def _forward(graphdef, head, causal, params, tokens_BT):
@@ -63,7 +63,7 @@ def _forward(graphdef, head, causal, params, tokens_BT):
 
 
 def measure(
-  model: Gemma,
+  model: Transformer,
   funnels: Sequence[Funnel],
   *,
   batch_sizes: Sequence[int],
@@ -101,10 +101,13 @@ def measure(
   named = {OFF: ()} | {k: stages for k, stages in named.items() if stages}
   _check_head(named, head)
   sweep = _Sweep(
-      models={k: nnx.split(model.with_funnel(s)) for k, s in named.items()},
-      funnels=named, heads=tuple(dict.fromkeys(head)), config=model.config,
-      causal=causal, protocol=protocol,
-  )  # fmt: skip
+    models={k: nnx.split(model.with_funnel(s)) for k, s in named.items()},
+    funnels=named,
+    heads=tuple(dict.fromkeys(head)),
+    config=model.config,
+    causal=causal,
+    protocol=protocol,
+  )
   sweep.check(lengths)
   cells = [(batch, length) for batch in batch_sizes for length in lengths]
   work = {cell: sweep.work(cell) for cell in cells}
@@ -132,7 +135,7 @@ class _Sweep:
   models: dict[str, tuple[nnx.GraphDef, nnx.State]]
   funnels: dict[str, funnels_lib.Stages]
   heads: tuple[bool, ...]
-  config: GemmaConfig
+  config: TransformerConfig
   causal: bool
   protocol: timing.Protocol
 
@@ -178,9 +181,12 @@ class _Sweep:
     rows = []
     for (name, h), row in measured.items():
       about = {
-          "batch": cell[0], "length": cell[1], "head": h, "funnel": name,
-          "resolved": format_funnel(self.funnels[name]),
-      }  # fmt: skip
+        "batch": cell[0],
+        "length": cell[1],
+        "head": h,
+        "funnel": name,
+        "resolved": format_funnel(self.funnels[name]),
+      }
       ideal = flops.ideal_reduction(
         self.config, self.funnels[name], *cell, h, self.causal
       )
@@ -225,7 +231,7 @@ def _trunk(graphdef, causal, params, hidden_BTD):
 
 
 def measure_layer_kinds(
-  config: GemmaConfig,
+  config: TransformerConfig,
   *,
   batch_sizes: Sequence[int],
   lengths: Sequence[int],
@@ -274,7 +280,7 @@ def measure_layer_kinds(
     )
 
     def build(kind, hidden_BTD=hidden_BTD):
-      graphdef = nnx.graphdef(Gemma.abstract(short[kind]))
+      graphdef = nnx.graphdef(Transformer.abstract(short[kind]))
       trunk = functools.partial(_trunk, graphdef, causal)
       return timing.compile_program(
         trunk, params, hidden_BTD, clock=protocol.clock
@@ -288,9 +294,11 @@ def measure_layer_kinds(
     for kind, row in measured.items():
       row = _per_layer(row)
       about = {
-          "batch": cell[0], "length": cell[1], "kind": kind,
-          "window": short[kind].window_of(0),
-      }  # fmt: skip
+        "batch": cell[0],
+        "length": cell[1],
+        "kind": kind,
+        "window": short[kind].window_of(0),
+      }
       count = cost(kind, cell)
       ideal = 1 - count / cost(_BASE_KIND, cell)
       rows.append(about | _with_rates(row, ideal, count // _LAYERS, cell))
@@ -340,9 +348,20 @@ LAYER_KIND_COLUMNS = (
 
 
 KEYS = (
-    "funnels", "batch_sizes", "lengths", "causal", "head", "layer_kinds",
-    "decode", "warmup", "repeats", "seed", "checkpoint", "model", "out",
-)  # fmt: skip
+  "funnels",
+  "batch_sizes",
+  "lengths",
+  "causal",
+  "head",
+  "layer_kinds",
+  "decode",
+  "warmup",
+  "repeats",
+  "seed",
+  "checkpoint",
+  "model",
+  "out",
+)
 # Of a checkpoint's model, what a configuration decides: how, and not what.
 _HOW = ("dtype", "softmax_dtype", "kernel", "scan_layers", "remat")
 
@@ -376,45 +395,64 @@ def run(config: Any) -> list[Row]:
       f"decode.new_tokens=0, found {config.decode.new_tokens}"
     )
   sweep = dict(
-      batch_sizes=config.batch_sizes, lengths=config.lengths,
-      causal=config.causal, protocol=protocol,
-  )  # fmt: skip
+    batch_sizes=config.batch_sizes,
+    lengths=config.lengths,
+    causal=config.causal,
+    protocol=protocol,
+  )
   model = _get_model(config)
   rows = measure(model, config.funnels, head=config.head, **sweep)
   settings = {
-      "model": model.config.to_dict(), "checkpoint": config.checkpoint,
-      "causal": config.causal, "repeats": config.repeats,
-      "warmup": config.warmup, "seed": config.seed,
-  }  # fmt: skip
+    "model": model.config.to_dict(),
+    "checkpoint": config.checkpoint,
+    "causal": config.causal,
+    "repeats": config.repeats,
+    "warmup": config.warmup,
+    "seed": config.seed,
+  }
   report.write(
-      config.out, "latency", rows, COLUMNS,
-      _title(f"Latency of {model.config.num_layers} layers", model.config),
-      plots.latency, settings=settings, notes=_notes(protocol),
-  )  # fmt: skip
+    config.out,
+    "latency",
+    rows,
+    COLUMNS,
+    _title(f"Latency of {model.config.num_layers} layers", model.config),
+    plots.latency,
+    settings=settings,
+    notes=_notes(protocol),
+  )
   if config.layer_kinds:
     kinds = measure_layer_kinds(model.config, **sweep)
     report.write(
-        config.out, "layer_kinds", kinds, LAYER_KIND_COLUMNS,
-        _title("Latency of one layer", model.config), plots.layer_kinds,
-        settings=settings, notes=_notes(protocol),
-    )  # fmt: skip
+      config.out,
+      "layer_kinds",
+      kinds,
+      LAYER_KIND_COLUMNS,
+      _title("Latency of one layer", model.config),
+      plots.layer_kinds,
+      settings=settings,
+      notes=_notes(protocol),
+    )
   if decodes:
     report.write(
-        config.out, "decode",
-        decoding.measure(
-            model, config.funnels, protocol=protocol, **config.decode
-        ),
-        decoding.COLUMNS, _title("Generation", model.config), plots.decoding,
-        settings=settings, notes=[_notes(protocol)[0], *decoding.NOTES],
-    )  # fmt: skip
+      config.out,
+      "decode",
+      decoding.measure(
+        model, config.funnels, protocol=protocol, **config.decode
+      ),
+      decoding.COLUMNS,
+      _title("Generation", model.config),
+      plots.decoding,
+      settings=settings,
+      notes=[_notes(protocol)[0], *decoding.NOTES],
+    )
   if all(row["error"] for row in rows):
     raise RuntimeError(f"no variant could run: {rows[0]['error']}")
   return rows
 
 
-def _get_model(config: Any) -> Gemma:
+def _get_model(config: Any) -> Transformer:
   """The checkpoint's model, or a random one; checks what it costs to check."""
-  wanted = GemmaConfig.from_dict(config.model)
+  wanted = TransformerConfig.from_dict(config.model)
   if config.checkpoint is None:
     _check_fits(config, wanted)
     return random_model(wanted, config.seed)
@@ -424,12 +462,12 @@ def _get_model(config: Any) -> Gemma:
   _check_fits(config, model.config)
   how = {name: getattr(wanted, name) for name in _HOW}
   graphdef = nnx.graphdef(
-    Gemma.abstract(dataclasses.replace(model.config, **how))
+    Transformer.abstract(dataclasses.replace(model.config, **how))
   )
   return nnx.merge(graphdef, nnx.state(model))
 
 
-def _check_fits(config: Any, model: GemmaConfig) -> None:
+def _check_fits(config: Any, model: TransformerConfig) -> None:
   """Checks that a model of these sizes can be measured as configured."""
   funnels_lib.resolve(config.funnels, model.num_layers)
   _check_sweep(model, config.batch_sizes, config.lengths)
@@ -437,7 +475,7 @@ def _check_fits(config: Any, model: GemmaConfig) -> None:
     decoding.check(model, config.funnels, **config.decode)
 
 
-def _title(what: str, config: GemmaConfig) -> str:
+def _title(what: str, config: TransformerConfig) -> str:
   return (
     f"{what}: width {config.embed_dim}, {config.dtype} (parameters "
     f"{config.param_dtype}), attention kernel {config.kernel}"

@@ -33,9 +33,12 @@ def latency(rows: Sequence[Row]) -> Any:
     for handle, label in zip(*entries, strict=True):
       handles.setdefault(label, handle)
   figure.legend(
-      handles.values(), handles.keys(), loc="outside lower center", ncols=2,
-      fontsize=8,
-  )  # fmt: skip
+    handles.values(),
+    handles.keys(),
+    loc="outside lower center",
+    ncols=2,
+    fontsize=8,
+  )
   return figure
 
 
@@ -51,19 +54,29 @@ def _plot_reductions(axes, rows, names, title) -> None:
     drawn = {x: r for x, r in at.items() if r.get("reduction") is not None}
     values = [100 * r["reduction"] for r in drawn.values()]
     quartiles = [
-        [100 * abs(r["reduction_quartiles"][side] - r["reduction"])
-         for r in drawn.values()]
-        for side in (0, 1)
-    ]  # fmt: skip
+      [
+        100 * abs(r["reduction_quartiles"][side] - r["reduction"])
+        for r in drawn.values()
+      ]
+      for side in (0, 1)
+    ]
     axes.bar(
-        list(drawn), values, 0.9 * width, yerr=quartiles, color=f"C{n}",
-        ecolor="0.4", capsize=2, label=f"{name}, measured",
-    )  # fmt: skip
+      list(drawn),
+      values,
+      0.9 * width,
+      yerr=quartiles,
+      color=f"C{n}",
+      ecolor="0.4",
+      capsize=2,
+      label=f"{name}, measured",
+    )
     axes.hlines(
-        [100 * r["ideal_reduction"] for r in at.values()],
-        [x - 0.45 * width for x in at], [x + 0.45 * width for x in at],
-        colors="black", label="ideal (FLOPs)",
-    )  # fmt: skip
+      [100 * r["ideal_reduction"] for r in at.values()],
+      [x - 0.45 * width for x in at],
+      [x + 0.45 * width for x in at],
+      colors="black",
+      label="ideal (FLOPs)",
+    )
   axes.axhline(0, color="0.6", linewidth=0.8)
   axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
   axes.set(xlabel="length (tokens)", ylabel="reduction of latency (%)")
@@ -77,9 +90,13 @@ def _plot_times(axes, rows, key, names, title) -> None:
     # As bars, in which the first name has none.
     color = "0.3" if n == 0 else f"C{n - 1}"
     axes.plot(
-        [r["length"] for r in drawn], [1e3 * r["latency_s"] for r in drawn],
-        "o-", color=color, markersize=4, label=name,
-    )  # fmt: skip
+      [r["length"] for r in drawn],
+      [1e3 * r["latency_s"] for r in drawn],
+      "o-",
+      color=color,
+      markersize=4,
+      label=name,
+    )
   if len(lengths) > 1:
     axes.set_xscale("log", base=2)
     # Close enough that the shortest range of two lengths has ticks.
@@ -121,26 +138,33 @@ def decoding(rows: Sequence[Row]) -> Any:
   for axes in grid[-1]:
     axes.set_xlabel("reduction of time (%)")
   figure.legend(
-      *grid[0][0].get_legend_handles_labels(), loc="outside lower center",
-      ncols=2, fontsize=8,
-  )  # fmt: skip
+    *grid[0][0].get_legend_handles_labels(),
+    loc="outside lower center",
+    ncols=2,
+    fontsize=8,
+  )
   return figure
 
 
 def _plot_bars(axes, rows, names, measured, ideal) -> None:
   at = [names.index(r["funnel"]) for r in rows]
   bars = axes.barh(
-      at, [100 * (r[measured] or 0) for r in rows], 0.7, color="C0",
-      label="measured",
-  )  # fmt: skip
+    at,
+    [100 * (r[measured] or 0) for r in rows],
+    0.7,
+    color="C0",
+    label="measured",
+  )
   axes.bar_label(
-      bars, fmt="{:.0f}", fontsize=8, label_type="center", color="white"
-  )  # fmt: skip
+    bars, fmt="{:.0f}", fontsize=8, label_type="center", color="white"
+  )
   axes.vlines(
-      [100 * r[ideal] for r in rows], [y - 0.4 for y in at],
-      [y + 0.4 for y in at], colors="black",
-      label="ideal (FLOPs of a prompt, bytes of a token)",
-  )  # fmt: skip
+    [100 * r[ideal] for r in rows],
+    [y - 0.4 for y in at],
+    [y + 0.4 for y in at],
+    colors="black",
+    label="ideal (FLOPs of a prompt, bytes of a token)",
+  )
   axes.axvline(0, color="0.6", linewidth=0.8)
   axes.margins(x=0.15)
   axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -167,14 +191,16 @@ def accuracy(rows: Sequence[Row]) -> Any:
   values = [row["bits_per_byte"] for row in rows]
   unigram = rows[0]["unigram_bits_per_byte"]
   bars = axes.barh(
-      range(len(rows)), values, 0.7,
-      color=[f"C{i}" for i in range(len(rows))],
-  )  # fmt: skip
+    range(len(rows)), values, 0.7, color=[f"C{i}" for i in range(len(rows))]
+  )
   axes.bar_label(bars, fmt=" {:.3f}", fontsize=9)
   axes.axvline(
-      unigram, color="black", linestyle="--", linewidth=1,
-      label=f"unigram, {unigram:.3f}",
-  )  # fmt: skip
+    unigram,
+    color="black",
+    linestyle="--",
+    linewidth=1,
+    label=f"unigram, {unigram:.3f}",
+  )
   names = [row["funnel"] for row in rows]
   axes.set_yticks(range(len(rows)), names, fontsize=9)
   axes.invert_yaxis()
@@ -190,8 +216,8 @@ def task(rows: Sequence[Row]) -> Any:
   axes = figure.subplots()
   drawn = [row["value"] or 0 for row in rows]
   bars = axes.barh(
-      range(len(rows)), drawn, 0.7, color=[f"C{i}" for i in range(len(rows))]
-  )  # fmt: skip
+    range(len(rows)), drawn, 0.7, color=[f"C{i}" for i in range(len(rows))]
+  )
   axes.bar_label(bars, fmt=" {:.4g}", fontsize=9)
   axes.set_yticks(range(len(rows)), [row["funnel"] for row in rows], fontsize=9)
   axes.invert_yaxis()

@@ -82,8 +82,12 @@ def revision() -> str | None:
   try:
     described = subprocess.run(
       ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-      cwd=folder, capture_output=True, text=True, timeout=10, check=True,
-    )  # fmt: skip
+      cwd=folder,
+      capture_output=True,
+      text=True,
+      timeout=10,
+      check=True,
+    )
   except (OSError, subprocess.SubprocessError):
     return None
   return described.stdout.strip() or None

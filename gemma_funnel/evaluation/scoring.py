@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma_funnel.config import check_recovers
 from gemma_funnel.data.tokenizer import BOS_ID, Tokenizer
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 
 # (context, continuation), token ids.
 Request = tuple[Sequence[int], Sequence[int]]
@@ -110,7 +110,7 @@ def windows(ids: Sequence[int], length: int) -> Iterator[Request]:
 
 
 def rolling(
-  model: Gemma,
+  model: Transformer,
   texts: Sequence[Sequence[int]],
   *,
   batch_size: int,
@@ -142,7 +142,7 @@ def rolling(
 
 
 def log_likelihoods(
-  model: Gemma,
+  model: Transformer,
   requests: Sequence[Request],
   *,
   batch_size: int,
@@ -250,9 +250,12 @@ def _arrays(batch, batch_size, length) -> dict[str, np.ndarray]:
   # A row of padding alone would have queries that see nothing.
   segment_BT[len(batch) :, 0] = 1
   return {
-      "tokens_BT": tokens_BT, "segment_BT": segment_BT, "target_BT": target_BT,
-      "first_B": first_B, "count_B": count_B,
-  }  # fmt: skip
+    "tokens_BT": tokens_BT,
+    "segment_BT": segment_BT,
+    "target_BT": target_BT,
+    "first_B": first_B,
+    "count_B": count_B,
+  }
 
 
 @functools.partial(jax.jit, static_argnums=0)

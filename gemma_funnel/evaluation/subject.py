@@ -9,7 +9,7 @@ from flax import nnx
 from ml_collections import config_dict
 
 from gemma_funnel import convert
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.training import checkpoint as checkpoint_lib
 
 
@@ -24,7 +24,7 @@ class Subject:
     step: that the run was at; None where it is none.
   """
 
-  model: Gemma
+  model: Transformer
   tokenizer_path: str
   config: config_dict.ConfigDict | None = None
   step: int | None = None
@@ -80,11 +80,11 @@ def folder(path: str) -> str:
   return os.path.join(inside, "eval")
 
 
-def on_this_device(model: Gemma) -> Gemma:
+def on_this_device(model: Transformer) -> Transformer:
   """The model with the kernel that suits the devices here.
 
   That of a run is the one of the devices it was trained on.
   """
   config = dataclasses.replace(model.config, kernel="auto")
-  graphdef = nnx.graphdef(Gemma.abstract(config, model.stages))
+  graphdef = nnx.graphdef(Transformer.abstract(config, model.stages))
   return nnx.merge(graphdef, nnx.state(model))

@@ -16,13 +16,23 @@ import numpy as np
 
 from gemma_funnel.config import OFF
 from gemma_funnel.evaluation import plots, report, timing
-from gemma_funnel.hardware import chip_of
-from gemma_funnel.training import pretrain, sharding, start
+from gemma_funnel.parallel import sharding
+from gemma_funnel.parallel.hardware import chip_of
+from gemma_funnel.training import pretrain, start
 from gemma_funnel.training import step as step_lib
 
 Row = dict[str, Any]
-KEYS = ("pretrain", "funnels", "loss_chunks", "remats", "memory_limit_gib",
-        "warmup", "repeats", "seed", "out")  # fmt: skip
+KEYS = (
+  "pretrain",
+  "funnels",
+  "loss_chunks",
+  "remats",
+  "memory_limit_gib",
+  "warmup",
+  "repeats",
+  "seed",
+  "out",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +163,7 @@ def measure(config: ml_collections.ConfigDict) -> list[Row]:
   setups = {variant: _setup(config, variant) for variant in variants}
   steps = _Steps(config, protocol)
   measured = timing.measure_together(
-    {v: functools.partial(steps.build, v) for v in variants},
-    variants,
-    protocol,
+    {v: functools.partial(steps.build, v) for v in variants}, variants, protocol
   )
   rows = []
   for variant, base in variants.items():
@@ -178,10 +186,14 @@ def _row(variant: Variant, measured: Row, setup: pretrain.Setup) -> Row:
   config, mesh = setup.config, setup.mesh
   flops = pretrain.step_flops(setup, setup.stages)
   row = {
-      "batch": config.batch_size, "length": config.length,
-      "funnel": variant.funnel, "loss_chunk": variant.chunk,
-      "remat": variant.remat, "flops": flops, **measured,
-  }  # fmt: skip
+    "batch": config.batch_size,
+    "length": config.length,
+    "funnel": variant.funnel,
+    "loss_chunk": variant.chunk,
+    "remat": variant.remat,
+    "flops": flops,
+    **measured,
+  }
   seconds = measured.get("latency_s")
   if seconds:
     row["tokens_per_s"] = config.batch_size * config.length / seconds
@@ -239,15 +251,19 @@ def run(config: ml_collections.ConfigDict) -> list[Row]:
   rows = measure(config)
   model = config.pretrain.model
   report.write(
-      config.out, "training", rows, COLUMNS,
-      f"Training steps of {model.num_layers} layers of width {model.embed_dim}, "
-      f"{model.dtype}, {config.pretrain.optimizer.name}",
-      plots.training, settings=dict(pretrain=config.pretrain.to_dict()),
-      notes=[
-          f"Medians of {config.repeats} interleaved rounds. Reductions are of "
-          "the first row's time; ideal, of its FLOPs; memory as compiled."
-      ],
-  )  # fmt: skip
+    config.out,
+    "training",
+    rows,
+    COLUMNS,
+    f"Training steps of {model.num_layers} layers of width {model.embed_dim}, "
+    f"{model.dtype}, {config.pretrain.optimizer.name}",
+    plots.training,
+    settings=dict(pretrain=config.pretrain.to_dict()),
+    notes=[
+      f"Medians of {config.repeats} interleaved rounds. Reductions are of "
+      "the first row's time; ideal, of its FLOPs; memory as compiled."
+    ],
+  )
   # What needs too much memory has been compiled: that it says is a result.
   if all(row.get("peak_bytes") is None for row in rows):
     raise RuntimeError(f"every variant failed: {rows[0]['error']}")

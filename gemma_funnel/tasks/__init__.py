@@ -36,46 +36,57 @@ def default_config() -> config_dict.ConfigDict:
   """Every key of a task, with its default."""
   placeholder = config_dict.placeholder
   return config_dict.create(
-      # What tables of results call it; None is made of the files' names.
-      name=placeholder(str),
-      # One of FORMATS.
-      format="table",
-      # One of task.KINDS; only tables need it.
-      kind=placeholder(str),
-      # Files, several joined by commas; for TFDS, splits of the data set, by
-      # default the official ones.
-      train=placeholder(str), dev=placeholder(str), test=placeholder(str),
-      # TFDS: a name such as "glue/sst2", and the folder it was prepared in
-      # (None is $TFDS_DATA_DIR or ~/tensorflow_datasets).
-      dataset=placeholder(str), data_dir=placeholder(str),
-      # The share of train that becomes dev where there is none.
-      dev_fraction=0.1,
-      # Of that share, and of the samples of at most so many examples.
-      split_seed=0,
-      max_train=placeholder(int), max_dev=placeholder(int),
-      max_test=placeholder(int),
-      # Columns: names, or numbers ("0") where header is False (.tsv, .csv).
-      header=True,
-      text=placeholder(str), second=placeholder(str), label=placeholder(str),
-      # A file of label names, one a line, of which cells may also be the
-      # numbers from 0; None is those found in train.
-      labels=placeholder(str),
-      # "error", or "skip" to leave out malformed rows and count them.
-      on_bad="error",
-      # Choice: one column that holds a list, or columns joined by commas (of
-      # which the first is right where there is no answer column).
-      prompt=placeholder(str), choices=placeholder(str),
-      answer=placeholder(str), group=placeholder(str),
-      # Generation: a regular expression that finds the answer; its first group.
-      answer_pattern=placeholder(str),
-      # Perplexity: whether a text file is one document ("file"), or each "line".
-      documents="file",
-      # CoNLL: columns from 0, -1 is the last; "tab", "space", or None for any
-      # run of both; "auto" or one of conll.SCHEMES.
-      word_column=0, tag_column=-1, separator=placeholder(str), scheme="auto",
-      # Names that metrics.compute knows, joined by commas; None is the kind's.
-      metrics=placeholder(str),
-  )  # fmt: skip
+    # What tables of results call it; None is made of the files' names.
+    name=placeholder(str),
+    # One of FORMATS.
+    format="table",
+    # One of task.KINDS; only tables need it.
+    kind=placeholder(str),
+    # Files, several joined by commas; for TFDS, splits of the data set, by
+    # default the official ones.
+    train=placeholder(str),
+    dev=placeholder(str),
+    test=placeholder(str),
+    # TFDS: a name such as "glue/sst2", and the folder it was prepared in
+    # (None is $TFDS_DATA_DIR or ~/tensorflow_datasets).
+    dataset=placeholder(str),
+    data_dir=placeholder(str),
+    # The share of train that becomes dev where there is none.
+    dev_fraction=0.1,
+    # Of that share, and of the samples of at most so many examples.
+    split_seed=0,
+    max_train=placeholder(int),
+    max_dev=placeholder(int),
+    max_test=placeholder(int),
+    # Columns: names, or numbers ("0") where header is False (.tsv, .csv).
+    header=True,
+    text=placeholder(str),
+    second=placeholder(str),
+    label=placeholder(str),
+    # A file of label names, one a line, of which cells may also be the
+    # numbers from 0; None is those found in train.
+    labels=placeholder(str),
+    # "error", or "skip" to leave out malformed rows and count them.
+    on_bad="error",
+    # Choice: one column that holds a list, or columns joined by commas (of
+    # which the first is right where there is no answer column).
+    prompt=placeholder(str),
+    choices=placeholder(str),
+    answer=placeholder(str),
+    group=placeholder(str),
+    # Generation: a regular expression that finds the answer; its first group.
+    answer_pattern=placeholder(str),
+    # Perplexity: whether a text file is one document ("file"), or each "line".
+    documents="file",
+    # CoNLL: columns from 0, -1 is the last; "tab", "space", or None for any
+    # run of both; "auto" or one of conll.SCHEMES.
+    word_column=0,
+    tag_column=-1,
+    separator=placeholder(str),
+    scheme="auto",
+    # Names that metrics.compute knows, joined by commas; None is the kind's.
+    metrics=placeholder(str),
+  )
 
 
 def load(config: Any) -> Task:

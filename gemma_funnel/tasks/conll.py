@@ -85,14 +85,16 @@ def make_task(config: Any, raw: dict[str, list[Sentence]]) -> Task:
     labels = _labels(splits.get("train", []), plain)
   index = {tag: i for i, tag in enumerate(labels)}
   return Task(
-      name=config.name or "", kind="tagging", labels=labels,
-      metrics=PLAIN_METRICS if plain else SPAN_METRICS,
-      splits={
-          split: bad.keep(part, lambda s: _indexed(s, index), split)
-          for split, part in splits.items()
-      },
-      skipped=bad.skipped,
-  )  # fmt: skip
+    name=config.name or "",
+    kind="tagging",
+    labels=labels,
+    metrics=PLAIN_METRICS if plain else SPAN_METRICS,
+    splits={
+      split: bad.keep(part, lambda s: _indexed(s, index), split)
+      for split, part in splits.items()
+    },
+    skipped=bad.skipped,
+  )
 
 
 def read_sentences(

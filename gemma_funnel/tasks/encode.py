@@ -190,8 +190,11 @@ def batch(rows: Sequence[Row], size: int, width: int) -> dict[str, np.ndarray]:
     else:
       label[at], weight[at] = row.label, 1
   return {
-    "tokens": tokens, "segment": segment, "label": label, "weight": weight
-  }  # fmt: skip
+    "tokens": tokens,
+    "segment": segment,
+    "label": label,
+    "weight": weight,
+  }
 
 
 class TrainBatches:

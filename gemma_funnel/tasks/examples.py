@@ -98,9 +98,13 @@ def _each(paths, read) -> dict[str, list]:
 
 def _task(config, labels, splits, bad) -> Task:
   return Task(
-      name=config.name or "", kind=config.kind, labels=labels,
-      metrics=METRICS[config.kind], splits=splits, skipped=bad.skipped,
-  )  # fmt: skip
+    name=config.name or "",
+    kind=config.kind,
+    labels=labels,
+    metrics=METRICS[config.kind],
+    splits=splits,
+    skipped=bad.skipped,
+  )
 
 
 def _check_columns(config, kind: str) -> None:

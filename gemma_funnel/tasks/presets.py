@@ -4,9 +4,7 @@ from ml_collections import config_dict
 
 from gemma_funnel import tasks
 
-GLUE = (
-    "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli",
-)  # fmt: skip
+GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 CONLL2003 = "conll2003"
 # A set of minimal pairs by its columns (Warstadt et al., TACL 2020).
 BLIMP = "blimp"

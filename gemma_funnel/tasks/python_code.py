@@ -39,15 +39,32 @@ MIN_FILES = 12
 _TEST_FRACTION = 0.1
 
 TAGS = (
-  "attribute", "builtin", "call", "class", "comment", "function", "import",
-  "keyword", "keyword_argument", "number", "operator", "parameter", "string",
+  "attribute",
+  "builtin",
+  "call",
+  "class",
+  "comment",
+  "function",
+  "import",
+  "keyword",
+  "keyword_argument",
+  "number",
+  "operator",
+  "parameter",
+  "string",
   "variable",
-)  # fmt: skip
+)
 # Classes of names that no list of words can tell apart.
 NAME_TAGS = (
-  "attribute", "call", "class", "function", "import", "keyword_argument",
-  "parameter", "variable",
-)  # fmt: skip
+  "attribute",
+  "call",
+  "class",
+  "function",
+  "import",
+  "keyword_argument",
+  "parameter",
+  "variable",
+)
 _BUILTINS = frozenset(dir(builtins))
 
 
@@ -114,9 +131,12 @@ def _tags_task(documents, config) -> Task:
       part += found[: None if wanted is None else wanted - len(part)]
     parts[split] = part
   return Task(
-      name="code_tags", kind="tagging", labels=TAGS,
-      metrics=conll.PLAIN_METRICS, splits=parts,
-  )  # fmt: skip
+    name="code_tags",
+    kind="tagging",
+    labels=TAGS,
+    metrics=conll.PLAIN_METRICS,
+    splits=parts,
+  )
 
 
 def _snippets(source: str, index: dict[str, int]) -> Iterator[TaggedExample]:
@@ -273,9 +293,12 @@ def _packages_task(documents, config) -> Task:
     for split in SPLITS
   }
   return Task(
-      name="code_packages", kind="classification", labels=labels,
-      metrics=examples.METRICS["classification"], splits=parts,
-  )  # fmt: skip
+    name="code_packages",
+    kind="classification",
+    labels=labels,
+    metrics=examples.METRICS["classification"],
+    splits=parts,
+  )
 
 
 def _texts_by_package(documents, config) -> dict[str, list[list[str]]]:

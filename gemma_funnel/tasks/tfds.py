@@ -91,14 +91,16 @@ def load(config: Any) -> Task:
   bad = tables.Bad(config.on_bad)
   parse = lambda item: _example(item, kind, columns, labels, names is None)
   return Task(
-      name=config.name or "", kind=kind, labels=labels,
-      metrics=columns.metrics or examples.METRICS[kind],
-      splits={
-          split: bad.keep(_records(config, sources[split]), parse, split)
-          for split in sources
-      },
-      skipped=bad.skipped,
-  )  # fmt: skip
+    name=config.name or "",
+    kind=kind,
+    labels=labels,
+    metrics=columns.metrics or examples.METRICS[kind],
+    splits={
+      split: bad.keep(_records(config, sources[split]), parse, split)
+      for split in sources
+    },
+    skipped=bad.skipped,
+  )
 
 
 def _columns(config: Any) -> Known:

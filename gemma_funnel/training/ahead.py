@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from gemma_funnel import flops
-from gemma_funnel.hardware import Chip, chip_of
-from gemma_funnel.mesh import AXES, HEADS, ROWS, TOKENS
-from gemma_funnel.training import collectives, pretrain, sharding, start
+from gemma_funnel.parallel import sharding
+from gemma_funnel.parallel.hardware import Chip, chip_of
+from gemma_funnel.parallel.mesh import AXES, HEADS, ROWS, TOKENS
+from gemma_funnel.training import collectives, pretrain, start
 from gemma_funnel.training import step as step_lib
 
 # XLA keeps some of a chip's memory for itself and for programs.
@@ -227,9 +228,13 @@ def _bounds(setup: pretrain.Setup, sent: dict[str, float]) -> dict[str, object]:
     )
   model_flops = pretrain.step_flops(setup, setup.stages)
   layers = flops.forward(
-    setup.model_config, setup.stages, config.batch_size, config.length,
-    head=False, causal=setup.causal,
-  )  # fmt: skip
+    setup.model_config,
+    setup.stages,
+    config.batch_size,
+    config.length,
+    head=False,
+    causal=setup.causal,
+  )
   again = _RECOMPUTED[setup.model_config.remat] * layers
   peak = chip.flops * mesh.size
   return dict(
@@ -341,9 +346,13 @@ class _Work:
   def of(cls, setup: pretrain.Setup) -> "_Work":
     config = setup.config
     layers = lambda stages: flops.forward(
-      setup.model_config, stages, config.batch_size, config.length, head=False,
+      setup.model_config,
+      stages,
+      config.batch_size,
+      config.length,
+      head=False,
       causal=setup.causal,
-    )  # fmt: skip
+    )
     funnelled = layers(setup.stages)
     step = pretrain.step_flops(setup, setup.stages)
     return cls(step, funnelled, funnelled / layers(()))
@@ -398,9 +407,15 @@ def _guess(
   if tensor > 1:
     # Two sums of activations a layer, forward and backward.
     sent += (
-      2 * 2 * passes * model.num_layers * tokens * model.embed_dim * size
+      2
+      * 2
+      * passes
+      * model.num_layers
+      * tokens
+      * model.embed_dim
+      * size
       * (1 - 1 / tensor)
-    )  # fmt: skip
+    )
   if sequence > 1:
     keys = 2 * model.num_kv_heads * model.head_dim * size * tokens * sequence
     sent += passes * model.num_layers * keys * (1 - 1 / sequence)

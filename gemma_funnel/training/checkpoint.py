@@ -24,10 +24,10 @@ from flax import nnx
 import jax
 import ml_collections
 
-from gemma_funnel.config import Funnel, GemmaConfig, resolve_funnel
-from gemma_funnel.model import Gemma
-from gemma_funnel.training import lora as lora_lib
-from gemma_funnel.training import processes, sharding
+from gemma_funnel import lora as lora_lib
+from gemma_funnel.config import Funnel, TransformerConfig, resolve_funnel
+from gemma_funnel.model import Transformer
+from gemma_funnel.parallel import processes, sharding
 from gemma_funnel.training.workdir import (
   CONFIG,
   FOLDER,
@@ -55,7 +55,7 @@ class Run:
     extra: other trees that were asked for, by name.
   """
 
-  model: Gemma
+  model: Transformer
   config: ml_collections.ConfigDict
   tokenizer_path: str
   step: int
@@ -344,14 +344,14 @@ def load_run(
   funnel: Funnel = None,
   dtype: str | None = None,
   mesh: jax.sharding.Mesh | None = None,
-  extra: Callable[[GemmaConfig], dict[str, Any]] = lambda config: {},
+  extra: Callable[[TransformerConfig], dict[str, Any]] = lambda config: {},
 ) -> Run:
   """Reads the newest readable checkpoint of a run.
 
   Args:
     path: the run's folder (its workdir).
     funnel: a funnel to use instead of the one it was trained with, which None
-      is; "off" is none. See `Gemma.with_funnel` for what it learns.
+      is; "off" is none. See `Transformer.with_funnel` for what it learns.
     dtype: of parameters and compute; None is as trained.
     mesh: where parameters are placed, by the rules of `sharding`; each process
       reads its own share. None is the default device.
@@ -365,11 +365,11 @@ def load_run(
     raise ValueError(f"{path} is no run: it has no folder {FOLDER}/")
   dtypes = {} if dtype is None else {"param_dtype": dtype, "dtype": dtype}
 
-  def abstract_model(config: dict) -> Gemma:
-    model_config = GemmaConfig.from_dict({**config["model"], **dtypes})
+  def abstract_model(config: dict) -> Transformer:
+    model_config = TransformerConfig.from_dict({**config["model"], **dtypes})
     # A funnel that does not fit is said before anything is read.
     resolve_funnel(funnel, model_config.num_layers)
-    return Gemma.abstract(model_config, config["funnel"])
+    return Transformer.abstract(model_config, config["funnel"])
 
   def abstract_trees(config: dict):
     model = abstract_model(config)
@@ -402,7 +402,7 @@ def load_run(
   )
 
 
-def _merge_lora(config: dict, model: Gemma, adapters, mesh):
+def _merge_lora(config: dict, model: Transformer, adapters, mesh):
   """The parameters of a run that trained factors beside a checkpoint's."""
   from gemma_funnel.training import start  # Which reads runs too.
 
@@ -425,6 +425,6 @@ def load_model(
   funnel: Funnel = None,
   dtype: str = "float32",
   mesh: jax.sharding.Mesh | None = None,
-) -> Gemma:
+) -> Transformer:
   """The model of `load_run`."""
   return load_run(path, funnel, dtype, mesh).model

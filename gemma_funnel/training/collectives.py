@@ -16,14 +16,31 @@ import jax
 import numpy as np
 
 _BITS = {
-  "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16,
-  "f16": 16, "bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64,
-  "u64": 64, "f64": 64, "f8e4m3fn": 8, "f8e5m2": 8,
-}  # fmt: skip
+  "pred": 8,
+  "s4": 4,
+  "u4": 4,
+  "s8": 8,
+  "u8": 8,
+  "s16": 16,
+  "u16": 16,
+  "f16": 16,
+  "bf16": 16,
+  "s32": 32,
+  "u32": 32,
+  "f32": 32,
+  "s64": 64,
+  "u64": 64,
+  "f64": 64,
+  "f8e4m3fn": 8,
+  "f8e5m2": 8,
+}
 KINDS = (
-  "all-gather", "all-reduce", "reduce-scatter", "all-to-all",
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
   "collective-permute",
-)  # fmt: skip
+)
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 # A kernel's own data may go on over lines, which may begin with a brace too.
 _END = re.compile(r"^\}(, |$)")

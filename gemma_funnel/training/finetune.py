@@ -16,11 +16,13 @@ import numpy as np
 import optax
 
 from gemma_funnel import convert, tasks
-from gemma_funnel.config import Funnel, GemmaConfig, format_funnel
+from gemma_funnel import lora as lora_lib
+from gemma_funnel.config import Funnel, TransformerConfig, format_funnel
 from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.heads import Encoder, Head, HeadConfig
-from gemma_funnel.mesh import TOKENS
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
+from gemma_funnel.parallel import processes, sharding
+from gemma_funnel.parallel.mesh import TOKENS
 from gemma_funnel.tasks import encode, metrics
 from gemma_funnel.tasks.task import ENCODER_KINDS, Task
 from gemma_funnel.training import checkpoint as checkpoint_lib
@@ -28,13 +30,10 @@ from gemma_funnel.training import (
   loop,
   objectives,
   pretrain,
-  processes,
   schedules,
-  sharding,
   start,
   workdir,
 )
-from gemma_funnel.training import lora as lora_lib
 from gemma_funnel.training import optimizer as optimizer_lib
 
 HEAD_FILE = "head.json"
@@ -57,7 +56,7 @@ class Setup:
   """
 
   config: ml_collections.ConfigDict
-  model_config: GemmaConfig
+  model_config: TransformerConfig
   funnels: schedules.FunnelSchedule
   task: Task
   rows: Mapping[str, Sequence[encode.Row]]
@@ -134,10 +133,19 @@ def make_setup(
   loop.check_config(config)
   optimizer, schedule = optimizer_lib.make_optimizer(config.optimizer, steps)
   return Setup(
-    config, model_config, funnels, task, rows, head,
-    _class_weights(config.class_weights, task), steps, mesh, optimizer,
-    schedule, pretrain.make_lora(config),
-  )  # fmt: skip
+    config,
+    model_config,
+    funnels,
+    task,
+    rows,
+    head,
+    _class_weights(config.class_weights, task),
+    steps,
+    mesh,
+    optimizer,
+    schedule,
+    pretrain.make_lora(config),
+  )
 
 
 def num_steps(config: Any, num_rows: int) -> int:
@@ -229,7 +237,7 @@ def _make_init(setup: Setup):
 
 def _make_loss(setup: Setup):
   models = {
-    stages: Gemma.abstract(setup.model_config, stages)
+    stages: Transformer.abstract(setup.model_config, stages)
     for stages in setup.funnels.members
   }
   own = nnx.to_pure_dict(nnx.state(models[setup.funnels.funnel]))
@@ -252,7 +260,7 @@ def _make_loss(setup: Setup):
   return loss
 
 
-def _abstract_head(config: GemmaConfig, head: HeadConfig) -> Head:
+def _abstract_head(config: TransformerConfig, head: HeadConfig) -> Head:
   return nnx.eval_shape(lambda: Head(config.embed_dim, head, rngs=nnx.Rngs(0)))
 
 
@@ -272,7 +280,7 @@ def train(setup: Setup) -> Result:
   workdir.claim(config)
   if jax.process_index() == 0:
     _write_files(setup)
-  model = Gemma.abstract(setup.model_config, setup.funnels.funnel)
+  model = Transformer.abstract(setup.model_config, setup.funnels.funnel)
   head = _abstract_head(setup.model_config, setup.head)
   frozen = start.load_frozen(setup)
   encoder_of = lambda weights: Encoder(
@@ -283,16 +291,24 @@ def train(setup: Setup) -> Result:
 
   def evaluate(weights):
     return measure(
-      encoder_of(weights), task, "dev", setup.rows["dev"],
-      batch_size=config.batch_size, length=config.length,
-    )  # fmt: skip
+      encoder_of(weights),
+      task,
+      "dev",
+      setup.rows["dev"],
+      batch_size=config.batch_size,
+      length=config.length,
+    )
 
   part, parts = sharding.row_share(setup.mesh)
   batches = encode.TrainBatches(
-    setup.rows["train"], batch_size=config.batch_size, length=config.length,
-    seed=config.seed, num_steps=setup.steps, process_index=part,
+    setup.rows["train"],
+    batch_size=config.batch_size,
+    length=config.length,
+    seed=config.seed,
+    num_steps=setup.steps,
+    process_index=part,
     process_count=parts,
-  )  # fmt: skip
+  )
   result = loop.run(
     loop.Job(
       config=config,
@@ -349,7 +365,7 @@ def load(
       f"{path} is no fine-tuned run: {HEAD_FILE}: {error}"
     ) from error
 
-  def extra(model_config: GemmaConfig):
+  def extra(model_config: TransformerConfig):
     abstract = _abstract_head(model_config, head)
     return {"head": nnx.to_pure_dict(nnx.state(abstract))}
 

@@ -15,8 +15,9 @@ import ml_collections
 from ml_collections import config_dict
 import optax
 
+from gemma_funnel.parallel import processes, sharding
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import health, processes, sharding
+from gemma_funnel.training import health
 from gemma_funnel.training import optimizer as optimizer_lib
 from gemma_funnel.training import step as step_lib
 from gemma_funnel.training.progress import Metrics
@@ -82,8 +83,15 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   Raises:
     ValueError: a value that cannot be, named.
   """
-  for name in ("accumulate", "log_every", "eval_every", "checkpoint_every",
-               "keep", "keep_period", "max_skipped"):  # fmt: skip
+  for name in (
+    "accumulate",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep",
+    "keep_period",
+    "max_skipped",
+  ):
     value = config[name]
     if value is not None and not value >= 1:  # A NaN neither.
       raise ValueError(f"{name}={value}: expected at least 1")
@@ -302,10 +310,13 @@ class _Loop:
         metrics.trace(self.step + 1)
         host, member = next(job.data), job.member(self.step)
         self.weights, self.opt_state, values = self.train_step(
-          member, self.weights, self.opt_state, job.frozen,
+          member,
+          self.weights,
+          self.opt_state,
+          job.frozen,
           sharding.put_batch(host, job.mesh),
           jax.random.fold_in(self.key, self.step),
-        )  # fmt: skip
+        )
         self.step += 1
         went_back = self._read(metrics, pending)
         pending = None

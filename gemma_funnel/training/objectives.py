@@ -10,11 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gemma_funnel import mesh as mesh_lib
 from gemma_funnel.config import check_recovers
 from gemma_funnel.data.tokenizer import BOS_ID, MASK_ID
 from gemma_funnel.layers import normalize
-from gemma_funnel.model import Gemma, head_logits
+from gemma_funnel.model import Transformer, head_logits
+from gemma_funnel.parallel import mesh as mesh_lib
 
 # Up to the mask's, ids are of control tokens.
 _FIRST_TEXT_ID = MASK_ID + 1
@@ -168,7 +168,7 @@ def _followed(tokens_BT, segment_BT) -> tuple[jax.Array, jax.Array]:
   return jnp.roll(tokens_BT, -1, axis=1), follows_BT.astype(jnp.float32)
 
 
-def _logit_sums(model: Gemma) -> Callable[..., Sums]:
+def _logit_sums(model: Transformer) -> Callable[..., Sums]:
   """(embedding, hidden, target, weight) of a piece to its sums."""
   config = model.config
 
@@ -179,7 +179,7 @@ def _logit_sums(model: Gemma) -> Callable[..., Sums]:
   return sums
 
 
-def _next_tokens(model: Gemma, tokens_BT, segment_BT, position_BT):
+def _next_tokens(model: Transformer, tokens_BT, segment_BT, position_BT):
   """(hidden states, (the token that follows each, whether one does))."""
   check_recovers(model.stages, "predicting tokens")
   hidden_BTD = model.encode(tokens_BT, segment_BT, position_BT, causal=True)
@@ -187,7 +187,7 @@ def _next_tokens(model: Gemma, tokens_BT, segment_BT, position_BT):
 
 
 def next_token_sums(
-  model: Gemma,
+  model: Transformer,
   tokens_BT: jax.Array,
   segment_BT: jax.Array,
   position_BT: jax.Array,
@@ -221,7 +221,12 @@ def next_token_sums(
 
 
 def _mean_loss(
-  model: Gemma, hidden_BTD, target_BT, weight_BT, chunk: int, z_loss: float
+  model: Transformer,
+  hidden_BTD,
+  target_BT,
+  weight_BT,
+  chunk: int,
+  z_loss: float,
 ) -> tuple[jax.Array, Sums]:
   """The mean cross-entropy (and z loss) of weighted positions; its metrics."""
   count = jnp.maximum(jnp.sum(weight_BT), 1)
@@ -229,9 +234,14 @@ def _mean_loss(
   if z_loss:
     factors["square_log_z"] = z_loss / count
   loss, sums = _chunked_loss(
-      _logit_sums(model), chunk, model.embedding[...], hidden_BTD, factors, (),
-      (target_BT, weight_BT),
-  )  # fmt: skip
+    _logit_sums(model),
+    chunk,
+    model.embedding[...],
+    hidden_BTD,
+    factors,
+    (),
+    (target_BT, weight_BT),
+  )
   return loss, _told(sums)
 
 
@@ -246,7 +256,7 @@ def _told(sums: Sums) -> Sums:
 
 
 def next_token(
-  model: Gemma, batch: Batch, *, chunk: int, z_loss: float = 0.0
+  model: Transformer, batch: Batch, *, chunk: int, z_loss: float = 0.0
 ) -> tuple[jax.Array, Sums]:
   """Mean next-token cross-entropy in nats, and its metrics.
 
@@ -304,7 +314,7 @@ def mask(
   )
 
 
-def _masked(model: Gemma, batch: Batch, key: jax.Array, rate: float):
+def _masked(model: Transformer, batch: Batch, key: jax.Array, rate: float):
   """(hidden states, (the tokens that were there, which are to be predicted))."""
   check_recovers(model.stages, "predicting masked tokens")
   tokens_BT, segment_BT = batch["tokens"], batch["segment"]
@@ -318,7 +328,7 @@ def _masked(model: Gemma, batch: Batch, key: jax.Array, rate: float):
 
 
 def masked_token_sums(
-  model: Gemma, batch: Batch, key: jax.Array, *, rate: float, chunk: int
+  model: Transformer, batch: Batch, key: jax.Array, *, rate: float, chunk: int
 ) -> Sums:
   """As `next_token_sums`, of masked tokens read in both directions.
 
@@ -332,7 +342,7 @@ def masked_token_sums(
 
 
 def masked_tokens(
-  model: Gemma,
+  model: Transformer,
   batch: Batch,
   key: jax.Array,
   *,
@@ -354,8 +364,8 @@ def masked_tokens(
 
 
 def distill(
-  model: Gemma,
-  teacher: Gemma,
+  model: Transformer,
+  teacher: Transformer,
   batch: Batch,
   *,
   chunk: int,
@@ -405,10 +415,14 @@ def distill(
   count = jnp.maximum(jnp.sum(rest[1]), 1)
   weights = {"kl": logits * temperature**2, "hidden": hidden, "nll": tokens}
   total, sums = _chunked_loss(
-      piece, chunk, model.embedding[...], student_BTD,
-      {name: weight / count for name, weight in weights.items()},
-      (teacher.embedding[...],), (teacher_BTD, *rest),
-  )  # fmt: skip
+    piece,
+    chunk,
+    model.embedding[...],
+    student_BTD,
+    {name: weight / count for name, weight in weights.items()},
+    (teacher.embedding[...],),
+    (teacher_BTD, *rest),
+  )
   metrics = {name: sums[name] / count for name in ("kl", "hidden")}
   return total, _told(sums) | metrics
 
@@ -440,6 +454,4 @@ def labelled(
   if class_weight_C is not None:
     weight = weight * class_weight_C[label]
   loss = jnp.sum(nll * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
-  return loss, {
-    "loss": loss, "accuracy": accuracy, "weight": jnp.sum(weight)
-  }  # fmt: skip
+  return loss, {"loss": loss, "accuracy": accuracy, "weight": jnp.sum(weight)}

@@ -14,7 +14,7 @@ import ml_collections
 from ml_collections import config_dict
 import optax
 
-from gemma_funnel.training.scaling import (
+from gemma_funnel.training.transforms import (
   by_path,
   matrix_axes,
   path_of,
@@ -30,9 +30,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
   "lion": {"b1": 0.9, "b2": 0.99, "moment_dtype": None},
   # b1, b2 and eps are of Adam, for what is no matrix of a layer.
   "muon": {
-    "momentum": 0.95, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "moment_dtype": None,
+    "momentum": 0.95,
+    "b1": 0.9,
+    "b2": 0.95,
+    "eps": 1e-8,
+    "moment_dtype": None,
   },
-}  # fmt: skip
+}
 SCHEDULES = ("cosine", "linear", "wsd", "wsd_sqrt", "constant")
 MOMENT_DTYPES = ("float32", "bfloat16")
 
@@ -382,8 +386,10 @@ def _average(decay: float) -> optax.GradientTransformation:
   def update(updates, state, params):
     average = jax.tree.map(
       lambda a, p, u: decay * a + (1 - decay) * (p + u),
-      state.average, params, updates,
-    )  # fmt: skip
+      state.average,
+      params,
+      updates,
+    )
     return updates, AverageState(average)
 
   return optax.GradientTransformation(init, update)

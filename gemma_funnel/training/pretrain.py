@@ -15,30 +15,28 @@ import optax
 
 from gemma_funnel import convert, flops
 from gemma_funnel import funnel as funnel_lib
-from gemma_funnel.config import GemmaConfig, format_funnel
+from gemma_funnel import lora as lora_lib
+from gemma_funnel.config import TransformerConfig, format_funnel
 from gemma_funnel.data import lanes, pipeline
-from gemma_funnel.mesh import ROWS, TOKENS
-from gemma_funnel.model import Gemma
-from gemma_funnel.training import (
-  loop,
-  objectives,
-  processes,
-  schedules,
-  sharding,
-  start,
-  workdir,
-)
-from gemma_funnel.training import lora as lora_lib
+from gemma_funnel.model import Transformer
+from gemma_funnel.parallel import processes, sharding
+from gemma_funnel.parallel.mesh import ROWS, TOKENS
+from gemma_funnel.training import loop, objectives, schedules, start, workdir
 from gemma_funnel.training import optimizer as optimizer_lib
 
 OBJECTIVES = ("next_token", "masked", "distill")
 # Of a checkpoint that training starts from, sizes are its own; these are not.
 RUNTIME = (
-    "param_dtype", "dtype", "softmax_dtype", "kernel", "scan_layers", "remat",
-)  # fmt: skip
+  "param_dtype",
+  "dtype",
+  "softmax_dtype",
+  "kernel",
+  "scan_layers",
+  "remat",
+)
 
 # Gives at least "loss".
-Evaluator = Callable[[Gemma], dict[str, float | None]]
+Evaluator = Callable[[Transformer], dict[str, float | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Setup:
   """What a run's configuration amounts to; made before any long work."""
 
   config: ml_collections.ConfigDict
-  model_config: GemmaConfig
+  model_config: TransformerConfig
   funnels: schedules.FunnelSchedule
   mesh: jax.sharding.Mesh
   optimizer: optax.GradientTransformation
@@ -79,7 +77,7 @@ class Result:
     finished: False if a SIGTERM ended it early.
   """
 
-  model: Gemma
+  model: Transformer
   corpus: pipeline.Corpus
   steps: int
   finished: bool
@@ -104,7 +102,9 @@ def check_numbers(config: Any, at_least: dict[str, int | float]) -> None:
       raise ValueError(f"{name}={value}: expected {bound}")
 
 
-def check_lengths(lengths: dict[str, int], model_config: GemmaConfig) -> None:
+def check_lengths(
+  lengths: dict[str, int], model_config: TransformerConfig
+) -> None:
   """Checks lengths by the names of their keys.
 
   Raises:
@@ -152,13 +152,13 @@ def check_tokens(
         )
 
 
-def find_model(config: Any) -> GemmaConfig:
+def find_model(config: Any) -> TransformerConfig:
   """The sizes of `config.model`, or of the checkpoint `config.init_from`.
 
   Raises:
     ValueError: no checkpoint there, or a value that cannot be.
   """
-  wanted = GemmaConfig.from_dict(config.model)
+  wanted = TransformerConfig.from_dict(config.model)
   if config.init_from is None:
     return wanted
   if not os.path.exists(config.init_from):
@@ -170,7 +170,7 @@ def find_model(config: Any) -> GemmaConfig:
 
 def with_model(
   config: ml_collections.ConfigDict,
-) -> tuple[ml_collections.ConfigDict, GemmaConfig]:
+) -> tuple[ml_collections.ConfigDict, TransformerConfig]:
   """(a copy whose `model` is what will be trained, the same as GemmaConfig)."""
   config = config.copy_and_resolve_references()
   model_config = find_model(config)
@@ -180,8 +180,7 @@ def with_model(
 
 
 def make_setup(
-  config: ml_collections.ConfigDict,
-  devices: Sequence[jax.Device] | None = None,
+  config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> Setup:
   """Checks a configuration whole.
 
@@ -203,11 +202,24 @@ def make_setup(
   funnels = schedules.make_schedule(
     config, model_config.num_layers, "training to predict tokens"
   )
-  ones = ("steps", "batch_size", "length", "loss_chunk", "eval_documents",
-          "heldout_documents", "latency.batch_size",
-          "latency.length")  # fmt: skip
-  zeros = ("z_loss", "seed", "latency.repeats", "distill.logits",
-           "distill.hidden", "distill.tokens")  # fmt: skip
+  ones = (
+    "steps",
+    "batch_size",
+    "length",
+    "loss_chunk",
+    "eval_documents",
+    "heldout_documents",
+    "latency.batch_size",
+    "latency.length",
+  )
+  zeros = (
+    "z_loss",
+    "seed",
+    "latency.repeats",
+    "distill.logits",
+    "distill.hidden",
+    "distill.tokens",
+  )
   check_numbers(config, {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)})
   lengths = {"length": config.length}
   if config.latency.repeats:
@@ -308,7 +320,7 @@ def make_loss(setup: Setup):
   """
   config = setup.config
   models = {
-    stages: Gemma.abstract(setup.model_config, stages)
+    stages: Transformer.abstract(setup.model_config, stages)
     for stages in (*setup.funnels.members, ())
   }
   made = nnx.to_pure_dict(nnx.state(models[setup.stages]))
@@ -326,9 +338,13 @@ def make_loss(setup: Setup):
         )
       case "masked":
         return objectives.masked_tokens(
-          model, batch, key, rate=config.mask_rate, chunk=chunk,
+          model,
+          batch,
+          key,
+          rate=config.mask_rate,
+          chunk=chunk,
           z_loss=config.z_loss,
-        )  # fmt: skip
+        )
       case "distill":
         teacher = restrict(frozen["teacher"], models[()])
         return objectives.distill(
@@ -364,7 +380,9 @@ def train(
     config.data, setup.model_config.vocab_size, config.workdir
   )
   data = _make_data(setup, corpus)
-  graphdef = nnx.graphdef(Gemma.abstract(setup.model_config, setup.stages))
+  graphdef = nnx.graphdef(
+    Transformer.abstract(setup.model_config, setup.stages)
+  )
   frozen = start.load_frozen(setup)
   model_of = lambda weights: nnx.merge(
     graphdef, start.params_of(setup, weights, frozen)

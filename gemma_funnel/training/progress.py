@@ -13,7 +13,7 @@ from etils import epath
 import jax
 import ml_collections
 
-from gemma_funnel.hardware import chip_of
+from gemma_funnel.parallel.hardware import chip_of
 from gemma_funnel.training import workdir
 
 
@@ -75,9 +75,11 @@ class Metrics:
         ) from error
       # The same run goes on under the same name.
       self._wandb = wandb.init(
-          project=config.wandb, id=_run_id(config.workdir), resume="allow",
-          config=json.loads(config.to_json()),
-      )  # fmt: skip
+        project=config.wandb,
+        id=_run_id(config.workdir),
+        resume="allow",
+        config=json.loads(config.to_json()),
+      )
 
   def __enter__(self) -> "Metrics":
     return self

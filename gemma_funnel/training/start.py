@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from gemma_funnel import convert
+from gemma_funnel import lora as lora_lib
 from gemma_funnel.config import format_funnel
-from gemma_funnel.model import Gemma
-from gemma_funnel.training import lora as lora_lib
-from gemma_funnel.training import sharding
+from gemma_funnel.model import Transformer
+from gemma_funnel.parallel import sharding
 
 
 def make_init(
-  setup: Any,
-  more: Callable[[nnx.Rngs], dict[str, Any]] = lambda rngs: {},
+  setup: Any, more: Callable[[nnx.Rngs], dict[str, Any]] = lambda rngs: {}
 ):
   """(init, abstract): makes (weights, opt_state), and their shapes.
 
@@ -37,7 +36,7 @@ def make_init(
 
   def fresh(seed):
     rngs = nnx.Rngs(jax.random.key(seed))
-    model = Gemma(setup.model_config, stages, rngs=rngs)
+    model = Transformer(setup.model_config, stages, rngs=rngs)
     params = nnx.to_pure_dict(nnx.state(model))
     if lora is None:
       return {"params": params, **more(rngs)}
@@ -80,10 +79,7 @@ def make_init(
 def load_params(config: Any, stages, mesh: jax.sharding.Mesh | None):
   """The parameters of `config.init_from` under a funnel, on a mesh."""
   model = convert.load(
-    config.init_from,
-    format_funnel(stages),
-    config.model.param_dtype,
-    mesh=mesh,
+    config.init_from, format_funnel(stages), config.model.param_dtype, mesh=mesh
   )
   return nnx.to_pure_dict(nnx.state(model))
 
@@ -113,7 +109,7 @@ def load_base(params, lora: lora_lib.LoraConfig, mesh):
 def frozen_shapes(setup: Any) -> dict[str, Any]:
   """As `load_frozen`, of ShapeDtypeStructs with shardings."""
   shapes = lambda stages: nnx.to_pure_dict(
-    nnx.state(Gemma.abstract(setup.model_config, stages))
+    nnx.state(Transformer.abstract(setup.model_config, stages))
   )
   frozen = {}
   if _is_distilled(setup):

@@ -110,9 +110,7 @@ def _accumulated(gradients, batch, key: jax.Array, parts: int):
   cuts = jax.tree.map(cut, batch)
   shapes = jax.eval_shape(piece, 0, jax.tree.map(lambda x: x[0], cuts))
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  add = lambda sums, inputs: (
-    jax.tree.map(jnp.add, sums, piece(*inputs)), None
-  )  # fmt: skip
+  add = lambda sums, inputs: (jax.tree.map(jnp.add, sums, piece(*inputs)), None)
   sums, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), cuts))
   means, tokens, weight = sums
   grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), means)

@@ -9,7 +9,7 @@ from etils import epath
 import jax
 import ml_collections
 
-from gemma_funnel.training import processes
+from gemma_funnel.parallel import processes
 
 FOLDER = "checkpoints"
 CONFIG = "config.json"
@@ -18,15 +18,38 @@ TOKENIZER = "tokenizer.model"
 # What may differ between the calls that make up one run: where it lies, how it
 # is spread over devices, and how often it reports or saves.
 _FREE_KEYS = (
-    "workdir", "log_every", "eval_every", "checkpoint_every",
-    "checkpoint_minutes", "keep", "keep_best", "keep_period", "tensorboard",
-    "wandb", "watchdog_minutes", "on_nonfinite", "rollback.factor",
-    "rollback.window", "rollback.most", "profile_steps", "eval_documents",
-    "heldout_documents", "data.num_workers", "accumulate", "mesh.slice",
-    "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor", "model.remat",
-    "model.kernel", "loss_chunk", "latency.batch_size", "latency.length",
-    "latency.repeats",
-)  # fmt: skip
+  "workdir",
+  "log_every",
+  "eval_every",
+  "checkpoint_every",
+  "checkpoint_minutes",
+  "keep",
+  "keep_best",
+  "keep_period",
+  "tensorboard",
+  "wandb",
+  "watchdog_minutes",
+  "on_nonfinite",
+  "rollback.factor",
+  "rollback.window",
+  "rollback.most",
+  "profile_steps",
+  "eval_documents",
+  "heldout_documents",
+  "data.num_workers",
+  "accumulate",
+  "mesh.slice",
+  "mesh.data",
+  "mesh.fsdp",
+  "mesh.sequence",
+  "mesh.tensor",
+  "model.remat",
+  "model.kernel",
+  "loss_chunk",
+  "latency.batch_size",
+  "latency.length",
+  "latency.repeats",
+)
 
 
 def path_of(path: str | os.PathLike) -> epath.Path:

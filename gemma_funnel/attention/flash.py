@@ -6,15 +6,23 @@ They are mapped over the ambient mesh by hand: `per_shard`.
 import jax
 import jax.numpy as jnp
 
-from gemma_funnel import mesh as mesh_lib
-from gemma_funnel import visibility
+from gemma_funnel.attention import masks
+from gemma_funnel.parallel import mesh as mesh_lib
 
 
 def tokamax_attention(
-    q_BTNH, k_BSKH, v_BSKH, queries, keys,
-    *, causal, window, softcap, softmax_dtype,
-    implementation=("mosaic", "triton"),
-):  # fmt: skip
+  q_BTNH,
+  k_BSKH,
+  v_BSKH,
+  queries,
+  keys,
+  *,
+  causal,
+  window,
+  softcap,
+  softmax_dtype,
+  implementation=("mosaic", "triton"),
+):
   """tokamax's flash attention for GPUs.
 
   The order and window in slots let it skip; the mask that it is given besides,
@@ -29,45 +37,55 @@ def tokamax_attention(
     flags.FLAGS.mark_as_parsed()
 
   # A part of a row is not its keys.
-  unequal = queries is not keys or visibility.parts(queries) > 1
+  unequal = queries is not keys or masks.parts(queries) > 1
   uneven = window is not None and not keys.even
-  reach = None if unequal else visibility.slots_in_window(window, keys)
+  reach = None if unequal else masks.slots_in_window(window, keys)
   local = None if reach is None else (reach, 0 if causal else reach)
 
   def call(q, k, v, queries, keys):
     mask_BTS, seen_BT = None, queries.segment_BT != 0
     if unequal or uneven or keys.packed:
-      mask_BTS = visibility.visible(queries, keys, causal=causal, window=window)
+      mask_BTS = masks.visible(queries, keys, causal=causal, window=window)
     if unequal:  # A real query may see none of the keys.
       seen_BT = jnp.any(mask_BTS, axis=-1)
     o_BTNH = tokamax.dot_product_attention(
-        q, k, v, mask=None if mask_BTS is None else mask_BTS[:, None],
-        scale=1.0, is_causal=causal and not unequal, local_window_size=local,
-        logits_soft_cap=softcap, implementation=implementation,
-    )  # fmt: skip
+      q,
+      k,
+      v,
+      mask=None if mask_BTS is None else mask_BTS[:, None],
+      scale=1.0,
+      is_causal=causal and not unequal,
+      local_window_size=local,
+      logits_soft_cap=softcap,
+      implementation=implementation,
+    )
     return jnp.where(seen_BT[:, :, None, None], o_BTNH, 0)
 
   return per_shard(
-    call,
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    visibility.slots(queries),
-    visibility.slots(keys),
+    call, q_BTNH, k_BSKH, v_BSKH, masks.slots(queries), masks.slots(keys)
   )
 
 
 def splash_attention(
-    q_BTNH, k_BSKH, v_BSKH, queries, keys,
-    *, causal, window, softcap, softmax_dtype, interpret=False,
-):  # fmt: skip
+  q_BTNH,
+  k_BSKH,
+  v_BSKH,
+  queries,
+  keys,
+  *,
+  causal,
+  window,
+  softcap,
+  softmax_dtype,
+  interpret=False,
+):
   """jax's splash (flash) attention for TPUs; `interpret` runs it anywhere."""
   del softmax_dtype  # float32, as the table says.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-  reach = visibility.slots_in_window(window, queries)
+  reach = masks.slots_in_window(window, queries)
   _, length, heads, _ = q_BTNH.shape
-  shape, parts = (length, length), visibility.parts(queries)
+  shape, parts = (length, length), masks.parts(queries)
   head_parts = mesh_lib.size(mesh_lib.dividing(mesh_lib.HEADS, heads))
   if reach is not None:
     mask = splash.LocalMask(shape, (reach, 0 if causal else reach), offset=0)
@@ -94,15 +112,29 @@ def splash_attention(
     return jnp.where(seen, heads_first(o_BNTH), 0).astype(q_BTNH.dtype)
 
   return per_shard(
-      call, q_BTNH, k_BSKH, v_BSKH, visibility.slots(queries), visibility.slots(keys), kernel
-  )  # fmt: skip
+    call,
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    masks.slots(queries),
+    masks.slots(keys),
+    kernel,
+  )
 
 
 def _splash_blocks(splash, length: int):
   """The largest blocks up to 512 that divide the length, backward ones too."""
   block = next(b for b in (512, 256, 128) if length % b == 0)
-  names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute",
-           "q_dq", "kv_dq")  # fmt: skip
+  names = (
+    "q",
+    "kv",
+    "kv_compute",
+    "q_dkv",
+    "kv_dkv",
+    "kv_dkv_compute",
+    "q_dq",
+    "kv_dq",
+  )
   return splash.BlockSizes(**{f"block_{name}": block for name in names})
 
 

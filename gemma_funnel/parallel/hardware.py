@@ -44,8 +44,11 @@ CHIPS: dict[str, Chip] = {
   "NVIDIA H100 PCIe": Chip(756e12, 80 * _GB, 2000 * _GB, 300 * _GB),
   "NVIDIA H200": Chip(989.4e12, 141 * _GB, 4800 * _GB, 450 * _GB),
 }
-_ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5",
-            "TPU v6e": "TPU v6 lite"}  # fmt: skip
+_ALIASES = {
+  "TPU v5e": "TPU v5 lite",
+  "TPU v5p": "TPU v5",
+  "TPU v6e": "TPU v6 lite",
+}
 
 
 def chip_of(device: jax.Device) -> Chip | None:

@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 
 from gemma_funnel import funnel as funnel_lib
-from gemma_funnel.attention import attend_cache
-from gemma_funnel.config import GemmaConfig
+from gemma_funnel.attention.api import attend_cache
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.funnel import Run, Stage
 from gemma_funnel.layers import make_look, rope_angles
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.stream import Stream, take
 
 
@@ -73,7 +73,9 @@ class StageState:
   deep: Cache | None
 
 
-def _ring_size(config: GemmaConfig, layer: int, keys: Stream, most: int, extra):
+def _ring_size(
+  config: TransformerConfig, layer: int, keys: Stream, most: int, extra
+):
   """Entries that `layer` can ever see of its keys, `most` at most."""
   window = config.window_of(layer)
   if window is None:
@@ -145,7 +147,7 @@ def _put_slots(cache: Cache, keys: Stream) -> Cache:
   return dataclasses.replace(cache, slots=slots)
 
 
-def prefill(model: Gemma, stream: Stream, phase, cache_length: int):
+def prefill(model: Transformer, stream: Stream, phase, cache_length: int):
   """Runs prompts, and keeps what their continuation needs.
 
   Args:
@@ -163,7 +165,7 @@ def prefill(model: Gemma, stream: Stream, phase, cache_length: int):
   return stream, walker.caches, walker.stages
 
 
-def step(model: Gemma, stream: Stream, phase, caches, stages):
+def step(model: Transformer, stream: Stream, phase, caches, stages):
   """Runs one more token of each row.
 
   Args:
@@ -180,14 +182,16 @@ def step(model: Gemma, stream: Stream, phase, caches, stages):
   return stream, walker.caches, walker.stages
 
 
-def _walk(model: Gemma, walker, stream: Stream) -> Stream:
+def _walk(model: Transformer, walker, stream: Stream) -> Stream:
   steps = funnel_lib.schedule(model.stages, model.config.num_layers)
   return funnel_lib.walk(
     steps, stream, walker.run, walker.reduce, walker.restore
   )
 
 
-def _layer(model: Gemma, layer: int, stream: Stream, keys: Stream | None, see):
+def _layer(
+  model: Transformer, layer: int, stream: Stream, keys: Stream | None, see
+):
   """The stream after a layer whose queries see `see`."""
   rope = rope_angles(stream.position_BT, model.config)
   of_keys = ()
@@ -200,7 +204,7 @@ def _layer(model: Gemma, layer: int, stream: Stream, keys: Stream | None, see):
 class _Prefill:
   """What `walk` calls for whole prompts: the trunk, and a note of its states."""
 
-  def __init__(self, model: Gemma, phase, cache_length: int):
+  def __init__(self, model: Transformer, phase, cache_length: int):
     self._model, self._phase, self._length = model, phase, cache_length
     self.caches: list[Cache] = []
     self.stages: list[StageState] = []
@@ -258,7 +262,7 @@ class _Prefill:
 class _Step:
   """What `walk` calls for one token a row."""
 
-  def __init__(self, model: Gemma, phase, caches, stages):
+  def __init__(self, model: Transformer, phase, caches, stages):
     self._model, self._phase = model, phase
     self._old_caches = iter(caches)
     self._windows: dict[int, Stream] = {}
@@ -311,10 +315,14 @@ class _Step:
     """What queries make of one layer's keys and values."""
     config = self._model.config
     return attend_cache(
-        q_BTNH, *keys_values, queries, slots[keys_values[0].shape[2]],
-        window=window, softcap=config.attn_softcap,
-        softmax_dtype=config.softmax_dtype,
-    )  # fmt: skip
+      q_BTNH,
+      *keys_values,
+      queries,
+      slots[keys_values[0].shape[2]],
+      window=window,
+      softcap=config.attn_softcap,
+      softmax_dtype=config.softmax_dtype,
+    )
 
   def reduce(self, number: int, stream: Stream):
     state = self.stages[number]

@@ -28,8 +28,8 @@ from jax.sharding import PartitionSpec as P
 import ml_collections
 from ml_collections import config_dict
 
-from gemma_funnel.training import sharding
-from gemma_funnel.training.scaling import matrix_axes, path_of
+from gemma_funnel.parallel import sharding
+from gemma_funnel.training.transforms import matrix_axes, path_of
 
 BASE_DTYPES = ("int8", "int4", "nf4")
 # Entries that share a scale in 4 bits (QLoRA's).
@@ -259,10 +259,16 @@ def init(
       in_axis=range(1, first), out_axis=-1, batch_axis=(0,)
     )
     shape = (len(x), *reads, lora.rank)
-    _put(adapters, path, {
-        "a": he_uniform(jax.random.fold_in(key, len(found)), shape, jnp.float32),
+    _put(
+      adapters,
+      path,
+      {
+        "a": he_uniform(
+          jax.random.fold_in(key, len(found)), shape, jnp.float32
+        ),
         "b": jnp.zeros((len(x), lora.rank, *gives), jnp.float32),
-    })  # fmt: skip
+      },
+    )
   if not adapters:
     raise ValueError(
       f"lora.target={lora.target!r} is found in none of the layers' matrices: "
@@ -332,9 +338,7 @@ def shardings(tree: dict[str, Any], mesh: jax.sharding.Mesh):
     split = zip(x.scale.shape, spec, sharding.parts(spec, mesh), strict=True)
     coarse = P(*[None if size % n else axes for size, axes, n in split])
     return dataclasses.replace(
-      x,
-      qvalue=NamedSharding(mesh, spec),
-      scale=NamedSharding(mesh, coarse),
+      x, qvalue=NamedSharding(mesh, spec), scale=NamedSharding(mesh, coarse)
     )
 
   return jax.tree_util.tree_map_with_path(place, tree, is_leaf=_is_quantised)

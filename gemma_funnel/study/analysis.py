@@ -27,8 +27,14 @@ Row = Mapping[str, Any]
 
 # What tells results apart; of how states move, what a model is made by.
 AXES = (
-  "model", "pretraining", "finetuning", "inference", "funnel", "task", "seed",
-)  # fmt: skip
+  "model",
+  "pretraining",
+  "finetuning",
+  "inference",
+  "funnel",
+  "task",
+  "seed",
+)
 MODEL_AXES = ("model", "pretraining", "funnel")
 SHAPE = ("start", "stop", "stride", "pool")
 POINTS, PERCENT = "points", "% of the baseline"
@@ -105,9 +111,10 @@ def organise(rows: Iterable[Row]) -> Results:
   for number, row in enumerate(rows, 1):
     kind = row.get("kind")
     needed = {
-        "cell": ("metric", "value", "higher_is_better"), "failure": ("error",),
-        "similarity": ("layers",),
-    }.get(kind)  # fmt: skip
+      "cell": ("metric", "value", "higher_is_better"),
+      "failure": ("error",),
+      "similarity": ("layers",),
+    }.get(kind)
     if needed is None:
       continue
     axes = MODEL_AXES if kind == "similarity" else AXES
@@ -423,10 +430,10 @@ def write(
     ValueError: a row that lacks a key; a value that JSON cannot hold.
   """
   # What shows results needs what is above.
-  from gemma_funnel.evaluation import page, study_plots
+  from gemma_funnel.study import html_report, plots
 
   results = organise(rows)
-  said, made = _claims(results), page.tables(results)
+  said, made = _claims(results), html_report.tables(results)
   about = {"settings": dict(settings or {}), "measured": _measured(rows)}
   content = {
     "title": title,
@@ -440,11 +447,11 @@ def write(
   parts = [f"# {title}", bullets, *(table.markdown() for table in made)]
   files["tables.md"] = ("\n\n".join(filter(None, parts)) + "\n").encode()
   pictures = []
-  for name, figure, caption, alt in study_plots.draw(results):
-    files[name] = study_plots.png(figure)
-    pictures.append(page.Picture(files[name], caption, alt))
+  for name, figure, caption, alt in plots.draw(results):
+    files[name] = plots.png(figure)
+    pictures.append(html_report.Picture(files[name], caption, alt))
   about["report made on"] = content["environment"]
-  html = page.render(
+  html = html_report.render(
     title, [*said, CAVEAT] if said else [], made, pictures, about
   )
   files["report.html"] = html.encode()

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import ml_collections
 import numpy as np
 
-from gemma_funnel.mesh import AXES, HEADS, ROWS, TOKENS, WIDTH
+from gemma_funnel.parallel.mesh import AXES, HEADS, ROWS, TOKENS, WIDTH
 from gemma_funnel.training.optimizer import path_of
 
 # Of rows of tokens, and all else that a batch has for each token.
@@ -47,8 +47,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def make_mesh(
-  config: ml_collections.ConfigDict,
-  devices: Sequence[jax.Device] | None = None,
+  config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
   """A mesh with the axes `mesh.AXES`.
 

@@ -1,6 +1,6 @@
 """The study: what funnels cost and save, as one grid of trainings.
 
-  python -m gemma_funnel.evaluation.ablation --config=configs/ablation_quick.py
+  python -m gemma_funnel.study --config=configs/ablation_quick.py
 
 Stages are shared: one pretraining serves all its fine-tunings, and one of those
 all the funnels that it is measured with. Each result is a line of results.jsonl
@@ -25,19 +25,12 @@ import ml_collections
 import numpy as np
 
 from gemma_funnel import cli, convert, flops
-from gemma_funnel.config import OFF, GemmaConfig, parse_funnel
+from gemma_funnel.config import OFF, TransformerConfig, parse_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.data.tokenizer import Tokenizer
-from gemma_funnel.evaluation import (
-  generative,
-  latency,
-  plan,
-  report,
-  similarity,
-  study,
-  timing,
-)
-from gemma_funnel.evaluation.plan import Cell, Pretraining, Tuning
+from gemma_funnel.evaluation import generative, latency, report, timing
+from gemma_funnel.study import analysis, grid, layer_similarity
+from gemma_funnel.study.grid import Cell, Pretraining, Tuning
 from gemma_funnel.training import finetune, pretrain, progress, workdir
 
 RESULTS = "results.jsonl"
@@ -60,24 +53,26 @@ def run(config: ml_collections.ConfigDict) -> None:
     # Trainings that differ by a seed or by their data share programs.
     folder = os.path.join(config.workdir, "programs")
     jax.config.update("jax_compilation_cache_dir", folder)
-  study_plan = plan.make(config)
+  study_plan = grid.make(config)
   runner = Runner(config, study_plan)
   print(study_plan.describe(runner.done, _rate(config)), flush=True)
   if config.dry_run:
     return
   runner.run()
   rows = runner.rows()
-  paths = study.write(
-    rows, config.workdir, config.title,
+  paths = analysis.write(
+    rows,
+    config.workdir,
+    config.title,
     settings={"config": config.to_dict(), "git": report.revision()},
-  )  # fmt: skip
-  print("\n".join(["", *(f"- {line}" for line in study.claims(rows))]))
+  )
+  print("\n".join(["", *(f"- {line}" for line in analysis.claims(rows))]))
   print(f"\nwritten: {', '.join(paths.values())}", flush=True)
 
 
 def _rate(config: Any) -> float:
   """FLOP/s of training the study's first model here, measured in seconds."""
-  sizes = GemmaConfig.from_dict(config.models[config.axes.model[0]])
+  sizes = TransformerConfig.from_dict(config.models[config.axes.model[0]])
   model = latency.random_model(sizes)
   batch, length = config.pretrain.batch_size, config.pretrain.length
   graphdef, params = nnx.split(model)
@@ -128,16 +123,13 @@ class Results:
 class Runner:
   """Runs the stages of a plan that have no result yet."""
 
-  def __init__(self, config: ml_collections.ConfigDict, study_plan: plan.Plan):
+  def __init__(self, config: ml_collections.ConfigDict, study_plan: grid.Plan):
     self._config, self._plan = config, study_plan
     self._folder = pathlib.Path(config.workdir)
     self._results = Results(config.workdir)
     self._start = time.monotonic()
     self._trained: set[Pretraining] = set()
-    self._common = {
-      "git": report.revision(),
-      "device": report.device(),
-    }
+    self._common = {"git": report.revision(), "device": report.device()}
 
   @functools.cached_property
   def done(self) -> set[str]:
@@ -223,7 +215,7 @@ class Runner:
     if config.data.tokenizer is not None:
       return
     vocab_size = config.model.vocab_size
-    kept = pathlib.Path(plan.tokenizer_path(self._config.workdir, vocab_size))
+    kept = pathlib.Path(grid.tokenizer_path(self._config.workdir, vocab_size))
     if not kept.exists():
       kept.parent.mkdir(parents=True, exist_ok=True)
       pipeline.load_corpus(config.data, vocab_size, kept.parent)
@@ -242,27 +234,37 @@ class Runner:
     if stage.funnel == OFF:
       names = self._plan.funnels()[stage.model]
     heldout = pipeline.heldout_batches(
-      result.corpus.heldout, result.corpus.tokenizer, align=1,
-      batch_size=settings.rows, length=settings.length,
+      result.corpus.heldout,
+      result.corpus.tokenizer,
+      align=1,
+      batch_size=settings.rows,
+      length=settings.length,
       max_documents=4 * settings.rows,
-    )  # fmt: skip
+    )
     batch = heldout.batches[0]
     # A document a row: nothing is packed, whatever the funnel.
     segment = (batch["segment"] == 1).astype(np.int32)
     for name in names:
       if name == OFF:
         continue
-      layers = similarity.by_depth(
+      layers = layer_similarity.by_depth(
         model, name, batch["tokens"], segment, causal=True
       )
       (funnel,) = parse_funnel(name)
-      axes = {axis: getattr(funnel, axis) for axis in plan.FUNNEL_AXES}
-      self._results.add({
-          "kind": "similarity", "hash": stage.hash, "model": stage.model,
-          "pretraining": stage.kind, "finetuning": None, "funnel": name,
-          **axes, **self._common,
+      axes = {axis: getattr(funnel, axis) for axis in grid.FUNNEL_AXES}
+      self._results.add(
+        {
+          "kind": "similarity",
+          "hash": stage.hash,
+          "model": stage.model,
+          "pretraining": stage.kind,
+          "finetuning": None,
+          "funnel": name,
+          **axes,
+          **self._common,
           "layers": layers,
-      })  # fmt: skip
+        }
+      )
 
   def _generative(self, cell: Cell, path: str) -> None:
     """Measures a cell of a task that needs no fine-tuning."""
@@ -293,14 +295,20 @@ class Runner:
 
     def measure(cell: Cell) -> None:
       found = finetune.measure(
-        result.encoder.with_funnel(cell.measured_with), task, "test",
-        setup.rows["test"], batch_size=setup.config.batch_size,
+        result.encoder.with_funnel(cell.measured_with),
+        task,
+        "test",
+        setup.rows["test"],
+        batch_size=setup.config.batch_size,
         length=setup.config.length,
-      )  # fmt: skip
+      )
       self._measured(
-        cell, task.metrics[0], found, len(task.splits["test"]),
+        cell,
+        task.metrics[0],
+        found,
+        len(task.splits["test"]),
         {"train_s": train_s, "steps": result.steps},
-      )  # fmt: skip
+      )
 
     for cell in cells:
       self._guarded([cell], measure, cell)
@@ -312,21 +320,30 @@ class Runner:
     value = metrics[metric]
     if value is None:
       raise FloatingPointError(f"{metric} of {cell.task} is undefined")
-    model = GemmaConfig.from_dict(self._config.models[cell.pretraining.model])
+    model = TransformerConfig.from_dict(
+      self._config.models[cell.pretraining.model]
+    )
     settings, funnel = self._config.latency, cell.measured_with
     shape = settings.batch_size, settings.length
     timed = self._latencies.get((cell.pretraining.model, funnel), {})
-    self._add(cell, {
-        "kind": "cell", "metric": metric, "value": value, "metrics": metrics,
-        "higher_is_better": metric not in _LOWER, "num_test": num_test,
+    self._add(
+      cell,
+      {
+        "kind": "cell",
+        "metric": metric,
+        "value": value,
+        "metrics": metrics,
+        "higher_is_better": metric not in _LOWER,
+        "num_test": num_test,
         "ideal_reduction": flops.ideal_reduction(
-            model, funnel, *shape, head=False, causal=False
+          model, funnel, *shape, head=False, causal=False
         ),
         "flops": flops.forward(model, funnel, *shape, head=False, causal=False),
         "latency_s": timed.get("latency_s"),
         "reduction": 0.0 if funnel == OFF else timed.get("reduction"),
         **more,
-    })  # fmt: skip
+      },
+    )
 
   @functools.cached_property
   def _latencies(self) -> dict[tuple[str, str], dict[str, Any]]:
@@ -335,7 +352,7 @@ class Runner:
     if not settings.repeats:
       return found
     for name, funnels in self._plan.funnels().items():
-      model_config = GemmaConfig.from_dict(self._config.models[name])
+      model_config = TransformerConfig.from_dict(self._config.models[name])
       measured = latency.measure(
         latency.random_model(model_config),
         tuple(funnels),
@@ -363,7 +380,3 @@ def main() -> None:
     "--config.dry_run" if given == "--dry-run" else given for given in sys.argv
   ]
   cli.main(run)
-
-
-if __name__ == "__main__":
-  main()

@@ -15,7 +15,7 @@ from gemma_funnel import flops, tasks
 from gemma_funnel.config import (
   OFF,
   FunnelConfig,
-  GemmaConfig,
+  TransformerConfig,
   check_recovers,
   resolve_funnel,
 )
@@ -33,18 +33,37 @@ SWITCH = ("off", "on")
 FINETUNINGS = (*SWITCH, "sampled")
 FUNNEL_AXES = ("start", "stop", "stride", "pool", "recover")
 AXES = (
-    "model", "pretraining", "finetuning", "inference", *FUNNEL_AXES, "task",
-    "seed",
-)  # fmt: skip
+  "model",
+  "pretraining",
+  "finetuning",
+  "inference",
+  *FUNNEL_AXES,
+  "task",
+  "seed",
+)
 # Keys of a training that the study sets itself.
 _PRETRAIN_SET = (
-    "workdir", "model", "init_from", "objective", "funnel", "funnel_from",
-    "funnel_sampled", "latency",
-)  # fmt: skip
+  "workdir",
+  "model",
+  "init_from",
+  "objective",
+  "funnel",
+  "funnel_from",
+  "funnel_sampled",
+  "latency",
+)
 _FINETUNE_SET = (
-    "workdir", "seeds", "model", "init_from", "tokenizer", "task", "funnel",
-    "funnel_from", "funnel_sampled", "eval_funnels",
-)  # fmt: skip
+  "workdir",
+  "seeds",
+  "model",
+  "init_from",
+  "tokenizer",
+  "task",
+  "funnel",
+  "funnel_from",
+  "funnel_sampled",
+  "eval_funnels",
+)
 
 
 def training_keys(
@@ -133,12 +152,17 @@ class Cell:
       name: self.funnel and getattr(self.funnel, name) for name in FUNNEL_AXES
     }
     return {
-        "hash": self.hash, "model": self.pretraining.model,
-        "pretraining": self.pretraining.kind, "finetuning": self.finetuning,
-        "inference": self.inference,
-        "funnel": str(self.funnel) if self.funnel else OFF, **axes,
-        "task": self.task, "task_kind": self.task_kind, "seed": self.seed,
-    }  # fmt: skip
+      "hash": self.hash,
+      "model": self.pretraining.model,
+      "pretraining": self.pretraining.kind,
+      "finetuning": self.finetuning,
+      "inference": self.inference,
+      "funnel": str(self.funnel) if self.funnel else OFF,
+      **axes,
+      "task": self.task,
+      "task_kind": self.task_kind,
+      "seed": self.seed,
+    }
 
 
 def make(study: ml_collections.ConfigDict) -> "Plan":
@@ -216,10 +240,12 @@ def _check(study: Any) -> None:
 def _known(study: Any) -> dict[str, tuple[str, ...]]:
   """What some axes may hold."""
   return {
-      "model": tuple(study.models), "task": tuple(study.tasks),
-      "pretraining": PRETRAININGS, "finetuning": FINETUNINGS,
-      "inference": SWITCH,
-  }  # fmt: skip
+    "model": tuple(study.models),
+    "task": tuple(study.tasks),
+    "pretraining": PRETRAININGS,
+    "finetuning": FINETUNINGS,
+    "inference": SWITCH,
+  }
 
 
 def _parse_exclusion(
@@ -274,14 +300,27 @@ def _make_cell(study: Any, axes: Mapping[str, Any], task: Task) -> Cell:
   if tuning and tuning.funnel == "sampled":
     settings.append(sampled_funnels(study, axes["model"]))
   hash_ = _hash(
-    pretraining.hash, tuning and dataclasses.astuple(tuning),
-    axes["task"], study.tasks[axes["task"]].to_dict(), axes["inference"],
-    str(funnel), seed, settings, study.latency.to_dict(),
-  )  # fmt: skip
+    pretraining.hash,
+    tuning and dataclasses.astuple(tuning),
+    axes["task"],
+    study.tasks[axes["task"]].to_dict(),
+    axes["inference"],
+    str(funnel),
+    seed,
+    settings,
+    study.latency.to_dict(),
+  )
   return Cell(
-    pretraining, finetuning, axes["inference"], funnel, axes["task"], task.kind,
-    seed, tuning, hash_,
-  )  # fmt: skip
+    pretraining,
+    finetuning,
+    axes["inference"],
+    funnel,
+    axes["task"],
+    task.kind,
+    seed,
+    tuning,
+    hash_,
+  )
 
 
 def _make_pretraining(study, model: str, kind: str, funnel) -> Pretraining:
@@ -397,8 +436,9 @@ class Plan:
       if tuning.funnel == "sampled":
         config.funnel = OFF
         config.funnel_sampled = (
-          OFF, *sampled_funnels(study, pretraining.model)
-        )  # fmt: skip
+          OFF,
+          *sampled_funnels(study, pretraining.model),
+        )
       config.seed, config.workdir = tuning.seed, workdir
     return config
 
@@ -421,7 +461,7 @@ class Plan:
 
   def _pretraining_work(self, pretraining: Pretraining) -> float:
     config = pretraining.config(self.study, "")
-    model = GemmaConfig.from_dict(config.model)
+    model = TransformerConfig.from_dict(config.model)
     funnel = pretraining.funnel
     each = flops.forward(model, funnel, config.batch_size, config.length)
     if pretraining.kind == "distilled":
@@ -430,7 +470,7 @@ class Plan:
 
   def _tuning_work(self, pretraining: Pretraining, tuning: Tuning) -> float:
     config = self.finetune_config(pretraining, tuning)
-    model = GemmaConfig.from_dict(self.study.models[pretraining.model])
+    model = TransformerConfig.from_dict(self.study.models[pretraining.model])
     rows = len(self.tasks[tuning.task].splits["train"]) * config.epochs
     # Rows are shorter than the limit; how much is the tokenizer's to say.
     length = max(1, config.length // 2)
@@ -463,12 +503,14 @@ class Plan:
         f"{progress.duration(seconds)}"
       )
     left = len(_left(self.cells, done))
-    return "\n".join([
+    return "\n".join(
+      [
         f"{len(self.cells)} cells, {left} to be measured, from "
         f"{len(self.pretrainings)} pretrainings:",
         *lines,
         f"in all about {progress.duration(total)}, by {rate:.2g} FLOP/s here",
-    ])  # fmt: skip
+      ]
+    )
 
 
 def _left(cells: Iterable[Cell], done: set[str]) -> list[Cell]:

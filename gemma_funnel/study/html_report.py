@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_funnel.evaluation import report
 from gemma_funnel.evaluation.report import Column
-from gemma_funnel.evaluation.study import (
+from gemma_funnel.study.analysis import (
   AXES,
   PERCENT,
   POINTS,
@@ -99,16 +99,24 @@ def baseline_table(results: Results) -> Table:
     cells, ("model", "task", "metric")
   ).items():
     rows.append(
-        {"model": model, "task": task, "metric": metric,
-         "better": "higher" if part[0]["higher_is_better"] else "lower",
-         "value": over_seeds(part, "value").text(".4f"),
-         "num_test": part[0].get("num_test"), "seeds": len(part)}
-    )  # fmt: skip
+      {
+        "model": model,
+        "task": task,
+        "metric": metric,
+        "better": "higher" if part[0]["higher_is_better"] else "lower",
+        "value": over_seeds(part, "value").text(".4f"),
+        "num_test": part[0].get("num_test"),
+        "seeds": len(part),
+      }
+    )
   columns = [
-      *_columns(cells, "model", "task"), Column("metric", "metric"),
-      Column("better", "better"), Column("value", "value", ">"),
-      Column("num_test", "test examples", "d"), Column("seeds", "seeds", "d"),
-  ]  # fmt: skip
+    *_columns(cells, "model", "task"),
+    Column("metric", "metric"),
+    Column("better", "better"),
+    Column("value", "value", ">"),
+    Column("num_test", "test examples", "d"),
+    Column("seeds", "seeds", "d"),
+  ]
   lost = sum("drop" not in c and c["role"] == "funnel" for c in results.cells)
   note = "Standard pretraining, no funnel anywhere; mean ± spread over seeds."
   if lost:
@@ -137,15 +145,18 @@ def start_table(results: Results) -> Table:
     }
     rows.append({**dict(zip(keys, key, strict=True)), **mean, **_by_task(part)})
   columns = [
-      *_columns(cells, *keys), Column("ideal_reduction", "FLOPs saved (%)",
-      ".1f", 100), Column("reduction", "time saved (%)", ".1f", 100),
-      *_task_columns(cells),
-  ]  # fmt: skip
+    *_columns(cells, *keys),
+    Column("ideal_reduction", "FLOPs saved (%)", ".1f", 100),
+    Column("reduction", "time saved (%)", ".1f", 100),
+    *_task_columns(cells),
+  ]
   return Table(
-    "1. Where should the funnel start, and what does it save?", columns, rows,
+    "1. Where should the funnel start, and what does it save?",
+    columns,
+    rows,
     "Drop from the baseline by task, mean ± spread over seeds of the mean over "
     "recoveries. Negative is better than the baseline.",
-  )  # fmt: skip
+  )
 
 
 def training_table(results: Results) -> Table:
@@ -168,21 +179,30 @@ def training_table(results: Results) -> Table:
       share = _share_recovered(part, untrained)
     unit = "points" if part[0]["unit"] == POINTS else "%"
     rows.append(
-      {**values, "drop": _drop(part), "unit": unit, "share": share,
-       "cells": len(part)}
-    )  # fmt: skip
+      {
+        **values,
+        "drop": _drop(part),
+        "unit": unit,
+        "share": share,
+        "cells": len(part),
+      }
+    )
   columns = [
-      *_columns(cells, *keys), Column("drop", "drop", ">"),
-      Column("unit", "unit"), Column("share", "drop recovered (%)", ".0f", 100),
-      Column("cells", "cells", "d"),
-  ]  # fmt: skip
+    *_columns(cells, *keys),
+    Column("drop", "drop", ">"),
+    Column("unit", "unit"),
+    Column("share", "drop recovered (%)", ".0f", 100),
+    Column("cells", "cells", "d"),
+  ]
   return Table(
-    "2. Does funnel-aware pretraining or fine-tuning help?", columns, rows,
+    "2. Does funnel-aware pretraining or fine-tuning help?",
+    columns,
+    rows,
     "Mean over funnels, ± spread over seeds. Recovered is 1 - drop / (drop of "
     "the funnel switched on untrained), over the funnels and seeds that both "
     "have; a dash where the untrained drop is within its spread. Inference "
     "off is what the training costs the model without a funnel.",
-  )  # fmt: skip
+  )
 
 
 def _keyed(cells, keys):
@@ -212,25 +232,37 @@ def recovery_table(results: Results) -> Table:
         for start in starts
       }
       rows.append(
-          {"model": model, "recover": name, "unit": unit, "rank": rank,
-           "drop": spread.text(), "best": best,
-           "of": whole_pairings(part, "recover"), **by_start,
-           **_by_task(mine)}
-      )  # fmt: skip
+        {
+          "model": model,
+          "recover": name,
+          "unit": unit,
+          "rank": rank,
+          "drop": spread.text(),
+          "best": best,
+          "of": whole_pairings(part, "recover"),
+          **by_start,
+          **_by_task(mine),
+        }
+      )
   columns = [
-      *_columns(cells, "model"), Column("recover", "recover"),
-      Column("unit", "unit"), Column("rank", "rank", "d"),
-      Column("drop", "drop", ">"), Column("best", "best in", "d"),
-      Column("of", "of pairings", "d"),
-      *(Column(f"start {s}", f"start {s}", ">") for s in starts),
-      *_task_columns(cells),
-  ]  # fmt: skip
+    *_columns(cells, "model"),
+    Column("recover", "recover"),
+    Column("unit", "unit"),
+    Column("rank", "rank", "d"),
+    Column("drop", "drop", ">"),
+    Column("best", "best in", "d"),
+    Column("of", "of pairings", "d"),
+    *(Column(f"start {s}", f"start {s}", ">") for s in starts),
+    *_task_columns(cells),
+  ]
   return Table(
-    "3. Which recovery is best?", columns, rows,
+    "3. Which recovery is best?",
+    columns,
+    rows,
     "Drop, mean ± spread over seeds of the mean over all else. A pairing is "
     "the cells that differ in nothing but the recovery; ranks and wins are of "
     "those that have all of them.",
-  )  # fmt: skip
+  )
 
 
 def task_table(results: Results) -> Table:
@@ -246,38 +278,50 @@ def task_table(results: Results) -> Table:
       for key, mine in grouped(part, ("pretraining", "finetuning")).items()
     }
     rows.append(
-        {"model": model, "task": task, "kind": part[0].get("task_kind"),
-         "unit": unit, "mean": over_seeds(part).mean, "drop": _drop(part),
-         **by_training}
-    )  # fmt: skip
+      {
+        "model": model,
+        "task": task,
+        "kind": part[0].get("task_kind"),
+        "unit": unit,
+        "mean": over_seeds(part).mean,
+        "drop": _drop(part),
+        **by_training,
+      }
+    )
   rows.sort(key=lambda r: (r["model"], r["unit"] != POINTS, -r["mean"]))
   columns = [
-      *_columns(cells, "model", "task"), Column("kind", "kind"),
-      Column("unit", "unit"), Column("drop", "drop, all cells", ">"),
-      *(Column(head, head, ">") for head in heads.values()),
-  ]  # fmt: skip
+    *_columns(cells, "model", "task"),
+    Column("kind", "kind"),
+    Column("unit", "unit"),
+    Column("drop", "drop, all cells", ">"),
+    *(Column(head, head, ">") for head in heads.values()),
+  ]
   return Table(
-    "4. Which tasks suffer?", columns, rows,
+    "4. Which tasks suffer?",
+    columns,
+    rows,
     "Drop by pretraining and fine-tuning with the funnel, mean ± spread over "
     "seeds of the mean over funnels; the largest first.",
-  )  # fmt: skip
+  )
 
 
 def failure_table(results: Results) -> Table:
   """Cells that have no value."""
   columns = [*(Column(axis, axis) for axis in AXES), Column("error", "error")]
   return Table(
-    "Failures", columns, results.failures,
-    "" if results.failures else "None.",
-  )  # fmt: skip
+    "Failures", columns, results.failures, "" if results.failures else "None."
+  )
 
 
 def tables(results: Results) -> list[Table]:
   """All of them; those without rows only where that says something."""
   made = [
-      start_table(results), training_table(results), recovery_table(results),
-      task_table(results), baseline_table(results),
-  ]  # fmt: skip
+    start_table(results),
+    training_table(results),
+    recovery_table(results),
+    task_table(results),
+    baseline_table(results),
+  ]
   return [t for t in made if t.rows] + [failure_table(results)]
 
 

@@ -95,9 +95,10 @@ def _give_up(what, timeout_s, coordinator, num_processes, process_id) -> None:
     except OSError as error:
       why = f"process 0 is not there: {error}"
   print(
-    f"error: waited {timeout_s:.0f} s for {what}: {why}", file=sys.stderr,
+    f"error: waited {timeout_s:.0f} s for {what}: {why}",
+    file=sys.stderr,
     flush=True,
-  )  # fmt: skip
+  )
   os._exit(1)
 
 

@@ -11,18 +11,18 @@ from gemma_funnel import funnel as funnel_lib
 from gemma_funnel import model as model_lib
 from gemma_funnel.config import Funnel, resolve_funnel
 from gemma_funnel.layers import normalize
-from gemma_funnel.model import Gemma
+from gemma_funnel.model import Transformer
 from gemma_funnel.stream import make_stream, take
 
 
 def by_depth(
-  model: Gemma,
+  model: Transformer,
   funnel: Funnel,
   tokens_BT: jax.Array,
   segment_BT: jax.Array | None = None,
   *,
   causal: bool,
-  funnelled: Gemma | None = None,
+  funnelled: Transformer | None = None,
 ) -> list[dict[str, int | float | bool | str]]:
   """Compares the states without and with a funnel, after every layer.
 
@@ -33,7 +33,7 @@ def by_depth(
     model: its parameters run without a funnel, whatever funnel it has.
     funnel: what the other run has.
     tokens_BT: int token ids.
-    segment_BT: as for `Gemma.encode`; what is 0 is not compared.
+    segment_BT: as for `Transformer.encode`; what is 0 is not compared.
     causal: whether a token sees only what came before it.
     funnelled: its parameters run with the funnel; None is `model`.
 
@@ -47,7 +47,7 @@ def by_depth(
     sqrt(2) where they are orthogonal.
 
   Raises:
-    ValueError: arguments that `Gemma.encode` does not take; a funnel that does
+    ValueError: arguments that `Transformer.encode` does not take; a funnel that does
       not fit; models of unlike shapes; no tokens; states that are not finite.
   """
   funnelled = model if funnelled is None else funnelled
@@ -78,19 +78,24 @@ def by_depth(
         "parameters that can run"
       )
     rows.append(
-        {"layer": layer, "at": at, "short": short, "cosine": cosine,
-         "error": error}
-    )  # fmt: skip
+      {
+        "layer": layer,
+        "at": at,
+        "short": short,
+        "cosine": cosine,
+        "error": error,
+      }
+    )
   return rows
 
 
-def _under(model: Gemma, funnel: Funnel) -> Gemma:
+def _under(model: Transformer, funnel: Funnel) -> Transformer:
   """The model under the funnel; itself where it has that one already."""
   same = resolve_funnel(funnel, model.config.num_layers) == model.stages
   return model if same else model.with_funnel(funnel)
 
 
-def _single_layers(model: Gemma) -> list:
+def _single_layers(model: Transformer) -> list:
   """The model's schedule with a run for each layer."""
   steps = []
   for step in funnel_lib.schedule(model.stages, model.config.num_layers):
@@ -104,7 +109,7 @@ def _single_layers(model: Gemma) -> list:
   return steps
 
 
-def _points(model: Gemma) -> list[tuple[int, str, bool]]:
+def _points(model: Transformer) -> list[tuple[int, str, bool]]:
   """(last layer that ran, what has just ended, whether a stage is open) of
   each of `states`."""
   points, depth = [], 0
@@ -121,7 +126,7 @@ def _points(model: Gemma) -> list[tuple[int, str, bool]]:
 
 
 def states(
-  model: Gemma, tokens_BT: jax.Array, segment_BT: jax.Array, causal: bool
+  model: Transformer, tokens_BT: jax.Array, segment_BT: jax.Array, causal: bool
 ) -> list[jax.Array]:
   """What each token reads back after each layer and recovery: [B, T, D]s.
 
@@ -159,9 +164,14 @@ def states(
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 4))
 def _compare(
-  plain_def, plain_params, other_def, other_params, causal, tokens_BT,
+  plain_def,
+  plain_params,
+  other_def,
+  other_params,
+  causal,
+  tokens_BT,
   segment_BT,
-):  # fmt: skip
+):
   """(cosine, error) for each of the funnelled model's states."""
   plain = nnx.merge(plain_def, plain_params)
   other = nnx.merge(other_def, other_params)

@@ -6,7 +6,7 @@ import textwrap
 from typing import Any
 
 from gemma_funnel.evaluation import report
-from gemma_funnel.evaluation.study import (
+from gemma_funnel.study.analysis import (
   SHAPE,
   Results,
   Row,
@@ -16,9 +16,7 @@ from gemma_funnel.evaluation.study import (
 )
 
 # Distinct to the colour-blind (Okabe and Ito); yellow is too light for lines.
-COLORS = (
-  "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00",
-)  # fmt: skip
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vP"
 DASHES = ("-", "--", ":", "-.")
 OTHER = "0.45"
@@ -38,20 +36,33 @@ def draw(results: Results) -> Iterator[tuple[str, Any, str, str]]:
   cells = results.compared()
   baselines = [c for c in results.cells if c["role"] == "baseline"]
   kinds = (
-    ("tradeoff", _tradeoff_panels(cells, baselines), _plot_tradeoff,
-     "Metric against what the funnel saves; the line joins points that no "
-     "other point beats in both. Hollow points are not fine-tuned with the "
-     "funnel; means over seeds.", "the metric against the saving"),
-    ("start", _start_panels(cells, baselines), _plot_start,
-     "Metric against the layer at which the funnel starts; means over all "
-     "other choices, bars are the spread over seeds of the change from the "
-     "baseline, which is the dashed line.",
-     "the metric against the funnel's first layer"),
-    ("depth", _depth_panels(results.similarity), _plot_depth,
-     "Cosine between the state of a token without and with the funnel, after "
-     "each layer; the stage is shaded, crosses are its recovery.",
-     "the cosine of states by layer"),
-  )  # fmt: skip
+    (
+      "tradeoff",
+      _tradeoff_panels(cells, baselines),
+      _plot_tradeoff,
+      "Metric against what the funnel saves; the line joins points that no "
+      "other point beats in both. Hollow points are not fine-tuned with the "
+      "funnel; means over seeds.",
+      "the metric against the saving",
+    ),
+    (
+      "start",
+      _start_panels(cells, baselines),
+      _plot_start,
+      "Metric against the layer at which the funnel starts; means over all "
+      "other choices, bars are the spread over seeds of the change from the "
+      "baseline, which is the dashed line.",
+      "the metric against the funnel's first layer",
+    ),
+    (
+      "depth",
+      _depth_panels(results.similarity),
+      _plot_depth,
+      "Cosine between the state of a token without and with the funnel, after "
+      "each layer; the stage is shaded, crosses are its recovery.",
+      "the cosine of states by layer",
+    ),
+  )
   for name, panels, plot, caption, what in kinds:
     parts = [
       panels[i : i + MAX_PANELS] for i in range(0, len(panels), MAX_PANELS)
@@ -91,9 +102,12 @@ def _figure(panels: Sequence[Panel], plot: Callable) -> Any:
     for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
   figure.legend(
-      handles.values(), handles.keys(), loc="outside lower center",
-      ncols=min(len(handles), 1 + across), fontsize=8,
-  )  # fmt: skip
+    handles.values(),
+    handles.keys(),
+    loc="outside lower center",
+    ncols=min(len(handles), 1 + across),
+    fontsize=8,
+  )
   return figure
 
 
@@ -163,9 +177,14 @@ def _plot_tradeoff(axes, rows, style) -> None:
   key = "reduction" if measured else "ideal_reduction"
   points = [(0.0, over_seeds(_baselines(rows), "value").mean)]
   axes.plot(
-      *points[0], "*", color="black", markersize=11, label="baseline", zorder=4,
-      linestyle="none",
-  )  # fmt: skip
+    *points[0],
+    "*",
+    color="black",
+    markersize=11,
+    label="baseline",
+    zorder=4,
+    linestyle="none",
+  )
   keys = ("pretraining", "finetuning", "funnel")
   for (pretraining, finetuning, _), part in grouped(cells, keys).items():
     x, y = over_seeds(part, key), over_seeds(part, "value").mean
@@ -174,23 +193,35 @@ def _plot_tradeoff(axes, rows, style) -> None:
     points.append((100 * x.mean, y))
     color = _of(style, part[0], "recover")["color"]
     axes.plot(
-        *points[-1], linestyle="none", markersize=5.5, markeredgecolor=color,
-        marker=style["pretraining", pretraining]["marker"], alpha=0.85,
-        markerfacecolor="white" if finetuning == "off" else color,
-        zorder=3,
-    )  # fmt: skip
+      *points[-1],
+      linestyle="none",
+      markersize=5.5,
+      markeredgecolor=color,
+      marker=style["pretraining", pretraining]["marker"],
+      alpha=0.85,
+      markerfacecolor="white" if finetuning == "off" else color,
+      zorder=3,
+    )
   _explain(axes, cells, style)
   if any(c["finetuning"] == "off" for c in cells):
     axes.plot(
-        [], [], "o", color=OTHER, markerfacecolor="white",
-        label="not tuned with the funnel",
-    )  # fmt: skip
+      [],
+      [],
+      "o",
+      color=OTHER,
+      markerfacecolor="white",
+      label="not tuned with the funnel",
+    )
   front = pareto(points, cells[0]["higher_is_better"])
   if len(front) > 1:
     axes.plot(
-        *zip(*front, strict=True), color="0.35", linewidth=1,
-        drawstyle="steps-pre", zorder=2, label="Pareto front",
-    )  # fmt: skip
+      *zip(*front, strict=True),
+      color="0.35",
+      linewidth=1,
+      drawstyle="steps-pre",
+      zorder=2,
+      label="Pareto front",
+    )
   axes.margins(0.08)
   what = "time saved (%)" if measured else "FLOPs saved, ideal (%)"
   axes.set_xlabel(what, fontsize=8)
@@ -257,19 +288,27 @@ def _plot_start(axes, rows, style) -> None:
     spreads = [over_seeds(map(_change, p)) for p in by_start.values()]
     untuned = finetuning == "off"
     axes.errorbar(
-        [start + shift for (start,) in by_start], means,
-        yerr=[s.deviation or 0 for s in spreads], capsize=2, markersize=4.5,
-        marker=MARKERS[recoveries.index(recover) % len(MARKERS)],
-        linewidth=1.2, linestyle=":" if untuned else "-",
-        color=_of(style, part[0], "recover")["color"],
-        markerfacecolor="white" if untuned else None,
-        label="" if untuned else f"recover {recover}",
-    )  # fmt: skip
+      [start + shift for (start,) in by_start],
+      means,
+      yerr=[s.deviation or 0 for s in spreads],
+      capsize=2,
+      markersize=4.5,
+      marker=MARKERS[recoveries.index(recover) % len(MARKERS)],
+      linewidth=1.2,
+      linestyle=":" if untuned else "-",
+      color=_of(style, part[0], "recover")["color"],
+      markerfacecolor="white" if untuned else None,
+      label="" if untuned else f"recover {recover}",
+    )
   if any(c["finetuning"] == "off" for c in cells):
     axes.plot(
-        [], [], "o:", color=OTHER, markerfacecolor="white",
-        label="not tuned with the funnel",
-    )  # fmt: skip
+      [],
+      [],
+      "o:",
+      color=OTHER,
+      markerfacecolor="white",
+      label="not tuned with the funnel",
+    )
   axes.set_xticks(starts)
   axes.set_xlabel("first layer of the funnel", fontsize=8)
   axes.set_ylabel(_ylabel(cells[0]), fontsize=8)
@@ -295,9 +334,11 @@ def _depth_panels(rows) -> list[Panel]:
       ]
       continue
     title = _title(
-      model if several else None, f"layers {start} to {_last(part)}",
-      f"stride {stride}", pool,
-    )  # fmt: skip
+      model if several else None,
+      f"layers {start} to {_last(part)}",
+      f"stride {stride}",
+      pool,
+    )
     panels.append((title, part))
   return panels
 
@@ -314,8 +355,8 @@ def _plot_depth(axes, rows, style) -> None:
   start = rows[0].get("start")
   if start is not None:
     axes.axvspan(
-        start - 0.5, _last(rows) + 0.5, color="0.92", zorder=0, label="stage"
-    )  # fmt: skip
+      start - 0.5, _last(rows) + 0.5, color="0.92", zorder=0, label="stage"
+    )
   keys = ("recover", "pretraining", "finetuning")
   for (_, pretraining, finetuning), part in grouped(rows, keys).items():
     values = {}
@@ -328,25 +369,38 @@ def _plot_depth(axes, rows, style) -> None:
     look = style["pretraining", pretraining]
     color = _of(style, part[0], "recover")["color"]
     axes.plot(
-        [x for x, _ in mean], mean.values(), color=color, linewidth=1.3,
-        linestyle=look["linestyle"],
-        marker="s" if finetuning == "on" else "o", markersize=3.5,
-        markerfacecolor="white" if finetuning == "off" else color,
-    )  # fmt: skip
+      [x for x, _ in mean],
+      mean.values(),
+      color=color,
+      linewidth=1.3,
+      linestyle=look["linestyle"],
+      marker="s" if finetuning == "on" else "o",
+      markersize=3.5,
+      markerfacecolor="white" if finetuning == "off" else color,
+    )
     crosses = [(x, y) for (x, recovery), y in mean.items() if recovery]
     if crosses:
       axes.plot(
-          *zip(*crosses, strict=True), "x", color=color, markersize=7,
-          markeredgewidth=1.6,
-      )  # fmt: skip
+        *zip(*crosses, strict=True),
+        "x",
+        color=color,
+        markersize=7,
+        markeredgewidth=1.6,
+      )
   _explain(axes, rows, style, marks=False)
   for tuned, marker, face in (("off", "o", "white"), ("on", "s", OTHER)):
     if any(row["finetuning"] == tuned for row in rows):
       axes.plot(
-          [], [], marker, color=OTHER, markerfacecolor=face, markersize=4,
-          label="tuned with the funnel" if tuned == "on" else
-          "not tuned with the funnel",
-      )  # fmt: skip
+        [],
+        [],
+        marker,
+        color=OTHER,
+        markerfacecolor=face,
+        markersize=4,
+        label="tuned with the funnel"
+        if tuned == "on"
+        else "not tuned with the funnel",
+      )
   from matplotlib import ticker
 
   axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_funnel import caches as caches_lib
 from gemma_funnel import config as config_lib
-from gemma_funnel import sampling as sampling_lib
-from gemma_funnel.caches import Cache, StageState, pytree
-from gemma_funnel.model import Gemma
-from gemma_funnel.sampling import Sampling
+from gemma_funnel.decode import caches as caches_lib
+from gemma_funnel.decode import sampling as sampling_lib
+from gemma_funnel.decode.caches import Cache, StageState, pytree
+from gemma_funnel.decode.sampling import Sampling
+from gemma_funnel.model import Transformer
+from gemma_funnel.parallel.sharding import cache_sharding
 from gemma_funnel.stream import Stream, make_stream
-from gemma_funnel.training.sharding import cache_sharding
 
 # Prompts are padded to one of this many lengths between powers of two.
 _BUCKETS_PER_OCTAVE = 4
@@ -87,7 +87,7 @@ class Generation:
   stopped: bool
 
 
-def unstacked(model: Gemma) -> Gemma:
+def unstacked(model: Transformer) -> Transformer:
   """The model with a list of layers, and matrices in the compute dtype.
 
   Reading a matrix out of a stack copies it first, which a long prompt does not
@@ -139,7 +139,7 @@ class Decoder:
   It holds its own copy of the layers, unstacked; the model may be dropped.
   """
 
-  def __init__(self, model: Gemma, cache_length: int):
+  def __init__(self, model: Transformer, cache_length: int):
     """Prepares a model.
 
     Args:
@@ -179,26 +179,41 @@ class Decoder:
     # One prefill serves all samples of a prompt.
     fork = lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x
     caches, stages, logits_BV, rank_B, rest_BK, rest_B, row_B, seen_BV = (
-      jax.tree.map(fork, (
-          caches, stages, _last_logits(model, stream),
-          jnp.sum(segment_BT, axis=1, dtype=jnp.int32), inputs["rest_BK"],
-          inputs["rest_B"], inputs["row_B"], inputs["seen_BV"],
-      ))
-    )  # fmt: skip
+      jax.tree.map(
+        fork,
+        (
+          caches,
+          stages,
+          _last_logits(model, stream),
+          jnp.sum(segment_BT, axis=1, dtype=jnp.int32),
+          inputs["rest_BK"],
+          inputs["rest_B"],
+          inputs["row_B"],
+          inputs["seen_BV"],
+        ),
+      )
+    )
     rows = len(rank_B)
     sample_B = jnp.arange(rows, dtype=jnp.int32) % samples
     key = jax.random.key(inputs["seed"], impl="threefry2x32")
     fold = jax.vmap(jax.random.fold_in)
     state = State(
-        caches=caches, stages=stages, rank_B=rank_B, phase=inputs["phase"],
-        token_B=jnp.zeros(rows, jnp.int32), rest_BK=rest_BK, rest_B=rest_B,
-        step=jnp.int32(0),
-        out_BX=jnp.full((rows, self.cache_length), _PAD, jnp.int32),
-        count_B=jnp.zeros(rows, jnp.int32), limit=inputs["limit"],
-        stop_Z=inputs["stop_Z"], done_B=jnp.zeros(rows, bool),
-        key_B=fold(jax.vmap(jax.random.fold_in, (None, 0))(key, row_B), sample_B),
-        seen_BV=seen_BV,
-    )  # fmt: skip
+      caches=caches,
+      stages=stages,
+      rank_B=rank_B,
+      phase=inputs["phase"],
+      token_B=jnp.zeros(rows, jnp.int32),
+      rest_BK=rest_BK,
+      rest_B=rest_B,
+      step=jnp.int32(0),
+      out_BX=jnp.full((rows, self.cache_length), _PAD, jnp.int32),
+      count_B=jnp.zeros(rows, jnp.int32),
+      limit=inputs["limit"],
+      stop_Z=inputs["stop_Z"],
+      done_B=jnp.zeros(rows, bool),
+      key_B=fold(jax.vmap(jax.random.fold_in, (None, 0))(key, row_B), sample_B),
+      seen_BV=seen_BV,
+    )
     return _take_token(self._placed(state), logits_BV, sampling)
 
   def _placed(self, state: State) -> State:
@@ -234,9 +249,13 @@ class Decoder:
         model, stream, phase, state.caches, state.stages
       )
       state = dataclasses.replace(
-          state, caches=caches, stages=stages, rank_B=state.rank_B + 1,
-          phase=phase, step=state.step + 1,
-      )  # fmt: skip
+        state,
+        caches=caches,
+        stages=stages,
+        rank_B=state.rank_B + 1,
+        phase=phase,
+        step=state.step + 1,
+      )
       logits_BV = _last_logits(model, stream)
       return _take_token(state, logits_BV, sampling)
 
@@ -286,8 +305,8 @@ class Decoder:
     """
     _require_count("chunk", chunk)
     state = self.prefill(
-        prompts, max_new_tokens=max_new_tokens, sampling=sampling, **options
-    )  # fmt: skip
+      prompts, max_new_tokens=max_new_tokens, sampling=sampling, **options
+    )
     samples = options.get("num_samples", 1)
 
     def chunks(state):
@@ -336,10 +355,15 @@ class Decoder:
         prompt longer than the cache has room for, or a number out of range.
     """
     *_, last = self.stream(
-        prompts, max_new_tokens=max_new_tokens, sampling=sampling,
-        stop_ids=stop_ids, seed=seed, num_samples=num_samples,
-        first_row=first_row, chunk=self.cache_length,
-    )  # fmt: skip
+      prompts,
+      max_new_tokens=max_new_tokens,
+      sampling=sampling,
+      stop_ids=stop_ids,
+      seed=seed,
+      num_samples=num_samples,
+      first_row=first_row,
+      chunk=self.cache_length,
+    )
     return last
 
   def _inputs(self, prompts, max_new_tokens, stop_ids, sampling):
@@ -365,10 +389,11 @@ class Decoder:
     self._require_ids("stop_ids", stop_Z)
     phase, beginnings = _common_phase([p.size for p in prompts], self.stride)
     return _arrays(prompts, beginnings, self.stride) | {
-        "phase": np.int32(phase), "limit": np.int32(max_new_tokens),
-        "stop_Z": stop_Z.astype(np.int32),
-        "seen_BV": self._seen(prompts) if sampling.needs_seen else None,
-    }  # fmt: skip
+      "phase": np.int32(phase),
+      "limit": np.int32(max_new_tokens),
+      "stop_Z": stop_Z.astype(np.int32),
+      "seen_BV": self._seen(prompts) if sampling.needs_seen else None,
+    }
 
   def _require_ids(self, what: str, ids: np.ndarray) -> None:
     bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
@@ -407,12 +432,14 @@ def _arrays(prompts, beginnings, stride) -> dict[str, np.ndarray]:
     rest_BK[row, : prompt.size - n] = prompt[n:]
   rest_B = [p.size - n for p, n in zip(prompts, beginnings, strict=True)]
   return {
-      "tokens_BT": tokens_BT, "segment_BT": segment_BT, "rest_BK": rest_BK,
-      "rest_B": np.asarray(rest_B, np.int32),
-  }  # fmt: skip
+    "tokens_BT": tokens_BT,
+    "segment_BT": segment_BT,
+    "rest_BK": rest_BK,
+    "rest_B": np.asarray(rest_B, np.int32),
+  }
 
 
-def _last_logits(model: Gemma, stream: Stream) -> jax.Array:
+def _last_logits(model: Transformer, stream: Stream) -> jax.Array:
   """Logits [B, V] of the last slot."""
   last_B1D = model.final_norm(stream.hidden_BTD[:, -1:])
   return model.logits(last_B1D)[:, 0]
@@ -435,10 +462,13 @@ def _take_token(state: State, logits_BV: jax.Array, sampling) -> State:
   if seen_BV is not None:
     seen_BV = seen_BV.at[row_B, token_B].set(True)
   return dataclasses.replace(
-      state, token_B=token_B, count_B=count_B, seen_BV=seen_BV,
-      out_BX=state.out_BX.at[row_B, to_B].set(drawn_B, mode="drop"),
-      done_B=state.done_B | (puts_B & (stops_B | (count_B >= state.limit))),
-  )  # fmt: skip
+    state,
+    token_B=token_B,
+    count_B=count_B,
+    seen_BV=seen_BV,
+    out_BX=state.out_BX.at[row_B, to_B].set(drawn_B, mode="drop"),
+    done_B=state.done_B | (puts_B & (stops_B | (count_B >= state.limit))),
+  )
 
 
 def _results(state: State, samples: int) -> tuple[bool, list[Generation]]:
@@ -463,8 +493,10 @@ def _results(state: State, samples: int) -> tuple[bool, list[Generation]]:
 
 def cache_bytes(state: State) -> int:
   """Bytes of keys and values that a state holds, for all of its rows."""
-  leaves = jax.tree.leaves([
+  leaves = jax.tree.leaves(
+    [
       *(cache.keys_values for cache in state.caches),
       *(stage.deep.keys_values for stage in state.stages if stage.deep),
-  ])  # fmt: skip
+    ]
+  )
   return sum(leaf.nbytes for leaf in leaves)

@@ -19,7 +19,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from gemma_funnel import flash, visibility
+from gemma_funnel.attention import flash, masks
 from gemma_funnel.stream import Stream
 
 # Logits within +-this can be exponentiated and summed in float32 as they are.
@@ -51,33 +51,60 @@ class Capability:
 
 
 CAPABILITIES: dict[str, Capability] = {
-    "reference": Capability(
-        softcap=True, window=True, packed=True, unequal=True, uneven=True,
-        any_length=True, softmax_dtypes=("float32", "bfloat16", "float16"),
-        platforms=(), module=None, skips="nothing",
-    ),
-    # Unequal streams: skips only where neither is packed.
-    "blocked": Capability(
-        softcap=True, window=True, packed=True, unequal=True, uneven=True,
-        any_length=True, softmax_dtypes=("float32", "bfloat16", "float16"),
-        platforms=(), module=None, skips="the future, outside the window",
-    ),
-    # tokamax's Triton backward has no softcap: Hopper and later have one.
-    # Unequal streams go by a mask alone: nothing is skipped.
-    "tokamax": Capability(
-        softcap=True, window=True, packed=True, unequal=True, uneven=True,
-        any_length=True, softmax_dtypes=("float32",), platforms=("gpu",),
-        module="tokamax", skips="the future, outside the window",
-    ),
-    # jax's own: tokamax's TPU kernel takes neither a window nor a mask that
-    # differs from row to row.
-    "splash": Capability(
-        softcap=True, window=True, packed=True, unequal=False, uneven=False,
-        any_length=False, softmax_dtypes=("float32",), platforms=("tpu",),
-        module="jax.experimental.pallas.ops.tpu.splash_attention",
-        skips="the future, outside the window",
-    ),
-}  # fmt: skip
+  "reference": Capability(
+    softcap=True,
+    window=True,
+    packed=True,
+    unequal=True,
+    uneven=True,
+    any_length=True,
+    softmax_dtypes=("float32", "bfloat16", "float16"),
+    platforms=(),
+    module=None,
+    skips="nothing",
+  ),
+  # Unequal streams: skips only where neither is packed.
+  "blocked": Capability(
+    softcap=True,
+    window=True,
+    packed=True,
+    unequal=True,
+    uneven=True,
+    any_length=True,
+    softmax_dtypes=("float32", "bfloat16", "float16"),
+    platforms=(),
+    module=None,
+    skips="the future, outside the window",
+  ),
+  # tokamax's Triton backward has no softcap: Hopper and later have one.
+  # Unequal streams go by a mask alone: nothing is skipped.
+  "tokamax": Capability(
+    softcap=True,
+    window=True,
+    packed=True,
+    unequal=True,
+    uneven=True,
+    any_length=True,
+    softmax_dtypes=("float32",),
+    platforms=("gpu",),
+    module="tokamax",
+    skips="the future, outside the window",
+  ),
+  # jax's own: tokamax's TPU kernel takes neither a window nor a mask that
+  # differs from row to row.
+  "splash": Capability(
+    softcap=True,
+    window=True,
+    packed=True,
+    unequal=False,
+    uneven=False,
+    any_length=False,
+    softmax_dtypes=("float32",),
+    platforms=("tpu",),
+    module="jax.experimental.pallas.ops.tpu.splash_attention",
+    skips="the future, outside the window",
+  ),
+}
 
 
 def attend(
@@ -122,14 +149,20 @@ def attend(
     packed=queries.packed or keys.packed,
     unequal=queries is not keys,
     uneven=not (queries.even and keys.even),
-    length=q_BTNH.shape[1] // visibility.parts(queries),
+    length=q_BTNH.shape[1] // masks.parts(queries),
     softmax_dtype=softmax_dtype,
   )
   return _KERNELS[name](
-      q_BTNH, k_BSKH, v_BSKH, queries, keys,
-      causal=causal, window=window, softcap=softcap,
-      softmax_dtype=softmax_dtype,
-  )  # fmt: skip
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    queries,
+    keys,
+    causal=causal,
+    window=window,
+    softcap=softcap,
+    softmax_dtype=softmax_dtype,
+  )
 
 
 def target_platform() -> str:
@@ -228,9 +261,17 @@ def _softmax_values(s_BKXS, v_BKSH, see, softcap, softmax_dtype):
 
 
 def _block(
-    q_BKTGH, k_BKSH, v_BKSH, queries, keys,
-    *, causal, window, softcap, softmax_dtype,
-):  # fmt: skip
+  q_BKTGH,
+  k_BKSH,
+  v_BKSH,
+  queries,
+  keys,
+  *,
+  causal,
+  window,
+  softcap,
+  softmax_dtype,
+):
   """Attention of one block of queries, head-major; the whole of `reference`."""
   batch, kv_heads, length, group, width = q_BKTGH.shape
   s_BKXS = jnp.einsum(
@@ -239,16 +280,23 @@ def _block(
     k_BKSH,
     preferred_element_type=jnp.dtype(softmax_dtype),
   )
-  see_BTS = visibility.visible(queries, keys, causal=causal, window=window)
+  see_BTS = masks.visible(queries, keys, causal=causal, window=window)
   see_B1XS = jnp.repeat(see_BTS, group, axis=1)[:, None]
   o_BKXH = _softmax_values(s_BKXS, v_BKSH, see_B1XS, softcap, softmax_dtype)
   return o_BKXH.reshape(q_BKTGH.shape).astype(q_BKTGH.dtype)
 
 
 def attend_cache(
-    q_BTNH, k_BKSH, v_BKSH, queries, keys,
-    *, window, softcap, softmax_dtype="float32",
-):  # fmt: skip
+  q_BTNH,
+  k_BKSH,
+  v_BKSH,
+  queries,
+  keys,
+  *,
+  window,
+  softcap,
+  softmax_dtype="float32",
+):
   """Causal attention of a few queries to a cache, in any order of slots.
 
   As `attend` by "reference", with keys and values that already lie as the
@@ -258,9 +306,16 @@ def attend_cache(
   kv_heads = k_BKSH.shape[1]
   q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
   o_BKTGH = _block(
-      q_BTKGH.transpose(0, 2, 1, 3, 4), k_BKSH, v_BKSH, queries, keys,
-      causal=True, window=window, softcap=softcap, softmax_dtype=softmax_dtype,
-  )  # fmt: skip
+    q_BTKGH.transpose(0, 2, 1, 3, 4),
+    k_BKSH,
+    v_BKSH,
+    queries,
+    keys,
+    causal=True,
+    window=window,
+    softcap=softcap,
+    softmax_dtype=softmax_dtype,
+  )
   return _token_major(o_BKTGH)
 
 
@@ -294,24 +349,24 @@ def _blocked(q_BTNH, k_BSKH, v_BSKH, queries, keys, *, causal, window, **kw):
   when the program is traced. A block's weights are never kept for the backward
   pass.
   """
-  if visibility.parts(queries) > 1:
+  if masks.parts(queries) > 1:
     call = functools.partial(_blocked_slots, causal=causal, window=window, **kw)
     return flash.per_shard(
       call,
       q_BTNH,
       k_BSKH,
       v_BSKH,
-      visibility.slots(queries).replace(packed=True),
-      visibility.slots(keys),
+      masks.slots(queries).replace(packed=True),
+      masks.slots(keys),
     )
   return _blocked_slots(
-      q_BTNH, k_BSKH, v_BSKH, queries, keys, causal=causal, window=window, **kw
-  )  # fmt: skip
+    q_BTNH, k_BSKH, v_BSKH, queries, keys, causal=causal, window=window, **kw
+  )
 
 
 def _blocked_slots(
-    q_BTNH, k_BSKH, v_BSKH, queries, keys, *, causal, window, **kw
-):  # fmt: skip
+  q_BTNH, k_BSKH, v_BSKH, queries, keys, *, causal, window, **kw
+):
   q, k, v = _head_major(q_BTNH, k_BSKH, v_BSKH)
   length = q.shape[2]
   block = max(_BLOCK, -(-length // (_MAX_BLOCKS * _BLOCK)) * _BLOCK)
@@ -325,7 +380,7 @@ def _blocked_slots(
     out = []
     for lo in range(0, length, block):
       hi = min(lo + block, length)
-      first, last = visibility.key_slots(
+      first, last = masks.key_slots(
         lo, hi, queries, keys, causal=causal, window=window
       )
       out.append(
@@ -333,9 +388,9 @@ def _blocked_slots(
           q[:, :, lo:hi],
           k[:, :, first:last],
           v[:, :, first:last],
-          visibility.slots(queries, lo, hi),
-          visibility.slots(keys, first, last),
-        )  # fmt: skip
+          masks.slots(queries, lo, hi),
+          masks.slots(keys, first, last),
+        )
       )
     return jnp.concatenate(out, axis=2)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_funnel import mesh as mesh_lib
+from gemma_funnel.parallel import mesh as mesh_lib
 from gemma_funnel.stream import Stream
 
 
@@ -56,9 +56,14 @@ def _bounds(stream: Stream, other: Stream) -> tuple[np.ndarray, np.ndarray]:
 
 
 def key_slots(
-    lo: int, hi: int, queries: Stream, keys: Stream,
-    *, causal: bool, window: int | None,
-) -> tuple[int, int]:  # fmt: skip
+  lo: int,
+  hi: int,
+  queries: Stream,
+  keys: Stream,
+  *,
+  causal: bool,
+  window: int | None,
+) -> tuple[int, int]:
   """[first, last) of the keys that no rule hides from all queries [lo, hi)."""
   length = keys.segment_BT.shape[1]
   first, last = 0, length

@@ -1,0 +1,36 @@
+"""Files that are whole or not there: written beside their name, then renamed."""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import uuid
+
+from etils import epath
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
+  """A path beside `path`, on the same file system, which then takes its name.
+
+  Gives a name that no other process has; what is written there replaces `path`
+  when the block ends, and is removed if it fails.
+  """
+  path = epath.Path(path)
+  beside = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
+  try:
+    yield beside
+    beside.replace(path)
+  finally:
+    beside.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+  """Writes a text file whole, in UTF-8, or not at all."""
+  with replacing(path) as beside:
+    beside.write_text(text)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+  """Writes a file whole, or not at all."""
+  with replacing(path) as beside:
+    beside.write_bytes(data)

@@ -1,0 +1,1 @@
+"""Attention over streams: its definition and kernels."""

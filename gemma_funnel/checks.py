@@ -1,0 +1,67 @@
+"""What a value must be, said once: each raises a ValueError that names it."""
+
+from collections.abc import Collection
+import numbers
+import sys
+from typing import Any
+
+
+def require(ok: bool, message: str) -> None:
+  """Raises ValueError(message) unless `ok`."""
+  if not ok:
+    raise ValueError(message)
+
+
+def require_int(
+  name: str, value: Any, least: int = 0, most: int | None = None
+) -> None:
+  """Checks for an integer (no bool) of at least `least`, at most `most`."""
+  is_int = isinstance(value, int) and not isinstance(value, bool)
+  bound = f">= {least}" if most is None else f"from {least} to {most}"
+  require(
+    is_int and least <= value and (most is None or value <= most),
+    f"{name}={value!r}: expected an integer {bound}",
+  )
+
+
+def require_positive(name: str, value: Any, also: str = "") -> None:
+  """Checks for a finite number above 0; `also` says what else would do."""
+  require(
+    is_number(value) and 0 < value,
+    f"{name}={value!r}: expected a number > 0{also}",
+  )
+
+
+def require_between(
+  name: str, value: Any, low: float, high: float, *, open: bool = False
+) -> None:
+  """Checks for a number in [low, high], or within (low, high) if `open`."""
+  fits = is_number(value) and (
+    low < value < high if open else low <= value <= high
+  )
+  require(
+    fits,
+    f"{name}={value!r}: expected a number "
+    + (f"between {low} and {high}" if open else f"from {low} to {high}"),
+  )
+
+
+def require_bool(name: str, value: Any) -> None:
+  """Checks for a bool."""
+  require(isinstance(value, bool), f"{name}={value!r}: expected a bool")
+
+
+def require_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+  """Checks for one of `choices`."""
+  require(
+    value in choices, f"{name}={value!r}: expected one of {list(choices)}"
+  )
+
+
+def is_number(value: Any) -> bool:
+  """Whether it is a finite real number (no bool)."""
+  return (
+    isinstance(value, numbers.Real)
+    and not isinstance(value, bool)
+    and abs(value) <= sys.float_info.max
+  )

@@ -1,0 +1,1 @@
+"""Decoding with caches, and how tokens are drawn."""

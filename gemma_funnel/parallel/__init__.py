@@ -1,0 +1,1 @@
+"""Meshes, where arrays live on them, and several processes."""
