@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_funnel import funnel as funnel_lib
-from gemma_funnel.attention.api import attend_cache
+from gemma_funnel.attention.blocked import attend_cache
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.funnel import Run, Stage
 from gemma_funnel.layers import make_look, rope_angles
