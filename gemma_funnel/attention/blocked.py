@@ -165,7 +165,8 @@ def _received_blocks(q_BTNH, k_BSKH, _, queries, keys, **kw):
       masks.slots(keys, s.start, s.stop),
       **kw,
     )
-    sum_BS = jnp.sum(p_BKXS / total_BKX1, axis=(1, 2), dtype=jnp.float32)
+    p_BKXS = p_BKXS / jnp.where(total_BKX1 > 0, total_BKX1, 1)
+    sum_BS = jnp.sum(p_BKXS, axis=(1, 2), dtype=jnp.float32)
     received_BS = received_BS.at[:, s].add(sum_BS)
   return received_BS[:, None, None]
 
@@ -173,7 +174,7 @@ def _received_blocks(q_BTNH, k_BSKH, _, queries, keys, **kw):
 def _weights(
   q_BKTGH, k_BKSH, queries, keys, *, causal, window, softcap, softmax_dtype
 ):
-  """Weights before their division by `total`, and that; no key gives 0 and 1."""
+  """Weights before their division by their sum, and the sum; both may be 0."""
   batch, kv_heads, length, group, width = q_BKTGH.shape
   s_BKXS = jnp.einsum(
     "bkxh,bksh->bkxs",
@@ -193,7 +194,7 @@ def _weights(
   # gradient, and after it.
   p_BKXS = jnp.where(see_B1XS, jnp.exp(jnp.where(see_B1XS, s_BKXS, 0)), 0)
   total_BKX1 = jnp.sum(p_BKXS, axis=-1, keepdims=True, dtype=jnp.float32)
-  return p_BKXS, jnp.where(total_BKX1 > 0, total_BKX1, 1)
+  return p_BKXS, total_BKX1
 
 
 def _block(q_BKTGH, k_BKSH, v_BKSH, queries, keys, **kw):
@@ -205,7 +206,7 @@ def _block(q_BKTGH, k_BKSH, v_BKSH, queries, keys, **kw):
     v_BKSH,
     preferred_element_type=jnp.float32,
   )
-  o_BKXH = o_BKXH / total_BKX1
+  o_BKXH = o_BKXH / jnp.where(total_BKX1 > 0, total_BKX1, 1)
   return o_BKXH.reshape(q_BKTGH.shape).astype(q_BKTGH.dtype)
 
 
