@@ -14,12 +14,9 @@ import ml_collections
 from ml_collections import config_dict
 import optax
 
-from gemma_funnel.training.transforms import (
-  by_path,
-  matrix_axes,
-  path_of,
-  scale_by,
-)
+from gemma_funnel import params as params_lib
+from gemma_funnel.params import by_path, path_of
+from gemma_funnel.training.transforms import scale_by
 
 # Options that not every optimizer has, and what they are where unset.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -39,10 +36,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 SCHEDULES = ("cosine", "linear", "wsd", "wsd_sqrt", "constant")
 MOMENT_DTYPES = ("float32", "bfloat16")
-
-# Parameters that weight decay leaves alone: norm scales are offsets from one,
-# a funnel's and a head's vectors from a mean or from no preference.
-_UNDECAYED = r"scale$|funnel/\d+/(pool_query|gate)$|head/(pool_query|bias)$"
 
 # So that rounding is no other random choice's of the same key.
 _SALT = 0x726F756E
@@ -243,14 +236,19 @@ def make_optimizer(
       f"optimizer.decay_exclude={undecayed.pattern!r}: nothing decays, "
       "optimizer.weight_decay=0"
     )
-  excluded = undecayed or re.compile(_UNDECAYED)
+
+  def decays(path: str) -> bool:
+    if undecayed is not None:
+      return not undecayed.search(path)
+    row = params_lib.row_of(path)
+    return row is None or row.decays
+
   chain = optax.chain(
     _clip(config.clip_norm),
     optax.chain(
       scale_by(config.name, options),
       optax.add_decayed_weights(
-        config.weight_decay,
-        lambda tree: by_path(lambda path: not excluded.search(path), tree),
+        config.weight_decay, lambda tree: by_path(decays, tree)
       ),
       optax.scale_by_learning_rate(schedule),
     ),
@@ -282,7 +280,7 @@ def _check_trained(config: ml_collections.ConfigDict, trained) -> None:
       "left to train"
     )
   if config.name == "muon" and not any(
-    matrix_axes(path_of(path)) for path, _ in leaves
+    params_lib.layer_matrix(path_of(path)) for path, _ in leaves
   ):
     raise ValueError(
       "optimizer.name='muon': none of the trained parameters is a matrix of a "
