@@ -119,7 +119,7 @@ def gather(value: Any) -> list[Any]:
   ]
 
 
-def first(value: Any) -> Any:
+def broadcast_from_host0(value: Any) -> Any:
   """What process 0 has for `value`."""
   return gather(value if jax.process_index() == 0 else None)[0]
 
@@ -143,7 +143,7 @@ def value_of(result: dict[str, Any]) -> Any:
   return result["value"]
 
 
-def agree(config: ml_collections.ConfigDict) -> None:
+def assert_same_config(config: ml_collections.ConfigDict) -> None:
   """Checks that all processes are about to do the same.
 
   Raises:

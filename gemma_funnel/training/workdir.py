@@ -58,7 +58,9 @@ def path_of(path: str | os.PathLike) -> epath.Path:
   return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
-def claim(config: ml_collections.ConfigDict, free: Sequence[str] = ()) -> None:
+def init_workdir(
+  config: ml_collections.ConfigDict, free: Sequence[str] = ()
+) -> None:
   """Makes `config.workdir` the folder of the run that `config` describes.
 
   Args:
@@ -72,8 +74,10 @@ def claim(config: ml_collections.ConfigDict, free: Sequence[str] = ()) -> None:
   """
   result = None
   if jax.process_index() == 0:
-    result = processes.result_of(lambda: _claim(config, (*_FREE_KEYS, *free)))
-  processes.value_of(processes.first(result))
+    result = processes.result_of(
+      lambda: _init_workdir(config, (*_FREE_KEYS, *free))
+    )
+  processes.value_of(processes.broadcast_from_host0(result))
   seen = processes.gather((path_of(config.workdir) / CONFIG).exists())
   if not all(seen):
     raise ValueError(
@@ -83,7 +87,9 @@ def claim(config: ml_collections.ConfigDict, free: Sequence[str] = ()) -> None:
     )
 
 
-def _claim(config: ml_collections.ConfigDict, free: Sequence[str]) -> None:
+def _init_workdir(
+  config: ml_collections.ConfigDict, free: Sequence[str]
+) -> None:
   folder = path_of(config.workdir)
   path = folder / CONFIG
   if folder.exists() and not folder.is_dir():

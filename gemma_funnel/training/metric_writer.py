@@ -17,7 +17,7 @@ from gemma_funnel.parallel.hardware import chip_of
 from gemma_funnel.training import workdir
 
 
-class Metrics:
+class MetricWriter:
   """Progress on the terminal; metrics as JSON lines and for dashboards.
 
   metrics.jsonl has a line for each step ("kind": "train"), one for each line of
@@ -81,7 +81,7 @@ class Metrics:
         config=json.loads(config.to_json()),
       )
 
-  def __enter__(self) -> "Metrics":
+  def __enter__(self) -> "MetricWriter":
     return self
 
   def __exit__(self, *_) -> None:
