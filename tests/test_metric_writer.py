@@ -7,6 +7,7 @@ import re
 import sys
 import types
 
+from etils import epath
 import jax
 import ml_collections
 import pytest
@@ -40,11 +41,11 @@ def test_lines_of_steps_to_be_taken_again_are_dropped(tmp_path):
   line = lambda step, kind="train": json.dumps({"step": step, "kind": kind})
   kept = [line(1), line(2), line(2, "heldout")]
   path.write_text("\n".join([*kept, line(3), line(4), '{"step": 2, "ki']))
-  metric_writer._keep_until(path, 2)
+  metric_writer._Lines(epath.Path(tmp_path), 2)
   assert path.read_text() == "\n".join(kept) + "\n"
-  metric_writer._keep_until(path, 0)
+  metric_writer._Lines(epath.Path(tmp_path), 0)
   assert path.read_text() == ""
-  metric_writer._keep_until(tmp_path / "none", 3)
+  metric_writer._Lines(epath.Path(tmp_path / "none"), 3)
   assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 

@@ -73,13 +73,13 @@ def run(config) -> None:
       device=kind,
       devices=len(devices),
       config=json.loads(config.to_json()),
-      plans=[aot.as_row(plan) for plan in found],
+      plans=[plan.as_row() for plan in found],
     )
     (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _line(plan: aot.Plan) -> str:
-  row = aot.as_row(plan)
+  row = plan.as_row()
   if plan.error is not None:
     return (
       f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | no "
