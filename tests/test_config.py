@@ -9,6 +9,8 @@ import pytest
 from gemma_funnel.config import (
   PRESETS,
   FunnelConfig,
+  LayerSpec,
+  RopeScaling,
   TransformerConfig,
   check_recovers,
   format_funnel,
@@ -29,16 +31,22 @@ from gemma_funnel.config import (
     (dict(start=1, stop=2.5), r"funnel.stop=2.5: expected an integer >= 0"),
     (dict(start=1, stride=0), r"funnel.stride=0: expected an integer >= 1"),
     (dict(start=1, stride=True), r"funnel.stride=True"),
-    (dict(start=1, reduce="median"), r"funnel.pool='median': expected one of"),
+    (
+      dict(start=1, reduce="median"),
+      r"funnel.reduce='median': expected one of",
+    ),
     (dict(start=1, recover="avg"), r"funnel.recover='avg': expected one of"),
     (dict(start=1, position="end"), r"funnel.position='end': expected one of"),
     (dict(start=1, pool_query_only=1), r"funnel.pool_query_only=1: .* a bool"),
     (dict(start=1, keep_first="no"), r"funnel.keep_first='no': .* a bool"),
     (
       dict(start=1, reduce="strided", position="first"),
-      r"'first' has no effect",
+      "funnel.position='first' has no effect",
     ),
-    (dict(start=1, reduce="strided", position="mean"), r"'mean' has no effect"),
+    (
+      dict(start=1, reduce="strided", position="mean"),
+      "funnel.position='mean' has no effect",
+    ),
   ],
 )
 def test_funnel_fields(fields, message):
@@ -119,7 +127,8 @@ STAGES = [
   FunnelConfig(0, 3, 4),
   FunnelConfig(1, 7, 3, "max", "add"),
   FunnelConfig(0, None, 2, "attention", "gate", True, True, "mean"),
-  FunnelConfig(3, 9, 1, "every", "attend", keep_first=True),
+  FunnelConfig(3, 9, 1, "strided", "attend", keep_first=True),
+  FunnelConfig(3, reduce="context"),
   FunnelConfig(3, reduce="first", recover="none", position="first"),
 ]
 
@@ -154,6 +163,13 @@ def test_strings_say_what_differs_from_the_defaults():
   assert FunnelConfig.parse("start=2,keep_first=false") == FunnelConfig(2)
 
 
+def test_the_names_of_version_0_1_are_read():
+  assert FunnelConfig.parse("start=2,pool=max") == FunnelConfig(2, reduce="max")
+  assert FunnelConfig.parse("start=2,pool=every").reduce == "strided"
+  with pytest.raises(ValueError, match="reduce is given twice"):
+    FunnelConfig.parse("start=2,pool=max,reduce=max")
+
+
 @pytest.mark.parametrize("funnel", ["off", "", " off ", None, (), []])
 def test_off_is_no_funnel(funnel):
   assert parse_funnel(funnel) == ()
@@ -171,7 +187,7 @@ def test_off_is_no_funnel(funnel):
     ("start=one", "funnel.start='one': expected an integer"),
     ("start=1,keep_first=yes", "funnel.keep_first='yes': expected a bool"),
     ("start=1,stride=true", "funnel.stride=True: expected an integer"),
-    ("start=1,reduce=1", "funnel.pool=1: expected one of"),
+    ("start=1,reduce=1", "funnel.reduce=1: expected one of"),
     ("start=1+", "'' is not key=value"),
     ("start=1+off", "'off' is not key=value"),
     ("start=1+stride=2", "'stride=2': start is missing"),
@@ -241,6 +257,22 @@ def test_what_needs_every_token_back():
     (dict(remat="all"), r"model.remat='all': expected one of"),
     (dict(window=0), r"model.window=0"),
     (dict(hidden=3), r"has no field \['hidden'\]"),
+    (dict(norm_offset=0.5), r"model.norm_offset=0.5: expected one of"),
+    (dict(activation="relu"), r"model.activation='relu': expected one of"),
+    (dict(embed_scale=0), r"model.embed_scale=0: expected a number > 0"),
+    (dict(local_rope_base=-1.0), r"model.local_rope_base=-1.0"),
+    (dict(tied=1), r"model.tied=1: expected a bool"),
+    (dict(qk_norm="no"), r"model.qk_norm='no': expected a bool"),
+    (dict(attention_bias=0), r"model.attention_bias=0: expected a bool"),
+    (dict(rope_scaling="linear"), r"rope_scaling='linear': expected a Rope"),
+    (
+      dict(rope_scaling=dict(kind="yarn", factor=2.0)),
+      r"rope_scaling.kind='yarn': expected one of",
+    ),
+    (
+      dict(rope_scaling=dict(kind="linear", factor=0.0)),
+      r"rope_scaling.factor=0.0: expected a number > 0",
+    ),
   ],
 )
 def test_model_fields(changes, message):
@@ -274,6 +306,16 @@ def test_local_layers_come_first():
   assert set(TransformerConfig.preset("gemma1_7b").attention_kinds) == {
     "global"
   }
+
+
+def test_a_layer_has_its_own_rotation():
+  scaling = dict(kind="linear", factor=8.0)
+  config = TransformerConfig.preset(
+    "tiny", local_rope_base=1e4, rope_base=1e6, rope_scaling=scaling
+  )
+  scaling = RopeScaling("linear", 8.0)
+  assert config.layers == (LayerSpec(8, 1e4), LayerSpec(None, 1e6, scaling)) * 2
+  assert TransformerConfig.from_dict(config.to_dict()) == config
 
 
 def test_query_scales_that_others_get_wrong():

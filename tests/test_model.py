@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from gemma_funnel.config import TransformerConfig, format_funnel
-from gemma_funnel.funnel import num_groups
 from gemma_funnel.layers import make_attention_fn, rope_angles
 from gemma_funnel.model import Transformer
+from gemma_funnel.registry import REDUCERS
 from gemma_funnel.stream import make_stream
 
 CONFIG = TransformerConfig.preset("tiny", num_layers=5)
@@ -208,7 +208,7 @@ def test_a_funnel_that_does_not_recover_encodes_alone(funnel, strides):
   model = Transformer(CONFIG, funnel, rngs=nnx.Rngs(0))
   length = 21
   for stage, stride in zip(model.stages, strides, strict=False):
-    length = num_groups(length, stage, causal=True)
+    length = REDUCERS[stage.reduce](stage).length(length, causal=True)
     assert stage.stride == stride
   assert model.encode(_tokens(), causal=True).shape == (2, length, 32)
   with pytest.raises(ValueError, match="recover='none' .* a language model"):

@@ -19,9 +19,10 @@ SIZES = params.sizes_of(CONFIG)
 FUNNELS = [
   "off",
   "start=0,recover=gate",
-  "start=1,pool=attention,recover=attend",
-  "start=0,pool=attention,recover=gate+start=2,recover=attend",
+  "start=1,reduce=attention,recover=attend",
+  "start=0,reduce=attention,recover=gate+start=2,recover=attend",
   "start=1,recover=average",
+  "start=1,recover=scaled_delta",
 ]
 
 
@@ -92,7 +93,15 @@ def test_optional_parameters_follow_the_config():
   }
 
 
-@pytest.mark.parametrize("row", [*params.MODEL, *params.FUNNEL, *params.HEAD])
+LEARNED = [
+  dataclasses.replace(row, path=f"funnel/*/{part}/{row.path}")
+  for part, kinds in params.PARTS.items()
+  for kind in kinds.values()
+  for row in kind.rows
+]
+
+
+@pytest.mark.parametrize("row", [*params.MODEL, *LEARNED, *params.HEAD])
 def test_every_row_lies_on_a_mesh(row):
   config = sharding.default_config()
   config.update(data=1, fsdp=2, sequence=2, tensor=2)
@@ -114,14 +123,14 @@ def test_roles_and_axes():
   )
   out = params.layer_matrix("params/layers/attn/out")
   assert (out.input_axes, out.output_axes) == ((-3, -2), (-1,))
-  key = params.layer_matrix("funnel/3/attend/attn/key")
+  key = params.layer_matrix("funnel/3/recovery/attend/attn/key")
   assert (key.input_axes, key.output_axes) == ((-3,), (-2, -1))
   assert params.layer_matrix("params/embedding") is None
   assert params.layer_matrix("head/out") is None
 
 
-def test_what_a_reduction_learns_without_a_row_is_a_vector():
-  row = params.row_of("mu/params/funnel/0/scale")
+def test_what_is_in_no_table_has_no_row():
+  row = params.row_of("mu/params/funnel/0/recovery/scale")
   assert (row.dims, row.role, row.decays) == ("D", "funnel", False)
-  assert params.row_of("layers/new") is None
-  assert params.row_of("attn/query") is None
+  for path in ("layers/new", "attn/query", "funnel/0/recovery/new"):
+    assert params.row_of(path) is None
