@@ -3,6 +3,7 @@
 import re
 
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,14 +141,9 @@ SHAPES = {
 
 def _draw(seed, dtype=jnp.float32):
   rng = np.random.default_rng(seed)
-  tree = {}
-  for path, shape in SHAPES.items():
-    *folders, name = path.split("/")
-    at = tree
-    for folder in folders:
-      at = at.setdefault(folder, {})
-    at[name] = jnp.asarray(rng.normal(size=shape), dtype)
-  return tree
+  draw = lambda shape: jnp.asarray(rng.normal(size=shape), dtype)
+  flat = {path: draw(shape) for path, shape in SHAPES.items()}
+  return unflatten_dict(flat, sep="/")
 
 
 def _shapes(tree):
@@ -469,33 +465,23 @@ def test_stochastic_rounding_is_unbiased():
   np.testing.assert_array_equal(near[:3], weight[:3])
 
 
-def test_stochastic_rounding_leaves_what_is_exact():
+def test_stochastic_rounding_leaves_what_is_exact_or_not_finite():
   exact = [0.0, -0.0, 1.0, -1.5, 2.0**-120, np.inf, -np.inf, np.nan, 3.3895e38]
-  weight = jnp.asarray(exact, jnp.bfloat16)
-  update = jnp.full(weight.shape, -0.0, jnp.float32)
+  weight = jnp.asarray([*exact, 1.0, 1.0, 1.0], jnp.bfloat16)
+  # All bits of this NaN are set: a carry would make it a zero.
+  odd = np.asarray([0x7FFFFFFF], np.uint32).view(np.float32)[0]
+  update = jnp.asarray([-0.0] * len(exact) + [np.inf, -np.inf, odd])
   for seed in range(50):
     got = optimizer_lib.apply_updates(
       {"a": weight}, {"a": update}, jax.random.key(seed), True
     )["a"]
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(
-      np.asarray(got).view(np.uint16), np.asarray(weight).view(np.uint16)
+      np.asarray(got[:-3]).view(np.uint16),
+      np.asarray(weight[:-3]).view(np.uint16),
     )
-
-
-def test_stochastic_rounding_keeps_what_is_not_finite():
-  # All bits of this NaN are set: a carry would make it a zero.
-  odd = np.asarray([0x7FFFFFFF], np.uint32).view(np.float32)
-  update = jnp.asarray([np.inf, -np.inf, odd[0]])
-  for seed in range(10):
-    got = optimizer_lib.apply_updates(
-      {"a": jnp.ones(3, jnp.bfloat16)},
-      {"a": update},
-      jax.random.key(seed),
-      True,
-    )["a"]
     np.testing.assert_array_equal(
-      np.asarray(got, np.float32), [np.inf, -np.inf, np.nan]
+      np.asarray(got[-3:], np.float32), [np.inf, -np.inf, np.nan]
     )
 
 

@@ -193,28 +193,6 @@ def test_a_parameter_without_a_rule_is_named():
     sharding.shardings_of({"layers": {"new": np.zeros(3)}}, mesh)
 
 
-def test_every_parameter_is_under_its_own_rule():
-  setup = _setup(dict(data=2, fsdp=2, tensor=2), funnel=LEARNED)
-  params = start.make_init(setup)[1][0]["params"]
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    split = {axis for axis in leaf.sharding.spec if axis}
-    vector = len(leaf.shape) == 1 or path_of(path).endswith("scale")
-    assert split == (set() if vector else {WIDTH, "tensor"}), path_of(path)
-
-
-def test_a_dimension_that_the_mesh_does_not_divide_is_named():
-  with pytest.raises(ValueError, match="tensor=8 does not divide 4.*attn"):
-    _init({"model.num_heads": 4}, tensor=8)
-  with pytest.raises(ValueError, match="tensor=8 does not divide 509.*embed"):
-    _init({"model.vocab_size": 509}, tensor=8)
-  with pytest.raises(ValueError, match="fsdp=8 does not divide 36"):
-    _init({"model.embed_dim": 36}, fsdp=8)
-
-
-def _init(changes, **mesh):
-  start.make_init(_setup(mesh, **changes))
-
-
 @pytest.mark.parametrize(
   "sizes",
   [
@@ -234,14 +212,23 @@ def test_meshes_that_cannot_be(sizes):
     _mesh(**sizes)
 
 
+@pytest.mark.parametrize(
+  "mesh, name, value, text",
+  [
+    (dict(tensor=8), "model.num_heads", 4, "tensor=8 does not divide 4.*attn"),
+    (dict(tensor=8), "model.vocab_size", 509, "tensor=8 .* 509.*embed"),
+    (dict(fsdp=8), "model.embed_dim", 36, "fsdp=8 does not divide 36"),
+    (MESHES[0], "batch_size", 6, "batch_size=6.*multiple of 4"),
+  ],
+)
+def test_what_the_mesh_does_not_divide_is_named(mesh, name, value, text):
+  with pytest.raises(ValueError, match=text):
+    start.make_init(_setup(mesh, **{name: value}))
+
+
 def test_one_axis_takes_what_is_left():
   assert _mesh(data=-1, tensor=2).shape["data"] == 4
   assert _mesh(jax.devices()[:4], fsdp=-1).shape["fsdp"] == 4
-
-
-def test_a_batch_that_the_mesh_does_not_divide_is_named():
-  with pytest.raises(ValueError, match="batch_size=6.*multiple of 4"):
-    _setup(dict(data=2, fsdp=2, tensor=2), batch_size=6)
 
 
 def test_one_device_holds_the_whole_model(on_one_device):
