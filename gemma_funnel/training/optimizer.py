@@ -289,7 +289,7 @@ def _check_trained(config: ml_collections.ConfigDict, trained) -> None:
 
 
 def trained(config: ml_collections.ConfigDict, tree):
-  """A tree like the weights, without what is frozen."""
+  """A tree like the weights, without the frozen ones."""
   return _without(_expression(config, "freeze"), tree)
 
 
