@@ -94,8 +94,8 @@ def test_weight_decay_leaves_scales_and_a_funnel_s_vectors_alone():
       np.testing.assert_allclose(update, -0.01 * 0.1 * 0.5, rtol=1e-5)
   norms = [
     "final_norm",
-    "funnel/1/attend/key_norm",
-    "funnel/1/attend/query_norm",
+    "funnel/1/recovery/attend/key_norm",
+    "funnel/1/recovery/attend/query_norm",
     "layers/post_attn_norm",
     "layers/post_mlp_norm",
     "layers/pre_attn_norm",
@@ -103,7 +103,7 @@ def test_weight_decay_leaves_scales_and_a_funnel_s_vectors_alone():
   ]
   assert sorted(kept) == sorted(
     [f"{name}/scale" for name in norms]
-    + ["funnel/0/gate", "funnel/1/pool_query"]
+    + ["funnel/0/recovery/gate", "funnel/1/reducer/pool_query"]
   )
 
 

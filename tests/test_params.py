@@ -1,7 +1,6 @@
 """The table of parameters: it is the tree, and each consumer's answer."""
 
 import dataclasses
-import types
 
 from flax import nnx
 import jax
@@ -21,7 +20,7 @@ FUNNELS = [
   "start=0,recover=gate",
   "start=1,pool=attention,recover=attend",
   "start=0,pool=attention,recover=gate+start=2,recover=attend",
-  "start=1,recover=average",
+  "start=1,recover=delta",
 ]
 
 
@@ -76,11 +75,15 @@ def test_the_table_is_lora_s_tree():
 
 
 def test_optional_parameters_follow_the_config():
-  values = dict(post_norms=True, qk_norm=True, attention_bias=True, tied=False)
-  paths = {
-    row.path: row for row in params.rows_of(types.SimpleNamespace(**values))
-  }
+  config = dataclasses.replace(
+    CONFIG, qk_norm=True, attention_bias=True, tied=False
+  )
+  paths = {row.path: row for row in params.rows_of(config)}
   assert paths.keys() == {row.path for row in params.MODEL}
+  stages = resolve_funnel(FUNNELS[3], config.num_layers)
+  model = Transformer.abstract(config, stages)
+  rows = params.rows_of(config, stages)
+  assert _shapes(nnx.to_pure_dict(nnx.state(model))) == _table(rows)
   plain = {row.path for row in params.rows_of(CONFIG)}
   assert {p: paths[p].dims for p in paths.keys() - plain} == {
     "unembedding": "V D",
@@ -92,14 +95,21 @@ def test_optional_parameters_follow_the_config():
   }
 
 
-@pytest.mark.parametrize("row", [*params.MODEL, *params.FUNNEL, *params.HEAD])
+LEARNED = [
+  dataclasses.replace(row, path=f"funnel/12/{part}/{row.path}")
+  for part, kinds in params.PARTS.items()
+  for kind in kinds.values()
+  for row in kind.rows
+]
+
+
+@pytest.mark.parametrize("row", [*params.MODEL, *LEARNED, *params.HEAD])
 def test_every_row_lies_on_a_mesh(row):
   config = sharding.default_config()
   config.update(data=1, fsdp=2, sequence=2, tensor=2)
   mesh = sharding.make_mesh(config)
   sizes = {**SIZES, "V": 96, "E": 8, "C": 2}
-  path = f"params/{row.path.replace('*', '12')}"
-  spec = sharding.spec_of(path, row.shape(sizes), mesh)
+  spec = sharding.spec_of(f"params/{row.path}", row.shape(sizes), mesh)
   whole = not row.outputs or row.role == "head"
   split = {axis for axis in spec if axis}
   assert split == (set() if whole else {("fsdp", "sequence"), "tensor"})
@@ -114,14 +124,14 @@ def test_roles_and_axes():
   )
   out = params.layer_matrix("params/layers/attn/out")
   assert (out.input_axes, out.output_axes) == ((-3, -2), (-1,))
-  key = params.layer_matrix("funnel/3/attend/attn/key")
+  key = params.layer_matrix("funnel/3/recovery/attend/attn/key")
   assert (key.input_axes, key.output_axes) == ((-3,), (-2, -1))
   assert params.layer_matrix("params/embedding") is None
   assert params.layer_matrix("head/out") is None
 
 
-def test_what_a_reduction_learns_without_a_row_is_a_vector():
-  row = params.row_of("mu/params/funnel/0/scale")
+def test_what_is_no_parameter_has_no_row():
+  row = params.row_of("mu/params/funnel/0/recovery/scale")
   assert (row.dims, row.role, row.decays) == ("D", "funnel", False)
-  assert params.row_of("layers/new") is None
-  assert params.row_of("attn/query") is None
+  for path in ("layers/new", "attn/query", "funnel/0", "funnel/0/new", "gate"):
+    assert params.row_of(path) is None

@@ -123,12 +123,12 @@ def test_parameters_and_moments_are_split():
     "layers/mlp/gate": (2, 16, 32),
     "layers/mlp/down": (2, 32, 16),
     "final_norm/scale": (32,),
-    "funnel/0/gate": (32,),
-    "funnel/1/pool_query": (32,),
-    "funnel/1/attend/attn/query": (16, 4, 8),
-    "funnel/1/attend/attn/value": (16, 1, 8),
-    "funnel/1/attend/attn/out": (4, 8, 16),
-    "funnel/1/attend/key_norm/scale": (32,),
+    "funnel/0/recovery/gate": (32,),
+    "funnel/1/reducer/pool_query": (32,),
+    "funnel/1/recovery/attend/attn/query": (16, 4, 8),
+    "funnel/1/recovery/attend/attn/value": (16, 1, 8),
+    "funnel/1/recovery/attend/attn/out": (4, 8, 16),
+    "funnel/1/recovery/attend/key_norm/scale": (32,),
   }
   found = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path((params, opt_state)):
@@ -181,7 +181,7 @@ def test_key_heads_that_the_axis_does_not_divide_stay_whole():
   assert spec(2) == P(None, WIDTH, None, None)
   assert spec(4) == P(None, WIDTH, "tensor", None)
   learned = lambda heads: sharding.spec_of(
-    "funnel/10/attend/attn/value", (32, heads, 8), mesh
+    "funnel/10/recovery/attend/attn/value", (32, heads, 8), mesh
   )
   assert learned(2) == P(WIDTH, None, None)
   assert learned(4) == P(WIDTH, "tensor", None)

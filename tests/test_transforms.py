@@ -22,7 +22,7 @@ SHAPES = {
   "params/layers/mlp/down": ((L, F, D), (F, D)),
   "params/layers/pre_mlp_norm/scale": ((L, D), (D,)),
   "params/embedding": ((V, D), (V, D)),
-  "params/funnel/0/attend/attn/value": ((D, N, H), (D, N * H)),
+  "params/funnel/0/recovery/attend/attn/value": ((D, N, H), (D, N * H)),
   "head/bias": ((7,), (7,)),
 }
 ADAFACTOR = {"b1": 0.0, "b2": 0.999, "eps": 1e-30}
@@ -136,8 +136,8 @@ def test_adafactor_keeps_rows_and_columns_of_a_layer_s_matrix():
     "v/params/layers/pre_mlp_norm/scale": (L, D),
     "v_row/params/embedding": (V, 1),
     "v_col/params/embedding": (1, D),
-    "v_row/params/funnel/0/attend/attn/value": (D, 1, 1),
-    "v_col/params/funnel/0/attend/attn/value": (1, N, H),
+    "v_row/params/funnel/0/recovery/attend/attn/value": (D, 1, 1),
+    "v_col/params/funnel/0/recovery/attend/attn/value": (1, N, H),
     "v/head/bias": (7,),
   }
 
