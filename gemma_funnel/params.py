@@ -250,8 +250,8 @@ def _find(path: str) -> Row | None:
   """The row at a path, in which "*" is a stage's number."""
   if not path.startswith("funnel/*/"):
     return _TABLE.get(path)
-  _, _, part, name = path.split("/", 3)
-  for kind in PARTS[part].values():
+  part, _, name = path.removeprefix("funnel/*/").partition("/")
+  for kind in PARTS.get(part, {}).values():
     for row in kind.rows:
       if row.path == name:
         return dataclasses.replace(row, path=path)

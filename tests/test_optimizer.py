@@ -3,6 +3,7 @@
 import re
 
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,21 +23,10 @@ def _config(**changes):
   return config
 
 
-def test_schedule():
-  schedule = optimizer_lib.schedule_of(_config(final_fraction=0.1), 100)
-  at = lambda step: float(schedule(step))
-  assert at(0) == 0.0
-  np.testing.assert_allclose(at(5), 0.005, rtol=1e-6)
-  np.testing.assert_allclose(at(10), 0.01, rtol=1e-6)
-  # Halfway through the cosine, from step 10 to 100.
-  np.testing.assert_allclose(at(55), 0.001 + 0.009 / 2, rtol=1e-6)
-  np.testing.assert_allclose(at(100), 0.001, rtol=1e-5)
-  np.testing.assert_allclose(at(1000), 0.001, rtol=1e-5)
-
-
 SHAPED = [
   # (schedule, final_fraction, decay_fraction, values by step), of 100 steps
-  # with a warm-up of 10 to 0.01.
+  # with a warm-up of 10 to 0.01. Halfway through the cosine: from 10 to 100.
+  ("cosine", 0.1, None, {10: 0.01, 55: 0.0055, 100: 0.001, 1000: 0.001}),
   ("linear", 0.1, None, {10: 0.01, 55: 0.0055, 100: 0.001, 200: 0.001}),
   ("constant", 1.0, None, {10: 0.01, 55: 0.01, 100: 0.01}),
   ("wsd", 0.0, 0.2, {10: 0.01, 80: 0.01, 81: 0.0095, 90: 0.005, 100: 0.0}),
@@ -78,11 +68,6 @@ def test_warmup_may_take_all_steps_but_one(name):
   np.testing.assert_allclose(schedule(100), 0.01 * constant, atol=1e-9)
 
 
-def test_schedule_without_warmup_starts_at_its_peak():
-  schedule = optimizer_lib.schedule_of(_config(warmup_steps=0), 100)
-  np.testing.assert_allclose(schedule(0), 0.01, rtol=1e-6)
-
-
 def _params():
   """A Gemma's, all of them 0.5."""
   model = Transformer.abstract(
@@ -109,8 +94,8 @@ def test_weight_decay_leaves_scales_and_a_funnel_s_vectors_alone():
       np.testing.assert_allclose(update, -0.01 * 0.1 * 0.5, rtol=1e-5)
   norms = [
     "final_norm",
-    "funnel/1/attend/key_norm",
-    "funnel/1/attend/query_norm",
+    "funnel/1/recovery/attend/key_norm",
+    "funnel/1/recovery/attend/query_norm",
     "layers/post_attn_norm",
     "layers/post_mlp_norm",
     "layers/pre_attn_norm",
@@ -118,7 +103,7 @@ def test_weight_decay_leaves_scales_and_a_funnel_s_vectors_alone():
   ]
   assert sorted(kept) == sorted(
     [f"{name}/scale" for name in norms]
-    + ["funnel/0/gate", "funnel/1/pool_query"]
+    + ["funnel/0/recovery/gate", "funnel/1/reducer/pool_query"]
   )
 
 
@@ -144,29 +129,6 @@ def test_first_step_is_adamw_of_the_clipped_gradient():
   )
 
 
-def test_small_gradients_are_not_clipped():
-  config = _config(warmup_steps=0, eps=1.0, weight_decay=0.0, clip_norm=10.0)
-  optimizer, _ = optimizer_lib.make_optimizer(config, 100)
-  params = {"kernel": jnp.asarray([1.0, -2.0])}
-  grads = {"kernel": jnp.asarray([3.0, 4.0])}
-  updates, _ = optimizer.update(grads, optimizer.init(params), params)
-  expected = -0.01 * np.asarray([3 / 4, 4 / 5])
-  np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
-
-
-def test_learning_rate_follows_the_schedule():
-  optimizer, schedule = optimizer_lib.make_optimizer(
-    _config(eps=1e-12, weight_decay=0.0), 100
-  )
-  params = {"kernel": jnp.asarray([1.0])}
-  state = optimizer.init(params)
-  for step in range(12):
-    updates, state = optimizer.update(params, state, params)
-    # Of a constant gradient, every step of Adam is the learning rate.
-    np.testing.assert_allclose(-updates["kernel"][0], schedule(step), rtol=1e-4)
-    params = {"kernel": jnp.asarray([1.0])}
-
-
 NAMES = list(optimizer_lib.OPTIONS)
 # Of two layers; factored where adafactor may.
 SHAPES = {
@@ -179,19 +141,18 @@ SHAPES = {
 
 def _draw(seed, dtype=jnp.float32):
   rng = np.random.default_rng(seed)
-  tree = {}
-  for path, shape in SHAPES.items():
-    *folders, name = path.split("/")
-    at = tree
-    for folder in folders:
-      at = at.setdefault(folder, {})
-    at[name] = jnp.asarray(rng.normal(size=shape), dtype)
-  return tree
+  draw = lambda shape: jnp.asarray(rng.normal(size=shape), dtype)
+  flat = {path: draw(shape) for path, shape in SHAPES.items()}
+  return unflatten_dict(flat, sep="/")
+
+
+def _shapes(tree):
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {path_of(path): leaf for path, leaf in leaves}
 
 
 def _flat(tree):
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {path_of(path): np.asarray(leaf) for path, leaf in leaves}
+  return {path: np.asarray(leaf) for path, leaf in _shapes(tree).items()}
 
 
 def _assert_equal(got, want):
@@ -230,62 +191,32 @@ def _train(optimizer, steps=3, start=0, dtype=jnp.float32, **how):
   return found
 
 
-def _by_hand(core, decayed=True):
-  """Optax's parts in the order that arXiv 1711.05101 has them."""
-  return optax.chain(
-    optax.clip_by_global_norm(1.0),
-    core,
-    optax.add_decayed_weights(
-      0.1,
-      lambda tree: jax.tree_util.tree_map_with_path(
-        lambda path, _: not path_of(path).endswith("scale"), tree
-      ),
+def _mask(tree):
+  keep = lambda path, _: not path_of(path).endswith("scale")
+  return jax.tree_util.tree_map_with_path(keep, tree)
+
+
+@pytest.mark.parametrize(
+  "name, clip_norm", [("adamw", 1.0), ("adamw", 1e6), ("lion", 1.0)]
+)
+def test_several_steps_are_those_of_optax(name, clip_norm):
+  schedule = optimizer_lib.schedule_of(_config(warmup_steps=2), 20)
+  core = {
+    "adamw": lambda **options: optax.adamw(
+      schedule, 0.9, 0.95, 1e-8, **options
     ),
-    optax.scale_by_schedule(
-      optimizer_lib.schedule_of(_config(warmup_steps=2), 20)
-    ),
-    optax.scale(-1.0),
-  )
-
-
-BY_HAND = {
-  "adamw": optax.scale_by_adam(0.9, 0.95, 1e-8),
-  "lion": optax.scale_by_lion(0.9, 0.99),
-}
-
-
-@pytest.mark.parametrize("name", BY_HAND)
-def test_several_steps_are_those_of_optax(name):
-  got = _train(_make(name=name))
-  want = _train(_by_hand(BY_HAND[name]))
-  for (ours, _), (theirs, _) in zip(got, want, strict=True):
-    for path, x in _flat(theirs).items():
-      np.testing.assert_allclose(_flat(ours)[path], x, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("clip_norm", [1.0, 1e6])
-def test_adamw_is_optax_adamw(clip_norm):
-  config = _config(warmup_steps=2)
-  theirs = optax.chain(
-    optax.clip_by_global_norm(clip_norm),
-    optax.adamw(
-      optimizer_lib.schedule_of(config, 20),
-      0.9,
-      0.95,
-      1e-8,
-      weight_decay=0.1,
-      mask=lambda tree: jax.tree_util.tree_map_with_path(
-        lambda path, _: not path_of(path).endswith("scale"), tree
-      ),
-    ),
-  )
-  got, want = _train(_make(clip_norm=clip_norm)), _train(theirs)
+    "lion": lambda **options: optax.lion(schedule, 0.9, 0.99, **options),
+  }[name](weight_decay=0.1, mask=_mask)
+  theirs = optax.chain(optax.clip_by_global_norm(clip_norm), core)
+  got = _train(_make(name=name, clip_norm=clip_norm))
+  want = _train(theirs)
   # Runs from before there were other optimizers go on: the same tree.
   assert jax.tree.structure(got[-1]) == jax.tree.structure(want[-1])
   if clip_norm > 1:  # Nothing is clipped: to the bit.
     _assert_equal(got[-1], want[-1])
-  for path, x in _flat(want[-1]).items():
-    np.testing.assert_allclose(_flat(got[-1])[path], x, rtol=2e-6, atol=1e-8)
+  for ours, optax_s in zip(got, want, strict=True):
+    for path, x in _flat(optax_s).items():
+      np.testing.assert_allclose(_flat(ours)[path], x, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -335,7 +266,7 @@ def test_every_optimizer_falls(name):
 def test_state_s_paths_end_in_the_parameters_own(name):
   optimizer = _make(name=name, ema_decay=0.5)
   state = jax.eval_shape(optimizer.init, _draw(0))
-  shapes = {path: x.shape for path, x in _flat_shapes(state).items()}
+  shapes = {path: x.shape for path, x in _shapes(state).items()}
   others = {}
   for path, shape in shapes.items():
     of = [p for p in SHAPES if path.endswith("/" + p)]
@@ -347,11 +278,6 @@ def test_state_s_paths_end_in_the_parameters_own(name):
     assert all(a in (1, b) for a, b in zip(shape, SHAPES[of[0]], strict=True))
   ns = {"ns_coeffs": (3,)} if name == "muon" else {}
   assert others == {"count": (), **ns}
-
-
-def _flat_shapes(tree):
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {path_of(path): leaf for path, leaf in leaves}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -369,7 +295,7 @@ def test_dtypes_of_moments(name, moment_dtype):
     )
     for state in (made, after):
       found = {"first": set(), "second": set(), "average": set()}
-      for path, x in _flat_shapes(state).items():
+      for path, x in _shapes(state).items():
         kind = re.search(
           r"/(?:(mu|ema)|(nu|v|v_row|v_col)|(average))/", "/" + path
         )
@@ -539,33 +465,23 @@ def test_stochastic_rounding_is_unbiased():
   np.testing.assert_array_equal(near[:3], weight[:3])
 
 
-def test_stochastic_rounding_leaves_what_is_exact():
+def test_stochastic_rounding_leaves_what_is_exact_or_not_finite():
   exact = [0.0, -0.0, 1.0, -1.5, 2.0**-120, np.inf, -np.inf, np.nan, 3.3895e38]
-  weight = jnp.asarray(exact, jnp.bfloat16)
-  update = jnp.full(weight.shape, -0.0, jnp.float32)
+  weight = jnp.asarray([*exact, 1.0, 1.0, 1.0], jnp.bfloat16)
+  # All bits of this NaN are set: a carry would make it a zero.
+  odd = np.asarray([0x7FFFFFFF], np.uint32).view(np.float32)[0]
+  update = jnp.asarray([-0.0] * len(exact) + [np.inf, -np.inf, odd])
   for seed in range(50):
     got = optimizer_lib.apply_updates(
       {"a": weight}, {"a": update}, jax.random.key(seed), True
     )["a"]
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(
-      np.asarray(got).view(np.uint16), np.asarray(weight).view(np.uint16)
+      np.asarray(got[:-3]).view(np.uint16),
+      np.asarray(weight[:-3]).view(np.uint16),
     )
-
-
-def test_stochastic_rounding_keeps_what_is_not_finite():
-  # All bits of this NaN are set: a carry would make it a zero.
-  odd = np.asarray([0x7FFFFFFF], np.uint32).view(np.float32)
-  update = jnp.asarray([np.inf, -np.inf, odd[0]])
-  for seed in range(10):
-    got = optimizer_lib.apply_updates(
-      {"a": jnp.ones(3, jnp.bfloat16)},
-      {"a": update},
-      jax.random.key(seed),
-      True,
-    )["a"]
     np.testing.assert_array_equal(
-      np.asarray(got, np.float32), [np.inf, -np.inf, np.nan]
+      np.asarray(got[-3:], np.float32), [np.inf, -np.inf, np.nan]
     )
 
 

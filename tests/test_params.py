@@ -1,7 +1,6 @@
 """The table of parameters: it is the tree, and each consumer's answer."""
 
 import dataclasses
-import types
 
 from flax import nnx
 import jax
@@ -77,11 +76,15 @@ def test_the_table_is_lora_s_tree():
 
 
 def test_optional_parameters_follow_the_config():
-  values = dict(post_norms=True, qk_norm=True, attention_bias=True, tied=False)
-  paths = {
-    row.path: row for row in params.rows_of(types.SimpleNamespace(**values))
-  }
+  config = dataclasses.replace(
+    CONFIG, qk_norm=True, attention_bias=True, tied=False
+  )
+  paths = {row.path: row for row in params.rows_of(config)}
   assert paths.keys() == {row.path for row in params.MODEL}
+  stages = resolve_funnel(FUNNELS[3], config.num_layers)
+  model = Transformer.abstract(config, stages)
+  rows = params.rows_of(config, stages)
+  assert _shapes(nnx.to_pure_dict(nnx.state(model))) == _table(rows)
   plain = {row.path for row in params.rows_of(CONFIG)}
   assert {p: paths[p].dims for p in paths.keys() - plain} == {
     "unembedding": "V D",
@@ -94,7 +97,7 @@ def test_optional_parameters_follow_the_config():
 
 
 LEARNED = [
-  dataclasses.replace(row, path=f"funnel/*/{part}/{row.path}")
+  dataclasses.replace(row, path=f"funnel/12/{part}/{row.path}")
   for part, kinds in params.PARTS.items()
   for kind in kinds.values()
   for row in kind.rows
@@ -107,8 +110,7 @@ def test_every_row_lies_on_a_mesh(row):
   config.update(data=1, fsdp=2, sequence=2, tensor=2)
   mesh = sharding.make_mesh(config)
   sizes = {**SIZES, "V": 96, "E": 8, "C": 2}
-  path = f"params/{row.path.replace('*', '12')}"
-  spec = sharding.spec_of(path, row.shape(sizes), mesh)
+  spec = sharding.spec_of(f"params/{row.path}", row.shape(sizes), mesh)
   whole = not row.outputs or row.role == "head"
   split = {axis for axis in spec if axis}
   assert split == (set() if whole else {("fsdp", "sequence"), "tensor"})
@@ -129,8 +131,8 @@ def test_roles_and_axes():
   assert params.layer_matrix("head/out") is None
 
 
-def test_what_is_in_no_table_has_no_row():
+def test_what_is_no_parameter_has_no_row():
   row = params.row_of("mu/params/funnel/0/recovery/scale")
   assert (row.dims, row.role, row.decays) == ("D", "funnel", False)
-  for path in ("layers/new", "attn/query", "funnel/0/recovery/new"):
+  for path in ("layers/new", "attn/query", "funnel/0", "funnel/0/new", "gate"):
     assert params.row_of(path) is None

@@ -123,12 +123,12 @@ def test_parameters_and_moments_are_split():
     "layers/mlp/gate": (2, 16, 32),
     "layers/mlp/down": (2, 32, 16),
     "final_norm/scale": (32,),
-    "funnel/0/gate": (32,),
-    "funnel/1/pool_query": (32,),
-    "funnel/1/attend/attn/query": (16, 4, 8),
-    "funnel/1/attend/attn/value": (16, 1, 8),
-    "funnel/1/attend/attn/out": (4, 8, 16),
-    "funnel/1/attend/key_norm/scale": (32,),
+    "funnel/0/recovery/gate": (32,),
+    "funnel/1/reducer/pool_query": (32,),
+    "funnel/1/recovery/attend/attn/query": (16, 4, 8),
+    "funnel/1/recovery/attend/attn/value": (16, 1, 8),
+    "funnel/1/recovery/attend/attn/out": (4, 8, 16),
+    "funnel/1/recovery/attend/key_norm/scale": (32,),
   }
   found = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path((params, opt_state)):
@@ -181,7 +181,7 @@ def test_key_heads_that_the_axis_does_not_divide_stay_whole():
   assert spec(2) == P(None, WIDTH, None, None)
   assert spec(4) == P(None, WIDTH, "tensor", None)
   learned = lambda heads: sharding.spec_of(
-    "funnel/10/attend/attn/value", (32, heads, 8), mesh
+    "funnel/10/recovery/attend/attn/value", (32, heads, 8), mesh
   )
   assert learned(2) == P(WIDTH, None, None)
   assert learned(4) == P(WIDTH, "tensor", None)
@@ -191,28 +191,6 @@ def test_a_parameter_without_a_rule_is_named():
   mesh = _mesh(data=8)
   with pytest.raises(ValueError, match="no sharding rule.*'layers/new'"):
     sharding.shardings_of({"layers": {"new": np.zeros(3)}}, mesh)
-
-
-def test_every_parameter_is_under_its_own_rule():
-  setup = _setup(dict(data=2, fsdp=2, tensor=2), funnel=LEARNED)
-  params = start.make_init(setup)[1][0]["params"]
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    split = {axis for axis in leaf.sharding.spec if axis}
-    vector = len(leaf.shape) == 1 or path_of(path).endswith("scale")
-    assert split == (set() if vector else {WIDTH, "tensor"}), path_of(path)
-
-
-def test_a_dimension_that_the_mesh_does_not_divide_is_named():
-  with pytest.raises(ValueError, match="tensor=8 does not divide 4.*attn"):
-    _init({"model.num_heads": 4}, tensor=8)
-  with pytest.raises(ValueError, match="tensor=8 does not divide 509.*embed"):
-    _init({"model.vocab_size": 509}, tensor=8)
-  with pytest.raises(ValueError, match="fsdp=8 does not divide 36"):
-    _init({"model.embed_dim": 36}, fsdp=8)
-
-
-def _init(changes, **mesh):
-  start.make_init(_setup(mesh, **changes))
 
 
 @pytest.mark.parametrize(
@@ -234,14 +212,23 @@ def test_meshes_that_cannot_be(sizes):
     _mesh(**sizes)
 
 
+@pytest.mark.parametrize(
+  "mesh, name, value, text",
+  [
+    (dict(tensor=8), "model.num_heads", 4, "tensor=8 does not divide 4.*attn"),
+    (dict(tensor=8), "model.vocab_size", 509, "tensor=8 .* 509.*embed"),
+    (dict(fsdp=8), "model.embed_dim", 36, "fsdp=8 does not divide 36"),
+    (MESHES[0], "batch_size", 6, "batch_size=6.*multiple of 4"),
+  ],
+)
+def test_what_the_mesh_does_not_divide_is_named(mesh, name, value, text):
+  with pytest.raises(ValueError, match=text):
+    start.make_init(_setup(mesh, **{name: value}))
+
+
 def test_one_axis_takes_what_is_left():
   assert _mesh(data=-1, tensor=2).shape["data"] == 4
   assert _mesh(jax.devices()[:4], fsdp=-1).shape["fsdp"] == 4
-
-
-def test_a_batch_that_the_mesh_does_not_divide_is_named():
-  with pytest.raises(ValueError, match="batch_size=6.*multiple of 4"):
-    _setup(dict(data=2, fsdp=2, tensor=2), batch_size=6)
 
 
 def test_one_device_holds_the_whole_model(on_one_device):

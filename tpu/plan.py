@@ -1,4 +1,4 @@
-r"""What a pretraining takes on a slice that is not at hand, before it is paid for.
+r"""Memory and time of a pretraining step on a TPU slice that is not at hand.
 
   python tpu/plan.py --config=configs/pretrain_gemma2_2b.py --topology=v5p:4x4x4
   python tpu/plan.py --config=configs/pretrain_gemma2_2b.py \
@@ -80,21 +80,19 @@ def run(config) -> None:
 
 def _line(plan: aot.Plan) -> str:
   row = plan.as_row()
+  line = (
+    f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | {row['fits']} "
+    f"| {row['parameters']:.2f} | {row['optimizer']:.2f} "
+  )
   if plan.error is not None:
-    return (
-      f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | no "
-      f"| {row['parameters']:.2f} | {row['optimizer']:.2f} | {plan.error} "
-      f"| | | | | | | |"
-    )
+    return f"{line}| {plan.error} | | | | | | | |"
   axes = [f"{axes} {x:.2f}" for axes, x in row["sent"].items()]
   sent = ", ".join(axes) or "none"
   times = " / ".join(
     f"{row[name]:.3g}" for name in ("compute_s", "send_s", "memory_s")
   )
   return (
-    f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | {row['fits']} "
-    f"| {row['parameters']:.2f} | {row['optimizer']:.2f} "
-    f"| {row['activations']:.2f} | {row['temporaries']:.2f} "
+    f"{line}| {row['activations']:.2f} | {row['temporaries']:.2f} "
     f"| {row['total']:.2f} of {row['of']:.0f} | {row['flops'] / 1e15:.2f} "
     f"| {sent} | {times} | {row['step_s']:.3g} | {row['mfu_bound']:.0%} |"
   )
@@ -107,12 +105,10 @@ def _verdict(found: list[aot.Plan], count: int) -> str:
   if not fitting:
     return f"Nothing fits on {count} chips: more of them, or larger ones."
   best = min(fitting, key=lambda plan: plan.step_s)
-  flags_of = [
-    f"--config.mesh.{axis}={size}" for axis, size in best.mesh.items()
-  ]
+  mesh = [f"--config.mesh.{axis}={n}" for axis, n in best.mesh.items()]
   chips = math.prod(best.mesh.values())
   return (
-    f"Fastest that fits on {chips} chips: {' '.join(flags_of)} "
+    f"Fastest that fits on {chips} chips: {' '.join(mesh)} "
     f"--config.model.remat={best.remat} --config.accumulate={best.accumulate}"
   )
 

@@ -1,4 +1,4 @@
-"""What accelerators can do at best, as their makers publish it.
+"""Peaks of accelerators, as their makers publish them.
 
 FLOP/s are dense bfloat16 ones, bandwidths bytes a second, of one chip as jax
 counts devices.
@@ -52,6 +52,6 @@ _ALIASES = {
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-  """Peaks of a device; None if it is not known, and never another's."""
+  """Peaks of a device; None if it is not known."""
   kind = device.device_kind
   return CHIPS.get(_ALIASES.get(kind, kind))

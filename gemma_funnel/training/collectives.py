@@ -1,8 +1,8 @@
-"""What devices send each other in a compiled program, read from its text.
+"""Bytes that devices send each other in a compiled program, from its text.
 
-XLA's text names the computations that a loop, a fusion or a call runs, and how
-often a loop does where that is known; each collective operation has its result's
-shape, and the groups of partitions that take part.
+XLA's text names the computations that a loop, a fusion or a call runs, and a
+loop's trip count where it is known; each collective operation has its result's
+shape, and its groups of partitions.
 """
 
 import collections
@@ -16,31 +16,26 @@ import jax
 import numpy as np
 
 _BITS = {
-  "pred": 8,
-  "s4": 4,
-  "u4": 4,
-  "s8": 8,
-  "u8": 8,
-  "s16": 16,
-  "u16": 16,
-  "f16": 16,
-  "bf16": 16,
-  "s32": 32,
-  "u32": 32,
-  "f32": 32,
-  "s64": 64,
-  "u64": 64,
-  "f64": 64,
-  "f8e4m3fn": 8,
-  "f8e5m2": 8,
+  name: bits
+  for bits, names in {
+    4: "s4 u4",
+    8: "pred s8 u8 f8e4m3fn f8e5m2",
+    16: "s16 u16 f16 bf16",
+    32: "s32 u32 f32",
+    64: "s64 u64 f64",
+  }.items()
+  for name in names.split()
 }
-KINDS = (
-  "all-gather",
-  "all-reduce",
-  "reduce-scatter",
-  "all-to-all",
-  "collective-permute",
-)
+# Bytes sent by a device for each byte of the result, by ring algorithms, in a
+# group of n.
+_SENT = {
+  "all-gather": lambda n: (n - 1) / n,
+  "all-reduce": lambda n: 2 * (n - 1) / n,
+  "reduce-scatter": lambda n: n - 1,
+  "all-to-all": lambda n: (n - 1) / n,
+  "collective-permute": lambda n: 1.0,
+}
+KINDS = tuple(_SENT)
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 # A kernel's own data may go on over lines, which may begin with a brace too.
 _END = re.compile(r"^\}(, |$)")
@@ -55,8 +50,9 @@ _ELEMENT = re.compile(r"= [su]32\[\].* get-tuple-element\(.*index=(\d+)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r"known_trip_count[^0-9]*(\d+)")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-_GROUPS = re.compile(
-  r"replica_groups=(\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
+_LISTED = re.compile(r"replica_groups=\{(\{.*?\})\}")
+_IOTA = re.compile(
+  r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
 )
 # Newer text: a mesh of its own, the order of its devices, and the axes along
 # which groups lie.
@@ -107,7 +103,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
       if not axes:
         continue
       size = _bytes(kind, result, bool(is_start))
-      sent = size * _share(kind, groups.shape[1])
+      sent = size * _SENT[kind](groups.shape[1])
       one = Collective(kind, axes, sent * times[name], times[name])
       # TPU's text has an operation that goes on beside others in each fusion
       # that it goes on in: it starts as often as the one that runs least.
@@ -176,7 +172,7 @@ def _trips(loop: str, computations: dict[str, list[str]]) -> int:
 
 
 def _stride(body: list[str], counter: int) -> int:
-  """What a loop's body adds to an element of its tuple; 1 if it cannot be told."""
+  """What a loop's body adds to an element of its tuple; 1 if not known."""
   named = ((_NAME.search(line), line) for line in body if " = " in line)
   lines = {name[1]: line for name, line in named if name}
   root = next(line for line in body if line.lstrip().startswith("ROOT"))
@@ -202,18 +198,6 @@ def _bytes(kind: str, result: str, is_start: bool) -> float:
   return sum(sizes)
 
 
-def _share(kind: str, group: int) -> float:
-  """Bytes sent by a device for each byte of the result, by ring algorithms."""
-  rest = (group - 1) / group
-  return {
-    "all-gather": rest,
-    "all-reduce": 2 * rest,
-    "reduce-scatter": group - 1,
-    "all-to-all": rest,
-    "collective-permute": 1.0,
-  }[kind]
-
-
 def _groups(line: str, size: int) -> np.ndarray | None:
   """Partitions that take part together, [groups, members]; None is none."""
   pairs = _PAIRS.search(line)
@@ -224,18 +208,14 @@ def _groups(line: str, size: int) -> np.ndarray | None:
   named = _MESH.search(line)
   if named:
     return _groups_of_mesh(*named.groups())
-  match = _GROUPS.search(line)
-  if not match:
-    return np.arange(size)[None]  # All of them.
-  text = match[1]
-  if text.startswith("{{"):
-    rows = re.findall(r"\{([\d,]+)\}", text)
-    return np.asarray([[int(x) for x in row.split(",")] for row in rows])
-  shape, dims, order = re.fullmatch(
-    r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
-  ).groups()
-  ids, shape = _device_ids(dims, order), _numbers(shape)
-  return ids.reshape(shape[0], -1) if len(shape) > 1 else ids.reshape(1, -1)
+  if listed := _LISTED.search(line):
+    rows = re.findall(r"\{([\d,]+)\}", listed[1])
+    return np.asarray([_numbers(row) for row in rows])
+  if iota := _IOTA.search(line):
+    shape, dims, order = iota.groups()
+    count = _numbers(shape)[0] if "," in shape else 1
+    return _device_ids(dims, order).reshape(count, -1)
+  return np.arange(size)[None]  # All of them.
 
 
 def _numbers(text: str) -> list[int]:

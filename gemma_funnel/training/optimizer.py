@@ -1,7 +1,7 @@
-"""Optimizers, their learning rates, and what they do to which parameters.
+"""Optimizers, their schedules, weight decay, freezing and rounding.
 
 All arithmetic is float32, whatever the parameters are. So are second moments
-and averages; first moments are as `moment_dtype` says.
+and averages; `moment_dtype` is that of first moments.
 """
 
 import math
@@ -289,7 +289,7 @@ def _check_trained(config: ml_collections.ConfigDict, trained) -> None:
 
 
 def trained(config: ml_collections.ConfigDict, tree):
-  """A tree like the weights, without what is frozen."""
+  """A tree like the weights, without the frozen ones."""
   return _without(_expression(config, "freeze"), tree)
 
 
@@ -366,10 +366,7 @@ def averaged(opt_state, weights):
 
 
 def _average(decay: float) -> optax.GradientTransformation:
-  """Keeps an average of the weights, which begins as the first of them.
-
-  It is of the sums of weights and updates, before they are rounded.
-  """
+  """Averages sums of weights and updates, before they are rounded."""
 
   def init(params):
     # A copy: both are given away by a step.
@@ -388,28 +385,21 @@ def _average(decay: float) -> optax.GradientTransformation:
 
 
 def _clip(most: float) -> optax.GradientTransformation:
-  """optax.clip_by_global_norm, by one factor.
+  """optax.clip_by_global_norm, by one factor."""
 
-  Its division and choice for each entry are not done again in each place that
-  uses the result: XLA stores the clipped gradients, which takes longer than
-  Adam.
-  """
-
-  def update(updates, state, params=None):
-    del params
+  # Optax's choice for each entry makes XLA store the clipped gradients, which
+  # takes longer than Adam.
+  def clip(updates, _):
     factor = most / jnp.maximum(optax.tree.norm(updates), most)
-    return jax.tree.map(lambda x: x * factor, updates), state
+    return jax.tree.map(lambda x: x * factor, updates)
 
-  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+  return optax.stateless(clip)
 
 
 def _in_float32(
   inner: optax.GradientTransformation, moment_dtype: str | None
 ) -> optax.GradientTransformation:
-  """`inner` on float32, with first moments kept in another dtype.
-
-  None is the dtype of each parameter.
-  """
+  """`inner` on float32; first moments are kept in a dtype, None the params'."""
 
   def stored(state, params):
     dtypes = {

@@ -1,7 +1,7 @@
-"""From gradients to steps: what each optimizer does before the learning rate.
+"""Gradient transformations of each optimizer, before the learning rate.
 
-Layers are stacked, [L, ..], and their matrices have heads as an axis; here each
-layer's matrix is one for itself, with heads and their width as one axis.
+Each layer's matrix is one for itself, though layers are stacked, [L, ..]; heads
+and their width are one axis of it (`params.Row`).
 """
 
 import functools
@@ -63,13 +63,10 @@ def _scale_by_muon(momentum, b1, b2, eps) -> optax.GradientTransformation:
 
   kind = lambda path: "muon" if params.layer_matrix(path) else "adam"
 
-  def scale(updates, state, _=None):
-    def scaled(path, update):
-      row = params.layer_matrix(params.path_of(path))
-      width = max(_size(update, row.input_axes), _size(update, row.output_axes))
-      return _MUON_RMS * math.sqrt(width) * update
-
-    return jax.tree_util.tree_map_with_path(scaled, updates), state
+  def scale(path, update):
+    row = params.layer_matrix(params.path_of(path))
+    width = max(_size(update, row.input_axes), _size(update, row.output_axes))
+    return _MUON_RMS * math.sqrt(width) * update
 
   return optax.partition(
     {
@@ -78,7 +75,7 @@ def _scale_by_muon(momentum, b1, b2, eps) -> optax.GradientTransformation:
           beta=momentum,
           weight_dimension_numbers=functools.partial(params.by_path, numbers),
         ),
-        optax.GradientTransformation(lambda _: optax.EmptyState(), scale),
+        _map_with_path(scale),
       ),
       "adam": optax.scale_by_adam(b1, b2, eps, nesterov=True),
     },
@@ -162,8 +159,12 @@ def _clip_by_rms() -> optax.GradientTransformation:
     )
     return update / jnp.maximum(1.0, jnp.sqrt(mean))
 
+  return _map_with_path(clip)
+
+
+def _map_with_path(function) -> optax.GradientTransformation:
   return optax.stateless(
-    lambda updates, _: jax.tree_util.tree_map_with_path(clip, updates)
+    lambda updates, _: jax.tree_util.tree_map_with_path(function, updates)
   )
 
 

@@ -1,4 +1,4 @@
-"""What ends a run before its time, or sends it back: signals, hangs, spikes."""
+"""Interruptions of a run: signals, hangs, spikes of the loss."""
 
 import collections
 import faulthandler
@@ -18,10 +18,10 @@ HUNG = 75
 
 
 class Termination:
-  """Whether the run has been asked to end: by SIGTERM, or a TPU's maintenance.
+  """Whether the run has been asked to end, by SIGTERM or a TPU's maintenance.
 
-  Cloud TPU tells of both by SIGTERM. Of several processes jax lets all know of
-  a signal that one has had, and names the step at which all of them stop.
+  Cloud TPU sends SIGTERM for both. jax tells all processes of a signal that one
+  of them got, and the step at which all of them stop.
   """
 
   def __init__(self):
@@ -48,11 +48,10 @@ class Termination:
 
 
 class Watchdog:
-  """Ends the process if nothing has been heard of it for too long.
+  """Ends the process with status `HUNG` after too long without `heard`.
 
-  A step that hangs, such as one that waits for a host that is gone, cannot be
-  interrupted: stacks of all threads are written to stderr, and the process
-  ends with status `HUNG`, for whoever launched it to start it again.
+  A step that hangs, such as one that waits for a lost host, cannot be
+  interrupted. Stacks of all threads are written to stderr first.
   """
 
   def __init__(self, minutes: float | None):
