@@ -14,7 +14,7 @@ from gemma_funnel.training import finetune, pretrain
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_device():
-  """Programs for eight take long to compile; test_loop.py has those."""
+  """Programs for eight take long to compile; test_trainer.py has those."""
   with pytest.MonkeyPatch.context() as patch:
     tiny_run.use_one_device(patch)
     yield

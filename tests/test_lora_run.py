@@ -11,12 +11,11 @@ import tiny_run
 
 from gemma_funnel import convert
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import pretrain
 
 
 def _train(workdir, source, **changes):
   config = tiny_run.make_config(workdir, source, **changes)
-  return pretrain.train(
+  return tiny_run.train(
     config, lambda corpus, setup: lambda model: {"loss": None}
   )
 
@@ -98,7 +97,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted(
 
   config.eval_every = 6
   with pytest.raises(Killed):
-    pretrain.train(config, make_evaluator)
+    tiny_run.train(config, make_evaluator)
   config.eval_every = 1000
   found = _train(workdir, source, init_from=base, **LORA).model
   for got, want in zip(

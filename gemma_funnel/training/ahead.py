@@ -22,8 +22,9 @@ from gemma_funnel import flops
 from gemma_funnel.parallel import sharding
 from gemma_funnel.parallel.hardware import Chip, chip_of
 from gemma_funnel.parallel.mesh import AXES, HEADS, ROWS, TOKENS
-from gemma_funnel.training import collectives, pretrain, start
+from gemma_funnel.training import collectives, init_state, pretrain
 from gemma_funnel.training import step as step_lib
+from gemma_funnel.training.spec import RunSpec
 
 # XLA keeps some of a chip's memory for itself and for programs.
 _USABLE = 0.95
@@ -139,31 +140,31 @@ def plan(
   Raises:
     ValueError: a mistake in the configuration.
   """
-  setup = pretrain.make_setup(config, devices)
-  _, abstract = start.make_init(setup)
+  spec = pretrain.resolve(config, devices)
+  _, abstract = init_state.make_init(spec)
   known = dict(
-    mesh=dict(setup.mesh.shape),
-    remat=setup.model_config.remat,
-    accumulate=setup.config.accumulate,
-    parameters=_bytes_of(abstract[0]),
-    optimizer=_bytes_of(abstract[1]),
+    mesh=dict(spec.mesh.shape),
+    remat=spec.model_config.remat,
+    accumulate=spec.loop.accumulate,
+    parameters=_bytes_of(abstract.params),
+    optimizer=_bytes_of(abstract.opt_state),
   )
   began = time.monotonic()
   try:
-    compiled, text, residuals = _compile(setup, abstract)
+    compiled, text, residuals = _compile(spec, abstract)
   except Exception as error:  # The compiler's own; it says what is wrong.
-    return Plan(**known, error=_first_line(error), **_bounds(setup, {}))
+    return Plan(**known, error=_first_line(error), **_bounds(spec, {}))
   memory = compiled.memory_analysis()
   needed = memory.temp_size_in_bytes
   activations = min(residuals, needed)
-  found = collectives.collectives(text, setup.mesh)
+  found = collectives.collectives(text, spec.mesh)
   sent = collectives.bytes_by_axis(found)
   return Plan(
     **known,
     activations=activations,
     temporaries=needed - activations + memory.generated_code_size_in_bytes,
     compile_s=time.monotonic() - began,
-    **_bounds(setup, sent),
+    **_bounds(spec, sent),
   )
 
 
@@ -173,34 +174,32 @@ def _first_line(error: Exception) -> str:
   return (used or lines or [type(error).__name__])[0][:300]
 
 
-def _compile(setup: pretrain.Setup, abstract):
+def _compile(spec: RunSpec, abstract):
   """(the compiled step, its text, bytes a chip keeps for the backward pass)."""
-  config, mesh = setup.config, setup.mesh
-  loss = pretrain.make_loss(setup)
-  shape = (config.batch_size, config.length)
+  mesh = spec.mesh
+  loss = spec.task.make_loss(spec)
+  shape = (spec.batch_size, spec.length)
   placed = jax.sharding.NamedSharding(mesh, sharding.BATCH)
   ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed)
   batch = dict.fromkeys(("tokens", "segment", "position"), ints)
   key = jax.eval_shape(lambda: jax.random.key(0))
   with jax.set_mesh(mesh):
-    step = step_lib.make_train_step(
-      loss, setup.optimizer, abstract, mesh, config
-    )
-    args = (setup.stages, *abstract, start.frozen_shapes(setup), batch, key)
+    step = step_lib.make_train_step(spec, loss, abstract)
+    args = (spec.stages, abstract, init_state.frozen_shapes(spec), batch, key)
     with tempfile.TemporaryDirectory() as folder:
       # As libtpu writes it itself: jaxlib cannot read all of its programs.
       compiled = step.lower(*args).compile({"xla_dump_to": folder})
       (text,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
       text = text.read_text()
-    return compiled, text, _residuals(setup, loss, abstract[0], batch, key)
+    return compiled, text, _residuals(spec, loss, abstract.params, batch, key)
 
 
-def _residuals(setup: pretrain.Setup, loss, weights, batch, key) -> float:
+def _residuals(spec: RunSpec, loss, weights, batch, key) -> float:
   """Bytes a chip keeps of a forward pass, but for the weights themselves."""
 
   def forward(weights, batch):
     of_weights = lambda w: loss(
-      setup.stages, w, start.frozen_shapes(setup), batch, key
+      spec.stages, w, init_state.frozen_shapes(spec), batch, key
     )
     return jax.vjp(of_weights, weights, has_aux=True)[1]
 
@@ -214,28 +213,28 @@ def _residuals(setup: pretrain.Setup, loss, weights, batch, key) -> float:
     for x in jax.tree.leaves(kept)
     if (x.shape, x.dtype) not in own
   )
-  ways = math.prod(sharding.parts(sharding.BATCH, setup.mesh))
-  return size / ways / setup.config.accumulate
+  ways = math.prod(sharding.parts(sharding.BATCH, spec.mesh))
+  return size / ways / spec.loop.accumulate
 
 
-def _bounds(setup: pretrain.Setup, sent: dict[str, float]) -> dict[str, object]:
+def _bounds(spec: RunSpec, sent: dict[str, float]) -> dict[str, object]:
   """FLOPs, bytes, and the least times that they take."""
-  config, mesh = setup.config, setup.mesh
+  mesh = spec.mesh
   chip = chip_of(mesh.devices.flat[0])
   if chip is None:
     raise ValueError(
       f"the peaks of {mesh.devices.flat[0].device_kind!r} are not known"
     )
-  model_flops = pretrain.step_flops(setup, setup.stages)
+  model_flops = spec.task.step_flops(spec, spec.stages)
   layers = flops.forward(
-    setup.model_config,
-    setup.stages,
-    config.batch_size,
-    config.length,
+    spec.model_config,
+    spec.stages,
+    spec.batch_size,
+    spec.length,
     head=False,
-    causal=setup.causal,
+    causal=spec.task.causal,
   )
-  again = _RECOMPUTED[setup.model_config.remat] * layers
+  again = _RECOMPUTED[spec.model_config.remat] * layers
   peak = chip.flops * mesh.size
   return dict(
     memory=chip.memory,
@@ -244,19 +243,19 @@ def _bounds(setup: pretrain.Setup, sent: dict[str, float]) -> dict[str, object]:
     compute_s=(model_flops + again) / peak,
     model_s=model_flops / peak,
     send_s=sum(sent.values()) / chip.link,
-    memory_s=_weight_traffic(setup) / chip.bandwidth,
+    memory_s=_weight_traffic(spec) / chip.bandwidth,
   )
 
 
-def _weight_traffic(setup: pretrain.Setup) -> float:
+def _weight_traffic(spec: RunSpec) -> float:
   """Least bytes a chip moves for weights: read in both passes, and updated."""
-  size = jnp.dtype(setup.model_config.dtype).itemsize
-  count = flops.parameters(setup.model_config, setup.stages).total
-  gathered = count / setup.mesh.shape["tensor"]
+  size = jnp.dtype(spec.model_config.dtype).itemsize
+  count = flops.parameters(spec.model_config, spec.stages).total
+  gathered = count / spec.mesh.shape["tensor"]
   own = count / math.prod(
-    setup.mesh.shape[axis] for axis in ("fsdp", "sequence", "tensor")
+    spec.mesh.shape[axis] for axis in ("fsdp", "sequence", "tensor")
   )
-  return 2 * size * gathered * setup.config.accumulate + 6 * 4 * own
+  return 2 * size * gathered * spec.loop.accumulate + 6 * 4 * own
 
 
 def candidates(
@@ -299,9 +298,9 @@ def search(
   """
   alone = config.copy_and_resolve_references()
   alone.mesh.update(dict.fromkeys(AXES, 1))
-  setup = pretrain.make_setup(alone, devices[:1])
-  weights, state = map(_bytes_of, start.make_init(setup)[1])
-  work = _Work.of(setup)
+  spec = pretrain.resolve(alone, devices[:1])
+  weights, state = map(_bytes_of, init_state.make_init(spec)[1])
+  work = _Work.of(spec)
   chip, guessed = chip_of(devices[0]), []
   for sizes in candidates(config, len(devices)):
     rows = math.prod(sizes[axis] for axis in ROWS)
@@ -312,10 +311,10 @@ def search(
       # Of several parts, gradients are summed.
       kept = (weights * (1 + (parts > 1)) + state) / ways
       for remat in remats:
-        activations = _guess_activations(setup, work, sizes, tokens, remat)
+        activations = _guess_activations(spec, work, sizes, tokens, remat)
         if kept + activations <= _USABLE * chip.memory:
           seconds = _guess(
-            setup, work, sizes, tokens * parts, parts, remat, chip
+            spec, work, sizes, tokens * parts, parts, remat, chip
           )
           guessed.append((seconds, parts, sizes, remat))
       parts *= 2
@@ -343,30 +342,25 @@ class _Work:
   share: float
 
   @classmethod
-  def of(cls, setup: pretrain.Setup) -> "_Work":
-    config = setup.config
+  def of(cls, spec: RunSpec) -> "_Work":
     layers = lambda stages: flops.forward(
-      setup.model_config,
+      spec.model_config,
       stages,
-      config.batch_size,
-      config.length,
+      spec.batch_size,
+      spec.length,
       head=False,
-      causal=setup.causal,
+      causal=spec.task.causal,
     )
-    funnelled = layers(setup.stages)
-    step = pretrain.step_flops(setup, setup.stages)
+    funnelled = layers(spec.stages)
+    step = spec.task.step_flops(spec, spec.stages)
     return cls(step, funnelled, funnelled / layers(()))
 
 
 def _guess_activations(
-  setup: pretrain.Setup,
-  work: _Work,
-  sizes: dict[str, int],
-  tokens: float,
-  remat: str,
+  spec: RunSpec, work: _Work, sizes: dict[str, int], tokens: float, remat: str
 ) -> float:
   """Bytes of a chip that has so many tokens at a time."""
-  config, model = setup.config, setup.model_config
+  model = spec.model_config
   size, tensor = jnp.dtype(model.dtype).itemsize, sizes[HEADS]
   heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
   inner = (heads + 3 * model.mlp_dim) / tensor
@@ -375,12 +369,12 @@ def _guess_activations(
   kept = {"none": whole, "dots": dots, "offload": 0, "block": model.embed_dim}
   layers = model.num_layers * work.share
   logits = 3 * 4 * model.vocab_size / tensor
-  logits *= min(config.loss_chunk / config.length, 1)
+  logits *= min(spec.task.loss_chunk / spec.length, 1)
   return tokens * (size * (layers * kept[remat] + 2 * whole) + logits)
 
 
 def _guess(
-  setup: pretrain.Setup,
+  spec: RunSpec,
   work: _Work,
   sizes: dict[str, int],
   tokens: float,
@@ -389,17 +383,17 @@ def _guess(
   chip: Chip,
 ) -> float:
   """Seconds of a step, of so many tokens a chip in all, from sizes alone."""
-  config, model = setup.config, setup.model_config
+  model = spec.model_config
   compute = (work.step + _RECOMPUTED[remat] * work.layers) / chip.flops
   compute /= math.prod(sizes.values())
   size = jnp.dtype(model.dtype).itemsize
-  count = flops.parameters(model, setup.stages).total
+  count = flops.parameters(model, spec.stages).total
   head = model.vocab_size * model.embed_dim
   passes = 3 if remat == "block" else 2
   tensor, sequence, sent = sizes[HEADS], sizes[TOKENS], 0.0
   if (width := sizes["fsdp"] * sequence) > 1:
     # Gathered in each pass, and gradients scattered; the head's, in each chunk.
-    chunks = math.ceil(config.length / config.loss_chunk)
+    chunks = math.ceil(spec.length / spec.task.loss_chunk)
     each = (passes * size + 4) * (count - head) + (2 * size + 4) * head * chunks
     sent += parts * each / tensor * (1 - 1 / width)
   if (copies := sizes["data"] * sizes["slice"]) > 1:
