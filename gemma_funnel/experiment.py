@@ -33,7 +33,7 @@ def run(config: ml_collections.ConfigDict) -> None:
     FloatingPointError: see `trainer.train`.
   """
   # Before anything that one process alone may find wrong.
-  processes.agree(config)
+  processes.assert_same_config(config)
   if "task" in config:
     finetuned.run(config)
     return

@@ -238,7 +238,7 @@ def test_one_cell_that_cannot_be_measured_leaves_the_others(
     def with_funnel(self, funnel):
       return funnel
 
-  monkeypatch.setattr(finetune, "make_setup", lambda *args: Stub())
+  monkeypatch.setattr(finetune, "resolve", lambda *args: Stub())
   monkeypatch.setattr(finetune, "train", lambda setup: Stub())
   monkeypatch.setattr(
     finetune, "measure", lambda *args, **kwargs: {"accuracy": next(values)}

@@ -1,26 +1,15 @@
 """One step of training: gradients, perhaps of parts of the batch; an update."""
 
 from collections.abc import Callable
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gemma_funnel import params as params_lib
 from gemma_funnel.training import optimizer as optimizer_lib
 from gemma_funnel.training.init_state import TrainState
-from gemma_funnel.training.optimizer import path_of
 from gemma_funnel.training.spec import RunSpec
-
-# Groups of parameters whose norms are metrics; the first that matches counts.
-_GROUPS = (
-  ("funnel", r"funnel/"),
-  ("head", r"(^|/)head/"),
-  ("embedding", r"embedding$"),
-  ("norm", r"scale$"),
-  ("attention", r"attn/"),
-  ("mlp", r"mlp/"),
-)
 
 
 def make_train_step(
@@ -112,12 +101,11 @@ def _accumulated(gradients, batch, key: jax.Array, num_parts: int):
 
 
 def _norms(name: str, tree: Any) -> dict[str, jax.Array]:
-  """Norms of groups of parameters, float32."""
+  """Norms of the parameters of each role, float32."""
   squares: dict[str, jax.Array] = {}
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
-    group = next(
-      (g for g, rule in _GROUPS if re.search(rule, path_of(path))), "other"
-    )
+    row = params_lib.row_of(params_lib.path_of(path))
+    role = row.role if row else "other"
     square = jnp.sum(jnp.square(x.astype(jnp.float32)))
-    squares[group] = squares.get(group, 0) + square
-  return {f"{name}/{g}": jnp.sqrt(x) for g, x in squares.items()}
+    squares[role] = squares.get(role, 0) + square
+  return {f"{name}/{role}": jnp.sqrt(x) for role, x in squares.items()}

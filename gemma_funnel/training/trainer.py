@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import processes, sharding
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import health, init_state, workdir
+from gemma_funnel.training import init_state, workdir
 from gemma_funnel.training import optimizer as optimizer_lib
 from gemma_funnel.training import step as step_lib
+from gemma_funnel.training import watchdog as watchdog_lib
 from gemma_funnel.training.init_state import Params, TrainState
-from gemma_funnel.training.progress import Metrics
+from gemma_funnel.training.metric_writer import MetricWriter
 from gemma_funnel.training.spec import Evaluate, RunSpec, StoppingSpec
 
 
@@ -62,11 +63,11 @@ def train(
     FloatingPointError: a loss or gradient norm that is not finite, or losses
       that rise again each time the run goes back.
   """
-  processes.agree(spec.config)
+  processes.assert_same_config(spec.config)
   task = spec.task
   loss = task.make_loss(spec)
   init, state_shapes = init_state.make_init(spec)  # Fails on a wrong mesh.
-  workdir.claim(spec.config, free=task.free_keys)
+  workdir.init_workdir(spec.config, free=task.free_keys)
   data = task.load_data(spec)
   model = Transformer.abstract(spec.model_config, spec.stages)
   loop = spec.loop
@@ -87,8 +88,8 @@ def train(
         spec.workdir, loop.keep, loop.keep_best, loop.keep_period
       )
     )
-    watchdog = stack.enter_context(health.Watchdog(loop.watchdog_minutes))
-    termination = stack.enter_context(health.Termination())
+    watchdog = stack.enter_context(watchdog_lib.Watchdog(loop.watchdog_minutes))
+    termination = stack.enter_context(watchdog_lib.Termination())
     trainer = _Trainer(
       spec,
       state_shapes,
@@ -124,7 +125,7 @@ class _Trainer:
   batches: Any
   evaluate: Callable[[Params], dict[str, float | None]]
   checkpoints: checkpoint_lib.Checkpoints
-  watchdog: health.Watchdog
+  watchdog: watchdog_lib.Watchdog
 
   step: int = 0
   state: TrainState | None = None
@@ -138,12 +139,12 @@ class _Trainer:
   def begin(self, init: Callable[[], TrainState]) -> None:
     """Restores the newest checkpoint, or starts."""
     spec, rollback = self.spec, self.spec.loop.rollback
-    self.spikes = health.Spikes(rollback.factor, rollback.window)
+    self.spikes = watchdog_lib.Spikes(rollback.factor, rollback.window)
     # Handed to the step: runs that differ by a seed alone share a program.
     self.key = jax.random.key(spec.seed)
     self.saved_at = time.monotonic()
     self.watchdog.heard("starting or restoring the run")
-    if processes.first(self.checkpoints.latest()) is not None:
+    if processes.broadcast_from_host0(self.checkpoints.latest()) is not None:
       progress = self._restore()
       self.batches.set_state(progress["data"])
       self.counts = _Counts(**progress["counts"])
@@ -169,7 +170,7 @@ class _Trainer:
       return self.state.params
     return self._measured() if self.best is None else self.best["weights"]
 
-  def save(self, metrics: Metrics) -> None:
+  def save(self, metrics: MetricWriter) -> None:
     params = self.result if self.finished else self.state.params
     trees = {**params, "opt_state": self.state.opt_state}
     if self.best is not None:
@@ -198,13 +199,13 @@ class _Trainer:
     self.state = TrainState(params, trees["opt_state"])
     return progress
 
-  def run(self, termination: health.Termination) -> None:
+  def run(self, termination: watchdog_lib.Termination) -> None:
     spec, loop = self.spec, self.spec.loop
     # Metrics of a step are read when the next one is under way, so that the
     # device never waits for the host. A checkpoint is written only of steps
     # whose metrics have been read and are finite.
     pending = None
-    with Metrics(spec, self.step, self.clock) as metrics:
+    with MetricWriter(spec, self.step, self.clock) as metrics:
       while not self.finished and not termination.by(self.step):
         self.watchdog.heard(f"step {self.step + 1}")
         metrics.trace(self.step + 1)
@@ -275,7 +276,7 @@ class _Trainer:
     if loop.checkpoint_minutes is None or self.step % loop.log_every:
       return False
     minutes = (time.monotonic() - self.saved_at) / 60
-    return processes.first(minutes >= loop.checkpoint_minutes)
+    return processes.broadcast_from_host0(minutes >= loop.checkpoint_minutes)
 
   def _measured(self) -> Params:
     """What is evaluated: averages, where the optimizer has them."""
@@ -283,7 +284,7 @@ class _Trainer:
     found = optimizer_lib.averaged(opt_state, params)
     return params if found is None else found
 
-  def _evaluate(self, metrics: Metrics) -> None:
+  def _evaluate(self, metrics: MetricWriter) -> None:
     self.watchdog.heard(f"the evaluation after step {self.step}")
     values = self.evaluate(self._measured())
     metrics.evaluated(self.step, values)
@@ -301,7 +302,7 @@ class _Trainer:
     else:
       self.best |= {"waited": waited}
 
-  def _read(self, metrics: Metrics, pending) -> bool:
+  def _read(self, metrics: MetricWriter, pending) -> bool:
     """Takes the metrics of a step; returns whether the run has gone back."""
     if pending is None:
       return False
@@ -335,9 +336,9 @@ class _Trainer:
       f"checkpoint is {'none' if good is None else f'of step {good}'}"
     )
 
-  def _go_back(self, metrics: Metrics, step: int, loss: float) -> bool:
+  def _go_back(self, metrics: MetricWriter, step: int, loss: float) -> bool:
     self.checkpoints.wait()
-    if processes.first(self.checkpoints.latest()) is None:
+    if processes.broadcast_from_host0(self.checkpoints.latest()) is None:
       return False  # A run that has just begun has nothing to go back to.
     self.counts.rollbacks += 1
     most = self.spec.loop.rollback.most
