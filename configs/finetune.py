@@ -65,7 +65,7 @@ def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
     # Evaluations without a better one that end the training; unset never does.
     # The weights of the best one are kept either way.
     patience=config_dict.placeholder(int),
-    # The mesh, accumulation, checkpoints, dashboards: see there. It is
+    # Keys of training.spec.LoopSpec, and the axes of the mesh. It is
     # evaluated once an epoch if eval_every is unset, and saved each time.
     **spec.loop_config(
       eval_every=config_dict.placeholder(int),

@@ -228,18 +228,15 @@ def test_one_cell_that_cannot_be_measured_leaves_the_others(
 
   class Stub:
     steps, finished = 1, True
+    batch_size = length = 8
     rows = {"test": ()}
-    config = made.study.finetune
-
-    @property
-    def encoder(self):
-      return self
+    model = task = property(lambda self: self)
 
     def with_funnel(self, funnel):
       return funnel
 
   monkeypatch.setattr(finetune, "resolve", lambda *args: Stub())
-  monkeypatch.setattr(finetune, "train", lambda setup: Stub())
+  monkeypatch.setattr(runner.trainer, "train", lambda spec: Stub())
   monkeypatch.setattr(
     finetune, "measure", lambda *args, **kwargs: {"accuracy": next(values)}
   )

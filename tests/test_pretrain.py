@@ -171,7 +171,7 @@ def test_distilling_makes_the_student_agree(
   assert np.any(student["embedding"] != teacher["embedding"])
   # The gate is the student's alone; it has learned.
   assert "funnel" not in teacher or not teacher["funnel"]
-  assert np.any(student["funnel"][0]["gate"])
+  assert np.any(student["funnel"][0]["recovery"]["gate"])
   assert convert.describe(workdir).stages[0].recover == "gate"
 
 
@@ -248,8 +248,9 @@ def test_a_member_cannot_learn_what_the_run_has_not(source, tmp_path):
   )
   with pytest.raises(ValueError) as error:
     tiny_run.train(config)
-  assert "recover=gate learns funnel/0/gate, which the run's own" in str(
-    error.value
+  assert (
+    "recover=gate learns funnel/0/recovery/gate, which the run's own"
+    in str(error.value)
   )
   assert not (tmp_path / "run").exists()
   # The other way round it can.

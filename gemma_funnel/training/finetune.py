@@ -261,9 +261,9 @@ def load(
     ValueError: no readable run there, or none that was fine-tuned.
   """
   try:
-    said = json.loads((workdir.path_of(path) / HEAD_FILE).read_text())
-    head = HeadConfig(**said["head"])
-    labels = tuple(said["labels"])
+    about = json.loads((workdir.path_of(path) / HEAD_FILE).read_text())
+    head = HeadConfig(**about["head"])
+    labels = tuple(about["labels"])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"{path} is no fine-tuned run: {HEAD_FILE}: {error}"
