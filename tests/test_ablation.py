@@ -9,7 +9,7 @@ import tiny_run
 import tiny_study
 
 from gemma_funnel.study import grid, runner
-from gemma_funnel.training import finetune, pretrain
+from gemma_funnel.training import finetune, trainer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,15 +36,13 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def count(monkeypatch):
   """Counts trainings: {"pretrain": .., "finetune": ..}."""
-  counts = {"pretrain": 0, "finetune": 0}
-  for module in (pretrain, finetune):
-    name = module.__name__.rpartition(".")[2]
+  counts, inner = {"pretrain": 0, "finetune": 0}, trainer.train
 
-    def train(*args, name=name, train=module.train):
-      counts[name] += 1
-      return train(*args)
+  def train(spec, *args):
+    counts[type(spec.task).__module__.rpartition(".")[2]] += 1
+    return inner(spec, *args)
 
-    monkeypatch.setattr(module, "train", train)
+  monkeypatch.setattr(trainer, "train", train)
   return counts
 
 
@@ -236,7 +234,7 @@ def test_one_cell_that_cannot_be_measured_leaves_the_others(
       return funnel
 
   monkeypatch.setattr(finetune, "resolve", lambda *args: Stub())
-  monkeypatch.setattr(runner.trainer, "train", lambda spec: Stub())
+  monkeypatch.setattr(trainer, "train", lambda spec: Stub())
   monkeypatch.setattr(
     finetune, "measure", lambda *args, **kwargs: {"accuracy": next(values)}
   )
