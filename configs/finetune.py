@@ -21,7 +21,7 @@ from ml_collections import config_dict
 from gemma_funnel import lora
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.tasks import presets
-from gemma_funnel.training import loop, optimizer
+from gemma_funnel.training import optimizer, spec
 
 
 def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
@@ -65,9 +65,9 @@ def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
     # Evaluations without a better one that end the training; unset never does.
     # The weights of the best one are kept either way.
     patience=config_dict.placeholder(int),
-    # The mesh, accumulation, checkpoints, dashboards: see there. It is
+    # Keys of training.spec.LoopSpec, and the axes of the mesh. It is
     # evaluated once an epoch if eval_every is unset, and saved each time.
-    **loop.default_config(
+    **spec.loop_config(
       eval_every=config_dict.placeholder(int),
       checkpoint_every=config_dict.placeholder(int),
       keep=1,

@@ -13,7 +13,7 @@ from ml_collections import config_dict
 from gemma_funnel import lora
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.data import pipeline
-from gemma_funnel.training import loop, optimizer
+from gemma_funnel.training import optimizer, spec
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -56,8 +56,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Held-out documents measured while training, and at the end.
     eval_documents=2,
     heldout_documents=16,
-    # The mesh, accumulation, checkpoints, dashboards: see there.
-    **loop.default_config(eval_every=140, checkpoint_every=70),
+    # Keys of training.spec.LoopSpec, and the axes of the mesh.
+    **spec.loop_config(eval_every=140, checkpoint_every=70),
     # The latency report at the end; 0 repeats is none.
     latency=dict(batch_size=8, length=1024, repeats=9),
   )

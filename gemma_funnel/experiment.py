@@ -8,72 +8,84 @@ import ml_collections
 
 from gemma_funnel.config import total_stride
 from gemma_funnel.data import pipeline
-from gemma_funnel.evaluation import accuracy, latency, plots, report, timing
-from gemma_funnel.model import Transformer
-from gemma_funnel.training import pretrain
+from gemma_funnel.evaluation import (
+  accuracy,
+  finetuned,
+  latency,
+  plots,
+  report,
+  timing,
+)
+from gemma_funnel.parallel import processes
+from gemma_funnel.training import pretrain, trainer
+from gemma_funnel.training.spec import RunSpec
 
 
 def run(config: ml_collections.ConfigDict) -> None:
-  """Trains on text as `pretrain.train` does, or on a task as `finetune.run`.
+  """Trains on text, or on a task as `finetuned.run` does.
 
   A finished run is measured whole. On text, this prints a table of held-out
   bits per byte and, of a run of one process, one of latency with the funnel and
   without; heldout.* and latency.* in the run's folder hold the same.
 
   Raises:
-    ValueError, FloatingPointError: see there.
+    ValueError: a mistake in the configuration, the data or the folder.
+    FloatingPointError: see `trainer.train`.
   """
+  # Before anything that one process alone may find wrong.
+  processes.assert_same_config(config)
   if "task" in config:
-    from gemma_funnel.evaluation import finetuned
-
     finetuned.run(config)
     return
-  result = pretrain.train(config, _sampled_evaluator)
+  spec = pretrain.resolve(config)
+  result = trainer.train(spec, _evaluate_sample)
   if not result.finished:
     return
-  if config.objective != "masked":  # Its table would be of next tokens.
-    _report_heldout(config, result)
+  if spec.task.causal:  # The table is of next tokens.
+    _report_heldout(spec, result)
   alone = jax.process_count() == 1  # Or one device has not the whole model.
-  if alone and config.latency.repeats and result.model.stages:
-    _report_latency(config, result.model)
+  if alone and spec.task.latency.repeats and spec.stages:
+    _report_latency(spec, result.model)
 
 
-def _heldout(config, corpus, align, gap, max_documents) -> pipeline.HeldOut:
+def _heldout(
+  spec: RunSpec, corpus, align: int, gap: int, max_documents: int | None
+) -> pipeline.HeldOut:
   return pipeline.heldout_batches(
     corpus.heldout,
     corpus.tokenizer,
-    batch_size=config.batch_size,
-    length=config.length,
+    batch_size=spec.batch_size,
+    length=spec.length,
     align=align,
     gap=gap,
     max_documents=max_documents,
   )
 
 
-def _sampled_evaluator(corpus: pipeline.Corpus, setup: pretrain.Setup):
+def _evaluate_sample(corpus: pipeline.Corpus, spec: RunSpec):
   """Measures a sample of the held-out documents while training."""
-  config = setup.config
+  align, task = spec.funnels.segment_alignment, spec.task
   heldout = _heldout(
-    config, corpus, setup.funnels.align, setup.gap, config.eval_documents
+    spec, corpus, align, spec.segment_padding, task.eval_documents
   )
-  settings = dict(heldout=heldout, chunk=config.loss_chunk)
-  if config.objective == "masked":
+  settings = dict(heldout=heldout, chunk=task.loss_chunk)
+  if task.objective == "masked":
     return functools.partial(
-      accuracy.evaluate_masked, rate=config.mask_rate, **settings
+      accuracy.evaluate_masked, rate=task.mask_rate, **settings
     )
   return functools.partial(accuracy.evaluate, **settings)
 
 
-def _report_heldout(config, result: pretrain.Result) -> None:
-  align = total_stride(result.model.stages)
-  heldout = _heldout(config, result.corpus, align, 0, config.heldout_documents)
+def _report_heldout(spec: RunSpec, result: trainer.Result) -> None:
+  align, task = total_stride(spec.stages), spec.task
+  heldout = _heldout(spec, result.data, align, 0, task.heldout_documents)
   rows = accuracy.measure(
-    result.model, (accuracy.TRAINED,), heldout, config.loss_chunk
+    result.model, (accuracy.TRAINED,), heldout, task.loss_chunk
   )
   if jax.process_index() != 0:
     return
   report.write(
-    config.workdir,
+    spec.workdir,
     "heldout",
     rows,
     accuracy.COLUMNS,
@@ -86,25 +98,23 @@ def _report_heldout(config, result: pretrain.Result) -> None:
   )
 
 
-def _report_latency(config, model: Transformer) -> None:
+def _report_latency(spec: RunSpec, model: nnx.Module) -> None:
+  shape = spec.task.latency
+  on_one_device = nnx.merge(
+    nnx.graphdef(model), jax.device_put(nnx.state(model), jax.devices()[0])
+  )
   rows = latency.measure(
-    _on_one_device(model),
-    (config.funnel,),
-    batch_sizes=(config.latency.batch_size,),
-    lengths=(config.latency.length,),
-    protocol=timing.Protocol(config.latency.repeats, 2, config.seed),
+    on_one_device,
+    (spec.task.funnel,),
+    batch_sizes=(shape.batch_size,),
+    lengths=(shape.length,),
+    protocol=timing.Protocol(shape.repeats, 2, spec.seed),
   )
   report.write(
-    config.workdir,
+    spec.workdir,
     "latency",
     rows,
     latency.COLUMNS,
     "Latency of the trained model",
     plots.latency,
-  )
-
-
-def _on_one_device(model: Transformer) -> Transformer:
-  return nnx.merge(
-    nnx.graphdef(model), jax.device_put(nnx.state(model), jax.devices()[0])
   )

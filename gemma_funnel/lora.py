@@ -202,6 +202,15 @@ def freeze(params: Params, lora: LoraConfig) -> Params:
   return jax.tree_util.tree_map_with_path(quantise, params)
 
 
+def freeze_placed(
+  params: dict[str, Any], lora: LoraConfig, mesh: jax.sharding.Mesh | None
+) -> dict[str, Any]:
+  """`freeze` of parameters on a mesh, which are given away."""
+  function = functools.partial(freeze, lora=lora)
+  placed = mesh and shardings(jax.eval_shape(function, params), mesh)
+  return jax.jit(function, donate_argnums=0, out_shardings=placed)(params)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _quantise(input_axes, base_dtype: str, x_L: jax.Array):
   qwix = _qwix(base_dtype)

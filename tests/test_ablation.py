@@ -9,12 +9,12 @@ import tiny_run
 import tiny_study
 
 from gemma_funnel.study import grid, runner
-from gemma_funnel.training import finetune, pretrain
+from gemma_funnel.training import finetune, trainer
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_device():
-  """Programs for eight take long to compile; test_loop.py has those."""
+  """Programs for eight take long to compile; test_trainer.py has those."""
   with pytest.MonkeyPatch.context() as patch:
     tiny_run.use_one_device(patch)
     yield
@@ -36,15 +36,13 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def count(monkeypatch):
   """Counts trainings: {"pretrain": .., "finetune": ..}."""
-  counts = {"pretrain": 0, "finetune": 0}
-  for module in (pretrain, finetune):
-    name = module.__name__.rpartition(".")[2]
+  counts, inner = {"pretrain": 0, "finetune": 0}, trainer.train
 
-    def train(*args, name=name, train=module.train):
-      counts[name] += 1
-      return train(*args)
+  def train(spec, *args):
+    counts[type(spec.task).__module__.rpartition(".")[2]] += 1
+    return inner(spec, *args)
 
-    monkeypatch.setattr(module, "train", train)
+  monkeypatch.setattr(trainer, "train", train)
   return counts
 
 
@@ -228,18 +226,15 @@ def test_one_cell_that_cannot_be_measured_leaves_the_others(
 
   class Stub:
     steps, finished = 1, True
+    batch_size = length = 8
     rows = {"test": ()}
-    config = made.study.finetune
-
-    @property
-    def encoder(self):
-      return self
+    model = task = property(lambda self: self)
 
     def with_funnel(self, funnel):
       return funnel
 
-  monkeypatch.setattr(finetune, "make_setup", lambda *args: Stub())
-  monkeypatch.setattr(finetune, "train", lambda setup: Stub())
+  monkeypatch.setattr(finetune, "resolve", lambda *args: Stub())
+  monkeypatch.setattr(trainer, "train", lambda spec: Stub())
   monkeypatch.setattr(
     finetune, "measure", lambda *args, **kwargs: {"accuracy": next(values)}
   )

@@ -45,7 +45,7 @@ def plan(devices):
 
 
 def test_bytes_are_those_of_a_chip(plan):
-  model = pretrain.find_model(_config())
+  model = pretrain.resolve(_config(), jax.devices()[:1]).model_config
   count = flops.parameters(model, "start=1,stride=2").total
   # Norm scales, which are whole on each chip, are few.
   assert plan.parameters == pytest.approx(4 * count / 4, rel=0.02)
@@ -57,7 +57,7 @@ def test_bytes_are_those_of_a_chip(plan):
 
 def test_times_are_those_of_the_roofline(plan):
   chip = hardware.CHIPS["TPU v5 lite"]
-  model = pretrain.find_model(_config())
+  model = pretrain.resolve(_config(), jax.devices()[:1]).model_config
   step = flops.train_step(model, "start=1,stride=2", 16, 64)
   assert plan.model_flops == step
   assert plan.compute_s == pytest.approx(step / 4 / chip.flops)
@@ -106,8 +106,8 @@ def test_slices_are_joined(devices):
   both = aot.slice_devices("v5e:2x2", 2)
   assert len(both) == 2 * len(devices)
   with pytest.raises(ValueError, match="mesh.slice=1: the 8 devices are of 2"):
-    pretrain.make_setup(_config(), both)
-  mesh = pretrain.make_setup(_config(mesh__slice=2), both).mesh
+    pretrain.resolve(_config(), both)
+  mesh = pretrain.resolve(_config(mesh__slice=2), both).mesh
   assert mesh.shape["slice"] == 2 and mesh.shape["data"] == 4
   for number in range(2):
     part = mesh.devices[number].ravel()

@@ -19,12 +19,7 @@ from gemma_funnel.convert import __main__ as command
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import sharding
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import pretrain, start, workdir
-
-
-def _no_evaluator(corpus, setup):
-  del corpus, setup
-  return lambda model: {"loss": 0.0, "bits_per_byte": 0.0}
+from gemma_funnel.training import init_state, pretrain, workdir
 
 
 def _params(model):
@@ -48,7 +43,7 @@ def source(tmp_path_factory):
 def trained(source, tmp_path_factory):
   """(folder, result) of a run with checkpoints 4, 8 and 12."""
   folder = tmp_path_factory.mktemp("checkpoint") / "run"
-  result = pretrain.train(tiny_run.make_config(folder, source), _no_evaluator)
+  result = tiny_run.train(tiny_run.make_config(folder, source))
   return folder, result
 
 
@@ -121,7 +116,7 @@ def _stop_at(config, step):
 
     return evaluate
 
-  return pretrain.train(config, make_evaluator)
+  return tiny_run.train(config, make_evaluator)
 
 
 def test_a_run_is_loaded_with_another_funnel(trained):
@@ -158,7 +153,7 @@ def learned(source, tmp_path_factory):
     funnel=LEARNED,
     optimizer__warmup_steps=0,
   )
-  return folder, pretrain.train(config, _no_evaluator)
+  return folder, tiny_run.train(config)
 
 
 def test_what_a_funnel_learned_is_read_back(learned, capsys):
@@ -203,7 +198,7 @@ def test_a_run_that_learns_a_funnel_resumes(learned, source, tmp_path):
   config = tiny_run.make_config(tmp_path / "run", source, **changes)
   assert not _stop_at(config, 1).finished
   config.eval_every = 1000
-  result = pretrain.train(config, _no_evaluator)
+  result = tiny_run.train(config)
   assert result.finished
   assert _same(_params(result.model), _params(learned[1].model))
 
@@ -321,13 +316,13 @@ def test_damage_of_any_file_never_changes_what_is_read(
 def _restore(folder, source):
   """What a training run restores: (step, params, data state)."""
   config = tiny_run.make_config(folder, source)
-  setup = pretrain.make_setup(config)
+  setup = pretrain.resolve(config)
   corpus = pretrain.pipeline.load_corpus(config.data, 512, folder)
   data = pretrain.pipeline.train_iterator(
     corpus.train, corpus.tokenizer, batch_size=8, length=32, align=2, seed=0
   )
   with checkpoint_lib.Checkpoints(folder, keep=3) as checkpoints:
-    abstract = start.make_init(setup)[1]
+    abstract = init_state.make_init(setup)[1]
     trees = {**abstract[0], "opt_state": abstract[1]}
     step, trees, progress = checkpoints.restore(trees)
     data.set_state(progress["data"])
@@ -349,7 +344,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_saved_again(
   names = sorted(os.listdir(copy / "checkpoints"))
   assert names == ["12.damaged", "4", "8"]
   # The run takes the steps after 8 again, and ends where it had ended.
-  result = pretrain.train(tiny_run.make_config(copy, source), _no_evaluator)
+  result = tiny_run.train(tiny_run.make_config(copy, source))
   assert _same(_params(result.model), _params(trained[1].model))
   assert checkpoint_lib.load_run(copy).step == 12
   # And once more: the name is taken.
@@ -376,7 +371,7 @@ def test_nothing_intact_is_an_error_that_names_them(copy, source):
   for read in (
     lambda: checkpoint_lib.load_run(copy),
     lambda: _restore(copy, source),
-    lambda: pretrain.train(tiny_run.make_config(copy, source), _no_evaluator),
+    lambda: tiny_run.train(tiny_run.make_config(copy, source)),
   ):
     with pytest.raises(ValueError, match="no checkpoint.*12: .*8: .*4: ") as e:
       read()
@@ -401,7 +396,7 @@ def test_old_checkpoints_are_dropped(source, tmp_path):
   config = tiny_run.make_config(
     tmp_path / "run", source, steps=4, checkpoint_every=1, keep=2
   )
-  pretrain.train(config, _no_evaluator)
+  tiny_run.train(config)
   assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["3", "4"]
 
 

@@ -170,7 +170,7 @@ def test_a_workdir_of_another_run(run_main, source, tmp_path):
 def test_errors_of_the_package_alone_are_lines(run_main):
   def named(config):
     del config
-    experiment.pretrain.sharding.spec_of("nothing", (1,), None)
+    experiment.trainer.sharding.spec_of("nothing", (1,), None)
 
   def not_named(config):
     del config

@@ -16,7 +16,7 @@ from gemma_funnel.evaluation import finetuned
 from gemma_funnel.study import grid
 from gemma_funnel.tasks import presets
 from gemma_funnel.tasks.task import SPLITS, Task, TextExample
-from gemma_funnel.training import finetune, pretrain, start
+from gemma_funnel.training import finetune, init_state, pretrain
 
 NAMES = sorted(p.stem for p in (tiny_run.ROOT / "configs").glob("*.py"))
 EVALUATION = [name for name in NAMES if name.startswith("eval_")]
@@ -41,9 +41,9 @@ def test_there_are_configs_of_all_kinds():
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_training_config_is_a_run(name):
   config = tiny_run.load_config(name)
-  setup = pretrain.make_setup(config)
+  setup = pretrain.resolve(config)
   assert setup.model_config == TransformerConfig.from_dict(config.model)
-  weights, opt_state = start.make_init(setup)[1]
+  weights, opt_state = init_state.make_init(setup)[1]
   params = weights["params"]
   assert params["embedding"].shape == (
     config.model.vocab_size,
@@ -69,7 +69,7 @@ def test_a_tuning_config_is_a_run_of_each_seed(name, tmp_path):
     dict.fromkeys(SPLITS, (text,) * 320),
   )
   for seed in config.seeds:
-    setup = finetune.make_setup(finetuned.of_seed(config, seed), task)
+    setup = finetune.resolve(finetuned.of_seed(config, seed), task)
     assert setup.config.workdir == f"{config.workdir}/seed_{seed}"
     assert setup.model_config == TransformerConfig.from_dict(config.model)
     assert setup.steps == math.ceil(320 / config.batch_size * config.epochs)

@@ -18,7 +18,7 @@ from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import sharding
 from gemma_funnel.tasks.task import TaggedExample, Task, TextExample
-from gemma_funnel.training import finetune, loop, pretrain
+from gemma_funnel.training import finetune, init_state, trainer
 
 WORDS = ("apple", "house", "river", "stone", "cloud", "tiger", "chair", "paper")
 QUICK = dict(
@@ -33,7 +33,7 @@ MAKE_MESH = sharding.make_mesh
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_device():
-  """Programs for eight take long to compile; test_loop.py has those."""
+  """Programs for eight take long to compile; test_trainer.py has those."""
   with pytest.MonkeyPatch.context() as patch:
     tiny_run.use_one_device(patch)
     yield
@@ -122,7 +122,7 @@ def _config(workdir, tokenizer, **changes):
 
 
 def _setup(workdir, tokenizer, kind="classification", task=None, **changes):
-  return finetune.make_setup(
+  return finetune.resolve(
     _config(workdir, tokenizer, **changes), task or _task(kind)
   )
 
@@ -151,22 +151,22 @@ FUNNEL = "start=1,stride=2"
 def test_what_can_be_learned_is(kind, funnel, tokenizer, tmp_path):
   task = _task(kind, (160, 24, 40))
   setup = _setup(tmp_path / "run", tokenizer, task=task, funnel=funnel)
-  result = finetune.train(setup)
+  result = trainer.train(setup)
   assert result.finished and result.steps == setup.steps == 60
   sizes = dict(batch_size=16, length=32)
   found = finetune.measure(
-    result.encoder, task, "test", setup.rows["test"], **sizes
+    result.model, task, "test", setup.task.rows["test"], **sizes
   )
   assert found.keys() == set(task.metrics)
   assert found[task.metrics[0]] > (0.5 if kind == "regression" else 0.9)
   # And it can be read back.
   encoder, labels, config = finetune.load(tmp_path / "run")
   assert labels == task.labels and config.task == setup.config.task
-  assert format_funnel(encoder.model.stages) == format_funnel(
-    setup.funnels.funnel
+  assert format_funnel(encoder.model.stages) == format_funnel(setup.stages)
+  _same(encoder, result.model)
+  again = finetune.predict(
+    encoder, task, "test", setup.task.rows["test"], **sizes
   )
-  _same(encoder, result.encoder)
-  again = finetune.predict(encoder, task, "test", setup.rows["test"], **sizes)
   assert len(again) == 40
   if kind == "tagging":
     assert {len(tags) for tags in again} == {4}
@@ -195,16 +195,16 @@ def test_patience_ends_early_and_the_best_weights_are_kept(
 ):
   seen = scripted([0.1, 0.5, 0.5, 0.4, 0.9])
   setup = _setup(tmp_path / "run", tokenizer, patience=2, eval_every=2)
-  result = finetune.train(setup)
+  result = trainer.train(setup)
   # Not better is no better: 0.5 twice is one evaluation waited.
   assert result.finished and result.steps == 8 and len(seen) == 4
-  _assert_is(result.encoder, seen[1])
+  _assert_is(result.model, seen[1])
   assert np.any(seen[3]["head"]["out"] != seen[1]["head"]["out"])
   _assert_is(finetune.load(tmp_path / "run")[0], seen[1])
   # The same call again trains nothing.
-  again = finetune.train(setup)
+  again = trainer.train(setup)
   assert again.finished and len(seen) == 4
-  _assert_is(again.encoder, seen[1])
+  _assert_is(again.model, seen[1])
 
 
 def _assert_is(encoder, state):
@@ -216,37 +216,36 @@ def test_without_patience_the_best_weights_are_kept_too(
 ):
   seen = scripted([0.3, None, 0.1])
   setup = _setup(tmp_path / "run", tokenizer, eval_every=2, epochs=1.0)
-  result = finetune.train(setup)
+  result = trainer.train(setup)
   assert result.steps == setup.steps == 6 and len(seen) == 3
-  _assert_is(result.encoder, seen[0])
+  _assert_is(result.model, seen[0])
 
 
 def test_a_metric_that_is_undefined_ends_nothing(scripted, tokenizer, tmp_path):
   seen = scripted([None, float("nan"), None])
   setup = _setup(tmp_path / "a", tokenizer, eval_every=2, epochs=1.0)
-  result = finetune.train(setup)
+  result = trainer.train(setup)
   assert result.finished and len(seen) == 3
-  _assert_is(result.encoder, seen[2])  # The newest, as none is the best.
+  _assert_is(result.model, seen[2])  # The newest, as none is the best.
   seen = scripted([None, None, 0.2])
   setup = _setup(tmp_path / "b", tokenizer, eval_every=2, patience=2)
-  assert finetune.train(setup).steps == 4 and len(seen) == 2
+  assert trainer.train(setup).steps == 4 and len(seen) == 2
 
 
 def test_predictions_that_are_all_equal_have_no_correlation(
   tokenizer, tmp_path
 ):
   setup = _setup(tmp_path / "run", tokenizer, "regression")
-  init, _ = finetune._make_init(setup)
-  weights, _ = init(0)
-  labels = [e.label for e in setup.task.splits["train"]]
-  np.testing.assert_allclose(weights["head"]["bias"], [np.mean(labels)])
+  params = init_state.make_init(setup)[0]().params
+  labels = [e.label for e in setup.task.task.splits["train"]]
+  np.testing.assert_allclose(params["head"]["bias"], [np.mean(labels)])
   encoder = finetune.Encoder(
     Transformer(setup.model_config, None, rngs=nnx.Rngs(0)),
-    finetune.Head(32, setup.head, rngs=nnx.Rngs(0)),
+    finetune.Head(32, setup.task.head, rngs=nnx.Rngs(0)),
   )
-  rows = setup.rows["dev"]
+  rows = setup.task.rows["dev"]
   found = finetune.measure(
-    encoder, setup.task, "dev", rows, batch_size=16, length=32
+    encoder, setup.task.task, "dev", rows, batch_size=16, length=32
   )
   assert found == {"pearson": None, "spearman": None}
 
@@ -266,11 +265,11 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
     return {"accuracy": found["accuracy"] / 100 - bias}
 
   monkeypatch.setattr(finetune, "measure", worse_and_worse)
-  train = lambda name: finetune.train(
+  train = lambda name: trainer.train(
     _setup(tmp_path / name, tokenizer, task=task, **changes)
   )
   whole = train("whole")
-  put, count = loop.sharding.put_batch, []
+  put, count = trainer.sharding.put_batch, []
 
   def fail(*args):
     count.append(1)
@@ -278,14 +277,14 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
       raise RuntimeError("the power fails")
     return put(*args)
 
-  monkeypatch.setattr(loop.sharding, "put_batch", fail)
+  monkeypatch.setattr(trainer.sharding, "put_batch", fail)
   with pytest.raises(RuntimeError, match="the power fails"):
     train("cut")
   cut = train("cut")
   assert cut.steps == whole.steps == 12
   assert len(count) == 9 + 6  # From step 6 on.
-  _same(cut.encoder, whole.encoder)
-  _same(finetune.load(tmp_path / "cut")[0], whole.encoder)
+  _same(cut.model, whole.model)
+  _same(finetune.load(tmp_path / "cut")[0], whole.model)
   cut, whole = (tiny_run.metrics(tmp_path / name) for name in ("cut", "whole"))
   assert cut == whole and cut.count("heldout") == 4
 
@@ -304,25 +303,25 @@ def base(tokenizer, tmp_path_factory):
     data__tokenizer=tokenizer,
     model__mlp_dim=40,
   )
-  pretrain.train(config, lambda *_: lambda model: {"loss": 0.0})
+  tiny_run.train(config, lambda *_: lambda model: {"loss": 0.0})
   return config.workdir
 
 
 def test_a_fine_tuned_run_has_the_sizes_of_what_it_started_from(base, tmp_path):
   config = _config(tmp_path / "run", None, init_from=base, epochs=1.0)
   config.tokenizer = config.funnel = None
-  setup = finetune.make_setup(config, _task("classification"))
+  setup = finetune.resolve(config, _task("classification"))
   there = convert.describe(base)
   assert setup.model_config.mlp_dim == 40 and config.model.mlp_dim == 48
   assert setup.config.tokenizer == there.tokenizer_path
   assert setup.config.funnel == format_funnel(there.stages)
-  weights, _ = finetune._make_init(setup)[0](0)
+  params = init_state.make_init(setup)[0]().params
   jax.tree.map(
     np.testing.assert_array_equal,
-    jax.device_get(weights["params"]),
+    jax.device_get(params["params"]),
     _state(convert.load(base)),
   )
-  result = finetune.train(setup)
+  result = trainer.train(setup)
   found = convert.describe(tmp_path / "run")
   assert found.is_run and found.config == setup.model_config
   assert found.stages == there.stages
@@ -330,21 +329,21 @@ def test_a_fine_tuned_run_has_the_sizes_of_what_it_started_from(base, tmp_path):
   assert found.tokenizer_path == str(tmp_path / "run" / "tokenizer.model")
   read = lambda x: pathlib.Path(x.tokenizer_path).read_bytes()
   assert read(found) == read(there)
-  _same(convert.load(tmp_path / "run"), result.encoder.model)
+  _same(convert.load(tmp_path / "run"), result.model.model)
   other, _, _ = finetune.load(tmp_path / "run", "off")
   assert other.model.stages == ()
-  _same(other.head, result.encoder.head)
+  _same(other.head, result.model.head)
 
 
 def test_causal_is_what_it_is_trained_with(tokenizer, tmp_path):
   losses = []
   for causal in (False, True):
     setup = _setup(tmp_path / "unused", tokenizer, causal=causal)
-    weights, _ = finetune._make_init(setup)[0](0)
-    weights["head"]["out"] = jnp.ones((32, 2)) * jnp.asarray([[0.1, -0.1]])
-    batch = finetune.encode.batch(setup.rows["train"][:4], 4, 32)
-    loss = jax.jit(finetune._make_loss(setup), static_argnums=0)
-    losses.append(loss((), weights, None, batch, None)[0])
+    params = init_state.make_init(setup)[0]().params
+    params["head"]["out"] = jnp.ones((32, 2)) * jnp.asarray([[0.1, -0.1]])
+    batch = finetune.encode.batch(setup.task.rows["train"][:4], 4, 32)
+    loss = jax.jit(setup.task.make_loss(setup), static_argnums=0)
+    losses.append(loss((), params, None, batch, None)[0])
   assert abs(losses[0] - losses[1]) > 1e-5
 
 
@@ -361,13 +360,13 @@ def test_balanced_weights_give_classes_the_same_sum(tokenizer, tmp_path):
   setup = lambda wanted: _setup(
     tmp_path, tokenizer, task=task, class_weights=wanted
   )
-  np.testing.assert_allclose(setup("balanced").class_weights, [2 / 3, 2.0])
-  assert setup("none").class_weights is None
+  np.testing.assert_allclose(setup("balanced").task.class_weights, [2 / 3, 2.0])
+  assert setup("none").task.class_weights is None
   tagged = _setup(tmp_path, tokenizer, "tagging", class_weights="balanced")
-  tags = np.concatenate([e.tags for e in tagged.task.splits["train"]])
-  sums = np.bincount(tags) * tagged.class_weights
+  tags = np.concatenate([e.tags for e in tagged.task.task.splits["train"]])
+  sums = np.bincount(tags) * tagged.task.class_weights
   np.testing.assert_allclose(sums, [len(tags) / 2] * 2)
-  assert setup("1, 2.5").class_weights == (1.0, 2.5)
+  assert setup("1, 2.5").task.class_weights == (1.0, 2.5)
 
 
 def test_steps_are_epochs(tokenizer, tmp_path):
@@ -388,13 +387,13 @@ def test_steps_are_epochs(tokenizer, tmp_path):
       "tokenizer is missing: expected its path, or init_fr",
     ),
     ({"tokenizer": "nowhere.model"}, "nowhere.model"),
-    ({"epochs": 0.0}, "epochs=0.0: expected > 0"),
+    ({"epochs": 0.0}, "epochs=0.0: expected a number > 0"),
     ({"epochs": float("nan")}, "epochs=nan"),
     ({"length": 300}, "length=300 is beyond model.max_length=256"),
     ({"length": 3}, "length=3: expected at least 4"),
     ({"long": "cut"}, "long='cut': expected one of"),
-    ({"patience": 0}, "patience=0: expected at least 1"),
-    ({"eval_every": 0}, "eval_every=0: expected at least 1"),
+    ({"patience": 0}, "patience=0: expected an integer >= 1"),
+    ({"eval_every": 0}, "eval_every=0: expected an integer >= 1"),
     ({"class_weights": "equal"}, "class_weights='equal': .* 2 labels of made"),
     ({"head.pool": "sum"}, "head.pool='sum'"),
     ({"model.vocab_size": 200}, "tokenizer.model has 300 pieces, .* 200"),
@@ -407,7 +406,7 @@ def test_a_configuration_that_cannot_be(changes, text, tokenizer, tmp_path):
   config = _config(tmp_path, tokenizer)
   config.update_from_flattened_dict(changes)
   with pytest.raises(ValueError, match=text):
-    finetune.make_setup(config, _task("classification"))
+    finetune.resolve(config, _task("classification"))
 
 
 def test_batches_lie_on_the_mesh(tokenizer, tmp_path, monkeypatch):

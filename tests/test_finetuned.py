@@ -15,7 +15,7 @@ from gemma_funnel.config import format_funnel
 from gemma_funnel.evaluation import finetuned, generative
 from gemma_funnel.evaluation import subject as subject_lib
 from gemma_funnel.tasks.task import Task
-from gemma_funnel.training import pretrain, step
+from gemma_funnel.training import step
 
 pytestmark = pytest.mark.slow
 FUNNEL = "start=1,stride=2"
@@ -50,7 +50,7 @@ def pretrained(folder, words):
   config = tiny_run.make_config(
     folder / "run", folder / "corpus.jsonl", steps=3, data__num_workers=0
   )
-  result = pretrain.train(config, lambda corpus, setup: lambda model: {})
+  result = tiny_run.train(config, lambda corpus, setup: lambda model: {})
   assert result.finished
   return config.workdir
 

@@ -11,14 +11,11 @@ import tiny_run
 
 from gemma_funnel import convert
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import pretrain
 
 
 def _train(workdir, source, **changes):
   config = tiny_run.make_config(workdir, source, **changes)
-  return pretrain.train(
-    config, lambda corpus, setup: lambda model: {"loss": None}
-  )
+  return tiny_run.train(config)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,7 +95,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted(
 
   config.eval_every = 6
   with pytest.raises(Killed):
-    pretrain.train(config, make_evaluator)
+    tiny_run.train(config, make_evaluator)
   config.eval_every = 1000
   found = _train(workdir, source, init_from=base, **LORA).model
   for got, want in zip(
@@ -116,8 +113,3 @@ def test_export_has_what_was_merged(trained, tmp_path):
   got, want = _params(convert.load(target)), _params(convert.load(workdir))
   assert jax.tree.structure(got) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-def test_it_needs_a_checkpoint(source, tmp_path):
-  with pytest.raises(ValueError, match="lora.rank=2 needs init_from"):
-    _train(str(tmp_path / "run"), source, lora__rank=2)

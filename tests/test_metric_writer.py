@@ -14,26 +14,21 @@ import pytest
 
 from gemma_funnel.parallel import hardware, sharding
 from gemma_funnel.training import metric_writer
+from gemma_funnel.training.spec import LoopSpec
 
 VALUES = {"loss": 2.5, "learning_rate": 1e-3, "grad_norm": 0.5}
 
 
 def _config(folder, **changes):
-  return ml_collections.ConfigDict(
-    {
-      "workdir": str(folder),
-      "log_every": 2,
-      "tensorboard": False,
-      "wandb": None,
-      "profile_steps": (),
-      **changes,
-    }
-  )
+  config = ml_collections.ConfigDict({"workdir": str(folder), **changes})
+  loop = LoopSpec(**{"log_every": 2, "tensorboard": False, **changes})
+  return types.SimpleNamespace(workdir=str(folder), loop=loop, config=config)
 
 
 def _metrics(config, step, steps, clock={}):  # noqa: B006
   mesh = sharding.make_mesh(sharding.default_config(), jax.devices()[:1])
-  return metric_writer.MetricWriter(config, step, steps, mesh, clock)
+  config.steps, config.mesh = steps, mesh
+  return metric_writer.MetricWriter(config, step, clock)
 
 
 def test_lines_of_steps_to_be_taken_again_are_dropped(tmp_path):

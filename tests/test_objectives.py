@@ -87,7 +87,7 @@ def _named(batch):
 def test_gradients_are_those_of_full_logits(funnel):
   model = _model(funnel)
   if funnel == LEARNED:  # Zeros keep gradients from what is behind them.
-    out = model.funnel[1].attend.attn.out
+    out = model.funnel[1].recovery.attend.attn.out
     out[...] = jnp.full(out.shape, 0.1) * jnp.sign(model.layers.attn.out[0])
   graphdef, params = nnx.split(model)
   batch, z_loss, chunk = _batch(), 0.3, 7  # 7 does not divide 24.

@@ -15,7 +15,7 @@ from gemma_funnel.config import TransformerConfig, format_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.funnel import check_segments
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import loop, objectives, pretrain, start
+from gemma_funnel.training import init_state, objectives, pretrain, trainer
 
 # Quick to compile: one kind of layer.
 QUICK = {"model__attention_pattern": ("global",), "checkpoint_every": 1000}
@@ -23,15 +23,10 @@ QUICK = {"model__attention_pattern": ("global",), "checkpoint_every": 1000}
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_device():
-  """Programs for eight take long to compile; test_loop.py has those."""
+  """Programs for eight take long to compile; test_trainer.py has those."""
   with pytest.MonkeyPatch.context() as patch:
     tiny_run.use_one_device(patch)
     yield
-
-
-def _no_evaluator(corpus, setup):
-  del corpus, setup
-  return lambda model: {"loss": 0.0}
 
 
 def _config(workdir, source, **changes):
@@ -39,7 +34,7 @@ def _config(workdir, source, **changes):
 
 
 def _train(workdir, source, **changes):
-  return pretrain.train(_config(workdir, source, **changes), _no_evaluator)
+  return tiny_run.train(_config(workdir, source, **changes))
 
 
 def _params(model):
@@ -106,7 +101,9 @@ def test_masked_tokens_are_learned(source, tmp_path, monkeypatch):
 
 def test_a_gap_is_there_only_where_it_is_needed():
   gap = lambda **changes: (
-    pretrain.make_setup(tiny_run.make_config("unused", "unused", **changes)).gap
+    pretrain.resolve(
+      tiny_run.make_config("unused", "unused", **changes)
+    ).segment_padding
   )
   kept = "start=1,stride=4,keep_first=true"
   assert gap(objective="masked", funnel=kept) == 4
@@ -117,21 +114,21 @@ def test_a_gap_is_there_only_where_it_is_needed():
 
 def test_a_checkpoint_brings_its_sizes_and_tokenizer(base, source, tmp_path):
   config = _config(tmp_path / "run", source, init_from=base)
-  setup = pretrain.make_setup(config)
+  setup = pretrain.resolve(config)
   there = checkpoint_lib.load_run(base)
   assert setup.model_config.mlp_dim == 48 == setup.config.model.mlp_dim
   assert config.model.mlp_dim == 64  # What was given is left as it is.
   assert setup.model_config == there.model.config
-  assert setup.config.data.tokenizer == there.tokenizer_path
-  init, abstract = start.make_init(setup)
-  weights, _ = init(0)
-  _same(jax.device_get(weights["params"]), _params(there.model))
+  assert setup.task.data.tokenizer == there.tokenizer_path
+  init, abstract = init_state.make_init(setup)
+  params = init().params
+  _same(jax.device_get(params["params"]), _params(there.model))
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-  assert shapes(weights) == shapes(abstract[0])
+  assert shapes(params) == shapes(abstract.params)
 
 
 def test_how_it_is_run_is_not_the_checkpoints(base, source, tmp_path):
-  setup = pretrain.make_setup(
+  setup = pretrain.resolve(
     _config(
       tmp_path / "run",
       source,
@@ -148,8 +145,12 @@ def test_how_it_is_run_is_not_the_checkpoints(base, source, tmp_path):
 def test_distilling_makes_the_student_agree(
   base, source, tmp_path, monkeypatch
 ):
-  jobs, run = [], loop.run
-  monkeypatch.setattr(loop, "run", lambda job: jobs.append(job) or run(job))
+  read, load_frozen = [], init_state.load_frozen
+  monkeypatch.setattr(
+    init_state,
+    "load_frozen",
+    lambda spec: read.append(load_frozen(spec)) or read[-1],
+  )
   workdir = str(tmp_path / "run")
   result = _train(
     workdir,
@@ -164,13 +165,13 @@ def test_distilling_makes_the_student_agree(
   kl = _metrics(workdir, "kl")
   assert np.mean(kl[-4:]) < 0.6 * np.mean(kl[:3])
   teacher = _params(checkpoint_lib.load_run(base).model)
-  (job,) = jobs
-  _same(jax.device_get(job.frozen["teacher"]), teacher)
+  (frozen_params,) = read
+  _same(jax.device_get(frozen_params["teacher"]), teacher)
   student = _params(result.model)
   assert np.any(student["embedding"] != teacher["embedding"])
   # The gate is the student's alone; it has learned.
   assert "funnel" not in teacher or not teacher["funnel"]
-  assert np.any(student["funnel"][0]["gate"])
+  assert np.any(student["funnel"][0]["recovery"]["gate"])
   assert convert.describe(workdir).stages[0].recover == "gate"
 
 
@@ -180,7 +181,7 @@ def test_a_run_from_a_checkpoint_resumes_exactly(
 ):
   changes = dict(init_from=base, steps=10, checkpoint_every=4)
   whole = _train(tmp_path / "whole", source, **changes)
-  put, count = loop.sharding.put_batch, []
+  put, count = trainer.sharding.put_batch, []
 
   def fail(*args):
     count.append(1)
@@ -188,7 +189,7 @@ def test_a_run_from_a_checkpoint_resumes_exactly(
       raise RuntimeError("the power fails")
     return put(*args)
 
-  monkeypatch.setattr(loop.sharding, "put_batch", fail)
+  monkeypatch.setattr(trainer.sharding, "put_batch", fail)
   with pytest.raises(RuntimeError, match="the power fails"):
     _train(tmp_path / "cut", source, **changes)
   cut = _train(tmp_path / "cut", source, **changes)
@@ -225,8 +226,8 @@ def test_a_sampled_run_serves_all_its_members(source, tmp_path, monkeypatch):
     funnel_sampled=SAMPLED[1:],
     steps=14,
   )
-  members = pretrain.make_setup(config).funnels.members
-  pretrain.train(config, _no_evaluator)
+  members = pretrain.resolve(config).funnels.variants
+  tiny_run.train(config)
   assert traced == {format_funnel(m): 1 for m in members} and len(members) == 3
   assert next(iter(traced)) == "off"  # The first steps are plain.
   found = checkpoint_lib.load_run(tmp_path / "run").model
@@ -246,14 +247,16 @@ def test_a_member_cannot_learn_what_the_run_has_not(source, tmp_path):
     tmp_path / "run", source, funnel=SAMPLED[1], funnel_sampled=(learned,)
   )
   with pytest.raises(ValueError) as error:
-    pretrain.train(config, _no_evaluator)
-  assert "recover=gate learns funnel/0/gate, which the run's own" in str(
-    error.value
+    tiny_run.train(config)
+  assert (
+    "recover=gate learns funnel/0/recovery/gate, which the run's own"
+    in str(error.value)
   )
   assert not (tmp_path / "run").exists()
   # The other way round it can.
   config.funnel, config.funnel_sampled = learned, (SAMPLED[1], "off")
-  pretrain.make_loss(pretrain.make_setup(config))
+  spec = pretrain.resolve(config)
+  spec.task.make_loss(spec)
 
 
 @pytest.mark.parametrize(
@@ -264,9 +267,25 @@ def test_a_member_cannot_learn_what_the_run_has_not(source, tmp_path):
     ({"mask_rate": 0.0}, "mask_rate=0.0: expected a number between 0 and 1"),
     ({"mask_rate": 1.0}, "mask_rate=1.0"),
     ({"mask_rate": float("nan")}, "mask_rate=nan"),
-    ({"distill.temperature": 0.0}, "distill.temperature=0.0: expected > 0"),
-    ({"distill.hidden": -1.0}, "distill.hidden=-1.0: expected >= 0"),
-    ({"init_from": "nowhere/run"}, "init_from='nowhere/run' is not there"),
+    (
+      {"distill.temperature": 0.0},
+      "distill.temperature=0.0: expected a number > 0",
+    ),
+    ({"distill.hidden": -1.0}, "distill.hidden=-1.0: expected a number >= 0"),
+    ({"funnel": "start=0,stride=3"}, "length=32 .*multiple .* stride 3"),
+    (
+      {"funnel": "start=0,stride=8+start=1,stride=8"},
+      "length=32 .*multiple .* total stride 64",
+    ),
+    ({"funnel": "start=1,recover=none"}, "recover='none'.*training"),
+    ({"funnel": "start=3"}, "funnel.start=3.*2 layers"),
+    ({"z_loss": -1.0}, "z_loss=-1.0"),
+    ({"z_loss": float("nan")}, "z_loss=nan"),
+    ({"latency.repeats": -1}, "latency.repeats=-1"),
+    (
+      {"latency.length": 65, "latency.repeats": 3},
+      "latency.length=65 .*max_length=64",
+    ),
     ({"funnel_from": -2}, "funnel_from=-2"),
     ({"funnel_sampled": ("start=1,recover=none",)}, "recover='none'"),
     ({"funnel_sampled": ("start=1,stride=3",)}, "length=32 .* stride 6"),
@@ -274,14 +293,13 @@ def test_a_member_cannot_learn_what_the_run_has_not(source, tmp_path):
       {"objective": "masked", "funnel": "start=1,stride=32,keep_first=true"},
       "length=32 leaves no room for text beside .* of 32",
     ),
-    ({"keep": 0}, "keep=0: expected at least 1"),
   ],
   ids=str,
 )
 def test_a_configuration_that_cannot_be(changes, text):
   config = tiny_run.make_config("unused", "unused", **changes)
   with pytest.raises(ValueError, match=text):
-    pretrain.make_setup(config)
+    pretrain.resolve(config)
 
 
 def test_a_distillation_of_nothing(base):
@@ -294,19 +312,19 @@ def test_a_distillation_of_nothing(base):
     distill__hidden=0.0,
   )
   with pytest.raises(ValueError, match="nothing is learned of the teacher"):
-    pretrain.make_setup(config)
+    pretrain.resolve(config)
   config.distill.hidden = 0.5
-  assert pretrain.make_setup(config).causal
+  assert pretrain.resolve(config).task.causal
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
   config = tiny_run.make_config("unused", "unused", init_from=str(tmp_path))
   with pytest.raises(ValueError, match=str(tmp_path)):
-    pretrain.make_setup(config)
+    pretrain.resolve(config)
 
 
 def test_the_sizes_of_the_configuration_are_used_without_a_checkpoint():
   config = tiny_run.make_config("unused", "unused")
-  assert pretrain.find_model(config) == TransformerConfig.from_dict(
+  assert pretrain.resolve(config).model_config == TransformerConfig.from_dict(
     config.model
   )

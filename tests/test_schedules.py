@@ -27,21 +27,23 @@ def _strides(schedule, steps):
 def test_one_funnel_at_every_step():
   schedule = _make()
   assert _strides(schedule, (0, 1, 1000)) == [[2]] * 3
-  assert schedule.members == (schedule.funnel,) and schedule.align == 2
+  assert (
+    schedule.variants == (schedule.funnel,) and schedule.segment_alignment == 2
+  )
   assert schedule.funnel[0].stop == DEPTH  # Resolved.
 
 
 @pytest.mark.parametrize("funnel", ["off", "", None])
 def test_no_funnel_at_any_step(funnel):
   schedule = _make(funnel=funnel)
-  assert schedule.at(0) == () and schedule.members == ((),)
-  assert schedule.align == 1
+  assert schedule.at(0) == () and schedule.variants == ((),)
+  assert schedule.segment_alignment == 1
 
 
 def test_a_funnel_from_a_step_on():
   schedule = _make(funnel_from=3)
   assert _strides(schedule, range(5)) == [[], [], [], [2], [2]]
-  assert schedule.members == (schedule.funnel, ())
+  assert schedule.variants == (schedule.funnel, ())
 
 
 SAMPLED = ("off", "start=1,stride=2", "start=2,stride=3")
@@ -71,26 +73,31 @@ def test_draws_begin_where_the_funnel_does():
 
 def test_members_are_each_funnel_once():
   schedule = _make(funnel_sampled=("start=1,stride=2", *SAMPLED), funnel_from=5)
-  assert list(map(format_funnel, schedule.members)) == [
+  assert list(map(format_funnel, schedule.variants)) == [
     "start=1,stop=4,stride=2,pool=mean,recover=average",
     "off",
     "start=2,stop=4,stride=3,pool=mean,recover=average",
   ]
   for step in range(200):
-    assert schedule.at(step) in schedule.members
+    assert schedule.at(step) in schedule.variants
 
 
 def test_segments_suit_all_members():
-  assert _make(funnel_sampled=SAMPLED).align == 6
+  assert _make(funnel_sampled=SAMPLED).segment_alignment == 6
   nested = "start=0,stride=2+start=1,stride=2"
-  assert _make(funnel_sampled=(nested, "start=1,stride=3")).align == 12
-  assert _make(funnel="off", funnel_sampled=("start=1,stride=5",)).align == 5
+  assert (
+    _make(funnel_sampled=(nested, "start=1,stride=3")).segment_alignment == 12
+  )
+  assert (
+    _make(funnel="off", funnel_sampled=("start=1,stride=5",)).segment_alignment
+    == 5
+  )
 
 
 @pytest.mark.parametrize(
   "changes, text",
   [
-    ({"funnel_from": -1}, "funnel_from=-1: expected a step >= 0"),
+    ({"funnel_from": -1}, "funnel_from=-1: expected an integer >= 0"),
     ({"funnel": "start=9"}, "funnel.start=9"),
     ({"funnel_sampled": "off"}, "funnel_sampled='off': expected a tuple"),
     (
@@ -109,6 +116,6 @@ def test_a_schedule_that_cannot_be(changes, text):
 def test_every_member_has_to_recover_where_tokens_need_states():
   short = "start=1,recover=none"
   for changes in ({"funnel": short}, {"funnel_sampled": ("off", short)}):
-    assert len(_make(**changes).members) >= 1
+    assert len(_make(**changes).variants) >= 1
     with pytest.raises(ValueError, match="recover='none'.*but this test needs"):
       _make("this test", **changes)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny_run
 
+from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import sharding
 from gemma_funnel.parallel.mesh import AXES, WIDTH
 from gemma_funnel.params import path_of
-from gemma_funnel.training import pretrain, start
+from gemma_funnel.training import init_state, pretrain
 from gemma_funnel.training.step import make_train_step
 
 MESHES = (
@@ -47,7 +48,7 @@ def _mesh(devices=None, **sizes):
 def _setup(mesh, devices=None, **changes):
   config = tiny_run.make_config("unused", "unused", **{**WIDE, **changes})
   config.mesh = _sizes(**mesh)
-  return pretrain.make_setup(config, devices)
+  return pretrain.resolve(config, devices)
 
 
 def _batch():
@@ -64,24 +65,16 @@ def _batch():
 def _steps(setup, count=2):
   """(params, first params, metrics of each step) as numpy arrays."""
   with jax.set_mesh(setup.mesh):
-    init, abstract = start.make_init(setup)
-    step = make_train_step(
-      pretrain.make_loss(setup),
-      setup.optimizer,
-      abstract,
-      setup.mesh,
-      setup.config,
-    )
-    weights, opt_state = init(0)
-    before = jax.device_get(weights["params"])
+    init, shapes = init_state.make_init(setup)
+    step = make_train_step(setup, setup.task.make_loss(setup), shapes)
+    state = init()
+    before = jax.device_get(state.params["params"])
     every = []
     for _ in range(count):
       batch = sharding.put_batch(_batch(), setup.mesh)
-      weights, opt_state, metrics = step(
-        setup.stages, weights, opt_state, None, batch, jax.random.key(0)
-      )
+      state, metrics = step(setup.stages, state, None, batch, jax.random.key(0))
       every.append(jax.device_get(metrics))
-    return jax.device_get(weights["params"]), before, every
+    return jax.device_get(state.params["params"]), before, every
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +107,7 @@ def test_a_step_is_the_same_on_any_mesh(mesh, on_one_device):
 def test_parameters_and_moments_are_split():
   setup = _setup(dict(data=2, fsdp=2, tensor=2), funnel=LEARNED)
   with jax.set_mesh(setup.mesh):
-    params, opt_state = start.make_init(setup)[0](0)
+    params, opt_state = init_state.make_init(setup)[0]()
   expected = {
     "embedding": (256, 16),
     "layers/attn/query": (2, 16, 4, 8),
@@ -223,7 +216,7 @@ def test_meshes_that_cannot_be(sizes):
 )
 def test_what_the_mesh_does_not_divide_is_named(mesh, name, value, text):
   with pytest.raises(ValueError, match=text):
-    start.make_init(_setup(mesh, **{name: value}))
+    init_state.make_init(_setup(mesh, **{name: value}))
 
 
 def test_one_axis_takes_what_is_left():
@@ -240,4 +233,4 @@ def test_one_device_holds_the_whole_model(on_one_device):
 
 def _abstract():
   setup = _setup(dict(data=8))
-  return pretrain.Transformer.abstract(setup.model_config, setup.stages)
+  return Transformer.abstract(setup.model_config, setup.stages)

@@ -7,7 +7,7 @@ import pytest
 import tiny_run
 
 from gemma_funnel.parallel import sharding
-from gemma_funnel.training import pretrain, start
+from gemma_funnel.training import init_state, pretrain
 from gemma_funnel.training.step import make_train_step
 
 EXACT = {
@@ -21,7 +21,7 @@ EXACT = {
 
 def _setup(**changes):
   config = tiny_run.make_config("unused", "unused", **{**EXACT, **changes})
-  return pretrain.make_setup(config, jax.devices()[:1])
+  return pretrain.resolve(config, jax.devices()[:1])
 
 
 def _batch(rows=8, seed=1):
@@ -38,26 +38,13 @@ def _batch(rows=8, seed=1):
 
 
 def _step(setup, batch, loss=None, given=None):
-  """(weights, optimizer state, metrics) after one step."""
+  """(state, metrics) after one step."""
   with jax.set_mesh(setup.mesh):
-    init, abstract = start.make_init(setup)
-    step = make_train_step(
-      loss or pretrain.make_loss(setup),
-      setup.optimizer,
-      abstract,
-      setup.mesh,
-      setup.config,
-    )
-    state = given or init(0)
-    return jax.device_get(
-      step(
-        setup.stages,
-        *state,
-        None,
-        sharding.put_batch(batch, setup.mesh),
-        jax.random.key(0),
-      )
-    )
+    init, shapes = init_state.make_init(setup)
+    step = make_train_step(setup, loss or setup.task.make_loss(setup), shapes)
+    rows = sharding.put_batch(batch, setup.mesh)
+    args = (given or init(), None, rows, jax.random.key(0))
+    return jax.device_get(step(setup.stages, *args))
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
@@ -66,19 +53,19 @@ def test_parts_of_a_batch_make_up_the_step_of_the_whole(parts):
   got = _step(_setup(accumulate=parts), _batch())
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
   jax.tree.map(close, got, whole)
-  assert got[2].keys() == whole[2].keys()
-  assert got[2]["tokens"] == whole[2]["tokens"]
+  assert got[1].keys() == whole[1].keys()
+  assert got[1]["tokens"] == whole[1]["tokens"]
 
 
 def test_each_part_has_its_own_key():
   keys = []
 
-  def loss(member, weights, frozen, batch, key):
+  def loss(variant, params, frozen_params, batch, key):
     jax.debug.callback(
       lambda k: keys.append(tuple(np.asarray(k).tolist())),
       jax.random.key_data(key),
     )
-    return jnp.sum(weights["params"]["embedding"]), {"loss": jnp.float32(0)}
+    return jnp.sum(params["params"]["embedding"]), {"loss": jnp.float32(0)}
 
   _step(_setup(accumulate=4), _batch(), loss)
   jax.effects_barrier()
@@ -93,24 +80,24 @@ def test_rows_that_cannot_be_cut_are_refused():
 @pytest.mark.parametrize("rule", ["skip", "stop"])
 def test_a_step_that_is_not_finite_changes_nothing_if_skipped(rule):
   setup = _setup(on_nonfinite=rule)
-  honest = pretrain.make_loss(setup)
+  honest = setup.task.make_loss(setup)
 
-  def loss(member, weights, frozen, batch, key):
-    value, metrics = honest(member, weights, frozen, batch, key)
+  def loss(variant, params, frozen_params, batch, key):
+    value, metrics = honest(variant, params, frozen_params, batch, key)
     return value * jnp.nan, metrics
 
   with jax.set_mesh(setup.mesh):
-    given = start.make_init(setup)[0](0)
+    given = init_state.make_init(setup)[0]()
     before = jax.device_get(given)
-  weights, state, metrics = _step(setup, _batch(), loss, given)
+  state, metrics = _step(setup, _batch(), loss, given)
   assert np.isnan(metrics["grad_norm"])
-  same = jax.tree.map(np.array_equal, (weights, state), before)
+  same = jax.tree.map(np.array_equal, state, before)
   assert all(jax.tree.leaves(same)) == (rule == "skip")
 
 
 def test_norms_by_group_make_up_the_whole():
   setup = _setup(funnel="start=1,stride=2,recover=gate")
-  metrics = _step(setup, _batch())[2]
+  metrics = _step(setup, _batch())[1]
   groups = ("funnel", "embedding", "norm", "attention", "mlp")
   for name in ("grad_norm", "update_norm"):
     found = {k for k in metrics if k.startswith(name + "/")}
@@ -126,15 +113,9 @@ def test_gradients_of_what_is_frozen_are_not_made():
   def flops(**changes):
     setup = _setup(**changes)
     with jax.set_mesh(setup.mesh):
-      abstract = start.make_init(setup)[1]
-      step = make_train_step(
-        pretrain.make_loss(setup),
-        setup.optimizer,
-        abstract,
-        setup.mesh,
-        setup.config,
-      )
-      args = (*abstract, {}, _batch(), jax.random.key(0))
+      shapes = init_state.make_init(setup)[1]
+      step = make_train_step(setup, setup.task.make_loss(setup), shapes)
+      args = (shapes, {}, _batch(), jax.random.key(0))
       compiled = step.lower(setup.stages, *args).compile()
     return compiled.cost_analysis()["flops"]
 
@@ -144,8 +125,8 @@ def test_gradients_of_what_is_frozen_are_not_made():
 def test_what_is_frozen_keeps_every_bit():
   setup = _setup(optimizer__freeze="embedding|mlp")
   with jax.set_mesh(setup.mesh):
-    before = jax.device_get(start.make_init(setup)[0](0)[0])["params"]
-  after = _step(setup, _batch())[0]["params"]
+    before = jax.device_get(init_state.make_init(setup)[0]().params)["params"]
+  after = _step(setup, _batch())[0].params["params"]
   np.testing.assert_array_equal(after["embedding"], before["embedding"])
   same = jax.tree.map(np.array_equal, after["layers"], before["layers"])
   assert all(jax.tree.leaves(same["mlp"]))

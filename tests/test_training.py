@@ -8,8 +8,8 @@ import pytest
 import tiny_run
 
 from gemma_funnel import evaluation, flops
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.evaluation import training
-from gemma_funnel.training import pretrain
 
 FUNNEL = "start=1,stride=2"
 
@@ -47,7 +47,7 @@ def test_a_table_of_steps(tmp_path):
     ("off", 0, "none"),
     ("off", 8, "block"),
   ]
-  model = pretrain.find_model(config.pretrain)
+  model = TransformerConfig.from_dict(config.pretrain.model)
   for row, funnel in zip(rows, (None, FUNNEL, None, None), strict=True):
     assert row["flops"] == flops.train_step(model, funnel, 8, 32)
     assert row["error"] is None and len(row["times_s"]) == 2
@@ -118,6 +118,6 @@ def test_a_step_that_fails_everywhere_is_an_error(tmp_path, monkeypatch):
 def test_batches_are_full_rows():
   config = _config("unused")
   setup = training._setup(config, training.Variant("off", 8, "none"))
-  batch = training._batch(setup.config, 512, setup.mesh)
+  batch = training._batch(setup)
   assert np.asarray(batch["segment"]).min() == 1
   assert (np.asarray(batch["position"])[:, -1] == 31).all()

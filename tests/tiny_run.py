@@ -102,6 +102,13 @@ def make_config(workdir, source, **changes):
   return config
 
 
+def train(config, make_evaluate=None):
+  """Trains a model on text; evaluates nothing unless told to."""
+  from gemma_funnel.training import pretrain, trainer
+
+  return trainer.train(pretrain.resolve(config), make_evaluate)
+
+
 def command(workdir, source, *flags: str) -> list[str]:
   """The command of the same run; `flags` come last and so prevail."""
   changes = {**CHANGES, "workdir": workdir, "data.source": source}

@@ -25,7 +25,7 @@ from gemma_funnel.evaluation.asking import Settings
 from gemma_funnel.heads import Encoder
 from gemma_funnel.tasks import encode
 from gemma_funnel.tasks.task import ENCODER_KINDS, Task
-from gemma_funnel.training import finetune
+from gemma_funnel.training import finetune, trainer
 
 TRAINED = "trained"
 Row = dict[str, Any]
@@ -65,30 +65,30 @@ def run(config: ml_collections.ConfigDict) -> list[Row] | None:
     a SIGTERM ended it early.
 
   Raises:
-    ValueError, FloatingPointError: see `finetune.make_setup` and `train`.
+    ValueError, FloatingPointError: see `finetune.resolve` and `trainer.train`.
   """
   if not config.seeds or isinstance(config.seeds, int):
     raise ValueError(f"seeds={config.seeds!r}: expected such as (0, 1, 2)")
   task = tasks.load(config.task)
   # All that can be wrong of a seed is found before the first is trained.
-  setups = [finetune.make_setup(of_seed(config, s), task) for s in config.seeds]
+  specs = [finetune.resolve(of_seed(config, s), task) for s in config.seeds]
   funnels = (TRAINED, *config.eval_funnels)
-  own, sizes = setups[0].funnels.funnel, setups[0].model_config
-  _resolve(funnels, own, sizes.num_layers, setups[0].head.per_token)
+  own, sizes = specs[0].stages, specs[0].model_config
+  _resolve(funnels, own, sizes.num_layers, specs[0].task.head.per_token)
   measured = []
-  for setup in setups:
-    result = finetune.train(setup)
+  for spec in specs:
+    result = trainer.train(spec)
     if not result.finished:
       return None
     measured.append(
       measure(
-        result.encoder,
+        result.model,
         task,
         "test",
-        setup.rows["test"],
+        spec.task.rows["test"],
         funnels,
-        batch_size=setup.config.batch_size,
-        length=setup.config.length,
+        batch_size=spec.batch_size,
+        length=spec.length,
       )
     )
   rows = _over_seeds(task, measured)
@@ -100,7 +100,7 @@ def run(config: ml_collections.ConfigDict) -> list[Row] | None:
       task,
       f"{task.name}: test split",
       settings={"config": config.to_dict()},
-      length=setups[0].config.length,
+      length=specs[0].length,
     )
   return rows
 

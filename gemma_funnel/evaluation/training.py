@@ -18,8 +18,9 @@ from gemma_funnel.config import OFF
 from gemma_funnel.evaluation import plots, report, timing
 from gemma_funnel.parallel import sharding
 from gemma_funnel.parallel.hardware import chip_of
-from gemma_funnel.training import pretrain, start
+from gemma_funnel.training import init_state, pretrain
 from gemma_funnel.training import step as step_lib
+from gemma_funnel.training.spec import RunSpec
 
 Row = dict[str, Any]
 KEYS = (
@@ -63,7 +64,7 @@ def _setup(config: ml_collections.ConfigDict, variant: Variant):
   changed.funnel = variant.funnel
   changed.loss_chunk = variant.chunk or changed.length
   changed.model.remat = variant.remat
-  return pretrain.make_setup(changed)
+  return pretrain.resolve(changed)
 
 
 class _Steps:
@@ -82,17 +83,16 @@ class _Steps:
     """
     self.protocol.log(f"  compiling {_name(variant)}")
     setup = _setup(self.config, variant)
-    mesh, run = setup.mesh, setup.config
+    mesh = setup.mesh
     began = self.protocol.clock()
-    init, abstract = start.make_init(setup)
+    init, abstract = init_state.make_init(setup)
     with jax.set_mesh(mesh):
-      step = step_lib.make_train_step(
-        pretrain.make_loss(setup), setup.optimizer, abstract, mesh, run
-      )
-      batch = _batch(run, setup.model_config.vocab_size, mesh)
+      loss = setup.task.make_loss(setup)
+      step = step_lib.make_train_step(setup, loss, abstract)
+      batch = _batch(setup)
       key = jax.random.key(0)
-      frozen = start.load_frozen(setup)
-      args = (*abstract, frozen, batch, key)
+      frozen = init_state.load_frozen(setup)
+      args = (abstract, frozen, batch, key)
       compiled = step.lower(setup.stages, *args).compile()
     compile_s = self.protocol.clock() - began
     memory = compiled.memory_analysis()
@@ -104,12 +104,11 @@ class _Steps:
       call = functools.partial(_too_large, peak, self.limit)
     elif self.state is None:
       with jax.set_mesh(mesh):
-        self.state = init(0, frozen)
+        self.state = init(frozen)
     return timing.Program(call, compile_s, peak)
 
   def _call(self, compiled, *rest):
-    weights, opt_state, metrics = compiled(*self.state, *rest)
-    self.state = weights, opt_state
+    self.state, metrics = compiled(self.state, *rest)
     return metrics
 
 
@@ -129,17 +128,17 @@ def _memory_limit(config: ml_collections.ConfigDict) -> float:
   return 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def _batch(run, vocab_size: int, mesh) -> dict[str, jax.Array]:
+def _batch(spec: RunSpec) -> dict[str, jax.Array]:
   """Rows full of one text."""
-  rng = np.random.default_rng(run.seed)
-  shape = (run.batch_size, run.length)
+  rng = np.random.default_rng(spec.seed)
+  shape = (spec.batch_size, spec.length)
   host = {
-    "tokens": rng.integers(5, vocab_size, shape),
+    "tokens": rng.integers(5, spec.model_config.vocab_size, shape),
     "segment": np.ones(shape),
-    "position": np.tile(np.arange(run.length), (run.batch_size, 1)),
+    "position": np.tile(np.arange(spec.length), (spec.batch_size, 1)),
   }
   return sharding.put_batch(
-    {name: x.astype(np.int32) for name, x in host.items()}, mesh
+    {name: x.astype(np.int32) for name, x in host.items()}, spec.mesh
   )
 
 
@@ -166,9 +165,8 @@ def measure(config: ml_collections.ConfigDict) -> list[Row]:
   rows = []
   for variant, base in variants.items():
     row = _row(variant, measured[variant], setups[variant])
-    ideal = 1 - row["flops"] / pretrain.step_flops(
-      setups[base], setups[base].stages
-    )
+    setup = setups[base]
+    ideal = 1 - row["flops"] / setup.task.step_flops(setup, setup.stages)
     row["ideal_reduction"] = ideal
     reduction = row.get("reduction")
     if ideal > 0 and reduction is not None:
@@ -180,12 +178,11 @@ def measure(config: ml_collections.ConfigDict) -> list[Row]:
   return rows
 
 
-def _row(variant: Variant, measured: Row, setup: pretrain.Setup) -> Row:
-  config, mesh = setup.config, setup.mesh
-  flops = pretrain.step_flops(setup, setup.stages)
+def _row(variant: Variant, measured: Row, setup: RunSpec) -> Row:
+  flops = setup.task.step_flops(setup, setup.stages)
   row = {
-    "batch": config.batch_size,
-    "length": config.length,
+    "batch": setup.batch_size,
+    "length": setup.length,
     "funnel": variant.funnel,
     "loss_chunk": variant.chunk,
     "remat": variant.remat,
@@ -194,11 +191,11 @@ def _row(variant: Variant, measured: Row, setup: pretrain.Setup) -> Row:
   }
   seconds = measured.get("latency_s")
   if seconds:
-    row["tokens_per_s"] = config.batch_size * config.length / seconds
+    row["tokens_per_s"] = setup.batch_size * setup.length / seconds
     row["flops_per_s"] = flops / seconds
-    chip = chip_of(mesh.devices.flat[0])
+    chip = chip_of(setup.mesh.devices.flat[0])
     if chip:
-      row["mfu"] = row["flops_per_s"] / (chip.flops * mesh.size)
+      row["mfu"] = row["flops_per_s"] / (chip.flops * setup.mesh.size)
   return row
 
 

@@ -102,7 +102,7 @@ class Pretraining:
   hash: str
 
   def config(self, study: Any, folder: str) -> ml_collections.ConfigDict:
-    """The configuration of `pretrain.train`; `init_from` is left open."""
+    """The configuration of `pretrain.resolve`; `init_from` is left open."""
     return _pretrain_config(study, self.model, self.kind, self.funnel, folder)
 
 
@@ -190,9 +190,9 @@ def make(study: ml_collections.ConfigDict) -> "Plan":
     config = pretraining.config(study, "")
     if pretraining.kind == "distilled":
       # Its teacher is yet to be trained: that, and all else, can be checked.
-      pretrain.make_setup(plan.teacher(pretraining).config(study, ""))
+      pretrain.resolve(plan.teacher(pretraining).config(study, ""))
       config.objective = "next_token"
-    pretrain.make_setup(config)
+    pretrain.resolve(config)
   for tuning in {
     c.tuning.task: c.tuning for c in plan.cells if c.tuning
   }.values():
@@ -422,7 +422,7 @@ class Plan:
     checkpoint: str = "",
     workdir: str = "",
   ) -> ml_collections.ConfigDict:
-    """The configuration of `finetune.make_setup` for one fine-tuning."""
+    """The configuration of `finetune.resolve` for one fine-tuning."""
     study = self.study
     config = study.finetune.copy_and_resolve_references()
     with config.unlocked():

@@ -31,7 +31,13 @@ from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.evaluation import generative, latency, report, timing
 from gemma_funnel.study import analysis, grid, layer_similarity
 from gemma_funnel.study.grid import Cell, Pretraining, Tuning
-from gemma_funnel.training import finetune, metric_writer, pretrain, workdir
+from gemma_funnel.training import (
+  finetune,
+  metric_writer,
+  pretrain,
+  trainer,
+  workdir,
+)
 
 RESULTS = "results.jsonl"
 # What a stage may fail with, and the study go on without it.
@@ -203,7 +209,7 @@ class Runner:
     print(
       f"pretraining {stage.model}, {stage.kind}: {stage.funnel}", flush=True
     )
-    result = pretrain.train(config, _no_evaluator)
+    result = trainer.train(pretrain.resolve(config))
     if not result.finished:
       raise KeyboardInterrupt  # SIGTERM: the same command goes on.
     self._similarity(stage, result)
@@ -219,12 +225,12 @@ class Runner:
     if not kept.exists():
       kept.parent.mkdir(parents=True, exist_ok=True)
       pipeline.load_corpus(config.data, vocab_size, kept.parent)
-    workdir.init_workdir(pretrain.make_setup(config).config)
+    workdir.init_workdir(pretrain.resolve(config).config)
     own = pathlib.Path(config.workdir) / workdir.TOKENIZER
     if not own.exists():
       shutil.copyfile(kept, own)
 
-  def _similarity(self, stage: Pretraining, result: pretrain.Result) -> None:
+  def _similarity(self, stage: Pretraining, result: trainer.Result) -> None:
     """How far each funnel moves the states of this model, by layer."""
     have = {x["hash"] for x in self._results.lines if x["kind"] == "similarity"}
     settings, model = self._config.similarity, result.model
@@ -234,8 +240,8 @@ class Runner:
     if stage.funnel == OFF:
       names = self._plan.funnels()[stage.model]
     heldout = pipeline.heldout_batches(
-      result.corpus.heldout,
-      result.corpus.tokenizer,
+      result.data.heldout,
+      result.data.tokenizer,
       align=1,
       batch_size=settings.rows,
       length=settings.length,
@@ -286,21 +292,21 @@ class Runner:
     config = self._plan.finetune_config(
       cells[0].pretraining, tuning, path, str(folder)
     )
-    setup = finetune.make_setup(config, task)
+    spec = finetune.resolve(config, task)
     start = time.monotonic()
-    result = finetune.train(setup)
+    result = trainer.train(spec)
     if not result.finished:
       raise KeyboardInterrupt
     train_s = time.monotonic() - start
 
     def measure(cell: Cell) -> None:
       found = finetune.measure(
-        result.encoder.with_funnel(cell.measured_with),
+        result.model.with_funnel(cell.measured_with),
         task,
         "test",
-        setup.rows["test"],
-        batch_size=setup.config.batch_size,
-        length=setup.config.length,
+        spec.task.rows["test"],
+        batch_size=spec.batch_size,
+        length=spec.length,
       )
       self._measured(
         cell,
@@ -366,12 +372,6 @@ class Runner:
       for funnel in funnels:
         found[name, funnel] = by_name.get(funnel, by_name[OFF])
     return found
-
-
-def _no_evaluator(corpus, setup):
-  """Pretrainings are judged by what is measured of them later."""
-  del corpus, setup
-  return lambda model: {}
 
 
 def main() -> None:

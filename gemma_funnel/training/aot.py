@@ -23,8 +23,9 @@ from gemma_funnel import flops
 from gemma_funnel.parallel import sharding
 from gemma_funnel.parallel.hardware import chip_of
 from gemma_funnel.parallel.mesh import AXES, HEADS, ROWS, TOKENS
-from gemma_funnel.training import collectives, pretrain, start
+from gemma_funnel.training import collectives, init_state, pretrain
 from gemma_funnel.training import step as step_lib
+from gemma_funnel.training.spec import RunSpec
 
 # XLA keeps some of a chip's memory for itself and for programs.
 _USABLE = 0.95
@@ -160,31 +161,31 @@ def plan(
   Raises:
     ValueError: a mistake in the configuration.
   """
-  setup = pretrain.make_setup(config, devices)
-  _, abstract = start.make_init(setup)
+  spec = pretrain.resolve(config, devices)
+  _, abstract = init_state.make_init(spec)
   known = dict(
-    mesh=dict(setup.mesh.shape),
-    remat=setup.model_config.remat,
-    accumulate=setup.config.accumulate,
-    parameters=_bytes_of(abstract[0]),
-    optimizer=_bytes_of(abstract[1]),
+    mesh=dict(spec.mesh.shape),
+    remat=spec.model_config.remat,
+    accumulate=spec.loop.accumulate,
+    parameters=_bytes_of(abstract.params),
+    optimizer=_bytes_of(abstract.opt_state),
   )
   began = time.monotonic()
   try:
-    compiled, text, residuals = _compile(setup, abstract)
+    compiled, text, residuals = _compile(spec, abstract)
   except Exception as error:  # The compiler's own; it says what is wrong.
-    return Plan(**known, error=_first_line(error), **_bounds(setup, {}))
+    return Plan(**known, error=_first_line(error), **_bounds(spec, {}))
   memory = compiled.memory_analysis()
   needed = memory.temp_size_in_bytes
   activations = min(residuals, needed)
-  found = collectives.collectives(text, setup.mesh)
+  found = collectives.collectives(text, spec.mesh)
   sent = collectives.bytes_by_axis(found)
   return Plan(
     **known,
     activations=activations,
     temporaries=needed - activations + memory.generated_code_size_in_bytes,
     compile_s=time.monotonic() - began,
-    **_bounds(setup, sent),
+    **_bounds(spec, sent),
   )
 
 
@@ -194,34 +195,32 @@ def _first_line(error: Exception) -> str:
   return (used or lines or [type(error).__name__])[0][:300]
 
 
-def _compile(setup: pretrain.Setup, abstract):
+def _compile(spec: RunSpec, abstract):
   """(the compiled step, its text, bytes a chip keeps for the backward pass)."""
-  config, mesh = setup.config, setup.mesh
-  loss = pretrain.make_loss(setup)
-  shape = (config.batch_size, config.length)
+  mesh = spec.mesh
+  loss = spec.task.make_loss(spec)
+  shape = (spec.batch_size, spec.length)
   placed = jax.sharding.NamedSharding(mesh, sharding.BATCH)
   ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed)
   batch = dict.fromkeys(("tokens", "segment", "position"), ints)
   key = jax.eval_shape(lambda: jax.random.key(0))
   with jax.set_mesh(mesh):
-    step = step_lib.make_train_step(
-      loss, setup.optimizer, abstract, mesh, config
-    )
-    args = (setup.stages, *abstract, start.frozen_shapes(setup), batch, key)
+    step = step_lib.make_train_step(spec, loss, abstract)
+    args = (spec.stages, abstract, init_state.frozen_shapes(spec), batch, key)
     with tempfile.TemporaryDirectory() as folder:
       # As libtpu writes it itself: jaxlib cannot read all of its programs.
       compiled = step.lower(*args).compile({"xla_dump_to": folder})
       (text,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
       text = text.read_text()
-    return compiled, text, _residuals(setup, loss, abstract[0], batch, key)
+    return compiled, text, _residuals(spec, loss, abstract.params, batch, key)
 
 
-def _residuals(setup: pretrain.Setup, loss, weights, batch, key) -> float:
+def _residuals(spec: RunSpec, loss, weights, batch, key) -> float:
   """Bytes a chip keeps of a forward pass, but for the weights themselves."""
 
   def forward(weights, batch):
     of_weights = lambda w: loss(
-      setup.stages, w, start.frozen_shapes(setup), batch, key
+      spec.stages, w, init_state.frozen_shapes(spec), batch, key
     )
     return jax.vjp(of_weights, weights, has_aux=True)[1]
 
@@ -235,23 +234,23 @@ def _residuals(setup: pretrain.Setup, loss, weights, batch, key) -> float:
     for x in jax.tree.leaves(kept)
     if (x.shape, x.dtype) not in own
   )
-  ways = math.prod(sharding.parts(sharding.BATCH, setup.mesh))
-  return size / ways / setup.config.accumulate
+  ways = math.prod(sharding.parts(sharding.BATCH, spec.mesh))
+  return size / ways / spec.loop.accumulate
 
 
-def _bounds(setup: pretrain.Setup, sent: dict[str, float]) -> dict[str, object]:
+def _bounds(spec: RunSpec, sent: dict[str, float]) -> dict[str, object]:
   """FLOPs, bytes, and the least times that they take."""
-  mesh, work = setup.mesh, _Work(setup)
+  mesh, work = spec.mesh, _Work(spec)
   peak = work.chip.flops * mesh.size
   # Weights are read in both passes, and updated.
   gathered = work.count / mesh.shape[HEADS]
   own = gathered / mesh.shape["fsdp"] / mesh.shape[TOKENS]
-  traffic = 2 * work.itemsize * gathered * setup.config.accumulate + 24 * own
+  traffic = 2 * work.itemsize * gathered * spec.loop.accumulate + 24 * own
   return dict(
     memory=work.chip.memory,
     model_flops=float(work.step),
     sent=sent,
-    compute_s=work.flops(setup.model_config.remat) / peak,
+    compute_s=work.flops(spec.model_config.remat) / peak,
     model_s=work.step / peak,
     send_s=sum(sent.values()) / work.chip.link,
     memory_s=traffic / work.chip.bandwidth,
@@ -268,26 +267,26 @@ class _Work:
     step, layers: FLOPs of a step, and of the layers' forward pass.
   """
 
-  def __init__(self, setup: pretrain.Setup):
-    device = setup.mesh.devices.flat[0]
+  def __init__(self, spec: RunSpec):
+    device = spec.mesh.devices.flat[0]
     self.chip = chip_of(device)
     if self.chip is None:
       raise ValueError(f"the peaks of {device.device_kind!r} are not known")
-    self.setup, self.config = setup, setup.config
-    self.model = setup.model_config
+    self.spec = spec
+    self.model = spec.model_config
     self.itemsize = jnp.dtype(self.model.dtype).itemsize
-    self.count = flops.parameters(self.model, setup.stages).total
-    self.step = pretrain.step_flops(setup, setup.stages)
-    self.layers = self._forward(setup.stages)
+    self.count = flops.parameters(self.model, spec.stages).total
+    self.step = spec.task.step_flops(spec, spec.stages)
+    self.layers = self._forward(spec.stages)
 
   def _forward(self, stages) -> int:
     return flops.forward(
       self.model,
       stages,
-      self.config.batch_size,
-      self.config.length,
+      self.spec.batch_size,
+      self.spec.length,
       head=False,
-      causal=self.setup.causal,
+      causal=self.spec.task.causal,
     )
 
   def flops(self, remat: str) -> float:
@@ -308,7 +307,7 @@ class _Work:
     kept = {"none": whole, "dots": dots, "offload": 0, "block": model.embed_dim}
     layers = model.num_layers * self.share
     logits = 3 * 4 * model.vocab_size / tensor
-    logits *= min(self.config.loss_chunk / self.config.length, 1)
+    logits *= min(self.spec.task.loss_chunk / self.spec.length, 1)
     return tokens * (
       self.itemsize * (layers * kept[remat] + 2 * whole) + logits
     )
@@ -322,7 +321,7 @@ class _Work:
     tensor, sequence, sent = sizes[HEADS], sizes[TOKENS], 0.0
     if (width := sizes["fsdp"] * sequence) > 1:
       # Gathered in each pass, and gradients scattered; the head's by chunk.
-      chunks = math.ceil(self.config.length / self.config.loss_chunk)
+      chunks = math.ceil(self.spec.length / self.spec.task.loss_chunk)
       each = (passes * size + 4) * (self.count - head)
       each += (2 * size + 4) * head * chunks
       sent += parts * each / tensor * (1 - 1 / width)
@@ -388,9 +387,9 @@ def _promising(config, devices, remats) -> list[tuple[int, dict, str]]:
   """(parts, mesh, remat) that may fit, the fastest first."""
   alone = config.copy_and_resolve_references()
   alone.mesh.update(dict.fromkeys(AXES, 1))
-  setup = pretrain.make_setup(alone, devices[:1])
-  weights, state = map(_bytes_of, start.make_init(setup)[1])
-  work, guessed = _Work(setup), []
+  spec = pretrain.resolve(alone, devices[:1])
+  weights, state = map(_bytes_of, init_state.make_init(spec)[1])
+  work, guessed = _Work(spec), []
   for sizes in candidates(config, len(devices)):
     rows = math.prod(sizes[axis] for axis in ROWS)
     ways = sizes["fsdp"] * sizes[TOKENS] * sizes[HEADS]

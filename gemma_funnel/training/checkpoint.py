@@ -25,7 +25,12 @@ import jax
 import ml_collections
 
 from gemma_funnel import lora as lora_lib
-from gemma_funnel.config import Funnel, TransformerConfig, resolve_funnel
+from gemma_funnel.config import (
+  Funnel,
+  TransformerConfig,
+  format_funnel,
+  resolve_funnel,
+)
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import processes, sharding
 from gemma_funnel.training.workdir import (
@@ -404,12 +409,16 @@ def load_run(
 
 def _merge_lora(config: dict, model: Transformer, adapters, mesh):
   """The parameters of a run that trained factors beside a checkpoint's."""
-  from gemma_funnel.training import start  # Which reads runs too.
+  from gemma_funnel import convert  # Which reads runs too.
 
   config = ml_collections.ConfigDict(config)
   lora = lora_lib.of_run(config)
-  base = start.load_params(config, model.stages, mesh)
-  base = start.load_base(base, lora, mesh)
+  funnel = format_funnel(model.stages)
+  base = convert.load(
+    config.init_from, funnel, config.model.param_dtype, mesh=mesh
+  )
+  base = nnx.to_pure_dict(nnx.state(base))
+  base = lora_lib.freeze_placed(base, lora, mesh)
   wanted = nnx.to_pure_dict(nnx.state(model))
 
   def merge(base, adapters):

@@ -13,139 +13,179 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
-from gemma_funnel import convert, tasks
-from gemma_funnel import lora as lora_lib
+from gemma_funnel import checks, tasks
 from gemma_funnel.config import Funnel, TransformerConfig, format_funnel
 from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.heads import Encoder, Head, HeadConfig
 from gemma_funnel.model import Transformer
-from gemma_funnel.parallel import processes, sharding
+from gemma_funnel.parallel import sharding
 from gemma_funnel.parallel.mesh import TOKENS
 from gemma_funnel.tasks import encode, metrics
 from gemma_funnel.tasks.task import ENCODER_KINDS, Task
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import (
-  loop,
-  objectives,
-  pretrain,
-  schedules,
-  start,
-  workdir,
-)
-from gemma_funnel.training import optimizer as optimizer_lib
+from gemma_funnel.training import init_state, objectives, schedules, workdir
+from gemma_funnel.training import spec as spec_lib
+from gemma_funnel.training.spec import RunSpec
 
 HEAD_FILE = "head.json"
 CLASS_WEIGHTS = ("none", "balanced")
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-  """What a fine-tuning's configuration amounts to; made before it starts.
+class LabelTask(spec_lib.RunTask):
+  """Labels of a task, predicted by a head on the model.
 
   Attributes:
-    config: with what it leaves open filled in.
-    model_config: of the trunk.
-    funnels: which funnel each step runs with.
     task: with "train", "dev" and "test".
     rows: of each split.
     head: what is put on the trunk.
     class_weights: of the loss; None is 1 for all.
-    steps: of the whole training.
+    causal: whether tokens see only those before them.
+    tokenizer: path of what `rows` were encoded with.
+    stopping: by the task's main metric on the development split.
   """
 
-  config: ml_collections.ConfigDict
-  model_config: TransformerConfig
-  funnels: schedules.FunnelSchedule
   task: Task
   rows: Mapping[str, Sequence[encode.Row]]
   head: HeadConfig
   class_weights: tuple[float, ...] | None
-  steps: int
-  mesh: jax.sharding.Mesh
-  optimizer: optax.GradientTransformation
-  schedule: optax.Schedule
-  lora: lora_lib.LoraConfig | None
+  causal: bool
+  tokenizer: str
+  stopping: spec_lib.StoppingSpec
+
+  def describe(self, spec: RunSpec, num_params: int) -> str:
+    return (
+      f"{self.task.name}, {len(self.rows['train']):,} rows, funnel "
+      f"{format_funnel(spec.stages)}, seed {spec.seed}"
+    )
+
+  def init_head(self, spec: RunSpec, rngs: nnx.Rngs) -> dict[str, Any]:
+    head = Head(spec.model_config.embed_dim, self.head, rngs=rngs)
+    params = nnx.to_pure_dict(nnx.state(head))
+    mean = 0.0
+    if self.task.kind == "regression":
+      # It starts from what predicts best without looking.
+      mean = float(np.mean([e.label for e in self.task.splits["train"]]))
+    return {"head": params | {"bias": params["bias"] + mean}}
+
+  def make_loss(self, spec: RunSpec):
+    models = init_state.variant_models(spec)
+
+    def loss(stages, params, frozen_params, batch, key):
+      trunk = init_state.model_params(spec, params, frozen_params)
+      model = init_state.select_params(trunk, models[stages])
+      encoder = self.assemble(spec, model, params)
+      outputs = encoder(batch["tokens"], batch["segment"], key)
+      weights = self.class_weights
+      weight_C = weights and jnp.asarray(weights, jnp.float32)
+      return objectives.labelled(outputs, batch, weight_C)
+
+    return loss
+
+  def load_data(self, spec: RunSpec) -> None:
+    """Writes what `load` needs besides the configuration, and the tokenizer."""
+    if jax.process_index() != 0:
+      return
+    folder, tokenizer = workdir.path_of(spec.workdir), self.tokenizer
+    about = {
+      "labels": list(self.task.labels),
+      "head": dataclasses.asdict(self.head),
+    }
+    (folder / HEAD_FILE).write_text(json.dumps(about, indent=1) + "\n")
+    suffix = ".json" if epath.Path(tokenizer).suffix == ".json" else ".model"
+    copy = folder / f"tokenizer{suffix}"
+    if not copy.exists():
+      epath.Path(tokenizer).copy(copy)
+
+  def batches(self, spec: RunSpec, data: None):
+    part, parts = sharding.row_share(spec.mesh)
+    rows = encode.TrainBatches(
+      self.rows["train"],
+      batch_size=spec.batch_size,
+      length=spec.length,
+      seed=spec.seed,
+      num_steps=spec.steps,
+      process_index=part,
+      process_count=parts,
+    )
+    return encode.train_iterator(rows)
+
+  def assemble(self, spec: RunSpec, model: Transformer, params) -> Encoder:
+    head = _abstract_head(spec.model_config, self.head)
+    head = nnx.merge(nnx.graphdef(head), params["head"])
+    return Encoder(model, head, causal=self.causal)
+
+  def make_evaluate(self, data: None, spec: RunSpec) -> spec_lib.Evaluate:
+    sizes = dict(batch_size=spec.batch_size, length=spec.length)
+    return lambda encoder: measure(
+      encoder, self.task, "dev", self.rows["dev"], **sizes
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """How a call of `train` ended: see `loop.Result`."""
-
-  encoder: Encoder
-  steps: int
-  finished: bool
-
-
-def make_setup(
+def resolve(
   config: ml_collections.ConfigDict, task: Task | None = None
-) -> Setup:
+) -> RunSpec:
   """Checks a configuration whole, and reads the task.
 
   Args:
-    config: as in configs/finetune.py, of one seed.
+    config: as in configs/finetune.py, of one seed; it is copied.
     task: instead of reading `config.task`.
 
   Raises:
     ValueError: a value that cannot be, or a task that is not as it should be.
   """
-  config, model_config = pretrain.with_model(config)
-  if config.funnel is None:
-    found = config.init_from and convert.describe(config.init_from).stages
-    config.funnel = format_funnel(found or ())
-  ones = ("batch_size", "length", "patience")
-  pretrain.check_numbers(config, {**dict.fromkeys(ones, 1), "seed": 0})
-  pretrain.check_lengths({"length": config.length}, model_config)
-  mesh = sharding.make_mesh(config.mesh)
-  pretrain.check_batch(config, mesh)
-  if mesh.shape[TOKENS] > 1:
+  opened = spec_lib.open_run(config)
+  config, base, sizes = opened.config, opened.base, opened.model_config
+  if opened.mesh.shape[TOKENS] > 1:
     raise ValueError(
-      f"mesh.sequence={mesh.shape[TOKENS]}: fine-tuning splits rows, which are "
-      "short, and no tokens; leave it 1"
+      f"mesh.sequence={opened.mesh.shape[TOKENS]}: fine-tuning splits rows, "
+      "which are short, and no tokens; leave it 1"
     )
-  config.tokenizer = _find_tokenizer(config)
+  if config.patience is not None:
+    checks.require_int("patience", config.patience, 1)
+  if config.funnel is None:
+    config.funnel = format_funnel(base.stages if base else ())
+  if config.tokenizer is None:
+    if base is None:
+      raise ValueError(
+        "tokenizer is missing: expected its path, or init_from, a checkpoint "
+        "that has one"
+      )
+    config.tokenizer = base.tokenizer_path
   tokenizer = Tokenizer.load(config.tokenizer)
-  if tokenizer.vocab_size > model_config.vocab_size:
+  if tokenizer.vocab_size > sizes.vocab_size:
     raise ValueError(
       f"{tokenizer.name} has {tokenizer.vocab_size} pieces, the model "
-      f"{model_config.vocab_size}"
+      f"{sizes.vocab_size}"
     )
   task = check_task(task or tasks.load(config.task))
-  head = HeadConfig(
-    outputs=len(task.labels) or 1,
-    per_token=task.kind == "tagging",
-    **config.head,
+  tagging = task.kind == "tagging"
+  head = HeadConfig(len(task.labels) or 1, per_token=tagging, **config.head)
+  funnels = schedules.make_schedule(
+    config, sizes.num_layers, "a label for every token" if tagging else None
   )
-  needs_all = "a label for every token" if head.per_token else None
-  funnels = schedules.make_schedule(config, model_config.num_layers, needs_all)
   rows = {
     split: encode.encode(
       task, task.splits[split], tokenizer, config.length, config.long
     )
     for split in ("train", "dev", "test")
   }
-  epoch = encode.steps_of_epoch(len(rows["train"]), config.batch_size)
   steps = num_steps(config, len(rows["train"]))
   if config.eval_every is None:
+    epoch = encode.steps_of_epoch(len(rows["train"]), config.batch_size)
     config.eval_every = min(epoch, steps)
   config.checkpoint_every = config.eval_every
-  loop.check_config(config)
-  optimizer, schedule = optimizer_lib.make_optimizer(config.optimizer, steps)
-  return Setup(
-    config,
-    model_config,
-    funnels,
-    task,
-    rows,
-    head,
-    _class_weights(config.class_weights, task),
-    steps,
-    mesh,
-    optimizer,
-    schedule,
-    pretrain.make_lora(config),
+  label_task = LabelTask(
+    task=task,
+    rows=rows,
+    head=head,
+    class_weights=_class_weights(config.class_weights, task),
+    causal=config.causal,
+    tokenizer=config.tokenizer,
+    stopping=spec_lib.StoppingSpec(task.metrics[0], config.patience),
   )
+  return opened.finish(funnels, label_task, steps)
 
 
 def num_steps(config: Any, num_rows: int) -> int:
@@ -154,8 +194,7 @@ def num_steps(config: Any, num_rows: int) -> int:
   Raises:
     ValueError: no positive number of epochs.
   """
-  if not 0 < config.epochs < math.inf:
-    raise ValueError(f"epochs={config.epochs}: expected > 0")
+  checks.require_positive("epochs", config.epochs)
   epoch = encode.steps_of_epoch(num_rows, config.batch_size)
   return max(1, math.ceil(config.epochs * epoch))
 
@@ -177,19 +216,8 @@ def check_task(task: Task) -> Task:
   return task
 
 
-def _find_tokenizer(config: Any) -> str:
-  if config.tokenizer is not None:
-    return config.tokenizer
-  if config.init_from is None:
-    raise ValueError(
-      "tokenizer is missing: expected its path, or init_from, a checkpoint "
-      "that has one"
-    )
-  return convert.describe(config.init_from).tokenizer_path
-
-
 def _class_weights(wanted: str, task: Task) -> tuple[float, ...] | None:
-  """Of the loss; "balanced" gives every class the same sum."""
+  """Weights of the loss; "balanced" gives every class the same sum."""
   if wanted == "none":
     return None
   if task.kind == "regression":
@@ -198,9 +226,9 @@ def _class_weights(wanted: str, task: Task) -> tuple[float, ...] | None:
     )
   count = len(task.labels)
   if wanted == "balanced":
-    labels = np.concatenate(
-      [np.atleast_1d(_labels_of(e, task)) for e in task.splits["train"]]
-    )
+    label_of = lambda e: e.tags if task.kind == "tagging" else e.label
+    labels = [np.atleast_1d(label_of(e)) for e in task.splits["train"]]
+    labels = np.concatenate(labels)
     found = np.bincount(labels, minlength=count)
     return tuple(len(labels) / (count * np.maximum(found, 1)))
   try:
@@ -216,132 +244,8 @@ def _class_weights(wanted: str, task: Task) -> tuple[float, ...] | None:
   return weights
 
 
-def _labels_of(example, task: Task):
-  return example.tags if task.kind == "tagging" else example.label
-
-
-def _make_init(setup: Setup):
-  """As `start.make_init`, of the trunk and a fresh head on it."""
-  mean = 0.0
-  if setup.task.kind == "regression":
-    mean = float(np.mean([e.label for e in setup.task.splits["train"]]))
-
-  def head_of(rngs):
-    head = Head(setup.model_config.embed_dim, setup.head, rngs=rngs)
-    weights = nnx.to_pure_dict(nnx.state(head))
-    # A regression starts from what predicts best without looking.
-    return weights | {"bias": weights["bias"] + mean}
-
-  return start.make_init(setup, lambda rngs: {"head": head_of(rngs)})
-
-
-def _make_loss(setup: Setup):
-  models = {
-    stages: Transformer.abstract(setup.model_config, stages)
-    for stages in setup.funnels.members
-  }
-  own = nnx.to_pure_dict(nnx.state(models[setup.funnels.funnel]))
-  for model in models.values():
-    pretrain.restrict(own, model)
-  head_def = nnx.graphdef(_abstract_head(setup.model_config, setup.head))
-  class_weights = setup.class_weights
-
-  def loss(stages, weights, frozen, batch, key):
-    params = start.params_of(setup, weights, frozen)
-    encoder = Encoder(
-      pretrain.restrict(params, models[stages]),
-      nnx.merge(head_def, weights["head"]),
-      causal=setup.config.causal,
-    )
-    outputs = encoder(batch["tokens"], batch["segment"], key)
-    weight_C = class_weights and jnp.asarray(class_weights, jnp.float32)
-    return objectives.labelled(outputs, batch, weight_C)
-
-  return loss
-
-
 def _abstract_head(config: TransformerConfig, head: HeadConfig) -> Head:
   return nnx.eval_shape(lambda: Head(config.embed_dim, head, rngs=nnx.Rngs(0)))
-
-
-def train(setup: Setup) -> Result:
-  """Fine-tunes, or goes on with, the run in `setup.config.workdir`.
-
-  The result has the weights that did best on the development split.
-
-  Raises:
-    ValueError: the folder holds something else.
-    FloatingPointError: see `loop.run`.
-  """
-  config, task = setup.config, setup.task
-  processes.assert_same_config(config)
-  init, abstract = _make_init(setup)
-  loss = _make_loss(setup)
-  workdir.init_workdir(config)
-  if jax.process_index() == 0:
-    _write_files(setup)
-  model = Transformer.abstract(setup.model_config, setup.funnels.funnel)
-  head = _abstract_head(setup.model_config, setup.head)
-  frozen = start.load_frozen(setup)
-  encoder_of = lambda weights: Encoder(
-    nnx.merge(nnx.graphdef(model), start.params_of(setup, weights, frozen)),
-    nnx.merge(nnx.graphdef(head), weights["head"]),
-    causal=config.causal,
-  )
-
-  def evaluate(weights):
-    return measure(
-      encoder_of(weights),
-      task,
-      "dev",
-      setup.rows["dev"],
-      batch_size=config.batch_size,
-      length=config.length,
-    )
-
-  part, parts = sharding.row_share(setup.mesh)
-  batches = encode.TrainBatches(
-    setup.rows["train"],
-    batch_size=config.batch_size,
-    length=config.length,
-    seed=config.seed,
-    num_steps=setup.steps,
-    process_index=part,
-    process_count=parts,
-  )
-  result = loop.run(
-    loop.Job(
-      config=config,
-      about=f"{task.name}, {len(setup.rows['train']):,} rows, funnel "
-      f"{format_funnel(setup.funnels.funnel)}, seed {config.seed}",
-      steps=setup.steps,
-      mesh=setup.mesh,
-      optimizer=setup.optimizer,
-      schedule=setup.schedule,
-      abstract=abstract,
-      init=lambda seed: init(seed, frozen),
-      loss=loss,
-      frozen=frozen,
-      member=setup.funnels.at,
-      data=encode.train_iterator(batches),
-      evaluate=evaluate,
-      stopping=loop.Stopping(task.metrics[0], True, config.patience),
-    )
-  )
-  return Result(encoder_of(result.weights), result.steps, result.finished)
-
-
-def _write_files(setup: Setup) -> None:
-  """What `load` needs besides the configuration, and the tokenizer."""
-  folder = workdir.path_of(setup.config.workdir)
-  head = dataclasses.asdict(setup.head)
-  said = {"labels": list(setup.task.labels), "head": head}
-  (folder / HEAD_FILE).write_text(json.dumps(said, indent=1) + "\n")
-  tokenizer = epath.Path(setup.config.tokenizer)
-  suffix = ".json" if tokenizer.suffix == ".json" else ".model"
-  copy = folder / f"tokenizer{suffix}"
-  if not copy.exists():
-    tokenizer.copy(copy)
 
 
 def load(
@@ -357,9 +261,9 @@ def load(
     ValueError: no readable run there, or none that was fine-tuned.
   """
   try:
-    said = json.loads((workdir.path_of(path) / HEAD_FILE).read_text())
-    head = HeadConfig(**said["head"])
-    labels = tuple(said["labels"])
+    about = json.loads((workdir.path_of(path) / HEAD_FILE).read_text())
+    head = HeadConfig(**about["head"])
+    labels = tuple(about["labels"])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"{path} is no fine-tuned run: {HEAD_FILE}: {error}"

@@ -11,11 +11,11 @@ from typing import Any
 
 from etils import epath
 import jax
-import ml_collections
 
 from gemma_funnel import atomic
 from gemma_funnel.parallel.hardware import chip_of
 from gemma_funnel.training import workdir
+from gemma_funnel.training.spec import RunSpec
 
 
 class MetricWriter:
@@ -25,60 +25,50 @@ class MetricWriter:
   progress ("speed"), and one for each evaluation ("heldout").
   """
 
-  def __init__(
-    self,
-    config: ml_collections.ConfigDict,
-    step: int,
-    num_steps: int,
-    mesh: jax.sharding.Mesh,
-    clock: Mapping[str, float] = {},
-  ):
+  def __init__(self, spec: RunSpec, step: int, clock: Mapping[str, float] = {}):
     """Opens the metrics of a run.
 
     Args:
-      config: `workdir`, `log_every`, `tensorboard`, `wandb` and
-        `profile_steps` of the run.
+      spec: of the run: where it is, how long, and what of it is told.
       step: steps taken so far; what is written of later ones is dropped.
-      num_steps: steps the run has in all.
-      mesh: of the devices that it runs on.
       clock: of an earlier call, that the run goes on from.
     """
-    self._config, self._num_steps = config, num_steps
+    self._spec, self._loop = spec, spec.loop
     self._last: tuple[int, float] | None = None
     self._slots, self._flops, self._away = 0, 0.0, 0.0
     # Seconds, all in all, of steps that are part of the run.
     self._productive = clock.get("productive_s", 0.0)
     self._started = clock.get("started", time.time())
-    self._devices = list(mesh.devices.flat)
+    self._devices = list(spec.mesh.devices.flat)
     self._leads = jax.process_index() == 0
     self._board = self._wandb = None
     self._tracing = False
     if self._leads:
-      self._lines = _Lines(workdir.path_of(config.workdir), step)
+      self._lines = _Lines(workdir.path_of(spec.workdir), step)
       self._open_boards(step)
 
   def _open_boards(self, step: int) -> None:
-    config = self._config
-    if config.tensorboard:
+    spec, project = self._spec, self._loop.wandb
+    if self._loop.tensorboard:
       import tensorboardX
 
       self._board = tensorboardX.SummaryWriter(
-        os.path.join(config.workdir, "tensorboard"), purge_step=step + 1
+        os.path.join(spec.workdir, "tensorboard"), purge_step=step + 1
       )
-    if config.wandb:
+    if project:
       try:
         import wandb
       except ImportError as error:
         raise ValueError(
-          f"wandb={config.wandb!r} needs the package wandb; expected "
+          f"wandb={project!r} needs the package wandb; expected "
           "pip install 'gemma-funnel[wandb]'"
         ) from error
       # The same run goes on under the same name.
       self._wandb = wandb.init(
-        project=config.wandb,
-        id=config.workdir.strip("/").replace("/", "-").replace(":", ""),
+        project=project,
+        id=spec.workdir.strip("/").replace("/", "-").replace(":", ""),
         resume="allow",
-        config=json.loads(config.to_json()),
+        config=json.loads(spec.config.to_json()),
       )
 
   def __enter__(self) -> "MetricWriter":
@@ -102,11 +92,11 @@ class MetricWriter:
 
   def trace(self, step: int) -> None:
     """Begins or ends a trace of `profile_steps`, before `step` is taken."""
-    traced = tuple(self._config.profile_steps)
+    traced = self._loop.profile_steps
     if not traced or not self._leads:
       return
     if step == traced[0]:
-      folder = os.path.join(self._config.workdir, "profile")
+      folder = os.path.join(self._spec.workdir, "profile")
       jax.profiler.start_trace(folder)
       self._tracing = True
       self._print(step, f"tracing to step {traced[1]}, into {folder}")
@@ -143,7 +133,7 @@ class MetricWriter:
     else:
       self._slots += slots
       self._flops += flops if flops is not None else math.nan
-    if step % self._config.log_every and step != self._num_steps:
+    if step % self._loop.log_every and step != self._spec.steps:
       return
     line = f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
     line += f"grad {values['grad_norm']:.2f}"
@@ -175,7 +165,7 @@ class MetricWriter:
       values["peak_bytes"] = stats["peak_bytes_in_use"]
       line += f"  {values['peak_bytes'] / 2**30:.1f} GiB"
     self._write(step, "speed", values)
-    left = (self._num_steps - step) * values["step_s"]
+    left = (self._spec.steps - step) * values["step_s"]
     self._restart(step, now)
     return line + f"  ETA {duration(left)}"
 
@@ -197,7 +187,7 @@ class MetricWriter:
 
   def _print(self, step: int, text: str) -> None:
     if self._leads:
-      print(f"step {step}/{self._num_steps}  {text}", flush=True)
+      print(f"step {step}/{self._spec.steps}  {text}", flush=True)
 
   def _write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
     if not self._leads:

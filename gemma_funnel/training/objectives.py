@@ -75,24 +75,19 @@ def _chunked_loss(
   fixed: tuple[jax.Array, ...],
   arrays: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, Sums]:
-  """A loss that is a sum over positions, of which logits exist chunk by chunk.
+  """(sum of factors times sums, all sums), with logits for a chunk at a time.
 
-  Each piece gives its gradients as soon as it has its logits, which are then
-  never made again (as in Liger Kernel, arXiv 2410.10989, section 3.2). That
-  takes factors known beforehand, and a gradient of the loss that is a number.
+  The forward pass computes the gradients of each piece beside its logits, which
+  the backward pass then does not need (Liger Kernel, arXiv 2410.10989, section
+  3.2). Gradients enter the embedding and the hidden states only.
 
   Args:
     function: (embedding, *fixed, hidden, *arrays) of one piece to float32
       sums, to which padding (zeros) must add nothing.
     chunk: positions of each row a piece, >= 1.
-    embedding_VD: the head.
-    hidden_BTD: final hidden states.
-    factors: of the sums that the loss is made of.
-    fixed: arrays that each piece has whole; no gradient enters them.
-    arrays: [B, T, ...]; none enters these.
-
-  Returns:
-    (sum of factors times sums, all sums).
+    embedding_VD, hidden_BTD: the head, and final hidden states.
+    factors: weights of the sums in the loss, known before.
+    fixed, arrays: arrays that each piece has whole, or [B, T, ...] a part of.
   """
   sums = _sum_chunks(
     function, (embedding_VD, *fixed), (hidden_BTD, *arrays), chunk
@@ -127,7 +122,7 @@ def _chunked_forward(
 
 def _chunked_backward(function, chunk, gradients, cotangents):
   del function, chunk
-  scale = cotangents[0]  # The sums are only told of.
+  scale = cotangents[0]  # The sums are metrics.
   return *(g * scale.astype(g.dtype) for g in gradients), None, None, None
 
 
@@ -159,15 +154,6 @@ def _chosen(logits_BCV, target_BC) -> jax.Array:
   return jnp.sum(jnp.where(is_it_BCV, logits_BCV, 0), axis=-1)
 
 
-def _followed(tokens_BT, segment_BT) -> tuple[jax.Array, jax.Array]:
-  """(the next token, float32 whether it is of the same segment)."""
-  follows_BT = (segment_BT == jnp.roll(segment_BT, -1, axis=1)) & (
-    segment_BT != 0
-  )
-  follows_BT = follows_BT.at[:, -1].set(False)
-  return jnp.roll(tokens_BT, -1, axis=1), follows_BT.astype(jnp.float32)
-
-
 def _logit_sums(model: Transformer) -> Callable[..., Sums]:
   """(embedding, hidden, target, weight) of a piece to its sums."""
   config = model.config
@@ -180,10 +166,13 @@ def _logit_sums(model: Transformer) -> Callable[..., Sums]:
 
 
 def _next_tokens(model: Transformer, tokens_BT, segment_BT, position_BT):
-  """(hidden states, (the token that follows each, whether one does))."""
+  """(hidden states, (the token that follows each, its float32 weight))."""
   check_recovers(model.stages, "predicting tokens")
   hidden_BTD = model.encode(tokens_BT, segment_BT, position_BT, causal=True)
-  return hidden_BTD, _followed(tokens_BT, segment_BT)
+  is_same_BT = segment_BT == jnp.roll(segment_BT, -1, axis=1)
+  follows_BT = (is_same_BT & (segment_BT != 0)).at[:, -1].set(False)
+  next_BT = jnp.roll(tokens_BT, -1, axis=1)
+  return hidden_BTD, (next_BT, follows_BT.astype(jnp.float32))
 
 
 def next_token_sums(
@@ -214,22 +203,22 @@ def next_token_sums(
   Raises:
     ValueError: a funnel that does not recover.
   """
-  hidden_BTD, rest = _next_tokens(model, tokens_BT, segment_BT, position_BT)
+  inputs = tokens_BT, segment_BT, position_BT
+  return _all_sums(model, *_next_tokens(model, *inputs), chunk)
+
+
+def _all_sums(model: Transformer, hidden_BTD, targets, chunk: int) -> Sums:
+  embedding = (model.embedding[...],)
   return _sum_chunks(
-    _logit_sums(model), (model.embedding[...],), (hidden_BTD, *rest), chunk
+    _logit_sums(model), embedding, (hidden_BTD, *targets), chunk
   )
 
 
 def _mean_loss(
-  model: Transformer,
-  hidden_BTD,
-  target_BT,
-  weight_BT,
-  chunk: int,
-  z_loss: float,
+  model: Transformer, hidden_BTD, targets, chunk: int, z_loss: float
 ) -> tuple[jax.Array, Sums]:
   """The mean cross-entropy (and z loss) of weighted positions; its metrics."""
-  count = jnp.maximum(jnp.sum(weight_BT), 1)
+  count = jnp.maximum(jnp.sum(targets[1]), 1)
   factors = {"nll": 1 / count}
   if z_loss:
     factors["square_log_z"] = z_loss / count
@@ -240,12 +229,12 @@ def _mean_loss(
     hidden_BTD,
     factors,
     (),
-    (target_BT, weight_BT),
+    targets,
   )
-  return loss, _told(sums)
+  return loss, _metrics(sums)
 
 
-def _told(sums: Sums) -> Sums:
+def _metrics(sums: Sums) -> Sums:
   count = jnp.maximum(sums["tokens"], 1)
   return {
     "loss": sums["nll"] / count,
@@ -275,8 +264,7 @@ def next_token(
     ValueError: a funnel that does not recover.
   """
   inputs = batch["tokens"], batch["segment"], batch["position"]
-  hidden_BTD, rest = _next_tokens(model, *inputs)
-  return _mean_loss(model, hidden_BTD, *rest, chunk, z_loss)
+  return _mean_loss(model, *_next_tokens(model, *inputs), chunk, z_loss)
 
 
 def mask(
@@ -335,10 +323,7 @@ def masked_token_sums(
   Raises:
     ValueError: a funnel that does not recover.
   """
-  hidden_BTD, rest = _masked(model, batch, key, rate)
-  return _sum_chunks(
-    _logit_sums(model), (model.embedding[...],), (hidden_BTD, *rest), chunk
-  )
+  return _all_sums(model, *_masked(model, batch, key, rate), chunk)
 
 
 def masked_tokens(
@@ -359,8 +344,7 @@ def masked_tokens(
     rate: share of tokens that are to be predicted.
     chunk, z_loss: see `next_token`.
   """
-  hidden_BTD, rest = _masked(model, batch, key, rate)
-  return _mean_loss(model, hidden_BTD, *rest, chunk, z_loss)
+  return _mean_loss(model, *_masked(model, batch, key, rate), chunk, z_loss)
 
 
 def distill(
@@ -424,7 +408,7 @@ def distill(
     (teacher_BTD, *rest),
   )
   metrics = {name: sums[name] / count for name in ("kl", "hidden")}
-  return total, _told(sums) | metrics
+  return total, _metrics(sums) | metrics
 
 
 def labelled(

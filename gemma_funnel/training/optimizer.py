@@ -288,12 +288,12 @@ def _check_trained(config: ml_collections.ConfigDict, trained) -> None:
   )
 
 
-def trained(config: ml_collections.ConfigDict, tree):
-  """A tree like the weights, without the frozen ones."""
+def trained(config: Any, tree):
+  """A tree like the weights, without what is frozen."""
   return _without(_expression(config, "freeze"), tree)
 
 
-def grad_norm(config: ml_collections.ConfigDict, grads) -> jax.Array:
+def grad_norm(config: Any, grads) -> jax.Array:
   """The global norm that `clip_norm` is of: float32, without what is frozen."""
   return optax.tree.norm(_cast(trained(config, grads), jnp.float32))
 
@@ -446,13 +446,14 @@ def _without(expression: re.Pattern | None, tree):
 
 
 def _expression(config, name: str) -> re.Pattern | None:
-  if config[name] is None:
+  given = getattr(config, name)
+  if given is None:
     return None
   try:
-    return re.compile(config[name])
+    return re.compile(given)
   except re.error as error:
     raise ValueError(
-      f"optimizer.{name}={config[name]!r} is no regular expression: {error}"
+      f"optimizer.{name}={given!r} is no regular expression: {error}"
     ) from error
 
 

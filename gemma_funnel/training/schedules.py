@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_funnel import checks
 from gemma_funnel.config import (
   FunnelConfig,
   check_recovers,
@@ -15,7 +16,7 @@ from gemma_funnel.config import (
 )
 
 Stages = tuple[FunnelConfig, ...]
-# So that a step's draw is no other random choice's of the same seed.
+# Separates these draws from other random choices of the same seed.
 _SALT = 0x66756E6E
 
 
@@ -36,15 +37,20 @@ class FunnelSchedule:
   seed: int = 0
 
   @property
-  def members(self) -> tuple[Stages, ...]:
+  def variants(self) -> tuple[Stages, ...]:
     """Every funnel that a step may have, each once; `funnel` is the first."""
     before = ((),) if self.from_step else ()
     return tuple(dict.fromkeys((self.funnel, *before, *self.sampled)))
 
   @property
-  def align(self) -> int:
-    """What packed segments start at multiples of, to suit all members."""
-    return math.lcm(*map(total_stride, self.members))
+  def segment_alignment(self) -> int:
+    """Packed segments start at its multiples, to suit all variants."""
+    return math.lcm(*map(total_stride, self.variants))
+
+  def segment_padding(self, causal: bool) -> int:
+    """Padding after packed segments: a first token kept apart takes a group."""
+    kept = any(stage.keep_first for v in self.variants for stage in v)
+    return self.segment_alignment if kept and not causal else 0
 
   def at(self, step: int) -> Stages:
     """The funnel of the step after `step` steps; the same on every host."""
@@ -68,23 +74,21 @@ def make_schedule(
 
   Raises:
     ValueError: a funnel that does not fit, or leaves tokens without a state; a
-      start that is negative.
+      negative `funnel_from`.
   """
-  start, sampled = config.funnel_from, config.funnel_sampled
-  if start < 0:
-    raise ValueError(f"funnel_from={start}: expected a step >= 0")
-  if isinstance(sampled, str):
+  checks.require_int("funnel_from", config.funnel_from)
+  if isinstance(config.funnel_sampled, str):
     raise ValueError(
-      f"funnel_sampled={sampled!r}: expected a tuple of funnels, such as "
-      "('off', 'start=2,stride=2')"
+      f"funnel_sampled={config.funnel_sampled!r}: expected a tuple of funnels, "
+      "such as ('off', 'start=2,stride=2')"
     )
   schedule = FunnelSchedule(
     resolve_funnel(config.funnel, num_layers),
-    start,
-    tuple(_resolved(sampled, num_layers)),
+    config.funnel_from,
+    tuple(_resolved(config.funnel_sampled, num_layers)),
     config.seed,
   )
-  for stages in schedule.members if needs_all else ():
+  for stages in schedule.variants if needs_all else ():
     check_recovers(stages, needs_all)
   return schedule
 

@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import loop, pretrain
+from gemma_funnel.training import pretrain, trainer
 
 # Long enough to be interrupted in the middle.
 STEPS = 120
@@ -26,14 +26,9 @@ def source(tmp_path_factory):
   return tiny_run.write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def _no_evaluator(corpus, setup):
-  del corpus, setup
-  return lambda model: {"loss": 0.0, "bits_per_byte": 0.0}
-
-
-def _train(workdir, source, evaluator=_no_evaluator, **changes):
+def _train(workdir, source, evaluator=None, **changes):
   config = tiny_run.make_config(workdir, source, **changes)
-  return pretrain.train(config, evaluator)
+  return trainer.train(pretrain.resolve(config), evaluator)
 
 
 def _params(workdir):
@@ -223,41 +218,10 @@ def test_a_mesh_that_does_not_fit_is_found_before_any_work(source, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-  "changes, text",
-  [
-    ({"steps": 0}, "steps=0: expected at least 1"),
-    ({"checkpoint_every": 0}, "checkpoint_every=0"),
-    ({"length": 128}, "length=128 is beyond model.max_length=64"),
-    ({"funnel": "start=0,stride=3"}, "length=32 .*multiple .* stride 3"),
-    (
-      {"funnel": "start=0,stride=8+start=1,stride=8"},
-      "length=32 .*multiple .* total stride 64",
-    ),
-    ({"funnel": "start=1,recover=none"}, "recover='none'.*training"),
-    ({"funnel": "start=3"}, "funnel.start=3.*2 layers"),
-    ({"z_loss": -1.0}, "z_loss=-1.0"),
-    ({"z_loss": float("nan")}, "z_loss=nan"),
-    ({"batch_size": 12}, "batch_size=12 must be a multiple of 8"),
-    ({"seed": -1}, "seed=-1"),
-    ({"latency.repeats": -1}, "latency.repeats=-1"),
-    (
-      {"latency.length": 65, "latency.repeats": 3},
-      "latency.length=65 .*max_length=64",
-    ),
-  ],
-  ids=str,
-)
-def test_a_configuration_that_cannot_be(changes, text):
-  config = tiny_run.make_config("unused", "unused", **changes)
-  with pytest.raises(ValueError, match=text):
-    pretrain.make_setup(config)
-
-
 def _poison(monkeypatch, steps, factor=float("nan")):
   """Makes the losses of some batches, counted from 1, that many times more."""
-  honest, count = pretrain.make_loss, iter(range(1, 1000))
-  put = loop.sharding.put_batch
+  honest, count = pretrain.TextTask.make_loss, iter(range(1, 1000))
+  put = trainer.sharding.put_batch
 
   def poisoned_put(host, mesh):
     scale = factor if next(count) in steps else 1.0
@@ -265,19 +229,19 @@ def _poison(monkeypatch, steps, factor=float("nan")):
     host = host | {"scale": np.full(rows, scale, np.float32)}
     return put(host, mesh)
 
-  def make_loss(setup):
-    inner = honest(setup)
+  def make_loss(task, spec):
+    inner = honest(task, spec)
 
-    def loss(member, weights, frozen, batch, key):
+    def loss(variant, params, frozen_params, batch, key):
       batch = dict(batch)
       scale = batch.pop("scale")[0]
-      value, metrics = inner(member, weights, frozen, batch, key)
+      value, metrics = inner(variant, params, frozen_params, batch, key)
       return value * scale, metrics | {"loss": metrics["loss"] * scale}
 
     return loss
 
-  monkeypatch.setattr(loop.sharding, "put_batch", poisoned_put)
-  monkeypatch.setattr(pretrain, "make_loss", make_loss)
+  monkeypatch.setattr(trainer.sharding, "put_batch", poisoned_put)
+  monkeypatch.setattr(pretrain.TextTask, "make_loss", make_loss)
 
 
 def test_steps_that_are_not_finite_may_be_skipped(
@@ -311,9 +275,9 @@ def test_a_spike_sends_the_run_back_and_on_with_the_data(
   source, tmp_path, monkeypatch, capsys
 ):
   _poison(monkeypatch, {7}, 100.0)
-  batches, put = [], loop.sharding.put_batch
+  batches, put = [], trainer.sharding.put_batch
   monkeypatch.setattr(
-    loop.sharding,
+    trainer.sharding,
     "put_batch",
     lambda host, mesh: batches.append(host["tokens"]) or put(host, mesh),
   )
@@ -385,7 +349,7 @@ def test_checkpoints_are_written_by_the_clock_too(
       now[0] += 10
       return now[0]
 
-  monkeypatch.setattr(loop, "time", Clock)
+  monkeypatch.setattr(trainer, "time", Clock)
   _train(
     tmp_path / "run",
     source,
@@ -418,18 +382,3 @@ def test_the_average_of_weights_is_what_a_run_gives(source, tmp_path):
   np.testing.assert_array_equal(measured[-1], found)
   np.testing.assert_array_equal(_params(folder)[1]["embedding"], found)
   assert np.abs(found - np.asarray(plain.model.embedding[...])).max() > 1e-4
-
-
-def test_options_of_the_loop_that_cannot_be(source, tmp_path):
-  for changes, said in (
-    (dict(accumulate=0), "accumulate=0"),
-    (dict(checkpoint_minutes=0.0), "checkpoint_minutes=0.0: expected > 0"),
-    (dict(keep_best=-1), "keep_best=-1"),
-    (dict(on_nonfinite="ignore"), "on_nonfinite='ignore': expected 'stop'"),
-    (dict(rollback__factor=0.5), "rollback.factor=0.5: expected > 1"),
-    (dict(rollback__window=0), "rollback.window=0"),
-    (dict(profile_steps=(5, 2)), r"profile_steps=\(5, 2\)"),
-    (dict(watchdog_minutes=-1.0), "watchdog_minutes=-1.0"),
-  ):
-    with pytest.raises(ValueError, match=said):
-      _train(tmp_path / "run", source, **changes)
