@@ -94,6 +94,6 @@ def get_config() -> ml_collections.ConfigDict:
     keep_finetuned=False,
     # Whether cells that failed before are run again.
     retry=False,
-    # Whether to print the plan and end there.
+    # Whether to print the grid and end there.
     dry_run=False,
   )

@@ -85,7 +85,7 @@ def test_a_tuning_config_is_a_run_of_each_seed(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_is_a_plan(name):
+def test_a_study_is_a_grid(name):
   config = tiny_run.load_config(name)
   reads = any(t.task.format == "table" for t in config.tasks.values())
   if reads and "GEMMA_FUNNEL_DATA" not in os.environ:
