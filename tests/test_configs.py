@@ -96,8 +96,8 @@ def test_a_study_is_a_grid(name):
   made = grid.make(config)
   axes = config.axes
   assert {cell.task for cell in made.cells} == set(axes.task)
-  assert {cell.seed for cell in made.cells} == set(axes.seed)
-  found = {c.funnel.recover for c in made.cells if c.funnel is not None}
+  assert {cell.axes["seed"] for cell in made.cells} == set(axes.seed)
+  found = {c.axes["recover"] for c in made.cells} - {None}
   assert found == set(axes.recover)
   kinds = {pretraining.kind for pretraining in made.pretrainings}
   assert kinds == set(axes.pretraining)

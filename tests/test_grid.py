@@ -22,9 +22,8 @@ def study(files):
 
 
 def _kinds(cells):
-  return collections.Counter(
-    (c.pretraining.kind, c.finetuning, c.inference, c.task) for c in cells
-  )
+  axes = ("pretraining", "finetuning", "inference", "task")
+  return collections.Counter(tuple(map(c.axes.get, axes)) for c in cells)
 
 
 def test_cells_of_a_small_grid(study):
@@ -79,7 +78,7 @@ def test_tasks_without_fine_tuning_have_one_seed(study):
   made = grid.make(study(seed=(3, 4, 5)))
   seeds = collections.defaultdict(set)
   for cell in made.cells:
-    seeds[cell.task].add(cell.seed)
+    seeds[cell.task].add(cell.axes["seed"])
   assert seeds == {"words": {3, 4, 5}, "pairs": {0}}
   counts = collections.Counter(c.task for c in made.cells)
   assert counts == {"words": 21, "pairs": 7}
@@ -89,15 +88,14 @@ def test_tasks_without_fine_tuning_have_one_seed(study):
 def test_a_cell_says_its_axes(study):
   made = grid.make(study())
   for cell in made.cells:
-    values = cell.to_dict()
-    assert set(grid.AXES) < values.keys()
-    if cell.funnel is None:
-      assert values["funnel"] == "off" and values["start"] is None
-      assert cell.measured_with == "off"
+    values = cell.axes
+    assert set(grid.AXES) < values.keys() and values["hash"] == cell.hash
+    if values["funnel"] == "off":
+      assert values["start"] is None and cell.measured_with == "off"
     else:
       assert values["stop"] == 2
-      on = cell.inference == "on"
-      assert (values["recover"] in cell.measured_with) == on
+      on = values["inference"] == "on"
+      assert cell.measured_with == (values["funnel"] if on else "off")
   assert set(made.funnels()["small"]) == {
     "off",
     f"{ONE}average",

@@ -110,44 +110,21 @@ class Cell:
 
   Attributes:
     pretraining: what it starts from.
-    finetuning: one of FINETUNINGS; None for a task without it.
-    inference: whether the funnel is on when it is measured.
-    funnel: of the cell's axes; None where nothing has one.
-    task: its name.
-    task_kind: its kind.
-    seed: of the fine-tuning, or of pretraining for a task without it.
     tuning: the fine-tuning; None for a task without it.
+    measured_with: the funnel at inference, or "off".
+    axes: values of the axes, the funnel and the hash, as in a line of results.
     hash: of all that determines it.
   """
 
   pretraining: Pretraining
-  finetuning: str | None
-  inference: str
-  funnel: FunnelConfig | None
-  task: str
-  task_kind: str
-  seed: int
   tuning: Tuning | None
+  measured_with: str
+  axes: Mapping[str, Any]
   hash: str
 
   @property
-  def measured_with(self) -> str:
-    on = self.inference == "on" and self.funnel is not None
-    return str(self.funnel) if on else OFF
-
-  def to_dict(self) -> dict[str, Any]:
-    """The axes, as a line of results has them."""
-    return {
-      "hash": self.hash,
-      "model": self.pretraining.model,
-      "pretraining": self.pretraining.kind,
-      "finetuning": self.finetuning,
-      "inference": self.inference,
-      **funnel_axes(self.funnel),
-      "task": self.task,
-      "task_kind": self.task_kind,
-      "seed": self.seed,
-    }
+  def task(self) -> str:
+    return self.axes["task"]
 
 
 def funnel_axes(funnel: FunnelConfig | None) -> dict[str, Any]:
@@ -276,13 +253,13 @@ def _make_cell(study: Any, axes: Mapping[str, Any], task_kind: str) -> Cell:
   if kind not in _FUNNELLED and "on" not in (finetuning, axes["inference"]):
     funnel = None
   pretraining = _make_pretraining(study, model, kind, funnel)
-  tuning = None
+  tuning, settings = None, [study.finetune.to_dict()]
+  settings.append(study.generative.to_dict())
   if finetuning is not None:
     own = {"on": str(funnel), "off": OFF}.get(finetuning, finetuning)
     tuning = Tuning(task, own, seed)
-  settings = [study.finetune.to_dict(), study.generative.to_dict()]
-  if tuning and tuning.funnel == "sampled":
-    settings.append(all_funnels(study, model))
+    if finetuning == "sampled":
+      settings.append(all_funnels(study, model))
   hash_ = _hash(
     pretraining.hash,
     tuning and dataclasses.astuple(tuning),
@@ -294,8 +271,11 @@ def _make_cell(study: Any, axes: Mapping[str, Any], task_kind: str) -> Cell:
     settings,
     study.latency.to_dict(),
   )
-  about = (task, task_kind, seed, tuning, hash_)
-  return Cell(pretraining, finetuning, axes["inference"], funnel, *about)
+  about = {"hash": hash_, **axes, **funnel_axes(funnel)}
+  about |= {"task_kind": task_kind, "seed": seed}
+  on = axes["inference"] == "on" and funnel is not None
+  measured_with = str(funnel) if on else OFF
+  return Cell(pretraining, tuning, measured_with, about, hash_)
 
 
 def _resolve(study: Any, model: str, values: Any) -> FunnelConfig:

@@ -179,7 +179,7 @@ class Runner:
           self._add(cell, {"kind": "failure", "error": text})
 
   def _add(self, cell: Cell, values: Mapping[str, Any]) -> None:
-    self._results.add({**cell.to_dict(), **self._common, **values})
+    self._results.add({**cell.axes, **self._common, **values})
     self.done.add(cell.hash)
 
   def _pretrained(self, pretraining: Pretraining) -> str:
