@@ -13,8 +13,9 @@ and have the same seed.
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import math
+import operator
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma_funnel import checks
 from gemma_funnel.config import OFF
@@ -123,18 +124,13 @@ def organise(rows: Iterable[Row]) -> Results:
       # A failure does not undo what another run has measured.
       if row["kind"] == "cell" or latest.get(key, row)["kind"] == "failure":
         latest[key] = row
-  cells = [
-    {**row, "role": _role(row)}
-    for row in latest.values()
-    if row["kind"] == "cell"
-  ]
-  subject = lambda cell: [cell[k] for k in ("model", "task", "seed", "metric")]
-  baselines = {
-    (*subject(c),): c["value"] for c in cells if c["role"] == "baseline"
-  }
+  found = latest.values()
+  cells = [{**r, "role": _role(r)} for r in found if r["kind"] == "cell"]
+  subject = operator.itemgetter("model", "task", "seed", "metric")
+  baselines = {subject(c): c["value"] for c in cells if c["role"] == "baseline"}
   return Results(
-    tuple(_with_drop(c, baselines.get((*subject(c),))) for c in cells),
-    tuple(row for row in latest.values() if row["kind"] == "failure"),
+    tuple(_with_drop(c, baselines.get(subject(c))) for c in cells),
+    tuple(row for row in found if row["kind"] == "failure"),
     tuple(similarity.values()),
   )
 
@@ -215,15 +211,10 @@ def differences(
   ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Rank:
-  """A level of an axis among the others.
+class Rank(NamedTuple):
+  """A level of an axis, its drop, and in how many pairings it is best.
 
-  Attributes:
-    level: the value of the axis.
-    drop: over seeds.
-    wins: pairings in which it is best; a tie counts for each.
-    pairings: those that have every level that any of them has.
+  `pairings` are those that have every level; a tie is a win of each.
   """
 
   level: Any
@@ -261,9 +252,8 @@ def claims(results: Results) -> list[str]:
   plain = grouped(results.compared("plain"), ("model", "unit"))
   several = len({model for model, _ in groups}) > 1
   for (model, unit), cells in groups.items():
-    said = [
-      _claim_best(cells, axis, unit) for axis in ("recover", "pool", "stride")
-    ]
+    axes = ("recover", "pool", "stride")
+    said = [_claim_best(cells, axis, unit) for axis in axes]
     said += _claim_training(cells, unit)
     said += _claim_cost(plain.get((model, unit), []), unit)
     said += [_claim_start(cells, unit), _claim_tasks(cells, unit)]
@@ -318,13 +308,10 @@ def _claim_training(cells: Sequence[Row], unit: str) -> list[str]:
     asked.append(("funnel at fine-tuning", "finetuning", name, "off"))
   for what, axis, name, other in asked:
     if values := differences(cells, axis, name, other):
-      line, numbers = _verdict(
-        values,
-        unit,
-        f"{name} and {other}",
-        f"{name} beats {other}",
-        f"{name} is worse than {other}",
-      )
+      said = [
+        f"{name} {verb} {other}" for verb in ("and", "beats", "is worse than")
+      ]
+      line, numbers = _verdict(values, unit, *said)
       lines.append(f"{what}: {line} {numbers}")
   return lines
 
@@ -360,16 +347,13 @@ def _claim_start(cells: Sequence[Row], unit: str) -> str | None:
     f"later is better: {late} against {early}",
     f"earlier is better: {early} against {late}",
   )
+  by_start = grouped(cells, ("start",))
   saved = [
-    statistics.fmean(
-      c.get("ideal_reduction") or 0 for c in cells if c.get("start") == start
-    )
+    statistics.fmean(c.get("ideal_reduction") or 0 for c in by_start[start,])
     for start in (late, early)
   ]
-  return (
-    f"start: {line} {numbers}, with {100 * saved[0]:.0f} % against "
-    f"{100 * saved[1]:.0f} % of FLOPs saved"
-  )
+  least, most = (f"{100 * share:.0f} %" for share in saved)
+  return f"start: {line} {numbers}, with {least} against {most} of FLOPs saved"
 
 
 def _claim_tasks(cells: Sequence[Row], unit: str) -> str:

@@ -146,15 +146,10 @@ class Branch(NamedTuple):
 
   def left(self, done: Collection[str]) -> "Branch":
     """The branch of the cells whose hash is not in `done`."""
-    tunings = {t: _left(cells, done) for t, cells in self.tunings.items()}
-    return self._replace(
-      generative=_left(self.generative, done),
-      tunings={t: cells for t, cells in tunings.items() if cells},
-    )
-
-
-def _left(cells: list[Cell], done: Collection[str]) -> list[Cell]:
-  return [cell for cell in cells if cell.hash not in done]
+    left = lambda cells: [cell for cell in cells if cell.hash not in done]
+    tunings = {t: left(cells) for t, cells in self.tunings.items()}
+    tunings = {t: cells for t, cells in tunings.items() if cells}
+    return Branch(self.pretraining, left(self.generative), tunings)
 
 
 def make(study: ml_collections.ConfigDict) -> "Grid":
@@ -197,9 +192,8 @@ def _check(study: Any) -> None:
     try:
       tuned.update(study.tasks[name].tune)
     except (AttributeError, KeyError, TypeError) as error:
-      raise ValueError(
-        f"tasks.{name}.tune: {error}; expected keys of finetune"
-      ) from error
+      text = f"tasks.{name}.tune: {error}; expected keys of finetune"
+      raise ValueError(text) from error
 
 
 def _known(study: Any) -> dict[str, tuple[str, ...]]:
@@ -253,8 +247,8 @@ def _make_cell(study: Any, axes: Mapping[str, Any], task_kind: str) -> Cell:
   if kind not in _FUNNELLED and "on" not in (finetuning, axes["inference"]):
     funnel = None
   pretraining = _make_pretraining(study, model, kind, funnel)
-  tuning, settings = None, [study.finetune.to_dict()]
-  settings.append(study.generative.to_dict())
+  tuning = None
+  settings = [study.finetune.to_dict(), study.generative.to_dict()]
   if finetuning is not None:
     own = {"on": str(funnel), "off": OFF}.get(finetuning, finetuning)
     tuning = Tuning(task, own, seed)
@@ -324,11 +318,6 @@ def _set_shared(config, study, model: str, funnel: str) -> None:
     config.funnel_sampled = (OFF, *all_funnels(study, model))
 
 
-def tokenizer_path(folder: str, vocab_size: int) -> str:
-  """Where a study keeps the tokenizer that it trains."""
-  return os.path.join(folder, f"tokenizer_{vocab_size}", "tokenizer.model")
-
-
 @dataclasses.dataclass(frozen=True)
 class Grid:
   """A study's cells, in the order in which they are run.
@@ -377,17 +366,15 @@ class Grid:
       config = pretraining.config(self.study, "")
       if pretraining.kind == "distilled":
         # Its teacher is yet to be trained: that, and all else, can be checked.
-        teacher = self.teacher(pretraining)
-        pretrain.make_setup(teacher.config(self.study, ""))
+        pretrain.make_setup(self.teacher(pretraining).config(self.study, ""))
         config.objective = "next_token"
       pretrain.make_setup(config)
     tunings = {c.tuning.task: c.tuning for c in self.cells if c.tuning}
     for name, tuning in tunings.items():
       config = self.finetune_config(self.pretrainings[0], tuning)
+      rows = len(self.tasks[name].splits["train"])
       try:
-        steps = finetune.num_steps(
-          config, len(self.tasks[name].splits["train"])
-        )
+        steps = finetune.num_steps(config, rows)
         optimizer.make_optimizer(config.optimizer, steps)
       except ValueError as error:
         raise ValueError(f"tasks.{name}: {error}") from error
@@ -434,9 +421,9 @@ class Grid:
     model = TransformerConfig.from_dict(config.model)
     shape = config.batch_size, config.length
     each = flops.forward(model, pretraining.funnel, *shape)
-    if pretraining.kind == "distilled":
-      each *= 4 / 3
-    return 3.0 * each * config.steps
+    # A teacher's forward pass besides.
+    passes = 4.0 if pretraining.kind == "distilled" else 3.0
+    return passes * each * config.steps
 
   def _tuning_work(self, pretraining: Pretraining, tuning: Tuning) -> float:
     config = self.finetune_config(pretraining, tuning)
@@ -445,10 +432,8 @@ class Grid:
     # Rows are shorter than the limit; how much is the tokenizer's to say.
     length = max(1, config.length // 2)
     # Sampled ones are counted as the longest of them, which has none.
-    each = flops.forward(
-      model, config.funnel, 1, length, head=False, causal=False
-    )
-    return 3.0 * rows * each
+    shape = dict(batch=1, length=length, head=False, causal=False)
+    return 3.0 * rows * flops.forward(model, config.funnel, **shape)
 
   def describe(self, done: set[str], rate: float, overhead: float = 6.0) -> str:
     """What will be run, and about how long it takes.
@@ -470,11 +455,7 @@ class Grid:
         f"{progress.duration(seconds)}"
       )
     left = sum(cell.hash not in done for cell in self.cells)
-    return "\n".join(
-      [
-        f"{len(self.cells)} cells, {left} to be measured, from "
-        f"{len(self.pretrainings)} pretrainings:",
-        *lines,
-        f"in all about {progress.duration(total)}, by {rate:.2g} FLOP/s here",
-      ]
-    )
+    begin = f"{len(self.cells)} cells, {left} to be measured, from "
+    begin += f"{len(lines)} pretrainings:"
+    end = f"in all about {progress.duration(total)}, by {rate:.2g} FLOP/s here"
+    return "\n".join([begin, *lines, end])

@@ -54,10 +54,9 @@ def write(
   """
   claims, tables = analysis.claims(results), make_tables(results)
   about = {"settings": dict(settings or {}), "measured": _measured(results)}
-  environment = report.environment()
   content = {
     "title": title,
-    "environment": environment,
+    "environment": report.environment(),
     **about,
     "claims": claims,
     "tables": {table.title: list(table.rows) for table in tables},
@@ -72,7 +71,7 @@ def write(
   for plot in plots.draw(results):
     files[plot.name] = plot.png()
     pictures.append(Picture(files[plot.name], plot.caption, plot.alt))
-  about["report made on"] = environment
+  about["report made on"] = content["environment"]
   notes = [*claims, analysis.CAVEAT] if claims else []
   page = render(title, notes, tables, pictures, about)
   files["report.html"] = page.encode()
@@ -85,9 +84,9 @@ def write(
 
 def _measured(results: Results) -> dict[str, Any]:
   """Where cells were measured, and how many."""
-  cells = results.cells
-  known = lambda key: sorted({str(c[key]) for c in cells if c.get(key)})
-  return {"device": known("device"), "git": known("git"), "cells": len(cells)}
+  known = lambda key: sorted({str(c[key]) for c in results.cells if c.get(key)})
+  num_cells = len(results.cells)
+  return {"device": known("device"), "git": known("git"), "cells": num_cells}
 
 
 def _encoded(content: Mapping[str, Any]) -> bytes:

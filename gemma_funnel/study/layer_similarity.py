@@ -9,6 +9,7 @@ import numpy as np
 
 from gemma_funnel import funnel as funnel_lib
 from gemma_funnel import model as model_lib
+from gemma_funnel.checks import require
 from gemma_funnel.config import Funnel, resolve_funnel
 from gemma_funnel.layers import normalize
 from gemma_funnel.model import Transformer
@@ -53,39 +54,34 @@ def by_depth(
   funnelled = model if funnelled is None else funnelled
   for name in ("vocab_size", "num_layers", "embed_dim"):
     ours, theirs = (getattr(m.config, name) for m in (model, funnelled))
-    if ours != theirs:
-      raise ValueError(
-        f"by_depth: model.{name} is {ours} without the funnel and {theirs} "
-        "with it: expected models of the same shape"
-      )
+    require(
+      ours == theirs,
+      f"by_depth: model.{name} is {ours} without the funnel and {theirs} "
+      "with it: expected models of the same shape",
+    )
   tokens_BT = np.asarray(tokens_BT)
   if segment_BT is None:
     segment_BT = np.ones(tokens_BT.shape, np.int32)
   segment_BT = np.asarray(segment_BT)
   plain, other = _under(model, ()), _under(funnelled, funnel)
   other._check(tokens_BT, segment_BT, causal)
-  if not np.any(segment_BT):
-    raise ValueError("by_depth: segment_BT is 0 everywhere: expected tokens")
+  require(
+    bool(np.any(segment_BT)),
+    "by_depth: segment_BT is 0 everywhere: expected tokens",
+  )
   compared = _compare(
     *nnx.split(plain), *nnx.split(other), causal, tokens_BT, segment_BT
   )
   rows = []
   for (layer, at, short), numbers in zip(_points(other), compared, strict=True):
     cosine, error = map(float, numbers)
-    if not np.isfinite(cosine + error):
-      raise ValueError(
-        f"by_depth: states after layer {layer} are not finite: expected "
-        "parameters that can run"
-      )
-    rows.append(
-      {
-        "layer": layer,
-        "at": at,
-        "short": short,
-        "cosine": cosine,
-        "error": error,
-      }
+    require(
+      np.isfinite(cosine + error),
+      f"by_depth: states after layer {layer} are not finite: expected "
+      "parameters that can run",
     )
+    row = dict(layer=layer, at=at, short=short, cosine=cosine, error=error)
+    rows.append(row)
   return rows
 
 

@@ -204,7 +204,7 @@ class Runner:
     if config.data.tokenizer is not None:
       return
     vocab_size = config.model.vocab_size
-    kept = pathlib.Path(grid.tokenizer_path(self._config.workdir, vocab_size))
+    kept = self._folder / f"tokenizer_{vocab_size}" / workdir.TOKENIZER
     if not kept.exists():
       kept.parent.mkdir(parents=True, exist_ok=True)
       pipeline.load_corpus(config.data, vocab_size, kept.parent)

@@ -52,14 +52,19 @@ def make_tables(results: Results) -> list[Table]:
   return [table for table in made if table.rows] + [_failures(results)]
 
 
+def _columns(cells: Sequence[Row], *keys: str) -> list[Column]:
+  """Of text by their keys; one model of all cells is left out."""
+  several = len({cell["model"] for cell in cells}) > 1
+  return [Column(key, key) for key in keys if several or key != "model"]
+
+
 def _rows(
   cells: Iterable[Row], keys: Sequence[str], summary: Callable[[list], Row]
 ) -> list[Row]:
   """A row for each group of cells: its keys, and `summary` of its cells."""
-  return [
-    {**dict(zip(keys, key, strict=True)), **summary(part)}
-    for key, part in grouped(cells, keys).items()
-  ]
+  groups = grouped(cells, keys)
+  named = lambda key: dict(zip(keys, key, strict=True))
+  return [{**named(key), **summary(part)} for key, part in groups.items()]
 
 
 def _drop(cells: Iterable[Row]) -> str | None:
@@ -71,37 +76,28 @@ def _sign(unit: str) -> str:
   return "points" if unit == POINTS else "%"
 
 
-def _columns(cells: Sequence[Row], *keys: str) -> list[Column]:
-  """Of axes by their own names; one model of all cells is left out."""
-  several = len({cell["model"] for cell in cells}) > 1
-  return [Column(key, key) for key in keys if several or key != "model"]
-
-
 def _task_columns(cells: Sequence[Row]) -> list[Column]:
-  units = {(c["task"], c["metric"]): c["unit"] for c in cells}
+  units = {(c["task"], c["metric"]): _sign(c["unit"]) for c in cells}
   return [
-    Column(f"drop {task}", f"{task} {metric} ({_sign(unit)})", ">")
+    Column(f"drop {task}", f"{task} {metric} ({unit})", ">")
     for (task, metric), unit in units.items()
   ]
 
 
-def _by_task(cells: Iterable[Row]) -> dict[str, str | None]:
-  groups = grouped(cells, ("task",))
-  return {f"drop {task}": _drop(part) for (task,), part in groups.items()}
+def _by(cells: Iterable[Row], key: str, prefix: str) -> dict[str, str | None]:
+  """Drops by the values of a key; columns are `prefix` and the value."""
+  groups = grouped(cells, (key,))
+  return {f"{prefix} {name}": _drop(part) for (name,), part in groups.items()}
 
 
 def _baselines(results: Results) -> Table:
+  summary = lambda part: {
+    "better": "higher" if part[0]["higher_is_better"] else "lower",
+    "value": over_seeds(part, "value").text(".4f"),
+    "num_test": part[0].get("num_test"),
+    "seeds": len(part),
+  }
   cells = results.baselines
-  rows = _rows(
-    cells,
-    ("model", "task", "metric"),
-    lambda part: {
-      "better": "higher" if part[0]["higher_is_better"] else "lower",
-      "value": over_seeds(part, "value").text(".4f"),
-      "num_test": part[0].get("num_test"),
-      "seeds": len(part),
-    },
-  )
   columns = [
     *_columns(cells, "model", "task", "metric", "better"),
     Column("value", "value", ">"),
@@ -115,23 +111,21 @@ def _baselines(results: Results) -> Table:
       f" {lost} cells with a funnel are left out of what follows: there is no "
       "baseline of their model, task, metric and seed."
     )
+  rows = _rows(cells, ("model", "task", "metric"), summary)
   return Table("Baselines", columns, rows, note)
 
 
 def _starts(results: Results) -> Table:
   # Of several stages the axes are None, and the funnel's string tells.
-  cells = [
-    {**c, "several": c["funnel"] if c.get("start") is None else None}
-    for c in results.compared()
-  ]
+  several = lambda c: c["funnel"] if c.get("start") is None else None
+  cells = [{**c, "several": several(c)} for c in results.compared()]
   keys = ("model", *SHAPE, *_TRAINING, "several")
 
   def summary(part):
-    saved = {
-      name: over_seeds(part, name) for name in ("ideal_reduction", "reduction")
-    }
+    names = ("ideal_reduction", "reduction")
+    saved = {name: over_seeds(part, name) for name in names}
     means = {name: spread.mean for name, spread in saved.items() if spread}
-    return {**means, **_by_task(part)}
+    return {**means, **_by(part, "task", "drop")}
 
   columns = [
     *_columns(cells, *keys),
@@ -150,24 +144,17 @@ def _starts(results: Results) -> Table:
 
 def _trainings(results: Results) -> Table:
   cells = [*results.compared(), *results.compared("plain")]
-  keys = ("model", "task", "inference", *_TRAINING)
-  untrained = {}
-  for cell in cells:
-    if _is_untrained(cell):
-      untrained.setdefault((cell["model"], cell["task"]), []).append(cell)
+  untrained = grouped(filter(_is_untrained, cells), ("model", "task"))
 
   def summary(part):
     first, share = part[0], None
     if first["inference"] == "on" and not _is_untrained(first):
       others = untrained.get((first["model"], first["task"]), [])
       share = _share_recovered(part, others)
-    return {
-      "drop": _drop(part),
-      "unit": _sign(first["unit"]),
-      "share": share,
-      "cells": len(part),
-    }
+    unit = _sign(first["unit"])
+    return dict(drop=_drop(part), unit=unit, share=share, cells=len(part))
 
+  keys = ("model", "task", "inference", *_TRAINING)
   columns = [
     *_columns(cells, *keys),
     Column("drop", "drop", ">"),
@@ -204,35 +191,21 @@ def _share_recovered(cells, untrained) -> float | None:
 
 def _recoveries(results: Results) -> Table:
   cells, rows = results.compared(), []
-  starts = levels(cells, "start")
   for (model, unit), part in grouped(cells, ("model", "unit")).items():
     paired = [c for group in pairings(part, "recover") for c in group.values()]
     for place, rank in enumerate(ranked(part, "recover"), 1):
       mine = [c for c in paired if c["recover"] == rank.level]
-      by_start = {
-        f"start {start}": _drop(c for c in mine if c["start"] == start)
-        for start in starts
-      }
-      rows.append(
-        {
-          "model": model,
-          "recover": rank.level,
-          "unit": unit,
-          "rank": place,
-          "drop": rank.drop.text(),
-          "best": rank.wins,
-          "of": rank.pairings,
-          **by_start,
-          **_by_task(mine),
-        }
-      )
+      row = dict(model=model, recover=rank.level, unit=unit, rank=place)
+      row |= dict(drop=rank.drop.text(), best=rank.wins, of=rank.pairings)
+      row |= _by(mine, "start", "start") | _by(mine, "task", "drop")
+      rows.append(row)
   columns = [
     *_columns(cells, "model", "recover", "unit"),
     Column("rank", "rank", "d"),
     Column("drop", "drop", ">"),
     Column("best", "best in", "d"),
     Column("of", "of pairings", "d"),
-    *(Column(f"start {s}", f"start {s}", ">") for s in starts),
+    *(Column(f"start {s}", f"start {s}", ">") for s in levels(cells, "start")),
     *_task_columns(cells),
   ]
   return Table(
@@ -246,24 +219,23 @@ def _recoveries(results: Results) -> Table:
 
 
 def _tasks(results: Results) -> Table:
-  cells = results.compared()
-  header = lambda key: f"{key[0]}, tuned {key[1] or '-'}"
-  rows = _rows(
-    cells,
-    ("model", "task", "unit"),
-    lambda part: {
-      "kind": part[0].get("task_kind"),
-      "mean": over_seeds(part).mean,
-      "drop": _drop(part),
-      **{header(k): _drop(p) for k, p in grouped(part, _TRAINING).items()},
-    },
-  )
+  header = lambda c: f"{c['pretraining']}, tuned {c['finetuning'] or '-'}"
+  cells = [{**c, "training": header(c)} for c in results.compared()]
+  summary = lambda part: {
+    "kind": part[0].get("task_kind"),
+    "mean": over_seeds(part).mean,
+    "drop": _drop(part),
+    **_by(part, "training", "in"),
+  }
+  rows = _rows(cells, ("model", "task", "unit"), summary)
   rows.sort(key=lambda r: (r["model"], r["unit"] != POINTS, -r["mean"]))
-  headers = map(header, grouped(cells, _TRAINING))
   columns = [
     *_columns(cells, "model", "task", "kind", "unit"),
     Column("drop", "drop, all cells", ">"),
-    *(Column(text, text, ">") for text in headers),
+    *(
+      Column(f"in {header(part[0])}", header(part[0]), ">")
+      for part in grouped(cells, _TRAINING).values()
+    ),
   ]
   return Table(
     "4. Which tasks suffer?",
