@@ -71,7 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
       start=(1, 2, 3),
       stop=(5,),
       stride=(2,),
-      pool=("mean",),
+      reduce=("mean",),
       recover=("average", "add", "repeat"),
       task=("code_tags", "code_packages"),
       seed=(0, 1),

@@ -269,7 +269,7 @@ def test_work_that_is_left(study):
     ("seed", (0.5,), "axes.seed=0.5"),
     ("start", (2,), "funnel.start=2 must be below"),
     ("stride", (0,), "funnel.stride=0"),
-    ("pool", ("sum",), "funnel.pool='sum'"),
+    ("reduce", ("sum",), "funnel.reduce='sum'"),
     ("recover", ("half",), "funnel.recover='half'"),
     ("recover", ("none",), "recover='none'.*task pairs needs a state"),
     ("stride", (3,), "length=32 must be a multiple .* 3"),

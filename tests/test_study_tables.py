@@ -104,7 +104,7 @@ def test_random_holes_and_several_stages():
   rows = make_rows()
   stages = "start=1,stop=4+start=2,stop=3"
   for seed in (0, 1):
-    several = dict.fromkeys(("start", "stop", "stride", "pool", "recover"))
+    several = dict.fromkeys(("start", "stop", "stride", "reduce", "recover"))
     several |= dict(funnel=stages, inference="on", value=0.5)
     rows.append(make_row("cell", "topic", seed, **several))
   assert stages in _table(rows, 1).markdown()

@@ -8,7 +8,7 @@ import random
 import tiny_run
 
 WORDS = ("apple", "house", "river", "stone", "cloud", "tiger", "chair", "paper")
-ONE = "start=1,stop=2,stride=2,pool=mean,recover="
+ONE = "start=1,stop=2,stride=2,reduce=mean,recover="
 
 
 def write_tasks(folder: pathlib.Path) -> dict[str, dict]:
@@ -96,7 +96,7 @@ def make_row(kind, task, seed, **changes):
   """A line of results.jsonl: the baseline's, but for `changes`."""
   row = dict(kind=kind, hash="h", model="study", task=task, seed=seed)
   row |= dict(pretraining="standard", finetuning="off", inference="off")
-  row |= dict.fromkeys(("start", "stop", "stride", "pool", "recover"))
+  row |= dict.fromkeys(("start", "stop", "stride", "reduce", "recover"))
   row |= dict(funnel="off", task_kind="tagging", num_test=500)
   row |= dict(metric="accuracy", higher_is_better=True, ideal_reduction=0.0)
   row |= dict(latency_s=None, reduction=None, git="59d0d6d", device="cpu x1")
@@ -108,7 +108,7 @@ def make_row(kind, task, seed, **changes):
 
 def with_funnel(start, recover):
   """What a row of a cell with that funnel at inference has otherwise."""
-  axes = dict(start=start, stop=8, stride=2, pool="mean", recover=recover)
+  axes = dict(start=start, stop=8, stride=2, reduce="mean", recover=recover)
   funnel = ",".join(f"{key}={value}" for key, value in axes.items())
   saved = 0.5 * (8 - start) / 8
   return dict(axes, funnel=funnel, inference="on", ideal_reduction=saved)

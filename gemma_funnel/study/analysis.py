@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 # What tells models apart, and results.
 MODEL_AXES = ("model", "pretraining", "funnel")
 AXES = (*MODEL_AXES[:2], "finetuning", "inference", "funnel", "task", "seed")
-SHAPE = ("start", "stop", "stride", "pool")
+SHAPE = ("start", "stop", "stride", "reduce")
 POINTS, PERCENT = "points", "% of the baseline"
 CAVEAT = (
   "Differences are paired by all other choices and the seed. Pairings share "
@@ -114,6 +114,7 @@ def organise(rows: Iterable[Row]) -> Results:
       not missing,
       f"result row {number} ({kind}) has no {missing}; it has {sorted(row)}",
     )
+    row = _renamed(row)
     if kind == "similarity":
       similarity[tuple(row[name] for name in MODEL_AXES)] = row
     elif kind in _NEEDED:
@@ -133,6 +134,17 @@ def organise(rows: Iterable[Row]) -> Results:
     tuple(row for row in found if row["kind"] == "failure"),
     tuple(similarity.values()),
   )
+
+
+def _renamed(row: Row) -> Row:
+  """The row; one of version 0.1, which has `pool` for `reduce`, renamed."""
+  if "pool" not in row:
+    return row
+  funnel = row["funnel"].replace("pool=every", "reduce=strided")
+  funnel = funnel.replace("pool=", "reduce=")
+  pool = {"every": "strided"}.get(row["pool"], row["pool"])
+  rest = {key: value for key, value in row.items() if key != "pool"}
+  return {**rest, "reduce": pool, "funnel": funnel}
 
 
 def _role(cell: Row) -> str:
@@ -252,7 +264,7 @@ def claims(results: Results) -> list[str]:
   plain = grouped(results.compared("plain"), ("model", "unit"))
   several = len({model for model, _ in groups}) > 1
   for (model, unit), cells in groups.items():
-    axes = ("recover", "pool", "stride")
+    axes = ("recover", "reduce", "stride")
     said = [_claim_best(cells, axis, unit) for axis in axes]
     said += _claim_training(cells, unit)
     said += _claim_cost(plain.get((model, unit), []), unit)

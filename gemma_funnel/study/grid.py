@@ -33,7 +33,7 @@ SWITCH = ("off", "on")
 # "sampled": each step draws one of the study's funnels, or none; the result is
 # measured with all of them.
 FINETUNINGS = (*SWITCH, "sampled")
-FUNNEL_AXES = ("start", "stop", "stride", "pool", "recover")
+FUNNEL_AXES = ("start", "stop", "stride", "reduce", "recover")
 _TRAINING_AXES = ("model", "pretraining", "finetuning", "inference")
 AXES = (*_TRAINING_AXES, *FUNNEL_AXES, "task", "seed")
 # Keys of a training that the study sets itself.

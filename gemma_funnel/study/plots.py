@@ -296,10 +296,14 @@ def _depth_panels(rows: Sequence[Row]) -> list[Panel]:
   ]
   panels = []
   for key, part in grouped(rows, ("model", *SHAPE, "stages")).items():
-    model, start, _, stride, pool, stages = key
+    model, start, _, stride, reduce, stages = key
     parts = (stages,)
     if stages is None:
-      parts = (f"layers {start} to {_last(part[0])}", f"stride {stride}", pool)
+      parts = (
+        f"layers {start} to {_last(part[0])}",
+        f"stride {stride}",
+        reduce,
+      )
     panels.append((_title(model if several else None, *parts), part))
   return panels
 
