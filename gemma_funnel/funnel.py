@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_funnel import params
 from gemma_funnel.config import FunnelConfig, LayerSpec, TransformerConfig
 from gemma_funnel.layers import (
   Attention,
@@ -141,13 +142,18 @@ class Recovery(nnx.Module):
   Attributes:
     restores: whether the full length returns at all.
     attends: whether `attend` is called.
+    rows: the parameters that it learns.
   """
 
   restores: bool = True
   attends: bool = False
+  rows: tuple[params.Row, ...] = ()
 
   def learn(self, config: TransformerConfig, rngs: nnx.Rngs) -> None:
-    """Makes the parameters of a recovery that has any."""
+    """Makes the parameters of `rows`."""
+    for row in self.rows:
+      value = params.init(f"funnel/*/recovery/{row.path}", config, rngs)
+      setattr(self, row.path, nnx.Param(value))
 
   def hold(self, u_BRD: jax.Array, p_BRD: jax.Array) -> jax.Array:
     """What tokens read of each short slot; decoding holds the newest."""
@@ -162,8 +168,9 @@ class Recovery(nnx.Module):
 
   @property
   def vectors(self) -> int:
-    """Learned weights that are in no matrix."""
-    return 0
+    """How many numbers its learned vectors have."""
+    rows = [row for row in self.rows if not (row.outputs or self.attends)]
+    return sum(getattr(self, row.path).size for row in rows)
 
 
 @RECOVERIES.register("average")
@@ -213,12 +220,7 @@ class ScaledDelta(Delta):
     scale: [D], s - 1.
   """
 
-  def learn(self, config, rngs):
-    self.scale = _zeros(config)
-
-  @property
-  def vectors(self) -> int:
-    return self.scale.size
+  rows = (params.vector("scale", "D", "funnel"),)
 
   def combine(self, held_BTD, h_BTD, attended_BTD):
     s_11D = 1 + self.scale[...].astype(jnp.float32)[None, None]
@@ -233,12 +235,7 @@ class Gate(Recovery):
     gate: [D], zero at first; s is its sigmoid.
   """
 
-  def learn(self, config, rngs):
-    self.gate = _zeros(config)
-
-  @property
-  def vectors(self) -> int:
-    return self.gate.size
+  rows = (params.vector("gate", "D", "funnel"),)
 
   def combine(self, held_BTD, h_BTD, attended_BTD):
     s_D = jax.nn.sigmoid(self.gate[...].astype(jnp.float32))
@@ -256,6 +253,11 @@ class Attend(Recovery):
   """
 
   attends = True
+  rows = (
+    *params.attention("attend/attn", "", "funnel", params.zeros),
+    params.vector("attend/query_norm/scale", "D", "funnel"),
+    params.vector("attend/key_norm/scale", "D", "funnel"),
+  )
 
   def learn(self, config, rngs):
     self.attend = CrossAttention(config, rngs)
@@ -269,10 +271,6 @@ class Nothing(Recovery):
   """the sequence stays short: for heads that read a whole sequence"""
 
   restores = False
-
-
-def _zeros(config: TransformerConfig) -> nnx.Param:
-  return nnx.Param(jnp.zeros(config.embed_dim, jnp.dtype(config.param_dtype)))
 
 
 class Stage(nnx.Module):
@@ -339,9 +337,9 @@ class CrossAttention(nnx.Module):
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     self.config = config
-    self.query_norm = RMSNorm(config)
-    self.key_norm = RMSNorm(config)
-    self.attn = Attention(config, rngs, starts_at_zero=True)
+    self.query_norm = RMSNorm(config, "funnel/*/recovery/attend/query_norm")
+    self.key_norm = RMSNorm(config, "funnel/*/recovery/attend/key_norm")
+    self.attn = Attention(config, rngs, "funnel/*/recovery/attend/attn")
 
   @property
   def _spec(self) -> LayerSpec:

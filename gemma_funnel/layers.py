@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_funnel import params
 from gemma_funnel.attention.api import attend
 from gemma_funnel.attention.blocked import attention_received
 from gemma_funnel.config import LayerSpec, RopeScaling, TransformerConfig
@@ -73,26 +74,13 @@ def make_attention_fn(
   return attention_fn
 
 
-def _projection(fan_in_axes, out_axes, scale=1.0):
-  """LeCun's rule: truncated normal of variance scale / fan-in (Efficient
-  BackProp, 1998; the default of flax, nanodo and MaxText)."""
-  return nnx.initializers.variance_scaling(
-    scale, "fan_in", "truncated_normal", in_axis=fan_in_axes, out_axis=out_axes
-  )
-
-
 class RMSNorm(nnx.Module):
   """x / rms(x) * (offset + scale), in float32 and cast once, at the end."""
 
-  def __init__(self, config: TransformerConfig, width: int | None = None):
+  def __init__(self, config: TransformerConfig, path: str):
     self.epsilon, self.offset = config.norm_eps, config.norm_offset
-    self.scale = nnx.Param(
-      jnp.full(
-        width or config.embed_dim,
-        1 - config.norm_offset,
-        jnp.dtype(config.param_dtype),
-      )
-    )
+    scale = params.init(f"{path}/scale", config)
+    self.scale = nnx.Param(scale + (1 - config.norm_offset))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return _rms_norm(x, self.scale[...], self.epsilon, self.offset)
@@ -148,38 +136,18 @@ class Attention(nnx.Module):
   """Grouped-query attention with RoPE: its projections."""
 
   def __init__(
-    self,
-    config: TransformerConfig,
-    rngs: nnx.Rngs,
-    starts_at_zero: bool = False,
+    self, config: TransformerConfig, rngs: nnx.Rngs, path: str = "layers/attn"
   ):
     self.config = config
-    D, N, K, H = (
-      config.embed_dim,
-      config.num_heads,
-      config.num_kv_heads,
-      config.head_dim,
-    )
-    dtype = jnp.dtype(config.param_dtype)
-    # Branches into the residual stream start smaller by the root of their
-    # number (GPT-2's rule); Gemma 2's post norms undo it, Gemma 1 needs it.
-    project, back = (
-      _projection((0,), (1, 2)),
-      _projection((0, 1), (2,), 1 / (2 * config.num_layers)),
-    )
-    if starts_at_zero:
-      back = nnx.initializers.zeros
-    self.query = nnx.Param(project(rngs.params(), (D, N, H), dtype))
-    self.key = nnx.Param(project(rngs.params(), (D, K, H), dtype))
-    self.value = nnx.Param(project(rngs.params(), (D, K, H), dtype))
-    self.out = nnx.Param(back(rngs.params(), (N, H, D), dtype))
+    new = lambda name: nnx.Param(params.init(f"{path}/{name}", config, rngs))
+    self.query, self.key = new("query"), new("key")
+    self.value, self.out = new("value"), new("out")
     if config.attention_bias:
-      self.query_bias = nnx.Param(jnp.zeros((N, H), dtype))
-      self.key_bias = nnx.Param(jnp.zeros((K, H), dtype))
-      self.value_bias = nnx.Param(jnp.zeros((K, H), dtype))
+      self.query_bias, self.key_bias = new("query_bias"), new("key_bias")
+      self.value_bias = new("value_bias")
     if config.qk_norm:
-      self.query_norm = RMSNorm(config, H)
-      self.key_norm = RMSNorm(config, H)
+      self.query_norm = RMSNorm(config, f"{path}/query_norm")
+      self.key_norm = RMSNorm(config, f"{path}/key_norm")
 
   def __call__(
     self,
@@ -225,15 +193,9 @@ class MLP(nnx.Module):
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     self.activation = config.activation
-    D, F = config.embed_dim, config.mlp_dim
-    dtype = jnp.dtype(config.param_dtype)
-    project, back = (
-      _projection((0,), (1,)),
-      _projection((0,), (1,), 1 / (2 * config.num_layers)),
-    )
-    self.gate = nnx.Param(project(rngs.params(), (D, F), dtype))
-    self.up = nnx.Param(project(rngs.params(), (D, F), dtype))
-    self.down = nnx.Param(back(rngs.params(), (F, D), dtype))
+    self.gate = nnx.Param(params.init("layers/mlp/gate", config, rngs))
+    self.up = nnx.Param(params.init("layers/mlp/up", config, rngs))
+    self.down = nnx.Param(params.init("layers/mlp/down", config, rngs))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     gate_BTF = _einsum("BTD,DF->BTF", x_BTD, self.gate)
@@ -258,14 +220,14 @@ class Block(nnx.Module):
   """One layer: attention and MLP, each with a residual."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-    self.pre_attn_norm = RMSNorm(config)
+    self.pre_attn_norm = RMSNorm(config, "layers/pre_attn_norm")
     self.attn = Attention(config, rngs)
-    self.pre_mlp_norm = RMSNorm(config)
+    self.pre_mlp_norm = RMSNorm(config, "layers/pre_mlp_norm")
     self.mlp = MLP(config, rngs)
     self.post_norms = config.post_norms
     if config.post_norms:
-      self.post_attn_norm = RMSNorm(config)
-      self.post_mlp_norm = RMSNorm(config)
+      self.post_attn_norm = RMSNorm(config, "layers/post_attn_norm")
+      self.post_mlp_norm = RMSNorm(config, "layers/post_mlp_norm")
 
   def __call__(
     self,

@@ -25,6 +25,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from gemma_funnel import params
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.numerics import normalize
 from gemma_funnel.registry import REDUCERS
 from gemma_funnel.stream import Stream, last_slot, rank, take, take_slots
@@ -68,6 +70,7 @@ class Reducer(nnx.Module):
     decodes: whether `init_state` and `step` exist.
     packs: whether rows may hold several segments.
     bidirectional: whether it knows streams that are not causal.
+    rows: the parameters that it learns.
   """
 
   options: tuple[str, ...] = ()
@@ -77,12 +80,16 @@ class Reducer(nnx.Module):
   decodes: bool = False
   packs: bool = True
   bidirectional: bool = True
+  rows: tuple[params.Row, ...] = ()
 
   def __init__(self, stage):
     self.stage = stage
 
-  def learn(self, config, rngs: nnx.Rngs) -> None:
-    """Makes the parameters of a reducer that has any, for a model's config."""
+  def learn(self, config: TransformerConfig, rngs: nnx.Rngs) -> None:
+    """Makes the parameters of `rows`."""
+    for row in self.rows:
+      value = params.init(f"funnel/*/reducer/{row.path}", config, rngs)
+      setattr(self, row.path, nnx.Param(value))
 
   @property
   def period(self) -> int:
@@ -402,11 +409,11 @@ class AttentionPool(Pool):
     pool_query: [D], zero at first.
   """
 
+  rows = (params.vector("pool_query", "D", "funnel"),)
+
   def learn(self, config, rngs):
+    super().learn(config, rngs)
     self.epsilon = config.norm_eps
-    self.pool_query = nnx.Param(
-      jnp.zeros(config.embed_dim, jnp.dtype(config.param_dtype))
-    )
 
   @property
   def weights(self) -> int:

@@ -1,8 +1,10 @@
 """What is said of results that are made up: truths are planted."""
 
+import json
 import math
 
 import pytest
+import tiny_run
 from tiny_study import RECOVERIES, TASKS, make_row, make_rows, with_funnel
 
 from gemma_funnel.study import analysis
@@ -156,3 +158,13 @@ def test_what_a_pretraining_costs_without_thewith_funnel():
     )
   line = _line(_claims(rows), "pretraining: aware costs")
   assert "drop +3.00, spread 0.00 points, 3 cells" in line
+
+
+@pytest.mark.parametrize("name", ["study", "study_quick"])
+def test_published_results_say_what_was_published(name):
+  """They are of version 0.1, which called `reduce` `pool`."""
+  folder = tiny_run.ROOT / "docs" / name
+  lines = (folder / "results.jsonl").read_text().splitlines()
+  published = (folder / "tables.md").read_text().splitlines()
+  said = [line.removeprefix("- ") for line in published if line[:2] == "- "]
+  assert _claims(map(json.loads, lines)) == said

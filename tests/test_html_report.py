@@ -8,22 +8,12 @@ import random
 import re
 
 import pytest
-from tiny_study import make_rows
+from tiny_study import COLUMNS, ROWS, make_rows
 
 from gemma_funnel.evaluation.report import Column
 from gemma_funnel.study import analysis, html_report
 from gemma_funnel.study.tables import Table
 
-COLUMNS = (
-  Column("name", "na<me"),
-  Column("value", "value (%)", ".1f", 100),
-  Column("spread", "drop", ">"),
-  Column("none", "nobody has it"),
-)
-ROWS = (
-  {"name": "a|b <i>", "value": 0.5, "spread": "-1.20 ± 0.30"},
-  {"name": "2nd", "value": None, "spread": "10.00 (n=1)"},
-)
 TABLE = Table("A & B", COLUMNS, ROWS, "a note <b>")
 HOSTILE = "</script><script>alert(1)</script>\"'&<!--\ud800"
 _VOID = {"meta", "link", "img"}
@@ -71,17 +61,12 @@ def test_the_page_has_what_it_was_given():
   reader = _read(
     _page("A title", ["one", "two"], (TABLE,), [picture], settings)
   )
-  assert reader.cells == [
-    "na<me",
-    "value (%)",
-    "drop",
-    "a|b <i>",
-    "50.0",
-    "-1.20 ± 0.30",
-    "2nd",
-    "-",
-    "10.00 (n=1)",
-  ]
+  assert reader.cells[:3] == ["na<me", "value (%)", "drop"]
+  assert reader.cells[3:6] == ["a|b <i>", "50.0", "-1.20 ± 0.30"]
+  assert reader.cells[6:] == ["2nd", "-", "10.00 (n=1)"]
+  heads = [attrs for tag, attrs in reader.seen if tag == "th"]
+  assert [head["aria-sort"] for head in heads] == ["none"] * 3
+  assert [tag for tag, _ in reader.seen].count("button") == 3
   text = " ".join(reader.text)
   for part in ("A title", "one", "two", "a caption", "0, 1", "preset", "tiny"):
     assert part in text
@@ -135,30 +120,15 @@ def test_random_text_comes_back():
 
 
 def test_numbers_are_sorted_by_value():
-  keys = {
-    "-1.20 ± 0.30": -1.2,
-    "10.00 (n=1)": 10.0,
-    "37": 37.0,
-    "1e-05": 1e-5,
+  keys = {"-1.20 ± 0.30": -1.2, "10.00 (n=1)": 10.0, "37": 37.0, "1e-05": 1e-5}
+  keys |= {
     "+2.5": 2.5,
-    "-": None,
-    "text": None,
-    "2nd": None,
-    "59d0d6d": None,
-    "1.2.3": None,
+    **dict.fromkeys(("-", "text", "2nd", "59d0d6d", "1.2.3")),
   }
   for text, value in keys.items():
     table = Table("t", [Column("a", "h")], [{"a": text}])
     [cell] = [a for tag, a in _read(_page(tables=(table,))).seen if tag == "td"]
     assert cell.get("data-n") == (None if value is None else str(value)), text
-
-
-def test_a_head_can_be_pressed():
-  seen = _read(_page()).seen
-  heads = [attrs for tag, attrs in seen if tag == "th"]
-  assert len(heads) == 3
-  assert all(h["aria-sort"] == "none" for h in heads)
-  assert [tag for tag, _ in seen].count("button") == 3
 
 
 def _write(rows, *args):

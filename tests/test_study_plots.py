@@ -51,14 +51,6 @@ def test_nothing_is_drawn_of_nothing():
   assert not _drawn([make_row("cell", "topic", 0, value=1.0)])
 
 
-def test_pareto():
-  points = [(0, 0.9), (10, 0.8), (10, 0.7), (20, 0.85), (30, 0.1)]
-  assert plots.pareto(points, True) == [(0, 0.9), (20, 0.85), (30, 0.1)]
-  assert plots.pareto(points, False) == [(30, 0.1)]
-  # A tie saves more or is dominated.
-  assert plots.pareto([(0, 0.5), (10, 0.5)], True) == [(10, 0.5)]
-
-
 def test_pareto_against_its_definition():
   chance = random.Random(0)
   for _ in range(100):
@@ -169,8 +161,3 @@ def test_no_text_lies_on_other_text(long):
     for box in boxes:
       assert 0 <= box.x0 and box.x1 <= width, name
       assert 0 <= box.y0 and box.y1 <= height, name
-
-
-def test_a_png(drawn):
-  data = plots.Plot("", drawn["depth.png"][0], "", "").png()
-  assert data.startswith(b"\x89PNG\r\n\x1a\n")

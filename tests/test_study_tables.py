@@ -3,21 +3,9 @@
 import random
 
 import pytest
-from tiny_study import make_row, make_rows, with_funnel
+from tiny_study import COLUMNS, ROWS, make_row, make_rows, with_funnel
 
-from gemma_funnel.evaluation.report import Column
 from gemma_funnel.study import analysis, tables
-
-COLUMNS = (
-  Column("name", "na<me"),
-  Column("value", "value (%)", ".1f", 100),
-  Column("spread", "drop", ">"),
-  Column("none", "nobody has it"),
-)
-ROWS = (
-  {"name": "a|b <i>", "value": 0.5, "spread": "-1.20 ± 0.30"},
-  {"name": "2nd", "value": None, "spread": "10.00 (n=1)"},
-)
 
 
 def _table(rows, number):

@@ -7,6 +7,8 @@ import random
 
 import tiny_run
 
+from gemma_funnel.evaluation.report import Column
+
 WORDS = ("apple", "house", "river", "stone", "cloud", "tiger", "chair", "paper")
 ONE = "start=1,stop=2,stride=2,reduce=mean,recover="
 
@@ -84,6 +86,17 @@ def make_study(workdir, source, files, **axes):
   return study
 
 
+# A table of each kind of column.
+COLUMNS = (
+  Column("name", "na<me"),
+  Column("value", "value (%)", ".1f", 100),
+  Column("spread", "drop", ">"),
+  Column("none", "nobody has it"),
+)
+ROWS = (
+  {"name": "a|b <i>", "value": 0.5, "spread": "-1.20 ± 0.30"},
+  {"name": "2nd", "value": None, "spread": "10.00 (n=1)"},
+)
 # Of the made-up results: what a recovery, a start and a task add to a drop, or
 # multiply it by, and a pretraining. The null pretraining is worth nothing.
 RECOVERIES = {"average": 0.0, "add": 0.012, "repeat": 0.03}

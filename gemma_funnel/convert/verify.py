@@ -125,12 +125,7 @@ def plain_logits(
   for layer in range(config.num_layers):
     params = [read(("layers", *path), layer, {}) for path in paths]
     hidden_BTD = _run_layer(
-      graphdef,
-      config,
-      config.layers[layer],
-      tuple(paths),
-      params,
-      hidden_BTD,
+      graphdef, config, config.layers[layer], tuple(paths), params, hidden_BTD
     )
   scale = 1 + read(("final_norm", "scale"), None, {})
   hidden_TD = normalize(hidden_BTD[0], config.norm_eps) * scale[None]

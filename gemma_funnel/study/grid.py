@@ -22,7 +22,7 @@ from gemma_funnel.config import (
   resolve_funnel,
 )
 from gemma_funnel.tasks.task import GENERATIVE_KINDS, Task
-from gemma_funnel.training import finetune, optimizer, pretrain, progress
+from gemma_funnel.training import finetune, metric_writer, optimizer, pretrain
 
 # Without a funnel; with the cell's own, from the first step or from a later
 # one; with any of the study's, drawn for each step; and without, and then
@@ -452,10 +452,12 @@ class Grid:
       lines.append(
         f"  {first.model} {first.kind} {first.funnel}: "
         f"{len(branch.tunings)} fine-tunings, {len(branch.cells)} cells, about "
-        f"{progress.duration(seconds)}"
+        f"{metric_writer.duration(seconds)}"
       )
     left = sum(cell.hash not in done for cell in self.cells)
     begin = f"{len(self.cells)} cells, {left} to be measured, from "
     begin += f"{len(lines)} pretrainings:"
-    end = f"in all about {progress.duration(total)}, by {rate:.2g} FLOP/s here"
+    end = (
+      f"in all about {metric_writer.duration(total)}, by {rate:.2g} FLOP/s here"
+    )
     return "\n".join([begin, *lines, end])
