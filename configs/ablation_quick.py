@@ -71,7 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
       start=(1, 2, 3),
       stop=(5,),
       stride=(2,),
-      pool=("mean",),
+      reduce=("mean",),
       recover=("average", "add", "repeat"),
       task=("code_tags", "code_packages"),
       seed=(0, 1),
@@ -94,6 +94,6 @@ def get_config() -> ml_collections.ConfigDict:
     keep_finetuned=False,
     # Whether cells that failed before are run again.
     retry=False,
-    # Whether to print the plan and end there.
+    # Whether to print the grid and end there.
     dry_run=False,
   )

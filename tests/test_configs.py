@@ -85,7 +85,7 @@ def test_a_tuning_config_is_a_run_of_each_seed(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_is_a_plan(name):
+def test_a_study_is_a_grid(name):
   config = tiny_run.load_config(name)
   reads = any(t.task.format == "table" for t in config.tasks.values())
   if reads and "GEMMA_FUNNEL_DATA" not in os.environ:
@@ -96,8 +96,8 @@ def test_a_study_is_a_plan(name):
   made = grid.make(config)
   axes = config.axes
   assert {cell.task for cell in made.cells} == set(axes.task)
-  assert {cell.seed for cell in made.cells} == set(axes.seed)
-  found = {c.funnel.recover for c in made.cells if c.funnel is not None}
+  assert {cell.axes["seed"] for cell in made.cells} == set(axes.seed)
+  found = {c.axes["recover"] for c in made.cells} - {None}
   assert found == set(axes.recover)
   kinds = {pretraining.kind for pretraining in made.pretrainings}
   assert kinds == set(axes.pretraining)

@@ -5,7 +5,7 @@ import random
 
 from matplotlib.backends import backend_agg
 import pytest
-from test_study import _funnel, _row, make_rows
+from tiny_study import make_row, make_rows, with_funnel
 
 from gemma_funnel.study import analysis, plots
 
@@ -48,15 +48,7 @@ def test_what_is_drawn(drawn):
 
 def test_nothing_is_drawn_of_nothing():
   assert not _drawn([])
-  assert not _drawn([_row("cell", "topic", 0, value=1.0)])
-
-
-def test_pareto():
-  points = [(0, 0.9), (10, 0.8), (10, 0.7), (20, 0.85), (30, 0.1)]
-  assert plots.pareto(points, True) == [(0, 0.9), (20, 0.85), (30, 0.1)]
-  assert plots.pareto(points, False) == [(30, 0.1)]
-  # A tie saves more or is dominated.
-  assert plots.pareto([(0, 0.5), (10, 0.5)], True) == [(10, 0.5)]
+  assert not _drawn([make_row("cell", "topic", 0, value=1.0)])
 
 
 def test_pareto_against_its_definition():
@@ -81,10 +73,10 @@ def test_the_front_and_the_baseline_are_where_they_should_be(drawn):
   assert list(star.get_xdata()) == [0]
   assert star.get_ydata()[0] == pytest.approx(0.81)
   front = _of_label(axes, "Pareto front")
-  # Less is better: the baseline, and with each start the best recovery.
+  # Lower is better: the baseline, and with each start the best recovery.
   assert list(front.get_xdata()) == pytest.approx([0, 12.5, 25, 37.5])
   assert sorted(front.get_ydata()) == list(front.get_ydata())
-  assert "less" in axes.get_ylabel()
+  assert "lower" in axes.get_ylabel()
 
 
 def test_measured_reductions_are_used_where_all_have_one():
@@ -105,10 +97,10 @@ def test_error_bars_are_of_the_change_by_seed():
   rows = []
   for seed, start in itertools.product((0, 1), (2, 4)):
     base = 0.6 + 0.2 * seed
-    rows.append(_row("cell", "topic", seed, value=base))
+    rows.append(make_row("cell", "topic", seed, value=base))
     value = base - 0.1 - 0.04 * seed
     rows.append(
-      _row("cell", "topic", seed, value=value, **_funnel(start, "add"))
+      make_row("cell", "topic", seed, value=value, **with_funnel(start, "add"))
     )
   [axes] = _axes(_drawn(rows)["start.png"][0])
   [container] = axes.containers
@@ -169,8 +161,3 @@ def test_no_text_lies_on_other_text(long):
     for box in boxes:
       assert 0 <= box.x0 and box.x1 <= width, name
       assert 0 <= box.y0 and box.y1 <= height, name
-
-
-def test_a_png(drawn):
-  data = plots.png(drawn["depth.png"][0])
-  assert data.startswith(b"\x89PNG\r\n\x1a\n")

@@ -1,13 +1,16 @@
-"""A study small enough for tests: its tasks and configuration."""
+"""A study small enough for tests: tasks, configuration, and made-up results."""
 
+import itertools
 import json
 import pathlib
 import random
 
 import tiny_run
 
+from gemma_funnel.evaluation.report import Column
+
 WORDS = ("apple", "house", "river", "stone", "cloud", "tiger", "chair", "paper")
-ONE = "start=1,stop=2,stride=2,pool=mean,recover="
+ONE = "start=1,stop=2,stride=2,reduce=mean,recover="
 
 
 def write_tasks(folder: pathlib.Path) -> dict[str, dict]:
@@ -81,3 +84,75 @@ def make_study(workdir, source, files, **axes):
     )
     study.axes.update(axes)
   return study
+
+
+# A table of each kind of column.
+COLUMNS = (
+  Column("name", "na<me"),
+  Column("value", "value (%)", ".1f", 100),
+  Column("spread", "drop", ">"),
+  Column("none", "nobody has it"),
+)
+ROWS = (
+  {"name": "a|b <i>", "value": 0.5, "spread": "-1.20 ± 0.30"},
+  {"name": "2nd", "value": None, "spread": "10.00 (n=1)"},
+)
+# Of the made-up results: what a recovery, a start and a task add to a drop, or
+# multiply it by, and a pretraining. The null pretraining is worth nothing.
+RECOVERIES = {"average": 0.0, "add": 0.012, "repeat": 0.03}
+STARTS = {2: 0.06, 4: 0.03, 6: 0.01}
+TASKS = {"grammar": 1.6, "topic": 0.5}
+PRETRAININGS = {"standard": 1.0, "aware": 0.5, "sampled": 1.0}
+
+
+def make_row(kind, task, seed, **changes):
+  """A line of results.jsonl: the baseline's, but for `changes`."""
+  row = dict(kind=kind, hash="h", model="study", task=task, seed=seed)
+  row |= dict(pretraining="standard", finetuning="off", inference="off")
+  row |= dict.fromkeys(("start", "stop", "stride", "reduce", "recover"))
+  row |= dict(funnel="off", task_kind="tagging", num_test=500)
+  row |= dict(metric="accuracy", higher_is_better=True, ideal_reduction=0.0)
+  row |= dict(latency_s=None, reduction=None, git="59d0d6d", device="cpu x1")
+  if task == "prose":
+    row |= dict(task_kind="perplexity", finetuning=None)
+    row |= dict(metric="bits_per_byte", higher_is_better=False)
+  return row | changes
+
+
+def with_funnel(start, recover):
+  """What a row of a cell with that funnel at inference has otherwise."""
+  axes = dict(start=start, stop=8, stride=2, reduce="mean", recover=recover)
+  funnel = ",".join(f"{key}={value}" for key, value in axes.items())
+  saved = 0.5 * (8 - start) / 8
+  return dict(axes, funnel=funnel, inference="on", ideal_reduction=saved)
+
+
+def make_rows(noise=0.002, seeds=(0, 1), pretrainings=("standard", "aware")):
+  """A study of 3 recoveries x 3 starts, and a failure."""
+  chance, rows = random.Random(0), []
+  for task, seed in itertools.product((*TASKS, "prose"), seeds):
+    base = 0.8 + 0.02 * seed
+    rows.append(make_row("cell", task, seed, value=base))
+    finetunings = (None,) if task == "prose" else ("off", "on")
+    for start, recover, pretraining, finetuning in itertools.product(
+      STARTS, RECOVERIES, pretrainings, finetunings
+    ):
+      lost = (STARTS[start] + RECOVERIES[recover]) * TASKS.get(task, 1)
+      lost *= PRETRAININGS[pretraining] * (0.5 if finetuning == "on" else 1)
+      lost += chance.gauss(0, noise)
+      value = base * (1 + lost) if task == "prose" else base - lost
+      axes = with_funnel(start, recover) | dict(pretraining=pretraining)
+      axes |= dict(finetuning=finetuning, value=value)
+      rows.append(make_row("cell", task, seed, **axes))
+  error = dict(with_funnel(2, "add"), error="out of <memory>")
+  rows.append(make_row("failure", "topic", 5, **error))
+  for recover, pretraining in itertools.product(RECOVERIES, pretrainings):
+    each = (0.05 + RECOVERIES[recover]) * PRETRAININGS[pretraining]
+    layers = [
+      dict(layer=n, at="layer", short=n > 1, cosine=1 - max(0, n - 1) * each)
+      for n in range(8)
+    ]
+    layers.append(dict(layer=7, at="recovery", short=False, cosine=0.8))
+    axes = dict(with_funnel(2, recover), pretraining=pretraining)
+    rows.append(make_row("similarity", None, 0, layers=layers, **axes))
+  return rows

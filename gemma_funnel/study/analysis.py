@@ -1,12 +1,10 @@
-"""What an ablation study says: drops, pairings and verdicts, out of its rows.
+"""What a study's results say: drops, pairings and findings.
 
-`page` has the tables, `study_plots` the plots; `write` writes all of them.
-
-Rows are what the runner writes, a JSON object each, of the kinds "cell" (a
-value measured), "failure" and "similarity". A funnel's *drop* is what it costs
-against the baseline of the same model, task and seed: standard pretraining, not
-fine-tuned with a funnel, none at inference. It is in points (hundredths of the
-metric) where higher is better, else a rise in percent of the baseline.
+Results are rows as the runner writes them, of the kinds "cell" (a measured
+value), "failure" and "similarity". A funnel's *drop* is what it costs against
+the baseline of the same model, task and seed: standard pretraining, no funnel
+at fine-tuning or inference. It is in points (hundredths of the metric) where
+higher is better, else a rise in percent of the baseline.
 
 Two choices are compared over *pairings*: cells that differ in that choice alone
 and have the same seed.
@@ -14,36 +12,33 @@ and have the same seed.
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
-import json
 import math
-import os
+import operator
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
+from gemma_funnel import checks
 from gemma_funnel.config import OFF
-from gemma_funnel.evaluation import report
 
 Row = Mapping[str, Any]
 
-# What tells results apart; of how states move, what a model is made by.
-AXES = (
-  "model",
-  "pretraining",
-  "finetuning",
-  "inference",
-  "funnel",
-  "task",
-  "seed",
-)
+# What tells models apart, and results.
 MODEL_AXES = ("model", "pretraining", "funnel")
-SHAPE = ("start", "stop", "stride", "pool")
+AXES = (*MODEL_AXES[:2], "finetuning", "inference", "funnel", "task", "seed")
+SHAPE = ("start", "stop", "stride", "reduce")
 POINTS, PERCENT = "points", "% of the baseline"
 CAVEAT = (
   "Differences are paired by all other choices and the seed. Pairings share "
   "trained models and baselines; standard errors take them as independent."
 )
+_NEEDED = {
+  "cell": (*AXES, "metric", "value", "higher_is_better"),
+  "failure": (*AXES, "error"),
+  "similarity": (*MODEL_AXES, "layers"),
+}
 # Fewer differences tell nothing of their own spread.
-MIN_PAIRINGS = 3
+_MIN_PAIRINGS = 3
+_TIE = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +52,7 @@ class Spread:
   @property
   def is_clear(self) -> bool:
     """Whether the mean is more than twice its standard error from 0."""
-    if self.n < MIN_PAIRINGS or abs(self.mean) < 1e-9:
+    if self.n < _MIN_PAIRINGS or abs(self.mean) < _TIE:
       return False
     return abs(self.mean) > 2 * self.deviation / math.sqrt(self.n)
 
@@ -97,6 +92,10 @@ class Results:
     """The cells of a role that have a drop."""
     return [c for c in self.cells if c["role"] == role and "drop" in c]
 
+  @property
+  def baselines(self) -> list[Row]:
+    return [c for c in self.cells if c["role"] == "baseline"]
+
 
 def organise(rows: Iterable[Row]) -> Results:
   """Sorts rows out; a later row replaces an earlier one of the same cell.
@@ -110,40 +109,42 @@ def organise(rows: Iterable[Row]) -> Results:
   latest, similarity = {}, {}
   for number, row in enumerate(rows, 1):
     kind = row.get("kind")
-    needed = {
-      "cell": ("metric", "value", "higher_is_better"),
-      "failure": ("error",),
-      "similarity": ("layers",),
-    }.get(kind)
-    if needed is None:
-      continue
-    axes = MODEL_AXES if kind == "similarity" else AXES
-    missing = [key for key in (*axes, *needed) if key not in row]
-    if missing:
-      raise ValueError(
-        f"result row {number} ({kind}) has no {missing}; it has {sorted(row)}"
-      )
-    key = tuple(row[name] for name in axes)
+    missing = [key for key in _NEEDED.get(kind, ()) if key not in row]
+    checks.require(
+      not missing,
+      f"result row {number} ({kind}) has no {missing}; it has {sorted(row)}",
+    )
+    row = _renamed(row)
     if kind == "similarity":
-      similarity[key] = row
-      continue
-    if kind == "cell" and not _is_number(row["value"]):
-      error = f"{row['metric']} is {row['value']}"
-      row = {**row, "kind": "failure", "error": error}
-    # A failure does not undo what another run has measured.
-    if row["kind"] == "cell" or latest.get(key, row)["kind"] == "failure":
-      latest[key] = row
-  cells = [row for row in latest.values() if row["kind"] == "cell"]
-  baselines = {_subject(c): c for c in cells if _role(c) == "baseline"}
+      similarity[tuple(row[name] for name in MODEL_AXES)] = row
+    elif kind in _NEEDED:
+      if kind == "cell" and not checks.is_number(row["value"]):
+        error = f"{row['metric']} is {row['value']}"
+        row = {**row, "kind": "failure", "error": error}
+      key = tuple(row[name] for name in AXES)
+      # A failure does not undo what another run has measured.
+      if row["kind"] == "cell" or latest.get(key, row)["kind"] == "failure":
+        latest[key] = row
+  found = latest.values()
+  cells = [{**r, "role": _role(r)} for r in found if r["kind"] == "cell"]
+  subject = operator.itemgetter("model", "task", "seed", "metric")
+  baselines = {subject(c): c["value"] for c in cells if c["role"] == "baseline"}
   return Results(
-    tuple(_with_drop(c, baselines.get(_subject(c))) for c in cells),
-    tuple(row for row in latest.values() if row["kind"] == "failure"),
+    tuple(_with_drop(c, baselines.get(subject(c))) for c in cells),
+    tuple(row for row in found if row["kind"] == "failure"),
     tuple(similarity.values()),
   )
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and math.isfinite(value)
+def _renamed(row: Row) -> Row:
+  """The row; one of version 0.1, which has `pool` for `reduce`, renamed."""
+  if "pool" not in row:
+    return row
+  funnel = row["funnel"].replace("pool=every", "reduce=strided")
+  funnel = funnel.replace("pool=", "reduce=")
+  pool = {"every": "strided"}.get(row["pool"], row["pool"])
+  rest = {key: value for key, value in row.items() if key != "pool"}
+  return {**rest, "reduce": pool, "funnel": funnel}
 
 
 def _role(cell: Row) -> str:
@@ -154,22 +155,16 @@ def _role(cell: Row) -> str:
   return "baseline" if plain and untouched else "plain"
 
 
-def _subject(cell: Row) -> tuple:
-  return cell["model"], cell["task"], cell["seed"], cell["metric"]
-
-
-def _with_drop(cell: Row, baseline: Row | None) -> Row:
-  role = _role(cell)
-  if baseline is None or role == "baseline":
-    return {**cell, "role": role}
-  before, after = baseline["value"], cell["value"]
+def _with_drop(cell: Row, baseline: float | None) -> Row:
+  if baseline is None or cell["role"] == "baseline":
+    return cell
   if cell["higher_is_better"]:
-    drop, unit = 100 * (before - after), POINTS
-  elif before > 0:
-    drop, unit = 100 * (after / before - 1), PERCENT
+    drop, unit = 100 * (baseline - cell["value"]), POINTS
+  elif baseline > 0:
+    drop, unit = 100 * (cell["value"] / baseline - 1), PERCENT
   else:
-    return {**cell, "role": role}
-  return {**cell, "role": role, "baseline": before, "drop": drop, "unit": unit}
+    return cell
+  return {**cell, "baseline": baseline, "drop": drop, "unit": unit}
 
 
 # --- Comparing ------------------------------------------------------------
@@ -184,61 +179,11 @@ def over_seeds(cells: Iterable[Row], key: str = "drop") -> Spread | None:
   return mean_and_spread(map(statistics.fmean, by_seed.values()))
 
 
-def pairings(cells: Iterable[Row], axis: str) -> list[dict[Any, Row]]:
-  """Cells that agree in all but `axis`, by their value of it."""
-  groups = {}
-  for cell in cells:
-    if cell.get(axis) is None:
-      continue
-    # The funnel's string has options that are no keys of a row.
-    funnel = sorted(
-      part
-      for part in cell["funnel"].split(",")
-      if not part.startswith(f"{axis}=")
-    )
-    rest = [cell[a] for a in AXES if a not in (axis, "funnel")]
-    groups.setdefault((*funnel, *rest), {})[cell[axis]] = cell
-  return [group for group in groups.values() if len(group) > 1]
-
-
-def differences(
-  cells: Iterable[Row], axis: str, better: Any, worse: Any
-) -> list[float]:
-  """By how much the drop is larger with `worse`, for each pairing."""
-  return [
-    group[worse]["drop"] - group[better]["drop"]
-    for group in pairings(cells, axis)
-    if better in group and worse in group
-  ]
-
-
 def levels(cells: Iterable[Row], axis: str) -> list:
   """The values of an axis, numbers in order and others as they came."""
-  found = [c[axis] for c in cells if c.get(axis) is not None]
-  found = list(dict.fromkeys(found))
+  found = dict.fromkeys(c[axis] for c in cells if c.get(axis) is not None)
   numbers = all(isinstance(v, (int, float)) for v in found)
-  return sorted(found) if numbers else found
-
-
-def ranked(cells: Sequence[Row], axis: str) -> list[tuple[Any, Spread, int]]:
-  """(level, drop, pairings in which it is best), the smallest drop first.
-
-  Over the pairings that have every level that any of them has; a tie counts
-  for each.
-  """
-  groups = pairings(cells, axis)
-  names = {name for group in groups for name in group}
-  whole = [group for group in groups if len(group) == len(names)]
-  order = []
-  for name in levels(cells, axis):
-    mine = [group[name] for group in whole if name in group]
-    if mine:
-      best = sum(
-        group[name]["drop"] <= min(c["drop"] for c in group.values()) + 1e-9
-        for group in whole
-      )
-      order.append((name, over_seeds(mine), best))
-  return sorted(order, key=lambda entry: entry[1].mean)
+  return sorted(found) if numbers else list(found)
 
 
 def grouped(cells: Iterable[Row], keys: Sequence[str]) -> dict[tuple, list]:
@@ -253,34 +198,74 @@ def grouped(cells: Iterable[Row], keys: Sequence[str]) -> dict[tuple, list]:
   return {key: groups[key] for key in sorted(groups, key=place)}
 
 
-def whole_pairings(cells: Iterable[Row], axis: str) -> int:
-  """How many pairings have every value of the axis that any of them has."""
+def pairings(cells: Iterable[Row], axis: str) -> list[dict[Any, Row]]:
+  """Cells that agree in all but `axis`, by their value of it."""
+  groups = {}
+  for cell in cells:
+    if cell.get(axis) is None:
+      continue
+    # The funnel's string has options that are no keys of a row.
+    options = cell["funnel"].split(",")
+    options = sorted(x for x in options if not x.startswith(f"{axis}="))
+    rest = [cell[a] for a in AXES if a not in (axis, "funnel")]
+    groups.setdefault((*options, *rest), {})[cell[axis]] = cell
+  return [group for group in groups.values() if len(group) > 1]
+
+
+def differences(
+  cells: Iterable[Row], axis: str, better: Any, worse: Any
+) -> list[float]:
+  """By how much the drop is larger with `worse`, for each pairing."""
+  return [
+    group[worse]["drop"] - group[better]["drop"]
+    for group in pairings(cells, axis)
+    if better in group and worse in group
+  ]
+
+
+class Rank(NamedTuple):
+  """A level of an axis, its drop, and in how many pairings it is best.
+
+  `pairings` are those that have every level; a tie is a win of each.
+  """
+
+  level: Any
+  drop: Spread
+  wins: int
+  pairings: int
+
+
+def ranked(cells: Sequence[Row], axis: str) -> list[Rank]:
+  """The levels of an axis by their drop, the smallest first."""
   groups = pairings(cells, axis)
   names = {name for group in groups for name in group}
-  return sum(len(group) == len(names) for group in groups)
+  whole = [group for group in groups if len(group) == len(names)]
+  best = [min(c["drop"] for c in group.values()) + _TIE for group in whole]
+  order = []
+  for name in levels(cells, axis):
+    mine = [group[name] for group in whole if name in group]
+    if mine:
+      wins = sum(c["drop"] <= b for c, b in zip(mine, best, strict=True))
+      order.append(Rank(name, over_seeds(mine), wins, len(whole)))
+  return sorted(order, key=lambda rank: rank.drop.mean)
 
 
-# --- Verdicts -------------------------------------------------------------
+# --- Findings -------------------------------------------------------------
 
 
-def claims(rows: Iterable[Row]) -> list[str]:
+def claims(results: Results) -> list[str]:
   """What the numbers say, a line each; drops in their unit.
 
   A line says "not distinguishable" where the mean of the paired differences
   is within twice its standard error, or there are fewer than three.
   """
-  return _claims(organise(rows))
-
-
-def _claims(results: Results) -> list[str]:
   lines = []
   groups = grouped(results.compared(), ("model", "unit"))
   plain = grouped(results.compared("plain"), ("model", "unit"))
   several = len({model for model, _ in groups}) > 1
   for (model, unit), cells in groups.items():
-    said = [
-      _claim_best(cells, axis, unit) for axis in ("recover", "pool", "stride")
-    ]
+    axes = ("recover", "reduce", "stride")
+    said = [_claim_best(cells, axis, unit) for axis in axes]
     said += _claim_training(cells, unit)
     said += _claim_cost(plain.get((model, unit), []), unit)
     said += [_claim_start(cells, unit), _claim_tasks(cells, unit)]
@@ -289,29 +274,40 @@ def _claims(results: Results) -> list[str]:
   return lines
 
 
-def _verdict(values: Sequence[float]) -> tuple[Spread, str]:
-  """The spread of differences, and its text with their number."""
+def _mean_text(spread: Spread, unit: str) -> str:
+  """The mean of differences, and their spread."""
+  text = f"{spread.mean:+.2f}"
+  if spread.deviation is not None:
+    text += f", spread {spread.deviation:.2f}"
+  return f"{text} {unit}"
+
+
+def _verdict(values, unit: str, both: str, better: str, worse: str):
+  """(one of three sentences about paired differences, their numbers)."""
   spread = mean_and_spread(values)
-  if spread.deviation is None:
-    return spread, f"{spread.mean:+.2f}"
-  return spread, f"{spread.mean:+.2f}, spread {spread.deviation:.2f}"
+  numbers = f"({_mean_text(spread, unit)}, n={spread.n})"
+  if not spread.is_clear:
+    return f"{both} are not distinguishable", numbers
+  sign, line = (1, better) if spread.mean > 0 else (-1, worse)
+  wins = sum(sign * value > _TIE for value in values)
+  return f"{line} in {wins} of {spread.n} pairings", numbers
 
 
 def _claim_best(cells: Sequence[Row], axis: str, unit: str) -> str | None:
   order = ranked(cells, axis)
   if len(order) < 2:
     return None
-  (first, _, wins), (second, _, _) = order[:2]
-  spread, text = _verdict(differences(cells, axis, first, second))
-  count = whole_pairings(cells, axis)
+  first, second = order[0].level, order[1].level
+  spread = mean_and_spread(differences(cells, axis, first, second))
+  text = _mean_text(spread, unit)
   if not spread.is_clear or spread.mean < 0:
     return (
       f"{axis}: {first} and {second}, the best of {len(order)}, are not "
-      f"distinguishable ({text} {unit}, n={spread.n})"
+      f"distinguishable ({text}, n={spread.n})"
     )
   return (
-    f"{axis}: {first} is best of {len(order)} in {wins} of {count} pairings; "
-    f"mean {text} {unit} over the next, {second}"
+    f"{axis}: {first} is best of {len(order)} in {order[0].wins} of "
+    f"{order[0].pairings} pairings; mean {text} over the next, {second}"
   )
 
 
@@ -319,158 +315,69 @@ def _claim_training(cells: Sequence[Row], unit: str) -> list[str]:
   """Each pretraining against the standard one; fine-tuning on against off."""
   lines = []
   names = [v for v in levels(cells, "pretraining") if v != "standard"]
-  asked = [("pretraining", name, "standard") for name in names]
-  asked += [("finetuning", name, "off") for name in ("on", "sampled")]
-  for axis, name, other in asked:
-    values = differences(cells, axis, name, other)
-    if not values:
-      continue
-    spread, text = _verdict(values)
-    wins = sum(value > 1e-9 for value in values)
-    what = (
-      "funnel at fine-tuning: " if axis == "finetuning" else "pretraining: "
-    )
-    if not spread.is_clear:
-      line = f"{name} and {other} are not distinguishable"
-    elif spread.mean > 0:
-      line = f"{name} beats {other} in {wins} of {spread.n} pairings"
-    else:
-      worse = sum(value < -1e-9 for value in values)
-      line = f"{name} is worse than {other} in {worse} of {spread.n} pairings"
-    lines.append(f"{what}{line} ({text} {unit}, n={spread.n})")
+  asked = [("pretraining", "pretraining", name, "standard") for name in names]
+  for name in ("on", "sampled"):
+    asked.append(("funnel at fine-tuning", "finetuning", name, "off"))
+  for what, axis, name, other in asked:
+    if values := differences(cells, axis, name, other):
+      said = [
+        f"{name} {verb} {other}" for verb in ("and", "beats", "is worse than")
+      ]
+      line, numbers = _verdict(values, unit, *said)
+      lines.append(f"{what}: {line} {numbers}")
   return lines
 
 
 def _claim_cost(cells: Sequence[Row], unit: str) -> list[str]:
   """What each other pretraining does to the model without a funnel."""
   lines = []
+  cells = [c for c in cells if c["finetuning"] in ("off", None)]
   for (name,), part in grouped(cells, ("pretraining",)).items():
-    part = [c for c in part if c["finetuning"] in ("off", None)]
-    if name == "standard" or not part:
+    if name == "standard":
       continue
-    spread, text = _verdict([c["drop"] for c in part])
+    spread = mean_and_spread(c["drop"] for c in part)
+    line = "is not distinguishable from standard"
     if spread.is_clear:
       line = f"{'costs' if spread.mean > 0 else 'improves'} the model"
-    else:
-      line = "is not distinguishable from standard"
     lines.append(
       f"pretraining: {name} {line} where the funnel is off at inference "
-      f"(drop {text} {unit}, {spread.n} cells)"
+      f"(drop {_mean_text(spread, unit)}, {spread.n} cells)"
     )
   return lines
 
 
 def _claim_start(cells: Sequence[Row], unit: str) -> str | None:
   starts = levels(cells, "start")
-  if len(starts) < 2:
-    return None
-  early, late = starts[0], starts[-1]
+  early, late = (starts or [None])[0], (starts or [None])[-1]
   values = differences(cells, "start", late, early)
-  if not values:
+  if early == late or not values:
     return None
-  spread, text = _verdict(values)
+  line, numbers = _verdict(
+    values,
+    unit,
+    f"{late} and {early}",
+    f"later is better: {late} against {early}",
+    f"earlier is better: {early} against {late}",
+  )
+  by_start = grouped(cells, ("start",))
   saved = [
-    statistics.fmean(
-      c.get("ideal_reduction") or 0 for c in cells if c.get("start") == start
-    )
+    statistics.fmean(c.get("ideal_reduction") or 0 for c in by_start[start,])
     for start in (late, early)
   ]
-  wins = sum(value > 1e-9 for value in values)
-  if not spread.is_clear:
-    line = f"{late} and {early} are not distinguishable"
-  elif spread.mean > 0:
-    line = f"later is better: {late} against {early} in {wins}"
-  else:
-    wins = sum(value < -1e-9 for value in values)
-    line = f"earlier is better: {early} against {late} in {wins}"
-  line += f" of {spread.n} pairings" if spread.is_clear else ""
-  return (
-    f"start: {line} ({text} {unit}, n={spread.n}), with "
-    f"{100 * saved[0]:.0f} % against {100 * saved[1]:.0f} % of FLOPs saved"
-  )
+  least, most = (f"{100 * share:.0f} %" for share in saved)
+  return f"start: {line} {numbers}, with {least} against {most} of FLOPs saved"
 
 
-def _claim_tasks(cells: Sequence[Row], unit: str) -> str | None:
+def _claim_tasks(cells: Sequence[Row], unit: str) -> str:
   """Tasks by drop; ">" where a neighbour's is distinguishable, else "~"."""
   groups = grouped(cells, ("task",))
   drops = {task: over_seeds(part) for (task,), part in groups.items()}
   order = sorted(drops, key=lambda task: -drops[task].mean)
   text = ""
-  for n, task in enumerate(order):
-    if n:
-      values = differences(cells, "task", task, order[n - 1])
-      spread = mean_and_spread(values)
+  for before, task in zip([None, *order], order, strict=False):
+    if before is not None:
+      spread = mean_and_spread(differences(cells, "task", task, before))
       text += " > " if spread and spread.is_clear and spread.mean > 0 else " ~ "
     text += f"{task} {drops[task].text()}"
   tie = " (~: not distinguishable)" if "~" in text else ""
   return f"tasks by drop ({unit}): {text}{tie}"
-
-
-# --- Writing --------------------------------------------------------------
-
-
-def write(
-  rows: Sequence[Row],
-  out_dir: str | os.PathLike,
-  title: str,
-  settings: Mapping[str, Any] | None = None,
-) -> dict[str, str]:
-  """Writes a study: tables.md, study.json, plots, and report.html of it all.
-
-  Args:
-    rows: all of the results.
-    out_dir: the folder; it is made if need be.
-    title: of the tables and the page.
-    settings: what the study was run with.
-
-  Returns:
-    The path of each file written, by its name.
-
-  Raises:
-    ValueError: a row that lacks a key; a value that JSON cannot hold.
-  """
-  # What shows results needs what is above.
-  from gemma_funnel.study import html_report, plots
-
-  results = organise(rows)
-  said, made = _claims(results), html_report.tables(results)
-  about = {"settings": dict(settings or {}), "measured": _measured(rows)}
-  content = {
-    "title": title,
-    "environment": report.environment(),
-    **about,
-    "claims": said,
-    "tables": {table.title: list(table.rows) for table in made},
-  }
-  files = {"study.json": _encoded(content)}
-  bullets = "\n".join(f"- {line}" for line in said)
-  parts = [f"# {title}", bullets, *(table.markdown() for table in made)]
-  files["tables.md"] = ("\n\n".join(filter(None, parts)) + "\n").encode()
-  pictures = []
-  for name, figure, caption, alt in plots.draw(results):
-    files[name] = plots.png(figure)
-    pictures.append(html_report.Picture(files[name], caption, alt))
-  about["report made on"] = content["environment"]
-  html = html_report.render(
-    title, [*said, CAVEAT] if said else [], made, pictures, about
-  )
-  files["report.html"] = html.encode()
-  os.makedirs(out_dir, exist_ok=True)
-  paths = {name: os.path.join(out_dir, name) for name in files}
-  for name, data in files.items():
-    report.write_atomically(paths[name], data)
-  return paths
-
-
-def _measured(rows: Sequence[Row]) -> dict[str, Any]:
-  """Where cells were measured, and how many."""
-  cells = [row for row in rows if row.get("kind") == "cell"]
-  known = lambda key: sorted({str(c[key]) for c in cells if c.get(key)})
-  return {"device": known("device"), "git": known("git"), "cells": len(cells)}
-
-
-def _encoded(content: Mapping[str, Any]) -> bytes:
-  try:
-    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"study.json: {error}") from error

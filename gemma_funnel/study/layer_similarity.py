@@ -1,5 +1,6 @@
 """How far a funnel moves the hidden states, layer by layer."""
 
+import dataclasses
 import functools
 
 from flax import nnx
@@ -7,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_funnel import funnel as funnel_lib
-from gemma_funnel import model as model_lib
+from gemma_funnel.checks import require
 from gemma_funnel.config import Funnel, resolve_funnel
+from gemma_funnel.funnel import LayerRun, Reduce, Restore, layer_plan, run_trunk
 from gemma_funnel.layers import normalize
 from gemma_funnel.model import Transformer
+from gemma_funnel.reducers import BYPASS
+from gemma_funnel.stack import run_layers
 from gemma_funnel.stream import make_stream, take
 
 
@@ -53,39 +56,34 @@ def by_depth(
   funnelled = model if funnelled is None else funnelled
   for name in ("vocab_size", "num_layers", "embed_dim"):
     ours, theirs = (getattr(m.config, name) for m in (model, funnelled))
-    if ours != theirs:
-      raise ValueError(
-        f"by_depth: model.{name} is {ours} without the funnel and {theirs} "
-        "with it: expected models of the same shape"
-      )
+    require(
+      ours == theirs,
+      f"by_depth: model.{name} is {ours} without the funnel and {theirs} "
+      "with it: expected models of the same shape",
+    )
   tokens_BT = np.asarray(tokens_BT)
   if segment_BT is None:
     segment_BT = np.ones(tokens_BT.shape, np.int32)
   segment_BT = np.asarray(segment_BT)
   plain, other = _under(model, ()), _under(funnelled, funnel)
   other._check(tokens_BT, segment_BT, causal)
-  if not np.any(segment_BT):
-    raise ValueError("by_depth: segment_BT is 0 everywhere: expected tokens")
+  require(
+    bool(np.any(segment_BT)),
+    "by_depth: segment_BT is 0 everywhere: expected tokens",
+  )
   compared = _compare(
     *nnx.split(plain), *nnx.split(other), causal, tokens_BT, segment_BT
   )
   rows = []
   for (layer, at, short), numbers in zip(_points(other), compared, strict=True):
     cosine, error = map(float, numbers)
-    if not np.isfinite(cosine + error):
-      raise ValueError(
-        f"by_depth: states after layer {layer} are not finite: expected "
-        "parameters that can run"
-      )
-    rows.append(
-      {
-        "layer": layer,
-        "at": at,
-        "short": short,
-        "cosine": cosine,
-        "error": error,
-      }
+    require(
+      np.isfinite(cosine + error),
+      f"by_depth: states after layer {layer} are not finite: expected "
+      "parameters that can run",
     )
+    row = dict(layer=layer, at=at, short=short, cosine=cosine, error=error)
+    rows.append(row)
   return rows
 
 
@@ -96,16 +94,16 @@ def _under(model: Transformer, funnel: Funnel) -> Transformer:
 
 
 def _single_layers(model: Transformer) -> list:
-  """The model's schedule with a run for each layer."""
+  """The model's plan with a run for each layer."""
   steps = []
-  for step in funnel_lib.schedule(model.stages, model.config.num_layers):
-    if not isinstance(step, funnel_lib.Run):
+  for step in layer_plan(model.stages, model.config.num_layers):
+    if not isinstance(step, LayerRun):
       steps.append(step)
       continue
     for layer in range(step.start, step.stop):
-      steps.append(
-        funnel_lib.Run(layer, layer + 1, step.stages, step.query_only)
-      )
+      needs = step.needs if layer == step.stop - 1 else ()
+      one = dict(start=layer, stop=layer + 1, needs=needs)
+      steps.append(dataclasses.replace(step, **one))
   return steps
 
 
@@ -115,11 +113,11 @@ def _points(model: Transformer) -> list[tuple[int, str, bool]]:
   points, depth = [], 0
   for step in _single_layers(model):
     match step:
-      case funnel_lib.Run():
+      case LayerRun():
         points.append((step.start, "layer", depth > 0))
-      case funnel_lib.Reduce():
+      case Reduce():
         depth += 1
-      case funnel_lib.Restore(stage):
+      case Restore(stage):
         depth -= 1
         points.append((model.stages[stage].stop - 1, "recovery", depth > 0))
   return points
@@ -132,24 +130,25 @@ def states(
 
   In order; the last is what the final norm sees, read back where it is short.
   """
-  block, stacked_L = nnx.split(model.layers)
   around, found = [], []
 
   def report(stream):
     hidden_BTD = stream.hidden_BTD
     for before, read_BT in reversed(around):
       deep_BTD = take(hidden_BTD, jnp.maximum(read_BT, 0))
-      bypass_BT1 = (read_BT == funnel_lib.BYPASS)[..., None]
+      bypass_BT1 = (read_BT == BYPASS)[..., None]
       hidden_BTD = jnp.where(bypass_BT1, before.hidden_BTD, deep_BTD)
     found.append(hidden_BTD)
     return stream
 
   def run(step, stream, keys):
-    span = model_lib._Span(block, model.config, step.start, step.stop, causal)
-    return report(model_lib._run(span, stacked_L, stream, keys))
+    layers = model.layers, model.config, step.start, step.stop
+    options = dict(causal=causal, needs=step.needs)
+    stream, aux = run_layers(*layers, stream, keys, **options)
+    return report(stream), aux
 
-  def reduce(stage, stream):
-    short, read_BT = model.funnel[stage].reduce(stream, causal)
+  def reduce(stage, stream, aux):
+    short, read_BT = model.funnel[stage].reducer.reduce(stream, aux, causal)
     around.append((stream, read_BT))
     return short, read_BT
 
@@ -158,7 +157,7 @@ def states(
     return report(model.funnel[stage].restore(*args, causal))
 
   stream = make_stream(model.embed(tokens_BT), segment_BT)
-  funnel_lib.walk(_single_layers(model), stream, run, reduce, restore)
+  run_trunk(_single_layers(model), stream, run, reduce, restore)
   return found
 
 

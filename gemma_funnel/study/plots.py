@@ -1,9 +1,9 @@
-"""Plots of an ablation study, out of its organised results."""
+"""Plots of a study, out of its organised results."""
 
 from collections.abc import Callable, Iterator, Sequence
 import io
 import textwrap
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma_funnel.evaluation import report
 from gemma_funnel.study.analysis import (
@@ -22,23 +22,33 @@ DASHES = ("-", "--", ":", "-.")
 OTHER = "0.45"
 MAX_PANELS = 9
 _ACROSS = 3
+_NOT_TUNED = "not tuned with the funnel"
 
-# A panel's title, its cells, and what draws them.
+# A panel's title, and its rows.
 Panel = tuple[str, list[Row]]
 
 
-def draw(results: Results) -> Iterator[tuple[str, Any, str, str]]:
-  """(file name, Figure, caption, alternative text) of each plot.
+class Plot(NamedTuple):
+  """A plot: its file's name, a Figure, and what it shows, in two lengths."""
 
-  What there are no results for is not drawn; what has many panels is several
-  figures.
-  """
-  cells = results.compared()
-  baselines = [c for c in results.cells if c["role"] == "baseline"]
+  name: str
+  figure: Any
+  caption: str
+  alt: str
+
+  def png(self) -> bytes:
+    buffer = io.BytesIO()
+    self.figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def draw(results: Results) -> Iterator[Plot]:
+  """The plots that there are results for; many panels are several figures."""
+  cells, baselines = results.compared(), results.baselines
   kinds = (
     (
       "tradeoff",
-      _tradeoff_panels(cells, baselines),
+      _panels(cells, baselines, ("task",)),
       _plot_tradeoff,
       "Metric against what the funnel saves; the line joins points that no "
       "other point beats in both. Hollow points are not fine-tuned with the "
@@ -47,7 +57,11 @@ def draw(results: Results) -> Iterator[tuple[str, Any, str, str]]:
     ),
     (
       "start",
-      _start_panels(cells, baselines),
+      _panels(
+        [c for c in cells if c.get("start") is not None],
+        baselines,
+        ("task", "pretraining"),
+      ),
       _plot_start,
       "Metric against the layer at which the funnel starts; means over all "
       "other choices, bars are the spread over seeds of the change from the "
@@ -64,21 +78,12 @@ def draw(results: Results) -> Iterator[tuple[str, Any, str, str]]:
     ),
   )
   for name, panels, plot, caption, what in kinds:
-    parts = [
-      panels[i : i + MAX_PANELS] for i in range(0, len(panels), MAX_PANELS)
-    ]
-    for number, part in enumerate(parts, 1):
-      suffix = f"_{number}" if len(parts) > 1 else ""
+    for at in range(0, len(panels), MAX_PANELS):
+      part = panels[at : at + MAX_PANELS]
+      number = f"_{at // MAX_PANELS + 1}" if len(panels) > MAX_PANELS else ""
       titles = "; ".join(title.replace("\n", " ") for title, _ in part)
       alt = f"{len(part)} plots of {what}: {titles}"
-      yield f"{name}{suffix}.png", _figure(part, plot), caption, alt
-
-
-def png(figure: Any) -> bytes:
-  """The figure's PNG."""
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format="png")
-  return buffer.getvalue()
+      yield Plot(f"{name}{number}.png", _figure(part, plot), caption, alt)
 
 
 def _figure(panels: Sequence[Panel], plot: Callable) -> Any:
@@ -88,7 +93,8 @@ def _figure(panels: Sequence[Panel], plot: Callable) -> Any:
   # A legend needs room even below a single panel.
   figure = report.new_figure(max(6.0, 4.2 * across), 1.0 + 3.2 * down)
   grid = figure.subplots(down, across, squeeze=False).flatten()
-  style = _styles([row for _, rows in panels for row in rows])
+  style = _Style([row for _, rows in panels for row in rows])
+  handles = {}
   for axes in grid[len(panels) :]:
     axes.set_axis_off()
   for axes, (title, rows) in zip(grid, panels, strict=False):
@@ -96,9 +102,9 @@ def _figure(panels: Sequence[Panel], plot: Callable) -> Any:
     axes.tick_params(labelsize=8)
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
-    plot(axes, rows, style)
-  handles = {}
-  for axes in grid:
+    x_label, y_label = plot(axes, rows, style)
+    axes.set_xlabel(x_label, fontsize=8)
+    axes.set_ylabel(y_label, fontsize=8)
     for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
   figure.legend(
@@ -111,25 +117,47 @@ def _figure(panels: Sequence[Panel], plot: Callable) -> Any:
   return figure
 
 
-def _styles(rows: Sequence[Row]) -> dict[tuple, dict[str, Any]]:
-  """What each value of an axis looks like, the same in all panels.
+class _Style:
+  """Looks of the values of axes, the same in all panels of a figure.
 
   A recovery has a colour; a pretraining a marker and dashes.
   """
-  style = {}
-  for n, name in enumerate(levels(rows, "recover")):
-    style["recover", name] = {"color": COLORS[n % len(COLORS)]}
-  for n, name in enumerate(levels(rows, "pretraining")):
-    style["pretraining", name] = {
-      "marker": MARKERS[n % len(MARKERS)],
-      "linestyle": DASHES[n % len(DASHES)],
+
+  def __init__(self, rows: Sequence[Row]):
+    recoveries = levels(rows, "recover")
+    pretrainings = levels(rows, "pretraining")
+    cycle = lambda names, looks: {
+      name: looks[n % len(looks)] for n, name in enumerate(names)
     }
-  return style
+    self._colors = cycle(recoveries, COLORS)
+    self.recover_markers = cycle(recoveries, MARKERS)
+    self.markers = cycle(pretrainings, MARKERS)
+    self.dashes = cycle(pretrainings, DASHES)
+
+  def color(self, row: Row) -> str:
+    # Funnels of several stages have no single recovery.
+    return self._colors.get(row.get("recover"), OTHER)
+
+  def explain(self, axes, rows: Sequence[Row], marks: bool = True) -> None:
+    """Legend entries: a colour a recovery, a marker or dashes a pretraining.
+
+    All combinations of them would be too many entries.
+    """
+    for name in levels(rows, "recover"):
+      color = self._colors[name]
+      _entry(axes, f"recover {name}", color=color, linewidth=4)
+    if any(row.get("recover") is None for row in rows):
+      _entry(axes, "several stages", linewidth=4)
+    for name in levels(rows, "pretraining"):
+      look = {"linestyle": self.dashes[name]}
+      if marks:
+        look = {"marker": self.markers[name], "linestyle": "none"}
+      _entry(axes, f"{name} pretraining", **look)
 
 
-def _of(style, row, axis) -> dict[str, Any]:
-  # Funnels of several stages have no single recovery.
-  return style.get((axis, row.get(axis)), {"color": OTHER})
+def _entry(axes, label: str, **look) -> None:
+  """An entry of the legend that is nowhere on the axes."""
+  axes.plot([], [], label=label, **{"color": OTHER, **look})
 
 
 def _title(*parts: Any) -> str:
@@ -142,76 +170,55 @@ def _panels(cells, baselines, keys) -> list[Panel]:
   several = len({cell["model"] for cell in cells}) > 1
   panels = []
   for key, part in grouped(cells, ("model", "metric", *keys)).items():
-    values = dict(zip(keys, key[2:], strict=True))
-    mine = [
-      c
-      for c in baselines
-      if (c["model"], c["metric"], c["task"]) == (*key[:2], values["task"])
-    ]
-    pretraining = values.get("pretraining")
-    title = _title(
-      key[0] if several else None,
-      values["task"],
-      pretraining and f"{pretraining} pretraining",
-    )
+    model, metric, task, *pretraining = key
+    subject = lambda c: (c["model"], c["metric"], c["task"])
+    mine = [c for c in baselines if subject(c) == (model, metric, task)]
+    kind = f"{pretraining[0]} pretraining" if pretraining else None
+    title = _title(model if several else None, task, kind)
     panels.append((title, mine + part))
   return panels
 
 
-def _ylabel(cell: Row) -> str:
-  return cell["metric"] + (
-    "" if cell["higher_is_better"] else " (less: better)"
-  )
+def _split(rows: Sequence[Row]) -> tuple[list[Row], float, str]:
+  """(cells with a funnel, the baseline's value, the axis label) of a panel."""
+  cells = [c for c in rows if c["role"] == "funnel"]
+  baselines = [c for c in rows if c["role"] == "baseline"]
+  better = "" if cells[0]["higher_is_better"] else " (lower is better)"
+  value = over_seeds(baselines, "value").mean
+  return cells, value, cells[0]["metric"] + better
 
 
 # --- Metric against saving ------------------------------------------------
 
 
-def _tradeoff_panels(cells, baselines):
-  return _panels(cells, baselines, ("task",))
-
-
-def _plot_tradeoff(axes, rows, style) -> None:
-  cells = [c for c in rows if c["role"] == "funnel"]
+def _plot_tradeoff(axes, rows, style: _Style) -> tuple[str, str]:
+  cells, baseline, y_label = _split(rows)
   measured = all(c.get("reduction") is not None for c in cells)
   key = "reduction" if measured else "ideal_reduction"
-  points = [(0.0, over_seeds(_baselines(rows), "value").mean)]
-  axes.plot(
-    *points[0],
-    "*",
-    color="black",
-    markersize=11,
-    label="baseline",
-    zorder=4,
-    linestyle="none",
-  )
+  points = [(0.0, baseline)]
+  look = dict(color="black", markersize=11, linestyle="none", zorder=4)
+  axes.plot(*points[0], "*", label="baseline", **look)
   keys = ("pretraining", "finetuning", "funnel")
   for (pretraining, finetuning, _), part in grouped(cells, keys).items():
     x, y = over_seeds(part, key), over_seeds(part, "value").mean
     if x is None:
       continue
     points.append((100 * x.mean, y))
-    color = _of(style, part[0], "recover")["color"]
+    color = style.color(part[0])
     axes.plot(
       *points[-1],
       linestyle="none",
+      marker=style.markers[pretraining],
       markersize=5.5,
       markeredgecolor=color,
-      marker=style["pretraining", pretraining]["marker"],
-      alpha=0.85,
       markerfacecolor="white" if finetuning == "off" else color,
+      alpha=0.85,
       zorder=3,
     )
-  _explain(axes, cells, style)
+  style.explain(axes, cells)
   if any(c["finetuning"] == "off" for c in cells):
-    axes.plot(
-      [],
-      [],
-      "o",
-      color=OTHER,
-      markerfacecolor="white",
-      label="not tuned with the funnel",
-    )
+    look = dict(marker="o", linestyle="none", markerfacecolor="white")
+    _entry(axes, _NOT_TUNED, **look)
   front = pareto(points, cells[0]["higher_is_better"])
   if len(front) > 1:
     axes.plot(
@@ -223,29 +230,7 @@ def _plot_tradeoff(axes, rows, style) -> None:
       label="Pareto front",
     )
   axes.margins(0.08)
-  what = "time saved (%)" if measured else "FLOPs saved, ideal (%)"
-  axes.set_xlabel(what, fontsize=8)
-  axes.set_ylabel(_ylabel(cells[0]), fontsize=8)
-
-
-def _baselines(rows):
-  return [c for c in rows if c["role"] == "baseline"]
-
-
-def _explain(axes, rows, style, marks=True) -> None:
-  """Legend entries: a colour for each recovery, a look for each pretraining.
-
-  All combinations of them would be too many entries.
-  """
-  for recover in levels(rows, "recover"):
-    color = _of(style, {"recover": recover}, "recover")["color"]
-    axes.plot([], [], "-", color=color, linewidth=4, label=f"recover {recover}")
-  if any(row.get("recover") is None for row in rows):
-    axes.plot([], [], "-", color=OTHER, linewidth=4, label="several stages")
-  for name in levels(rows, "pretraining"):
-    look = dict(style["pretraining", name], color=OTHER)
-    look |= {"linestyle": "none"} if marks else {"marker": ""}
-    axes.plot([], [], **look, label=f"{name} pretraining")
+  return "time saved (%)" if measured else "FLOPs saved, ideal (%)", y_label
 
 
 def pareto(
@@ -264,145 +249,109 @@ def pareto(
 # --- Metric against start -------------------------------------------------
 
 
-def _start_panels(cells, baselines):
-  cells = [c for c in cells if c.get("start") is not None]
-  return _panels(cells, baselines, ("task", "pretraining"))
-
-
-def _plot_start(axes, rows, style) -> None:
-  cells = [c for c in rows if c["role"] == "funnel"]
-  value = over_seeds(_baselines(rows), "value").mean
-  axes.axhline(value, color="black", linestyle="--", label="baseline")
+def _plot_start(axes, rows, style: _Style) -> tuple[str, str]:
+  cells, baseline, y_label = _split(rows)
+  axes.axhline(baseline, color="black", linestyle="--", label="baseline")
   starts = levels(cells, "start")
-  recoveries = levels(cells, "recover")
   lines = grouped(cells, ("recover", "finetuning"))
   # Beside each other, or error bars would lie on one another.
-  gap = min(
-    (b - a for a, b in zip(starts, starts[1:], strict=False)), default=1
-  )
+  gaps = (b - a for a, b in zip(starts, starts[1:], strict=False))
+  gap = min(gaps, default=1)
+  # Seeds differ without a funnel too; that is not the funnel's spread.
+  change = lambda c: {"seed": c["seed"], "drop": c["value"] - c["baseline"]}
   for n, ((recover, finetuning), part) in enumerate(lines.items()):
     shift = 0.4 * gap * ((n + 0.5) / len(lines) - 0.5)
     by_start = grouped(part, ("start",))
-    means = [over_seeds(p, "value").mean for p in by_start.values()]
-    # Seeds differ without a funnel too; that is not the funnel's spread.
-    spreads = [over_seeds(map(_change, p)) for p in by_start.values()]
+    spreads = [over_seeds(map(change, p)) for p in by_start.values()]
     untuned = finetuning == "off"
     axes.errorbar(
       [start + shift for (start,) in by_start],
-      means,
+      [over_seeds(p, "value").mean for p in by_start.values()],
       yerr=[s.deviation or 0 for s in spreads],
       capsize=2,
       markersize=4.5,
-      marker=MARKERS[recoveries.index(recover) % len(MARKERS)],
+      marker=style.recover_markers[recover],
       linewidth=1.2,
       linestyle=":" if untuned else "-",
-      color=_of(style, part[0], "recover")["color"],
+      color=style.color(part[0]),
       markerfacecolor="white" if untuned else None,
       label="" if untuned else f"recover {recover}",
     )
   if any(c["finetuning"] == "off" for c in cells):
-    axes.plot(
-      [],
-      [],
-      "o:",
-      color=OTHER,
-      markerfacecolor="white",
-      label="not tuned with the funnel",
-    )
+    look = dict(marker="o", linestyle=":", markerfacecolor="white")
+    _entry(axes, _NOT_TUNED, **look)
   axes.set_xticks(starts)
-  axes.set_xlabel("first layer of the funnel", fontsize=8)
-  axes.set_ylabel(_ylabel(cells[0]), fontsize=8)
-
-
-def _change(cell: Row) -> Row:
-  return {"seed": cell["seed"], "drop": cell["value"] - cell["baseline"]}
+  return "first layer of the funnel", y_label
 
 
 # --- Bottleneck by depth --------------------------------------------------
 
 
-def _depth_panels(rows) -> list[Panel]:
+def _depth_panels(rows: Sequence[Row]) -> list[Panel]:
   several = len({row["model"] for row in rows}) > 1
+  # Stages of several funnels are not to be shaded in one panel.
+  rows = [
+    {**row, "stages": row["funnel"] if row.get("start") is None else None}
+    for row in rows
+  ]
   panels = []
-  for key, part in grouped(rows, ("model", *SHAPE)).items():
-    model, start, stop, stride, pool = key
-    if start is None:
-      # Stages of several funnels are not to be shaded in one panel.
-      of = grouped(part, ("funnel",))
-      panels += [
-        (_title(several and model or None, f), p) for (f,), p in of.items()
-      ]
-      continue
-    title = _title(
-      model if several else None,
-      f"layers {start} to {_last(part)}",
-      f"stride {stride}",
-      pool,
-    )
-    panels.append((title, part))
+  for key, part in grouped(rows, ("model", *SHAPE, "stages")).items():
+    model, start, _, stride, reduce, stages = key
+    parts = (stages,)
+    if stages is None:
+      parts = (
+        f"layers {start} to {_last(part[0])}",
+        f"stride {stride}",
+        reduce,
+      )
+    panels.append((_title(model if several else None, *parts), part))
   return panels
 
 
-def _last(rows) -> int:
+def _last(row: Row) -> int:
   """The last layer of the stage."""
-  stop = rows[0].get("stop")
-  return (
-    max(p["layer"] for p in rows[0]["layers"]) if stop is None else stop - 1
-  )
+  if row.get("stop") is not None:
+    return row["stop"] - 1
+  return max(point["layer"] for point in row["layers"])
 
 
-def _plot_depth(axes, rows, style) -> None:
+def _plot_depth(axes, rows, style: _Style) -> tuple[str, str]:
+  from matplotlib import ticker
+
   start = rows[0].get("start")
   if start is not None:
-    axes.axvspan(
-      start - 0.5, _last(rows) + 0.5, color="0.92", zorder=0, label="stage"
-    )
+    span = start - 0.5, _last(rows[0]) + 0.5
+    axes.axvspan(*span, color="0.92", zorder=0, label="stage")
   keys = ("recover", "pretraining", "finetuning")
   for (_, pretraining, finetuning), part in grouped(rows, keys).items():
     values = {}
     for row in part:
       for point in row["layers"]:
         recovery = point.get("at") == "recovery"
-        place = (point["layer"] + 0.5 * recovery, recovery)
-        values.setdefault(place, []).append(point["cosine"])
+        x = point["layer"] + 0.5 * recovery
+        values.setdefault((x, recovery), []).append(point["cosine"])
     mean = {x: sum(values[x]) / len(values[x]) for x in sorted(values)}
-    look = style["pretraining", pretraining]
-    color = _of(style, part[0], "recover")["color"]
+    color = style.color(part[0])
     axes.plot(
       [x for x, _ in mean],
       mean.values(),
       color=color,
       linewidth=1.3,
-      linestyle=look["linestyle"],
+      linestyle=style.dashes[pretraining],
       marker="s" if finetuning == "on" else "o",
       markersize=3.5,
       markerfacecolor="white" if finetuning == "off" else color,
     )
     crosses = [(x, y) for (x, recovery), y in mean.items() if recovery]
     if crosses:
-      axes.plot(
-        *zip(*crosses, strict=True),
-        "x",
-        color=color,
-        markersize=7,
-        markeredgewidth=1.6,
-      )
-  _explain(axes, rows, style, marks=False)
-  for tuned, marker, face in (("off", "o", "white"), ("on", "s", OTHER)):
-    if any(row["finetuning"] == tuned for row in rows):
-      axes.plot(
-        [],
-        [],
-        marker,
-        color=OTHER,
-        markerfacecolor=face,
-        markersize=4,
-        label="tuned with the funnel"
-        if tuned == "on"
-        else "not tuned with the funnel",
-      )
-  from matplotlib import ticker
-
+      look = dict(color=color, markersize=7, markeredgewidth=1.6)
+      axes.plot(*zip(*crosses, strict=True), "x", **look)
+  style.explain(axes, rows, marks=False)
+  tuned = {row["finetuning"] for row in rows}
+  look = dict(linestyle="none", markersize=4)
+  if "off" in tuned:
+    _entry(axes, _NOT_TUNED, marker="o", markerfacecolor="white", **look)
+  if "on" in tuned:
+    _entry(axes, "tuned with the funnel", marker="s", **look)
   axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-  axes.set_xlabel("layer", fontsize=8)
-  axes.set_ylabel("cosine", fontsize=8)
+  return "layer", "cosine"

@@ -2,14 +2,13 @@
 
   python -m gemma_funnel.study --config=configs/ablation_quick.py
 
-Stages are shared: one pretraining serves all its fine-tunings, and one of those
-all the funnels that it is measured with. Each result is a line of results.jsonl
-as soon as it is there; the same command goes on where it was interrupted.
+Trainings are shared: one pretraining serves all its fine-tunings, and each of
+those all funnels that it is measured with. Each result is a line of
+results.jsonl as soon as it is there; the same command resumes a study.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -29,8 +28,8 @@ from gemma_funnel.config import OFF, TransformerConfig, parse_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.evaluation import generative, latency, report, timing
-from gemma_funnel.study import analysis, grid, layer_similarity
-from gemma_funnel.study.grid import Cell, Pretraining, Tuning
+from gemma_funnel.study import analysis, grid, html_report, layer_similarity
+from gemma_funnel.study.grid import Branch, Cell, Pretraining, Tuning
 from gemma_funnel.training import (
   finetune,
   metric_writer,
@@ -40,10 +39,9 @@ from gemma_funnel.training import (
 )
 
 RESULTS = "results.jsonl"
-# What a stage may fail with, and the study go on without it.
+# What a training may fail with, and the study go on without it.
 _FAILURES = (ValueError, FloatingPointError, RuntimeError, MemoryError)
-# Metrics of which less is better.
-_LOWER = ("loss", "bits_per_byte", "perplexity", "word_perplexity")
+_LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "word_perplexity")
 
 
 def run(config: ml_collections.ConfigDict) -> None:
@@ -59,161 +57,152 @@ def run(config: ml_collections.ConfigDict) -> None:
     # Trainings that differ by a seed or by their data share programs.
     folder = os.path.join(config.workdir, "programs")
     jax.config.update("jax_compilation_cache_dir", folder)
-  study_plan = grid.make(config)
-  runner = Runner(config, study_plan)
-  print(study_plan.describe(runner.done, _rate(config)), flush=True)
+  made = grid.make(config)
+  runner = Runner(made)
+  print(made.describe(runner.done, _rate(config)), flush=True)
   if config.dry_run:
     return
   runner.run()
-  rows = runner.rows()
-  paths = analysis.write(
-    rows,
-    config.workdir,
-    config.title,
-    settings={"config": config.to_dict(), "git": report.revision()},
-  )
-  print("\n".join(["", *(f"- {line}" for line in analysis.claims(rows))]))
+  results = analysis.organise(runner.rows())
+  settings = {"config": config.to_dict(), "git": report.revision()}
+  paths = html_report.write(results, config.workdir, config.title, settings)
+  print("\n".join(["", *(f"- {line}" for line in analysis.claims(results))]))
   print(f"\nwritten: {', '.join(paths.values())}", flush=True)
 
 
 def _rate(config: Any) -> float:
   """FLOP/s of training the study's first model here, measured in seconds."""
   sizes = TransformerConfig.from_dict(config.models[config.axes.model[0]])
-  model = latency.random_model(sizes)
   batch, length = config.pretrain.batch_size, config.pretrain.length
-  graphdef, params = nnx.split(model)
+  graphdef, params = nnx.split(latency.random_model(sizes))
   tokens = np.ones((batch, length), np.int32)
 
   def loss(params):
     return jnp.mean(nnx.merge(graphdef, params)(tokens).astype(jnp.float32))
 
   program = timing.compile_program(jax.grad(loss), params)
-  times, _ = timing.time_interleaved(
-    {"step": program.call}, timing.Protocol(repeats=2, warmup=1)
-  )
-  work = 3 * flops.forward(sizes, None, batch, length)
-  return work / min(times["step"])
+  protocol = timing.Protocol(repeats=2, warmup=1)
+  times, _ = timing.time_interleaved({"step": program.call}, protocol)
+  return 3 * flops.forward(sizes, None, batch, length) / min(times["step"])
 
 
 class Results:
-  """results.jsonl: what is there, and more lines."""
+  """results.jsonl: the lines that are there, and more."""
 
   def __init__(self, workdir: str):
     self._path = pathlib.Path(workdir) / RESULTS
     self.lines: list[dict[str, Any]] = []
     text = self._path.read_text() if self._path.exists() else ""
-    for number, line in enumerate(text.splitlines(), 1):
+    whole = text.splitlines(keepends=True)
+    for number, line in enumerate(whole, 1):
       try:
         self.lines.append(json.loads(line))
       except json.JSONDecodeError as error:
-        # The last line may have been cut short by a kill.
-        if number < len(text.splitlines()):
+        if number < len(whole):
           raise ValueError(f"{self._path}, line {number}: {error}") from error
-        text = "".join(text.splitlines(keepends=True)[:-1])
-        self._path.write_text(text)
-    if text and not text.endswith("\n"):
-      # Cut between a line and its end: the next one is not to go on with it.
-      self._path.write_text(text + "\n")
+        whole.pop()  # Cut short by a kill.
+    kept = "".join(whole)
+    if kept and not kept.endswith("\n"):
+      kept += "\n"  # Cut before its end.
+    if kept != text:
+      self._path.write_text(kept)
 
   def add(self, line: Mapping[str, Any]) -> None:
     """Writes a line; it is on disk when this returns."""
-    self._path.parent.mkdir(parents=True, exist_ok=True)
     encoded = json.dumps(line, allow_nan=False)
+    self._path.parent.mkdir(parents=True, exist_ok=True)
     with self._path.open("a") as f:
       f.write(encoded + "\n")
       f.flush()
       os.fsync(f.fileno())
     self.lines.append(dict(line))
 
+  def hashes(self, *kinds: str) -> set[str]:
+    """Hashes of the lines of these kinds."""
+    return {line["hash"] for line in self.lines if line["kind"] in kinds}
+
 
 class Runner:
-  """Runs the stages of a plan that have no result yet."""
+  """Runs the trainings and measurements of a grid that have no result yet."""
 
-  def __init__(self, config: ml_collections.ConfigDict, study_plan: grid.Plan):
-    self._config, self._plan = config, study_plan
-    self._folder = pathlib.Path(config.workdir)
-    self._results = Results(config.workdir)
+  def __init__(self, study_grid: grid.Grid):
+    self._grid, self._config = study_grid, study_grid.study
+    self._folder = pathlib.Path(self._config.workdir)
+    self._results = Results(self._config.workdir)
     self._start = time.monotonic()
     self._trained: set[Pretraining] = set()
     self._common = {"git": report.revision(), "device": report.device()}
-
-  @functools.cached_property
-  def done(self) -> set[str]:
-    """Hashes of the cells that have a result, or have failed."""
+    # Of cells that have a result, or have failed.
     kinds = ("cell",) if self._config.retry else ("cell", "failure")
-    return {
-      line["hash"] for line in self._results.lines if line["kind"] in kinds
-    }
+    self.done = self._results.hashes(*kinds)
 
   def rows(self) -> list[dict[str, Any]]:
-    """Lines of the plan's own cells; a failure that was mended is left out."""
-    wanted = {cell.hash for cell in self._plan.cells} | {
-      p.hash for p in self._plan.pretrainings
-    }
-    lines = [x for x in self._results.lines if x["hash"] in wanted]
-    good = {x["hash"] for x in lines if x["kind"] == "cell"}
-    return [x for x in lines if x["kind"] != "failure" or x["hash"] not in good]
+    """Lines of the grid's own cells; a failure that was mended is left out."""
+    made = (*self._grid.cells, *self._grid.pretrainings)
+    wanted, good = {x.hash for x in made}, self._results.hashes("cell")
+    return [
+      line
+      for line in self._results.lines
+      if line["hash"] in wanted
+      and (line["kind"] != "failure" or line["hash"] not in good)
+    ]
 
   def run(self) -> None:
     """Runs what is left; a failure leaves out the cells that depend on it."""
-    total = self._plan.work(self.done, ())
-    for stage, cells, tunings in self._plan.by_pretraining():
-      left = self._left([*cells, *itertools.chain(*tunings.values())])
-      if not left:
-        continue
-      path = self._guarded(left, self._pretrained, stage)
-      if path is None:
-        continue
-      for cell in self._left(cells):
-        self._guarded([cell], self._generative, cell, path)
-      self._say(total)
-      for tuning, own in tunings.items():
-        if left := self._left(own):
-          # Whatever is left of them, it is the same training: one folder.
-          folder = f"{pathlib.Path(path).name}-{own[0].hash}"
-          self._guarded(left, self._tuned, tuning, left, path, folder)
-          self._say(total)
+    total = self._grid.work(self.done)
+    for branch in self._grid.branches:
+      left = branch.left(self.done)
+      if left.cells:
+        self._guarded(left.cells, self._run_branch, branch, left, total)
 
-  def _left(self, cells: Iterable[Cell]) -> list[Cell]:
-    return [cell for cell in cells if cell.hash not in self.done]
+  def _run_branch(self, branch: Branch, left: Branch, total: float) -> None:
+    path = self._pretrained(branch.pretraining)
+    for cell in left.generative:
+      self._guarded([cell], self._generative, cell, path)
+    self._say(total)
+    for tuning, cells in left.tunings.items():
+      # Whatever is left of them, it is the same training: one folder.
+      first = branch.tunings[tuning][0]
+      folder = f"{pathlib.Path(path).name}-{first.hash}"
+      self._guarded(cells, self._tuned, tuning, cells, path, folder)
+      self._say(total)
 
   def _say(self, total: float) -> None:
     spent = time.monotonic() - self._start
-    share = 1 - self._plan.work(self.done, self._trained) / total
+    share = 1 - self._grid.work(self.done, self._trained) / total
     eta = metric_writer.duration(spent * (1 - share) / share) if share else "?"
     print(f"study: {share:.0%} of the training done, ETA {eta}", flush=True)
 
-  def _guarded(self, cells: list[Cell], function, *args):
-    """What `function` gives; None where it fails, which `cells` then have."""
+  def _guarded(self, cells: list[Cell], function, *args) -> None:
+    """Calls `function`; where it fails, so do those of `cells` not done."""
     try:
-      return function(*args)
+      function(*args)
     except _FAILURES as error:
       text = f"{type(error).__name__}: {error}".splitlines()[0][:500]
       print(f"failed, and left out: {text}", flush=True)
-      for cell in self._left(cells):
-        self._add(cell, {"kind": "failure", "error": text})
-      return None
+      for cell in cells:
+        if cell.hash not in self.done:
+          self._add(cell, {"kind": "failure", "error": text})
 
   def _add(self, cell: Cell, values: Mapping[str, Any]) -> None:
-    self._results.add({**cell.to_dict(), **self._common, **values})
+    self._results.add({**cell.axes, **self._common, **values})
     self.done.add(cell.hash)
 
-  def _pretrained(self, stage: Pretraining) -> str:
+  def _pretrained(self, pretraining: Pretraining) -> str:
     """The folder of a pretraining, which is run if need be."""
-    config = stage.config(self._config, self._config.workdir)
-    if stage in self._trained:  # A teacher has several students.
+    config = pretraining.config(self._config, self._config.workdir)
+    if pretraining in self._trained:  # A teacher has several students.
       return config.workdir
-    if stage.kind == "distilled":
-      config.init_from = self._pretrained(self._plan.teacher(stage))
+    if pretraining.kind == "distilled":
+      config.init_from = self._pretrained(self._grid.teacher(pretraining))
     self._give_tokenizer(config)
-    print(
-      f"pretraining {stage.model}, {stage.kind}: {stage.funnel}", flush=True
-    )
+    about = f"{pretraining.model}, {pretraining.kind}: {pretraining.funnel}"
+    print(f"pretraining {about}", flush=True)
     result = trainer.train(pretrain.resolve(config))
     if not result.finished:
       raise KeyboardInterrupt  # SIGTERM: the same command goes on.
-    self._similarity(stage, result)
-    self._trained.add(stage)
+    self._similarity(pretraining, result)
+    self._trained.add(pretraining)
     return config.workdir
 
   def _give_tokenizer(self, config: Any) -> None:
@@ -221,7 +210,7 @@ class Runner:
     if config.data.tokenizer is not None:
       return
     vocab_size = config.model.vocab_size
-    kept = pathlib.Path(grid.tokenizer_path(self._config.workdir, vocab_size))
+    kept = self._folder / f"tokenizer_{vocab_size}" / workdir.TOKENIZER
     if not kept.exists():
       kept.parent.mkdir(parents=True, exist_ok=True)
       pipeline.load_corpus(config.data, vocab_size, kept.parent)
@@ -230,15 +219,16 @@ class Runner:
     if not own.exists():
       shutil.copyfile(kept, own)
 
-  def _similarity(self, stage: Pretraining, result: trainer.Result) -> None:
+  def _similarity(
+    self, pretraining: Pretraining, result: trainer.Result
+  ) -> None:
     """How far each funnel moves the states of this model, by layer."""
-    have = {x["hash"] for x in self._results.lines if x["kind"] == "similarity"}
-    settings, model = self._config.similarity, result.model
-    if not settings.rows or stage.hash in have:
+    settings, have = self._config.similarity, self._results.hashes("similarity")
+    if not settings.rows or pretraining.hash in have:
       return
-    names = (stage.funnel,)
-    if stage.funnel == OFF:
-      names = self._plan.funnels()[stage.model]
+    names = (pretraining.funnel,)
+    if pretraining.funnel == OFF:
+      names = self._grid.funnels()[pretraining.model]
     heldout = pipeline.heldout_batches(
       result.data.heldout,
       result.data.tokenizer,
@@ -254,19 +244,16 @@ class Runner:
       if name == OFF:
         continue
       layers = layer_similarity.by_depth(
-        model, name, batch["tokens"], segment, causal=True
+        result.model, name, batch["tokens"], segment, causal=True
       )
-      (funnel,) = parse_funnel(name)
-      axes = {axis: getattr(funnel, axis) for axis in grid.FUNNEL_AXES}
       self._results.add(
         {
           "kind": "similarity",
-          "hash": stage.hash,
-          "model": stage.model,
-          "pretraining": stage.kind,
+          "hash": pretraining.hash,
+          "model": pretraining.model,
+          "pretraining": pretraining.kind,
           "finetuning": None,
-          "funnel": name,
-          **axes,
+          **grid.funnel_axes(parse_funnel(name)[0]),
           **self._common,
           "layers": layers,
         }
@@ -274,22 +261,22 @@ class Runner:
 
   def _generative(self, cell: Cell, path: str) -> None:
     """Measures a cell of a task that needs no fine-tuning."""
-    task = self._plan.tasks[cell.task]
+    task = self._grid.tasks[cell.task]
     model = convert.load(path, cell.measured_with)
     tokenizer = Tokenizer.load(convert.describe(path).tokenizer_path)
     settings = generative.Settings(**self._config.generative)
     found = generative.evaluate(task, model, tokenizer, settings)
-    metric = generative.main_metric(task)
     metrics = {k: v for k, v in found.items() if isinstance(v, float)}
-    self._measured(cell, metric, metrics, len(task.splits[settings.split]), {})
+    more = {"num_test": len(task.splits[settings.split])}
+    self._measured(cell, generative.main_metric(task), metrics, more)
 
   def _tuned(
     self, tuning: Tuning, cells: list[Cell], path: str, name: str
   ) -> None:
     """Fine-tunes, and measures with each cell's funnel."""
-    task = self._plan.tasks[tuning.task]
+    task = self._grid.tasks[tuning.task]
     folder = self._folder / "finetune" / name
-    config = self._plan.finetune_config(
+    config = self._grid.finetune_config(
       cells[0].pretraining, tuning, path, str(folder)
     )
     spec = finetune.resolve(config, task)
@@ -297,10 +284,14 @@ class Runner:
     result = trainer.train(spec)
     if not result.finished:
       raise KeyboardInterrupt
-    train_s = time.monotonic() - start
+    more = {
+      "num_test": len(task.splits["test"]),
+      "train_s": time.monotonic() - start,
+      "steps": result.steps,
+    }
 
     def measure(cell: Cell) -> None:
-      found = finetune.measure(
+      metrics = finetune.measure(
         result.model.with_funnel(cell.measured_with),
         task,
         "test",
@@ -308,30 +299,24 @@ class Runner:
         batch_size=spec.batch_size,
         length=spec.length,
       )
-      self._measured(
-        cell,
-        task.metrics[0],
-        found,
-        len(task.splits["test"]),
-        {"train_s": train_s, "steps": result.steps},
-      )
+      self._measured(cell, task.metrics[0], metrics, more)
 
     for cell in cells:
       self._guarded([cell], measure, cell)
     if not self._config.keep_finetuned:
       shutil.rmtree(folder)
 
-  def _measured(self, cell, metric, metrics, num_test, more) -> None:
+  def _measured(self, cell: Cell, metric: str, metrics, more) -> None:
     """Writes the line of a cell."""
     value = metrics[metric]
     if value is None:
       raise FloatingPointError(f"{metric} of {cell.task} is undefined")
-    model = TransformerConfig.from_dict(
-      self._config.models[cell.pretraining.model]
-    )
-    settings, funnel = self._config.latency, cell.measured_with
-    shape = settings.batch_size, settings.length
-    timed = self._latencies.get((cell.pretraining.model, funnel), {})
+    name, funnel = cell.pretraining.model, cell.measured_with
+    model = TransformerConfig.from_dict(self._config.models[name])
+    settings = self._config.latency
+    shape = funnel, settings.batch_size, settings.length
+    encoder = dict(head=False, causal=False)
+    timed = self._latencies.get((name, funnel), {})
     self._add(
       cell,
       {
@@ -339,12 +324,9 @@ class Runner:
         "metric": metric,
         "value": value,
         "metrics": metrics,
-        "higher_is_better": metric not in _LOWER,
-        "num_test": num_test,
-        "ideal_reduction": flops.ideal_reduction(
-          model, funnel, *shape, head=False, causal=False
-        ),
-        "flops": flops.forward(model, funnel, *shape, head=False, causal=False),
+        "higher_is_better": metric not in _LOWER_IS_BETTER,
+        "ideal_reduction": flops.ideal_reduction(model, *shape, **encoder),
+        "flops": flops.forward(model, *shape, **encoder),
         "latency_s": timed.get("latency_s"),
         "reduction": 0.0 if funnel == OFF else timed.get("reduction"),
         **more,
@@ -357,11 +339,11 @@ class Runner:
     settings, found = self._config.latency, {}
     if not settings.repeats:
       return found
-    for name, funnels in self._plan.funnels().items():
-      model_config = TransformerConfig.from_dict(self._config.models[name])
+    for name, funnels in self._grid.funnels().items():
+      sizes = TransformerConfig.from_dict(self._config.models[name])
       measured = latency.measure(
-        latency.random_model(model_config),
-        tuple(funnels),
+        latency.random_model(sizes),
+        funnels,
         batch_sizes=(settings.batch_size,),
         lengths=(settings.length,),
         causal=False,
@@ -375,7 +357,7 @@ class Runner:
 
 
 def main() -> None:
-  """The command; --dry-run prints the plan and ends there."""
+  """The command; --dry-run prints the grid and ends there."""
   sys.argv = [
     "--config.dry_run" if given == "--dry-run" else given for given in sys.argv
   ]

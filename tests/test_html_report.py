@@ -1,27 +1,20 @@
-"""The page: whole, by itself, and nothing in it that was not escaped."""
+"""A study's files: whole, by themselves, and all text of the HTML escaped."""
 
 import base64
 import html
 from html import parser
+import json
 import random
 import re
 
 import pytest
+from tiny_study import COLUMNS, ROWS, make_rows
 
 from gemma_funnel.evaluation.report import Column
-from gemma_funnel.study import html_report
+from gemma_funnel.study import analysis, html_report
+from gemma_funnel.study.tables import Table
 
-COLUMNS = (
-  Column("name", "na<me"),
-  Column("value", "value (%)", ".1f", 100),
-  Column("spread", "drop", ">"),
-  Column("none", "nobody has it"),
-)
-ROWS = (
-  {"name": "a|b <i>", "value": 0.5, "spread": "-1.20 ± 0.30"},
-  {"name": "2nd", "value": None, "spread": "10.00 (n=1)"},
-)
-TABLE = html_report.Table("A & B", COLUMNS, ROWS, "a note <b>")
+TABLE = Table("A & B", COLUMNS, ROWS, "a note <b>")
 HOSTILE = "</script><script>alert(1)</script>\"'&<!--\ud800"
 _VOID = {"meta", "link", "img"}
 
@@ -62,38 +55,18 @@ def _page(title="t", claims=(), tables=(TABLE,), pictures=(), settings=None):
   return html_report.render(title, claims, tables, pictures, settings or {})
 
 
-def test_a_table_as_markdown():
-  assert TABLE.markdown().splitlines() == [
-    "## A & B",
-    "",
-    "a note <b>",
-    "",
-    "| na<me    | value (%) |         drop |",
-    "|----------|----------:|-------------:|",
-    "| a\\|b <i> |      50.0 | -1.20 ± 0.30 |",
-    "| 2nd      |         - |  10.00 (n=1) |",
-  ]
-  empty = html_report.Table("Failures", COLUMNS, (), "None.")
-  assert empty.markdown() == "## Failures\n\nNone."
-
-
 def test_the_page_has_what_it_was_given():
   picture = html_report.Picture(b"\x89PNG", "a caption", 'an "alt" <text>')
   settings = {"seeds": [0, 1], "model": {"preset": "tiny", "none": None}}
   reader = _read(
     _page("A title", ["one", "two"], (TABLE,), [picture], settings)
   )
-  assert reader.cells == [
-    "na<me",
-    "value (%)",
-    "drop",
-    "a|b <i>",
-    "50.0",
-    "-1.20 ± 0.30",
-    "2nd",
-    "-",
-    "10.00 (n=1)",
-  ]
+  assert reader.cells[:3] == ["na<me", "value (%)", "drop"]
+  assert reader.cells[3:6] == ["a|b <i>", "50.0", "-1.20 ± 0.30"]
+  assert reader.cells[6:] == ["2nd", "-", "10.00 (n=1)"]
+  heads = [attrs for tag, attrs in reader.seen if tag == "th"]
+  assert [head["aria-sort"] for head in heads] == ["none"] * 3
+  assert [tag for tag, _ in reader.seen].count("button") == 3
   text = " ".join(reader.text)
   for part in ("A title", "one", "two", "a caption", "0, 1", "preset", "tiny"):
     assert part in text
@@ -121,7 +94,7 @@ def test_hostile_text(where):
   text = html_report.render(
     give("title"),
     [give("claims")],
-    [html_report.Table(give("table"), columns, rows, give("table"))],
+    [Table(give("table"), columns, rows, give("table"))],
     [html_report.Picture(b"", give("picture"), give("picture"))],
     {give("set"): [give("set")], "nested": {give("set"): give("set")}},
   )
@@ -139,7 +112,7 @@ def test_random_text_comes_back():
   alphabet = "ab<>&\"'|\\ é-1.5±%"
   for _ in range(50):
     value = "".join(chance.choices(alphabet, k=8)).strip() or "x"
-    table = html_report.Table("t", [Column("a", "h")], [{"a": value}])
+    table = Table("t", [Column("a", "h")], [{"a": value}])
     got = _read(_page(tables=(table,))).cells[1]
     # `report` escapes a bar, and the page undoes it.
     assert got == value.replace("\\|", "|") or "\\" in value
@@ -147,27 +120,62 @@ def test_random_text_comes_back():
 
 
 def test_numbers_are_sorted_by_value():
-  keys = {
-    "-1.20 ± 0.30": -1.2,
-    "10.00 (n=1)": 10.0,
-    "37": 37.0,
-    "1e-05": 1e-5,
+  keys = {"-1.20 ± 0.30": -1.2, "10.00 (n=1)": 10.0, "37": 37.0, "1e-05": 1e-5}
+  keys |= {
     "+2.5": 2.5,
-    "-": None,
-    "text": None,
-    "2nd": None,
-    "59d0d6d": None,
-    "1.2.3": None,
+    **dict.fromkeys(("-", "text", "2nd", "59d0d6d", "1.2.3")),
   }
   for text, value in keys.items():
-    table = html_report.Table("t", [Column("a", "h")], [{"a": text}])
+    table = Table("t", [Column("a", "h")], [{"a": text}])
     [cell] = [a for tag, a in _read(_page(tables=(table,))).seen if tag == "td"]
     assert cell.get("data-n") == (None if value is None else str(value)), text
 
 
-def test_a_head_can_be_pressed():
-  seen = _read(_page()).seen
-  heads = [attrs for tag, attrs in seen if tag == "th"]
-  assert len(heads) == 3
-  assert all(h["aria-sort"] == "none" for h in heads)
-  assert [tag for tag, _ in seen].count("button") == 3
+def _write(rows, *args):
+  return html_report.write(analysis.organise(rows), *args)
+
+
+PARTS = {
+  "nothing": lambda r: False,
+  "failures": lambda r: r["kind"] == "failure",
+  "similarity": lambda r: r["kind"] == "similarity",
+  "baselines": lambda r: r["funnel"] == "off",
+  "no baselines": lambda r: r["inference"] == "on",
+  "lower is better": lambda r: r["task"] == "prose",
+  "one funnel": lambda r: (
+    r["recover"] in ("add", None) and r["start"] in (4, None)
+  ),
+}
+
+
+@pytest.mark.parametrize("keep", PARTS.values(), ids=PARTS)
+def test_parts_of_a_study(keep, tmp_path):
+  rows = [row for row in make_rows() if keep(row)]
+  paths = _write(rows, tmp_path / "new", "t")
+  for name in ("tables.md", "study.json", "report.html"):
+    with open(paths[name]) as f:
+      assert f.read()
+
+
+def test_files_agree(tmp_path):
+  rows = make_rows()
+  paths = _write(rows, tmp_path, "A <title>", {"seeds": 2})
+  assert sorted(p.name for p in tmp_path.iterdir()) == sorted(paths)
+  with open(paths["study.json"]) as f:
+    content = json.load(f)
+  assert content["claims"] == analysis.claims(analysis.organise(rows))
+  assert content["settings"] == {"seeds": 2}
+  assert content["measured"]["git"] == ["59d0d6d"]
+  assert content["measured"]["cells"] == sum(r["kind"] == "cell" for r in rows)
+  with open(paths["tables.md"]) as f:
+    markdown = f.read()
+  assert all(f"- {claim}" in markdown for claim in content["claims"])
+  assert "out of <memory>" in markdown
+  for title in content["tables"]:
+    assert f"## {title}" in markdown
+
+
+def test_what_json_cannot_hold_writes_nothing(tmp_path):
+  with pytest.raises(ValueError, match="study.json"):
+    _write(make_rows(), tmp_path, "t", {"x": float("nan")})
+  assert not list(tmp_path.iterdir())

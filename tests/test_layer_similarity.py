@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gemma_funnel.config import TransformerConfig
-from gemma_funnel.layers import make_look, rope_angles
+from gemma_funnel.layers import make_attention_fn, rope_angles
 from gemma_funnel.model import Transformer
 from gemma_funnel.stream import make_stream
 from gemma_funnel.study import layer_similarity
@@ -20,7 +20,7 @@ from gemma_funnel.study import layer_similarity
 CONFIG = TransformerConfig.preset(
   "tiny", num_layers=3, window=6, scan_layers=False, kernel="reference"
 )
-NESTED = "start=1,stop=3,pool=every,recover=add+start=2,stop=3,stride=3"
+NESTED = "start=1,stop=3,reduce=strided,recover=add+start=2,stop=3,stride=3"
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +88,11 @@ def _layer(model, number, stream, causal):
   """A layer's output, from the block itself."""
   block, params_L = nnx.split(model.layers)
   params = jax.tree.map(lambda p: p[number], params_L)
-  window = CONFIG.window_of(number)
-  rope = rope_angles(stream.position_BT, CONFIG)
-  see = make_look(CONFIG, stream, stream, causal, window)
-  hidden_BTD = nnx.merge(block, params)(
-    stream.hidden_BTD, rope, see, None, rope
+  spec = CONFIG.layers[number]
+  rope = rope_angles(stream.position_BT, CONFIG, spec)
+  attention_fn = make_attention_fn(CONFIG, stream, stream, causal, spec.window)
+  hidden_BTD, _ = nnx.merge(block, params)(
+    stream.hidden_BTD, rope, attention_fn
   )
   return stream.replace(hidden_BTD=hidden_BTD)
 
@@ -125,7 +125,7 @@ def test_one_stage_by_hand(model):
     for other in (read, recovered)
   ]
   rows = layer_similarity.by_depth(
-    model, "start=1,stop=2,stride=2,pool=mean", tokens, causal=False
+    model, "start=1,stop=2,stride=2,reduce=mean", tokens, causal=False
   )
   assert [r["cosine"] for r in rows[1:3]] == pytest.approx(want, abs=1e-5)
   assert abs(want[0] - want[1]) > 0.01
@@ -139,7 +139,7 @@ def test_one_stage_by_hand(model):
   [
     NESTED,
     "start=0,stop=2,pool_query_only=true",
-    "start=1,pool=every,recover=none",
+    "start=1,reduce=strided,recover=none",
   ],
 )
 def test_the_last_states_are_what_encode_norms(model, funnel):

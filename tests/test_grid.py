@@ -1,9 +1,12 @@
-"""Plans: which cells a study has, what they share, what tells them apart."""
+"""Grids: which cells a study has, what they share, what tells them apart."""
 
 import collections
+import functools
+import itertools
 
 import pytest
 import tiny_study
+from tiny_study import ONE
 
 from gemma_funnel.study import grid
 
@@ -19,9 +22,8 @@ def study(files):
 
 
 def _kinds(cells):
-  return collections.Counter(
-    (c.pretraining.kind, c.finetuning, c.inference, c.task) for c in cells
-  )
+  axes = ("pretraining", "finetuning", "inference", "task")
+  return collections.Counter(tuple(map(c.axes.get, axes)) for c in cells)
 
 
 def test_cells_of_a_small_grid(study):
@@ -50,41 +52,33 @@ def test_everything_is_there_if_nothing_is_excluded(study):
   assert len(cells) == 2 * (1 + 2 * (3 + 4))
 
 
-def test_stages_are_shared(study):
+def test_trainings_are_shared(study):
   made = grid.make(study(seed=(0, 1)))
-  stages = list(made.by_pretraining())
-  assert [(p.kind, p.funnel) for p, _, _ in stages] == [
+  assert [(p.kind, p.funnel) for p in made.pretrainings] == [
     ("standard", "off"),
-    ("aware", f"{tiny_study.ONE}average"),
-    ("aware", f"{tiny_study.ONE}repeat"),
+    ("aware", f"{ONE}average"),
+    ("aware", f"{ONE}repeat"),
   ]
-  standard, own, tunings = stages[0]
-  assert made.pretrainings == tuple(p for p, _, _ in stages)
+  standard = made.branches[0]
   # Per seed, one without a funnel (three funnels at inference), and one with
   # each of the two.
-  assert {(t.funnel, t.seed): len(c) for t, c in tunings.items()} == {
-    ("off", 0): 3,
-    ("off", 1): 3,
-    **{
-      (f"{tiny_study.ONE}{r}", s): 1
-      for r in ("average", "repeat")
-      for s in (0, 1)
-    },
+  found = {(t.funnel, t.seed): len(c) for t, c in standard.tunings.items()}
+  assert found == {
+    **dict.fromkeys(itertools.product(["off"], (0, 1)), 3),
+    **dict.fromkeys(
+      itertools.product((f"{ONE}average", f"{ONE}repeat"), (0, 1)), 1
+    ),
   }
-  assert len(own) == 3
-  counted = [
-    c
-    for _, cells, ts in stages
-    for c in (*cells, *(c for own in ts.values() for c in own))
-  ]
-  assert sorted(c.hash for c in counted) == sorted(c.hash for c in made.cells)
+  assert len(standard.generative) == 3
+  counted = [c.hash for branch in made.branches for c in branch.cells]
+  assert sorted(counted) == sorted(c.hash for c in made.cells)
 
 
 def test_tasks_without_fine_tuning_have_one_seed(study):
   made = grid.make(study(seed=(3, 4, 5)))
   seeds = collections.defaultdict(set)
   for cell in made.cells:
-    seeds[cell.task].add(cell.seed)
+    seeds[cell.task].add(cell.axes["seed"])
   assert seeds == {"words": {3, 4, 5}, "pairs": {0}}
   counts = collections.Counter(c.task for c in made.cells)
   assert counts == {"words": 21, "pairs": 7}
@@ -94,19 +88,18 @@ def test_tasks_without_fine_tuning_have_one_seed(study):
 def test_a_cell_says_its_axes(study):
   made = grid.make(study())
   for cell in made.cells:
-    values = cell.to_dict()
-    assert set(grid.AXES) < values.keys()
-    if cell.funnel is None:
-      assert values["funnel"] == "off" and values["start"] is None
-      assert cell.measured_with == "off"
+    values = cell.axes
+    assert set(grid.AXES) < values.keys() and values["hash"] == cell.hash
+    if values["funnel"] == "off":
+      assert values["start"] is None and cell.measured_with == "off"
     else:
       assert values["stop"] == 2
-      on = cell.inference == "on"
-      assert (values["recover"] in cell.measured_with) == on
+      on = values["inference"] == "on"
+      assert cell.measured_with == (values["funnel"] if on else "off")
   assert set(made.funnels()["small"]) == {
     "off",
-    f"{tiny_study.ONE}average",
-    f"{tiny_study.ONE}repeat",
+    f"{ONE}average",
+    f"{ONE}repeat",
   }
 
 
@@ -115,41 +108,41 @@ def test_one_sampled_fine_tuning_serves_all_funnels(study):
     task=("words",), pretraining=("standard",), finetuning=("sampled",)
   )
   made = grid.make(config)
-  ((stage, _, tunings),) = made.by_pretraining()
+  ((pretraining, _, tunings),) = made.branches
   (tuning,) = tunings
   assert tuning.funnel == "sampled" and len(tunings[tuning]) == 3
-  found = made.finetune_config(stage, tuning)
-  assert found.funnel_sampled == ("off", *grid.sampled_funnels(config, "small"))
+  found = made.finetune_config(pretraining, tuning)
+  assert found.funnel_sampled == ("off", *grid.all_funnels(config, "small"))
   assert made.work() > 0
 
 
-def test_exclusions(study):
+@pytest.mark.parametrize(
+  "exclude, left",
+  [
+    ((), 15),
+    (("pretraining=aware",), 7),
+    (("recover=repeat",), 8),
+    (("pretraining=aware, recover=repeat",), 11),
+    (("pretraining=aware,recover=repeat,seed=0",), 11),
+    (("pretraining=aware,seed=1",), 15),
+    (("start=1,inference=on",), 7),
+    (("stop=None",), 0),
+  ],
+  ids=str,
+)
+def test_exclusions(exclude, left, study):
   config = study(task=("words",))
-  count = lambda *exclude: (
-    config.update(exclude=exclude) or len(grid.make(config).cells)
-  )
-  everything = count()
-  assert everything == 15
-  assert count("pretraining=aware") == 7
-  assert count("recover=repeat") == 8
-  assert count("pretraining=aware, recover=repeat") == 11
-  assert count("pretraining=aware,recover=repeat,seed=0") == 11
-  assert count("pretraining=aware,seed=1") == everything
-  assert count("start=1,inference=on") == 7
-  with pytest.raises(ValueError, match="exclude leaves nothing"):
-    count("stop=None")
+  config.exclude = exclude
+  if left:
+    assert len(grid.make(config).cells) == left
+  else:
+    with pytest.raises(ValueError, match="exclude leaves nothing"):
+      grid.make(config)
 
 
 @pytest.mark.parametrize(
   "text",
-  [
-    "aware",
-    "pretrain=aware",
-    "pretraining=awre",
-    "inference=yes",
-    "task=wods",
-    "=on",
-  ],
+  "aware pretrain=aware pretraining=awre inference=yes task=wods =on".split(),
 )
 def test_an_exclusion_that_excludes_nothing_ever(text, study):
   config = study()
@@ -162,17 +155,18 @@ def _hashes(config):
   return {c.hash for c in grid.make(config).cells}
 
 
-MATTERS = (
-  ("finetune.optimizer.learning_rate", 1e-4),
-  ("finetune.epochs", 2.0),
-  ("models.small.mlp_dim", 48),
-  ("pretrain.steps", 9),
-  ("pretrain.optimizer.learning_rate", 1e-4),
-  ("tasks.words.task.max_test", 4),
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("finetune.optimizer.learning_rate", 1e-4),
+    ("finetune.epochs", 2.0),
+    ("models.small.mlp_dim", 48),
+    ("pretrain.steps", 9),
+    ("pretrain.optimizer.learning_rate", 1e-4),
+    ("tasks.words.task.max_test", 4),
+  ],
+  ids=str,
 )
-
-
-@pytest.mark.parametrize("key, value", MATTERS, ids=str)
 def test_hashes_tell_of_what_matters(key, value, study):
   config = study(task=("words",))
   before = _hashes(config)
@@ -192,13 +186,8 @@ def test_hashes_tell_of_what_a_task_is_tuned_with(study):
 def test_hashes_do_not_tell_of_where_and_how_it_is_told(study):
   config = study()
   before = _hashes(config)
-  config.update(
-    workdir="elsewhere",
-    title="T",
-    keep_finetuned=True,
-    retry=True,
-    dry_run=True,
-  )
+  config.update(workdir="elsewhere", title="T", keep_finetuned=True)
+  config.update(retry=True, dry_run=True)
   assert _hashes(config) == before
 
 
@@ -219,24 +208,20 @@ def test_every_kind_of_pretraining(study):
     "distilled": 2,
   }
   folders = set()
-  for stage in made.pretrainings:
-    found = stage.config(config, "/f")
+  for pretraining in made.pretrainings:
+    kind, found = pretraining.kind, pretraining.config(config, "/f")
     folders.add(found.workdir)
-    assert found.funnel_from == (4 if stage.kind == "switched" else 0)
-    assert found.steps == (3 if stage.kind == "distilled" else 8)
-    assert bool(found.funnel_sampled) == (stage.kind == "sampled")
+    assert found.funnel_from == (4 if kind == "switched" else 0)
+    assert found.steps == (3 if kind == "distilled" else 8)
+    assert bool(found.funnel_sampled) == (kind == "sampled")
     distilled = found.objective == "distill"
-    assert distilled == (stage.kind == "distilled")
-    assert (found.funnel == "off") == (stage.kind in ("standard", "sampled"))
+    assert distilled == (kind == "distilled")
+    assert (found.funnel == "off") == (kind in ("standard", "sampled"))
     assert found.data.tokenizer is None  # The study gives it its own.
-    if stage.kind == "sampled":
-      assert found.funnel_sampled == (
-        "off",
-        f"{tiny_study.ONE}average",
-        f"{tiny_study.ONE}repeat",
-      )
-    if stage.kind == "distilled":
-      assert made.teacher(stage) == made.pretrainings[0]
+    if kind == "sampled":
+      assert found.funnel_sampled == ("off", f"{ONE}average", f"{ONE}repeat")
+    if kind == "distilled":
+      assert made.teacher(pretraining) == made.pretrainings[0]
   assert len(folders) == len(made.pretrainings)
 
 
@@ -260,57 +245,56 @@ def test_work_that_is_left(study):
   total, done = made.work(), {c.hash for c in made.cells}
   assert total > 0 == made.work(done)
   # All the fine-tunings of one pretraining but one cell.
-  stage, _, tunings = list(made.by_pretraining())[-1]
-  (cell,) = list(tunings.values())[0]
+  first, _, tunings = made.branches[-1]
+  tuning, (cell,) = next(iter(tunings.items()))
   left = made.work(done - {cell.hash})
-  assert left == made._pretraining_work(stage) + made._tuning_work(
-    stage, cell.tuning
-  )
+  alone = made._pretraining_work(first), made._tuning_work(first, tuning)
+  assert left == sum(alone)
+  assert made.work(done - {cell.hash}, {first}) == alone[1]
   text = made.describe(done - {cell.hash}, 1e9)
   assert f"{len(made.cells)} cells, 1 to be measured" in text
   assert "1 fine-tunings, 1 cells" in text and "0 fine-tunings, 0 cells" in text
 
 
 @pytest.mark.parametrize(
-  "axes, text",
+  "axis, values, text",
   [
-    (
-      {"pretraining": ("normal",)},
-      "axes.pretraining: found 'normal', expected",
-    ),
-    ({"finetuning": ("yes",)}, "axes.finetuning: found 'yes'"),
-    ({"inference": "on"}, "axes.inference='on': expected a tuple"),
-    ({"task": ("word",)}, "axes.task: found 'word', expected"),
-    ({"model": ("large",)}, "axes.model: found 'large', .*'small'"),
-    ({"seed": ()}, "axes.seed=.*: expected a tuple of one value"),
-    ({"seed": (-1,)}, "axes.seed: found -1"),
-    ({"seed": (0.5,)}, "axes.seed: found 0.5"),
-    ({"start": (2,)}, "funnel.start=2 must be below"),
-    ({"stride": (0,)}, "funnel.stride=0"),
-    ({"pool": ("sum",)}, "funnel.pool='sum'"),
-    ({"recover": ("half",)}, "funnel.recover='half'"),
-    ({"recover": ("none",)}, "recover='none'.*task pairs needs a state"),
-    ({"stride": (3,)}, "length=32 must be a multiple .* 3"),
+    ("pretraining", ("normal",), "axes.pretraining='normal'"),
+    ("finetuning", ("yes",), "axes.finetuning='yes'"),
+    ("inference", "on", "axes.inference='on'"),
+    ("task", ("word",), "axes.task='word'"),
+    ("model", ("large",), "axes.model='large': .*'small'"),
+    ("seed", (), "axes.seed="),
+    ("seed", (-1,), "axes.seed=-1"),
+    ("seed", (0.5,), "axes.seed=0.5"),
+    ("start", (2,), "funnel.start=2 must be below"),
+    ("stride", (0,), "funnel.stride=0"),
+    ("reduce", ("sum",), "funnel.reduce='sum'"),
+    ("recover", ("half",), "funnel.recover='half'"),
+    ("recover", ("none",), "recover='none'.*task pairs needs a state"),
+    ("stride", (3,), "length=32 must be a multiple .* 3"),
   ],
   ids=str,
 )
-def test_an_axis_that_cannot_be(axes, text, study):
+def test_an_axis_that_cannot_be(axis, values, text, study):
   with pytest.raises(ValueError, match=text):
-    grid.make(study(**axes))
+    grid.make(study(**{axis: values}))
 
 
-def test_a_study_that_cannot_be(study):
+@pytest.mark.parametrize(
+  "key, value, text",
+  [
+    ("tasks.words.task.train", "nowhere.tsv", "tasks.words: .*nowhere.tsv"),
+    ("pretrain.batch_size", 12, "batch_size=12"),
+    ("tasks.words.tune", {"epoch": 3.0}, "tasks.words.tune: "),
+    ("tasks.words.tune", {"optimizer": {"rate": 1.0}}, "tasks.words.tune: "),
+  ],
+  ids=str,
+)
+def test_a_study_that_cannot_be(key, value, text, study):
   config = study()
-  config.tasks.words.task.train = "nowhere.tsv"
-  with pytest.raises(ValueError, match="tasks.words: .*nowhere.tsv"):
+  with config.unlocked():
+    *folder, name = key.split(".")
+    functools.reduce(getattr, folder, config)[name] = value
+  with pytest.raises(ValueError, match=text):
     grid.make(config)
-  config = study()
-  config.pretrain.batch_size = 12
-  with pytest.raises(ValueError, match="batch_size=12"):
-    grid.make(config)
-  for tune in ({"epoch": 3.0}, {"optimizer": {"rate": 1.0}}):
-    config = study()
-    with config.unlocked():
-      config.tasks.words.tune = tune
-    with pytest.raises(ValueError, match="tasks.words.tune: "):
-      grid.make(config)

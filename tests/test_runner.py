@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import types
 
 import pytest
 import tiny_run
@@ -14,7 +15,7 @@ from gemma_funnel.training import finetune, trainer
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_device():
-  """Programs for eight take long to compile; test_trainer.py has those."""
+  """Programs for eight take long to compile; other tests have those."""
   with pytest.MonkeyPatch.context() as patch:
     tiny_run.use_one_device(patch)
     yield
@@ -34,6 +35,20 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture
+def small(inputs, tmp_path):
+  """Makes a study of one recovery, the funnel on, and standard pretraining."""
+
+  def make(**axes):
+    defaults = dict(recover=("average",), inference=("on",))
+    defaults["pretraining"] = ("standard",)
+    config = tiny_study.make_study(tmp_path, *inputs, **defaults | axes)
+    config.exclude = ()
+    return config
+
+  return make
+
+
+@pytest.fixture
 def count(monkeypatch):
   """Counts trainings: {"pretrain": .., "finetune": ..}."""
   counts, inner = {"pretrain": 0, "finetune": 0}, trainer.train
@@ -46,35 +61,34 @@ def count(monkeypatch):
   return counts
 
 
-@pytest.fixture(scope="module")
-def finished(inputs, tmp_path_factory):
-  """The folder of a study that was run."""
-  folder = tmp_path_factory.mktemp("study") / "done"
-  config = tiny_study.make_study(folder, *inputs)
-  config.similarity.update(rows=2, length=16)
-  config.latency.update(batch_size=1, length=32, repeats=1)
-  runner.run(config)
-  return folder
-
-
-@pytest.fixture
-def again(finished, inputs, tmp_path):
-  """A copy of the finished study, and its configuration."""
-  folder = tmp_path / "copy"
-  shutil.copytree(finished, folder)
+def _measured_study(folder, inputs):
   config = tiny_study.make_study(folder, *inputs)
   config.similarity.update(rows=2, length=16)
   config.latency.update(batch_size=1, length=32, repeats=1)
   return config
 
 
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+  """The folder of a study that was run."""
+  folder = tmp_path_factory.mktemp("study") / "done"
+  runner.run(_measured_study(folder, inputs))
+  return folder
+
+
+@pytest.fixture
+def again(finished, inputs, tmp_path):
+  """The configuration of a copy of the finished study."""
+  shutil.copytree(finished, tmp_path / "copy")
+  return _measured_study(tmp_path / "copy", inputs)
+
+
 @pytest.mark.slow
 def test_a_study_is_complete(finished, again):
-  cells = grid.make(again).cells
+  hashes = [c.hash for c in grid.make(again).cells]
   lines = _lines(finished, "cell")
-  assert [x["hash"] for x in lines] and len(lines) == len(cells) == 14
-  assert {x["hash"] for x in lines} == {c.hash for c in cells}
-  assert not _lines(finished, "failure")
+  assert sorted(x["hash"] for x in lines) == sorted(hashes)
+  assert len(lines) == 14 and not _lines(finished, "failure")
   for line in lines:
     assert 0 <= line["value"] <= 1 and line["metric"] == "accuracy"
     assert line["num_test"] == 8 and line["higher_is_better"]
@@ -107,38 +121,27 @@ def test_a_finished_study_trains_nothing(again, count):
 @pytest.mark.parametrize("cut", ["within a line", "before its end"])
 def test_a_killed_study_goes_on(cut, again, count):
   path = pathlib.Path(again.workdir) / runner.RESULTS
+  value = {x["hash"]: x["value"] for x in _lines(again.workdir, "cell")}
   lines = path.read_text().splitlines()
   keep = next(n for n, x in enumerate(lines) if json.loads(x).get("train_s"))
   text = "\n".join(lines[: keep + 1])
   path.write_text(text if cut == "before its end" else text[:-7])
-  expected = {c.hash for c in grid.make(again).cells}
   runner.run(again)
   found = _lines(again.workdir, "cell")
-  assert {x["hash"] for x in found} == expected and len(found) == 14
   # Values are what they were: training is the same again.
-  value = {
-    x["hash"]: x["value"] for x in map(json.loads, lines) if x["kind"] == "cell"
-  }
-  assert {x["hash"]: x["value"] for x in found} == value
+  assert {x["hash"]: x["value"] for x in found} == value and len(found) == 14
   assert count["finetune"] == 5
 
 
 @pytest.mark.slow
-def test_a_failure_leaves_the_rest(inputs, tmp_path, count, capsys):
-  config = tiny_study.make_study(
-    tmp_path,
-    *inputs,
-    recover=("average",),
-    inference=("on",),
-    pretraining=("standard",),
-  )
-  config.exclude = ()
+def test_a_failure_leaves_the_rest(small, tmp_path, count, capsys):
+  config = small()
   config.finetune.epochs = 2.0
   with config.unlocked():
     config.tasks.words.tune = dict(optimizer=dict(learning_rate=1e30))
   runner.run(config)
   failures = _lines(tmp_path, "failure")
-  assert len(failures) == 2 and {x["task"] for x in failures} == {"words"}
+  assert [x["task"] for x in failures] == ["words"] * 2
   assert all(x["error"].startswith("FloatingPoint") for x in failures)
   (cell,) = _lines(tmp_path, "cell")
   assert cell["task"] == "pairs"
@@ -158,17 +161,8 @@ def test_a_failure_leaves_the_rest(inputs, tmp_path, count, capsys):
 
 
 @pytest.mark.slow
-def test_a_student_is_distilled_from_the_plain_model(inputs, tmp_path, count):
-  config = tiny_study.make_study(
-    tmp_path,
-    *inputs,
-    recover=("average",),
-    inference=("on",),
-    pretraining=("distilled",),
-    task=("pairs",),
-  )
-  config.exclude = ()
-  runner.run(config)
+def test_a_student_is_distilled_from_the_plain_model(small, tmp_path, count):
+  runner.run(small(pretraining=("distilled",), task=("pairs",)))
   (cell,) = _lines(tmp_path, "cell")
   assert cell["pretraining"] == "distilled" and not _lines(tmp_path, "failure")
   assert count == {"pretrain": 2, "finetune": 0}
@@ -188,7 +182,8 @@ def test_lines_of_results(tmp_path):
   made = runner.Results(tmp_path)
   assert made.lines == []
   made.add({"kind": "cell", "hash": "a"})
-  made.add({"kind": "cell", "hash": "b"})
+  made.add({"kind": "failure", "hash": "b"})
+  assert made.hashes("cell") == {"a"}
   path = tmp_path / runner.RESULTS
   whole = path.read_text()
   for cut, left in ((0, 2), (1, 2), (2, 1), (20, 1)):
@@ -221,30 +216,18 @@ def test_one_cell_that_cannot_be_measured_leaves_the_others(
   )
   config.keep_finetuned = True
   made = grid.make(config)
-  study_runner = runner.Runner(config, made)
   values = iter([None, 0.5, 0.25])
-
-  class Stub:
-    steps, finished = 1, True
-    batch_size = length = 8
-    rows = {"test": ()}
-    model = task = property(lambda self: self)
-
-    def with_funnel(self, funnel):
-      return funnel
-
-  monkeypatch.setattr(finetune, "resolve", lambda *args: Stub())
-  monkeypatch.setattr(trainer, "train", lambda spec: Stub())
+  task = types.SimpleNamespace(rows={"test": ()})
+  spec = types.SimpleNamespace(task=task, batch_size=8, length=8)
+  model = types.SimpleNamespace(with_funnel=lambda funnel: funnel)
+  result = types.SimpleNamespace(steps=1, finished=True, model=model)
+  monkeypatch.setattr(finetune, "resolve", lambda *args: spec)
+  monkeypatch.setattr(trainer, "train", lambda spec: result)
   monkeypatch.setattr(
     finetune, "measure", lambda *args, **kwargs: {"accuracy": next(values)}
   )
-  (_, _, tunings), *_ = made.by_pretraining()
-  tuning, cells = next(iter(tunings.items()))
-  assert len(cells) == 3
-  study_runner._tuned(tuning, cells, "path", "name")
+  tuning, cells = next(iter(made.branches[0].tunings.items()))
+  runner.Runner(made)._tuned(tuning, cells, "path", "name")
   kinds = [(x["kind"], x["hash"]) for x in _lines(tmp_path)]
-  assert kinds == [
-    ("failure", cells[0].hash),
-    ("cell", cells[1].hash),
-    ("cell", cells[2].hash),
-  ]
+  expected = ("failure", "cell", "cell")
+  assert kinds == list(zip(expected, (c.hash for c in cells), strict=True))
