@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 
 import gemma_funnel
-from gemma_funnel import generate
+from gemma_funnel import convert, generate
 from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.convert import __main__ as command
 from gemma_funnel.model import Transformer
@@ -72,7 +72,7 @@ def by_step(trained, tmp_path_factory):
   for step in (4, 8, 12):
     folder = tmp_path_factory.mktemp("only") / "run"
     _only(pathlib.Path(shutil.copytree(trained[0], folder)), step)
-    run = checkpoint_lib.load_run(folder)
+    run = convert.load_run(folder)
     assert run.step == step
     read[step] = _params(run.model)
   return read
@@ -84,7 +84,7 @@ def _tokens():
 
 def test_a_loaded_run_is_the_trained_model(trained, source):
   folder, result = trained
-  run = checkpoint_lib.load_run(folder)
+  run = convert.load_run(folder)
   assert run.step == 12 == result.steps
   assert run.tokenizer_path == str(folder / "tokenizer.model")
   assert run.config.data.source == source
@@ -126,9 +126,9 @@ def _stop_at(config, step):
 
 def test_a_run_is_loaded_with_another_funnel(trained):
   folder, result = trained
-  off = checkpoint_lib.load_model(folder, "off")
-  other = checkpoint_lib.load_model(folder, "start=0,stride=3,recover=add")
-  trained_with = checkpoint_lib.load_model(folder)
+  off = convert.load(folder, "off")
+  other = convert.load(folder, "start=0,stride=3,recover=add")
+  trained_with = convert.load(folder)
   assert off.stages == ()
   assert other.stages == (FunnelConfig(0, 2, 3, recover="add"),)
   for model in (off, other, trained_with):
@@ -166,12 +166,12 @@ def test_what_a_funnel_learned_is_read_back(learned, capsys):
   params = _params(result.model)
   for leaf in jax.tree.leaves(params["funnel"]):
     assert np.max(np.abs(leaf)) > 1e-3  # Those that start at zero too.
-  model = checkpoint_lib.load_model(folder)
+  model = convert.load(folder)
   assert _same(_params(model), params)
   graphdef, _ = nnx.split(result.model)
   whole = nnx.merge(graphdef, jax.device_put(params, jax.devices()[0]))
   np.testing.assert_array_equal(model(_tokens()), whole(_tokens()))
-  off = checkpoint_lib.load_model(folder, "off")
+  off = convert.load(folder, "off")
   assert "funnel" not in _params(off)
   assert _same(_params(off)["layers"], params["layers"])
   assert "fresh" not in capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_what_a_funnel_learned_is_read_back(learned, capsys):
 def test_another_funnel_keeps_what_its_stages_learned(learned, capsys):
   folder, result = learned
   params = _params(result.model)["funnel"]
-  other = checkpoint_lib.load_model(
+  other = convert.load(
     folder, "start=0,recover=gate,pool=attention+start=1,recover=gate"
   )
   said = capsys.readouterr().out
@@ -192,7 +192,7 @@ def test_another_funnel_keeps_what_its_stages_learned(learned, capsys):
   found = _params(other)["funnel"]
   np.testing.assert_array_equal(found[0]["gate"], params[0]["gate"])
   assert not np.any(found[0]["pool_query"]) and not np.any(found[1]["gate"])
-  back = checkpoint_lib.load_model(folder, LEARNED)
+  back = convert.load(folder, LEARNED)
   assert _same(_params(back)["funnel"], params)
 
 
@@ -210,13 +210,13 @@ def test_a_run_that_learns_a_funnel_resumes(learned, source, tmp_path):
 
 def test_a_run_is_loaded_in_another_dtype(trained):
   folder, result = trained
-  model = checkpoint_lib.load_model(folder, dtype="bfloat16")
+  model = convert.load(folder, dtype="bfloat16")
   assert model.config.dtype == model.config.param_dtype == "bfloat16"
   rounded = jax.tree.map(
     lambda x: x.astype(jnp.bfloat16), _params(result.model)
   )
   assert _same(_params(model), rounded)
-  exact = checkpoint_lib.load_model(folder)(_tokens())
+  exact = convert.load(folder)(_tokens())
   assert 0 < np.max(np.abs(model(_tokens()) - exact)) < 0.1
 
 
@@ -230,21 +230,21 @@ def test_a_run_is_loaded_in_another_dtype(trained):
 )
 def test_a_funnel_that_does_not_fit_is_refused(trained, funnel, text):
   with pytest.raises(ValueError, match=text):
-    checkpoint_lib.load_run(trained[0], funnel)
+    convert.load_run(trained[0], funnel)
 
 
 def test_a_dtype_that_is_none_is_refused(trained):
   with pytest.raises(ValueError, match="dtype='int7'"):
-    checkpoint_lib.load_run(trained[0], dtype="int7")
+    convert.load_run(trained[0], dtype="int7")
 
 
 def test_a_path_that_is_no_run_is_refused(tmp_path, copy):
   for path in (tmp_path / "nothing", tmp_path):
     with pytest.raises(ValueError, match="no run: it has no folder"):
-      checkpoint_lib.load_run(path)
+      convert.load_run(path)
   (copy / "config.json").unlink()
   with pytest.raises(ValueError, match=r"config\.json cannot be read"):
-    checkpoint_lib.load_run(copy)
+    convert.load_run(copy)
 
 
 def test_reading_a_run_changes_nothing_in_it(copy):
@@ -254,7 +254,7 @@ def test_reading_a_run_changes_nothing_in_it(copy):
     str(p): p.read_bytes() if p.is_file() else None for p in copy.rglob("*")
   }
   before = files()
-  assert checkpoint_lib.load_run(copy).step == 8
+  assert convert.load_run(copy).step == 8
   assert files() == before
 
 
@@ -304,7 +304,7 @@ def test_damage_of_any_file_never_changes_what_is_read(
     shutil.copytree(trained[0], folder)
     damage(folder / name)
     capsys.readouterr()
-    run = checkpoint_lib.load_run(folder)
+    run = convert.load_run(folder)
     said = capsys.readouterr().out
     assert _same(_params(run.model), by_step[run.step]), name
     if run.step == 12:
@@ -351,7 +351,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_saved_again(
   # The run takes the steps after 8 again, and ends where it had ended.
   result = pretrain.train(tiny_run.make_config(copy, source), _no_evaluator)
   assert _same(_params(result.model), _params(trained[1].model))
-  assert checkpoint_lib.load_run(copy).step == 12
+  assert convert.load_run(copy).step == 12
   # And once more: the name is taken.
   _truncate(_newest_data_file(copy))
   assert _restore(copy, source)[0] == 8
@@ -374,7 +374,7 @@ def test_nothing_intact_is_an_error_that_names_them(copy, source):
   for step in (4, 8, 12):
     _truncate(_newest_data_file(copy, step))
   for read in (
-    lambda: checkpoint_lib.load_run(copy),
+    lambda: convert.load_run(copy),
     lambda: _restore(copy, source),
     lambda: pretrain.train(tiny_run.make_config(copy, source), _no_evaluator),
   ):
@@ -387,7 +387,7 @@ def test_nothing_intact_is_an_error_that_names_them(copy, source):
 def test_a_folder_without_checkpoints_is_no_run_to_load(copy):
   _only(copy, None)
   with pytest.raises(ValueError, match="no checkpoint in .*: it is empty"):
-    checkpoint_lib.load_run(copy)
+    convert.load_run(copy)
 
 
 def test_what_a_killed_save_left_is_removed(copy, source):
@@ -503,7 +503,7 @@ def test_a_call_that_failed_early_may_be_corrected(tmp_path):
 
 
 def test_parameters_fit_any_funnel_of_the_same_sizes(trained):
-  run = checkpoint_lib.load_run(trained[0])
+  run = convert.load_run(trained[0])
   config = TransformerConfig.from_dict(run.config.model)
 
   def shapes(funnel):
@@ -548,7 +548,7 @@ def test_the_newest_intact_checkpoint_is_exported(copy, tmp_path, capsys):
   (newest / "manifest.ocdbt").write_bytes(b"")
   gemma_funnel.convert.convert(copy, tmp_path / "there", "orbax")
   assert "checkpoint 12 is damaged" in capsys.readouterr().out
-  ours = checkpoint_lib.load_run(copy)
+  ours = convert.load_run(copy)
   assert ours.step == 8
   there = gemma_funnel.load(tmp_path / "there")
   assert _same(_params(there), _params(ours.model))

@@ -18,10 +18,10 @@ from tiny_checkpoints import D, F, H, K, L, N, V
 
 import gemma_funnel
 from gemma_funnel.config import PRESETS, TransformerConfig
-from gemma_funnel.convert import discover, gemma_pytorch, target, transfer
+from gemma_funnel.convert import conversion, detect, gemma_pytorch, writer
 from gemma_funnel.convert.__main__ import main
-from gemma_funnel.convert.source import open_checkpoint
-from gemma_funnel.convert.store import Header
+from gemma_funnel.convert.reader import open_checkpoint
+from gemma_funnel.convert.tensor_io import Header
 from gemma_funnel.convert.torch_file import TorchFile, TorchWriter
 
 FAMILIES = {
@@ -302,7 +302,7 @@ def test_int8_to_another_format(tmp_path):
   quantized, values = quantize(state, np.random.default_rng(1))
   reference = reference_of(tmp_path / "hf", raw, unpack(values, raw))
   path = save(tmp_path / "a.ckpt", quantized, "ours", "model_state_dict")
-  transfer.convert(path, tmp_path / "b", "hf", config=reference.config)
+  conversion.convert(path, tmp_path / "b", "hf", config=reference.config)
   same(reference, gemma_funnel.load(tmp_path / "b"))
 
 
@@ -312,7 +312,7 @@ def test_int8_to_another_format(tmp_path):
 @contextlib.contextmanager
 def small_shards(monkeypatch):
   with monkeypatch.context() as patch:
-    patch.setattr(target, "SHARD_BYTES", 2000)
+    patch.setattr(writer, "SHARD_BYTES", 2000)
     yield
 
 
@@ -336,12 +336,12 @@ def test_torch_loads_ours(tmp_path, monkeypatch, family, dtype):
       assert torch.equal(tensor, want), name
 
   one = tmp_path / "one"
-  transfer.convert(hf, one, "gemma_pytorch")
+  conversion.convert(hf, one, "gemma_pytorch")
   load = lambda file: torch.load(file, mmap=True, weights_only=True)
   check(load(one / "model.ckpt")["model_state_dict"])
   many = tmp_path / "many"
   with small_shards(monkeypatch):
-    transfer.convert(hf, many, "gemma_pytorch")
+    conversion.convert(hf, many, "gemma_pytorch")
   index = json.loads((many / "pytorch_model.bin.index.json").read_text())
   names = sorted(set(index["weight_map"].values()))
   assert len(names) > 1
@@ -361,7 +361,7 @@ def test_ours_and_back(tmp_path, monkeypatch, family):
     ("many", small_shards(monkeypatch)),
   ):
     with context:
-      transfer.convert(tmp_path / "hf", tmp_path / name, "gemma_pytorch")
+      conversion.convert(tmp_path / "hf", tmp_path / name, "gemma_pytorch")
     expected = state_dict_of(stored)
     files = [
       TorchFile(file)
@@ -397,10 +397,10 @@ def test_released_sizes_are_known(tmp_path, name, int8):
     if quantized:
       scales = Header(tensor.shape[:1], np.dtype(np.float32))
       headers[tensor.name.removesuffix(".weight") + ".weight_scaler"] = scales
-  weights = discover.Weights(
+  weights = detect.Weights(
     "it", "gemma_pytorch", tmp_path, lambda: tiny.Headers(headers)
   )
-  assert discover.read_config(weights) == (config, ())
+  assert detect.read_config(weights) == (config, ())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -418,7 +418,7 @@ def test_unreleased_sizes_need_a_configuration(tmp_path, family):
   keys = raw["num_key_value_heads"] * H
   for what in (
     "no published Gemma",
-    discover.SIDECAR,
+    detect.SIDECAR,
     f"'mlp_dim': {F}",
     f"'query_width': {N * H}",
     f"'key_width': {keys}",
@@ -430,5 +430,5 @@ def test_unreleased_sizes_need_a_configuration(tmp_path, family):
   assert main([str(folder), str(tmp_path / "back"), *flags]) == 0
   same(reference, gemma_funnel.load(tmp_path / "back"))
   sidecar = dict(model=reference.config.to_dict(), funnel="off")
-  (folder / discover.SIDECAR).write_text(json.dumps(sidecar))
+  (folder / detect.SIDECAR).write_text(json.dumps(sidecar))
   same(reference, gemma_funnel.load(folder))

@@ -10,7 +10,6 @@ import pytest
 import tiny_run
 
 from gemma_funnel import convert
-from gemma_funnel.training import checkpoint as checkpoint_lib
 from gemma_funnel.training import pretrain
 
 
@@ -62,7 +61,7 @@ def trained(base, source, tmp_path_factory):
 def test_a_run_is_read_back_merged(base, trained):
   workdir, model = trained
   tokens = np.random.default_rng(0).integers(5, tiny_run.VOCAB, (2, 32))
-  found = checkpoint_lib.load_run(workdir).model
+  found = convert.load_run(workdir).model
   np.testing.assert_allclose(found(tokens), model(tokens), rtol=1e-4, atol=1e-4)
   before, after = _params(convert.load(base)), _params(found)
   np.testing.assert_array_equal(before["embedding"], after["embedding"])

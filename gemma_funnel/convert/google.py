@@ -12,8 +12,13 @@ from collections.abc import Mapping
 import re
 
 from gemma_funnel.config import TransformerConfig
-from gemma_funnel.convert.layout import Part, Tensor, shape_of, sizes_of
-from gemma_funnel.convert.store import Header, Reader
+from gemma_funnel.convert.param_mapping import (
+  ParamView,
+  Tensor,
+  shape_of,
+  sizes_of,
+)
+from gemma_funnel.convert.tensor_io import Header, TensorReader
 
 LAYOUTS = ("flat", "nested", "stacked", "kauldron")
 # Rows that the published trees have beyond Gemma's 256,000 tokens.
@@ -41,7 +46,7 @@ def layout_of(names: Mapping[str, Header]) -> str | None:
   return None
 
 
-def is_transposed(reader: Reader) -> bool:
+def is_transposed(reader: TensorReader) -> bool:
   """Whether `gating_einsum` is [2, F, D], as for Gemma 2 9B and 27B.
 
   Told by `linear`, which is [F, D] in every tree.
@@ -140,12 +145,12 @@ def tensors(
   sizes = {**sizes_of(config), "V": rows}
   found, keys = [], {}
 
-  def add(module: str, leaf: str | None, shape, parts) -> None:
+  def add(module: str, leaf: str | None, shape, views) -> None:
     path = _keys(layout, module, leaf)
     keys[".".join(path)] = path
-    found.append(Tensor(".".join(path), shape, tuple(parts)))
+    found.append(Tensor(".".join(path), shape, tuple(views)))
 
-  whole = lambda path, axes: [Part(path, None, (), axes)]
+  whole = lambda path, axes: [ParamView(path, None, (), axes)]
   embedding = whole(("embedding",), "V D")
   add("embedder", "input_embedding", (rows, sizes["D"]), embedding)
   norm = whole(("final_norm", "scale"), "D")
@@ -158,7 +163,7 @@ def tensors(
     for folder, layers in groups.items():
       stacked = layout == "stacked"
       places = [
-        Part(
+        ParamView(
           ("layers", *path),
           layer,
           ((n,) if stacked else ()) + ((m,) if len(parts) > 1 else ()),

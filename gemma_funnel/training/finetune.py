@@ -25,7 +25,6 @@ from gemma_funnel.parallel import processes, sharding
 from gemma_funnel.parallel.mesh import TOKENS
 from gemma_funnel.tasks import encode, metrics
 from gemma_funnel.tasks.task import ENCODER_KINDS, Task
-from gemma_funnel.training import checkpoint as checkpoint_lib
 from gemma_funnel.training import (
   loop,
   objectives,
@@ -369,7 +368,7 @@ def load(
     abstract = _abstract_head(model_config, head)
     return {"head": nnx.to_pure_dict(nnx.state(abstract))}
 
-  run = checkpoint_lib.load_run(path, funnel, extra=extra)
+  run = convert.load_run(path, funnel, extra=extra)
   head_def = nnx.graphdef(_abstract_head(run.model.config, head))
   encoder = Encoder(
     run.model, nnx.merge(head_def, run.extra["head"]), causal=run.config.causal

@@ -9,11 +9,8 @@ from etils import epath
 import jax
 import ml_collections
 
+from gemma_funnel.convert.run import CONFIG, FOLDER, TOKENIZER, path_of
 from gemma_funnel.parallel import processes
-
-FOLDER = "checkpoints"
-CONFIG = "config.json"
-TOKENIZER = "tokenizer.model"
 
 # What may differ between the calls that make up one run: where it lies, how it
 # is spread over devices, and how often it reports or saves.
@@ -50,12 +47,6 @@ _FREE_KEYS = (
   "latency.length",
   "latency.repeats",
 )
-
-
-def path_of(path: str | os.PathLike) -> epath.Path:
-  """A folder here, made absolute, or on a bucket."""
-  text = os.fspath(path)
-  return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
 def claim(config: ml_collections.ConfigDict, free: Sequence[str] = ()) -> None:

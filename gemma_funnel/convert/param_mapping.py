@@ -1,10 +1,10 @@
 """Where our parameters lie within the tensors of a format, and in which order.
 
-A format is a list of `Tensor`s, each a name and the `Part`s of ours that it is
-made of: `kv_einsum` of Google's trees holds a layer's keys and its values, a
-stacked tensor one part a layer. Axes are named by the letters of model.py;
-letters in one word are folded into one axis, the first one outermost: "NH D" is
-[N*H, D].
+A format is a list of `Tensor`s, each a name and the `ParamView`s of our
+parameters that make it up: `kv_einsum` of Google's trees holds a layer's keys
+and its values, a stacked tensor one view a layer. `axes` is a string of the
+dims of model.py; dims in one word are folded into one axis, the first one
+outermost: "NH D" is [N*H, D].
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,11 +15,13 @@ from flax import nnx
 import numpy as np
 
 from gemma_funnel.config import FunnelConfig, TransformerConfig
-from gemma_funnel.convert.store import Index
+from gemma_funnel.convert.tensor_io import Index
 from gemma_funnel.model import Transformer
 
 # In our tree, such as ("layers", "attn", "query").
 Path = tuple[str, ...]
+# A range of some dims; the others are whole.
+Slices = Mapping[str, slice]
 
 _AXES = {
   "embedding": "V D",
@@ -33,7 +35,8 @@ _AXES = {
   "scale": "D",
 }
 
-_CUT = {
+# The dim that blocks are slices of.
+_BLOCK_DIMS = {
   "embedding": "V",
   "query": "N",
   "key": "K",
@@ -53,7 +56,7 @@ def axes_of(path: Path) -> str:
 
 
 def sizes_of(config: TransformerConfig) -> dict[str, int]:
-  """The size of each letter."""
+  """The size of each dim."""
   return dict(
     V=config.vocab_size,
     D=config.embed_dim,
@@ -65,13 +68,18 @@ def sizes_of(config: TransformerConfig) -> dict[str, int]:
   )
 
 
+def sliced_sizes(sizes: Mapping[str, int], slices: Slices) -> dict[str, int]:
+  """The size of each dim of a slice."""
+  return {**sizes, **{dim: s.stop - s.start for dim, s in slices.items()}}
+
+
 def shape_of(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
   """The shape of folded `axes`."""
-  return tuple(math.prod(sizes[c] for c in word) for word in axes.split())
+  return tuple(math.prod(sizes[dim] for dim in word) for word in axes.split())
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ParamView:
   """One of our parameters, or one layer of it, within a stored tensor.
 
   Attributes:
@@ -87,24 +95,46 @@ class Part:
   at: Index
   axes: str
 
-  def index(self, cut: Mapping[str, slice], sizes: Mapping[str, int]) -> Index:
-    """Where in the stored tensor the `cut` of this part is.
+  def index(self, slices: Slices, sizes: Mapping[str, int]) -> Index:
+    """Where in the stored tensor a slice of this view is.
 
     Args:
-      cut: for some letters, each the first of its word, a range.
-      sizes: of all letters.
+      slices: of dims that are each the first of their word.
+      sizes: of all dims.
     """
     *whole, last = self.at or (slice(None),)
     if not isinstance(last, slice):
       whole, last = list(self.at), slice(None)
-    for number, word in enumerate(self.axes.split()):
-      inner = math.prod(sizes[c] for c in word[1:])
-      letter = cut.get(word[0], slice(0, sizes[word[0]]))
-      offset = (last.start or 0) if number == 0 else 0
+    offset = last.start or 0
+    for word in self.axes.split():
+      inner = math.prod(sizes[dim] for dim in word[1:])
+      rows = slices.get(word[0], slice(0, sizes[word[0]]))
       whole.append(
-        slice(offset + letter.start * inner, offset + letter.stop * inner)
+        slice(offset + rows.start * inner, offset + rows.stop * inner)
       )
+      offset = 0
     return tuple(whole)
+
+  def blocks(
+    self, sizes: Mapping[str, int], itemsize: int, most: int
+  ) -> Iterator[dict[str, slice]]:
+    """Slices of the view along one dim, each of about `most` bytes.
+
+    The dim is the outermost one of Hugging Face's matrices, so that blocks are
+    consecutive there; within ours they are chunks.
+    """
+    dim = _BLOCK_DIMS.get(self.path[-1])
+    if dim is None or self.path[0] == "funnel":
+      yield {}
+      return
+    size = sizes[dim]
+    nbytes = math.prod(shape_of(self.axes, sizes)) * itemsize
+    step = max(1, min(size, size * most // nbytes))
+    # A last block of another size would be stored as a whole chunk.
+    even = next(n for n in range(step, 0, -1) if size % n == 0)
+    step = even if 2 * even > step else step
+    for start in range(0, size, step):
+      yield {dim: slice(start, min(start + step, size))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +144,12 @@ class Tensor:
   Attributes:
     name: in the file.
     shape: of the whole.
-    parts: that make it up, in C order.
+    views: of our parameters that make it up, in C order.
   """
 
   name: str
   shape: tuple[int, ...]
-  parts: tuple[Part, ...]
+  views: tuple[ParamView, ...]
 
 
 def own_parameters(
@@ -137,11 +167,11 @@ def own_tensors(
   tensors = []
   for path, shape in own_parameters(config, stages).items():
     layers = range(shape[0]) if path[0] == "layers" else (None,)
-    parts = (
-      Part(path, layer, () if layer is None else (layer,), axes_of(path))
+    views = (
+      ParamView(path, layer, () if layer is None else (layer,), axes_of(path))
       for layer in layers
     )
-    tensors.append(Tensor(".".join(path), shape, tuple(parts)))
+    tensors.append(Tensor(".".join(path), shape, tuple(views)))
   return tensors
 
 
@@ -150,72 +180,30 @@ def learned_tensors(tensors: list[Tensor]) -> list[Tensor]:
   return [tensor for tensor in tensors if tensor.name.startswith("funnel.")]
 
 
-def parts_of(tensors: list[Tensor]) -> dict[tuple[Path, int | None], tuple]:
-  """(tensor, part) by our path and layer."""
-  return {
-    (part.path, part.layer): (tensor, part)
-    for tensor in tensors
-    for part in tensor.parts
-  }
-
-
-def cut_sizes(
-  sizes: Mapping[str, int], cut: Mapping[str, slice]
-) -> dict[str, int]:
-  """The sizes of what is left by a `cut`."""
-  left = {letter: part.stop - part.start for letter, part in cut.items()}
-  return {**sizes, **left}
-
-
 def rearrange(
   block: np.ndarray,
-  source: str,
-  target: str,
+  axes: str,
+  wanted: str,
   sizes: Mapping[str, int],
   dtype: np.dtype,
 ) -> np.ndarray:
   """A C-contiguous copy of `block` in other axes and another dtype.
 
   Args:
-    block: of the axes `source`, folded.
-    source, target: the same letters, in two orders or foldings.
-    sizes: of the letters in `block`.
+    block: of `axes`, folded.
+    axes: of it.
+    wanted: the same dims in another order or folding.
+    sizes: of the dims in `block`.
     dtype: of the result.
   """
-  letters, wanted = source.replace(" ", ""), target.replace(" ", "")
-  order = [letters.index(c) for c in wanted]
-  view = block.reshape([sizes[c] for c in letters]).transpose(order)
+  dims = axes.replace(" ", "")
+  order = [dims.index(dim) for dim in wanted.replace(" ", "")]
+  view = block.reshape([sizes[dim] for dim in dims]).transpose(order)
   copy = np.empty(view.shape, dtype)
   # Read a few of the source's rows at a time: what is written then stays in
   # the caches, three times as fast as one assignment for 16-bit matrices.
   outer = order.index(0)
-  for rows in _ranges(view.shape[outer], 128):
-    at = (slice(None),) * outer + (rows,)
+  for start in range(0, view.shape[outer], 128):
+    at = (slice(None),) * outer + (slice(start, start + 128),)
     copy[at] = view[at]
-  return copy.reshape(shape_of(target, sizes))
-
-
-def _ranges(size: int, step: int) -> Iterator[slice]:
-  for start in range(0, size, step):
-    yield slice(start, min(start + step, size))
-
-
-def blocks_of(
-  part: Part, sizes: Mapping[str, int], itemsize: int, most: int
-) -> Iterator[dict[str, slice]]:
-  """Cuts of a part into ranges of one letter, each of about `most` bytes.
-
-  The letter is the outermost one of Hugging Face's matrices, so that blocks
-  are consecutive there; within ours they are chunks.
-  """
-  letter = _CUT.get(part.path[-1])
-  if letter is None or part.path[0] == "funnel":
-    yield {}
-    return
-  size = sizes[letter]
-  nbytes = math.prod(shape_of(part.axes, sizes)) * itemsize
-  step = max(1, min(size, size * most // nbytes))
-  # A last block of another size would be stored as a whole chunk.
-  even = next(n for n in range(step, 0, -1) if size % n == 0)
-  for cut in _ranges(size, even if 2 * even > step else step):
-    yield {letter: cut}
+  return copy.reshape(shape_of(wanted, sizes))

@@ -9,12 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from typing import Any
 
-from flax import nnx
-import numpy as np
-
-from gemma_funnel import lora
 from gemma_funnel.config import (
   PRESETS,
   FunnelConfig,
@@ -23,19 +18,18 @@ from gemma_funnel.config import (
 )
 from gemma_funnel.convert import gemma_pytorch, google, huggingface
 from gemma_funnel.convert.orbax_tree import OrbaxTree, is_orbax_tree
+from gemma_funnel.convert.run import CONFIG, FOLDER, RunTensors
 from gemma_funnel.convert.safetensors_file import SafetensorsFile
-from gemma_funnel.convert.store import (
-  Arrays,
-  Reader,
-  Renamed,
+from gemma_funnel.convert.tensor_io import (
+  TensorReader,
   open_indexed,
   peek_json,
   read_json,
+  rename,
+  to_path,
 )
 from gemma_funnel.convert.torch_file import TorchFile, is_torch_file
-from gemma_funnel.training import checkpoint
 
-CONFIG = "config.json"
 # In a folder that is being written.
 UNFINISHED = "unfinished"
 # The configuration that we write beside formats that have none.
@@ -85,7 +79,7 @@ class Weights:
   what: str
   format: str
   folder: pathlib.Path
-  open: Callable[[], Reader]
+  open: Callable[[], TensorReader]
 
 
 def find(path: str | os.PathLike) -> Weights:
@@ -95,7 +89,7 @@ def find(path: str | os.PathLike) -> Weights:
     ValueError: nothing that is known, or two formats at once.
   """
   try:
-    return _find(pathlib.Path(path))
+    return _find(to_path(path))
   except OSError as error:
     raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -129,8 +123,8 @@ def _find(path: pathlib.Path) -> Weights:
 
 def _candidates(folder: pathlib.Path) -> Iterator[Weights]:
   config = peek_json(folder / CONFIG)
-  if (folder / checkpoint.FOLDER).is_dir() and "model_type" not in config:
-    newest = functools.partial(_open_run, folder, config)
+  if (folder / FOLDER).is_dir() and "model_type" not in config:
+    newest = functools.partial(RunTensors, folder)
     yield Weights("a training run (checkpoints/)", "run", folder, newest)
   elif OURS in config:
     tree = functools.partial(OrbaxTree, folder / PARAMS)
@@ -157,16 +151,6 @@ def _candidates(folder: pathlib.Path) -> Iterator[Weights]:
     if not (OURS in config and tree == folder / PARAMS):
       opened = functools.partial(OrbaxTree, tree)
       yield Weights(f"an Orbax tree ({tree.name})", "google", folder, opened)
-
-
-def _open_run(folder: pathlib.Path, config: dict[str, Any]) -> Reader:
-  if not lora.of_run(config):
-    return OrbaxTree(checkpoint.newest_intact(folder) / PARAMS)
-  # Factors are merged into what they are beside, in memory.
-  params = nnx.to_flat_state(nnx.state(checkpoint.load_run(folder).model))
-  return Arrays(
-    str(folder), {".".join(map(str, path)): np.asarray(x) for path, x in params}
-  )
 
 
 def _torch(file: pathlib.Path, folder: pathlib.Path) -> Weights:
@@ -244,7 +228,7 @@ def read_own_config(
     raise ValueError(f"{file}: {error}") from error
 
 
-def open_reader(weights: Weights) -> tuple[str, Reader]:
+def open_tensors(weights: Weights) -> tuple[str, TensorReader]:
   """Opens weights: (their format, a reader of that format's own names).
 
   Raises:
@@ -257,7 +241,7 @@ def open_reader(weights: Weights) -> tuple[str, Reader]:
   if gemma_pytorch.EMBEDDING in names:
     return "gemma_pytorch", gemma_pytorch.Dequantized(reader)
   if weights.format != "google":
-    return "huggingface", Renamed(reader, huggingface.own_names(names))
+    return "huggingface", rename(reader, huggingface.own_names(names))
   layout = google.layout_of(names)
   if layout is None:
     raise ValueError(
@@ -266,12 +250,12 @@ def open_reader(weights: Weights) -> tuple[str, Reader]:
     )
   if layout == "kauldron":
     kept = {name: name for name in names if name.startswith("params.")}
-    return "google", Renamed(reader, kept)
+    return "google", rename(reader, kept)
   return "google", reader
 
 
 def _infer_config(weights: Weights) -> TransformerConfig:
-  format_, reader = open_reader(weights)
+  format_, reader = open_tensors(weights)
   family = {"google": google, "gemma_pytorch": gemma_pytorch}.get(format_)
   if family is None:
     raise ValueError(f"{weights.folder} has no {CONFIG}")
