@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_funnel import funnel as funnel_lib
+from gemma_funnel import params
 from gemma_funnel.config import (
   Funnel,
   FunnelConfig,
@@ -29,16 +30,17 @@ from gemma_funnel.config import (
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-  """Parameter counts by kind; the head is the embedding, counted once."""
+  """Parameter counts by kind; a tied head is the embedding, counted once."""
 
   embedding: int
   layers: int
   final_norm: int
   funnel: int = 0
+  unembedding: int = 0
 
   @property
   def total(self) -> int:
-    return self.embedding + self.layers + self.final_norm + self.funnel
+    return sum(dataclasses.astuple(self))
 
 
 def parameters(config: TransformerConfig, funnel: Funnel = None) -> Parameters:
@@ -47,26 +49,22 @@ def parameters(config: TransformerConfig, funnel: Funnel = None) -> Parameters:
   Raises:
     ValueError: the funnel does not fit the model.
   """
-  D = config.embed_dim
-  query_weights, key_weights = _attention_weights(config)
-  attention = query_weights + key_weights
-  norms = (4 if config.post_norms else 2) * D
-  learned = 0
-  for stage in resolve_funnel(funnel, config.num_layers):
-    learned += D * (stage.pool == "attention") + D * (stage.recover == "gate")
-    learned += (attention + 2 * D) * (stage.recover == "attend")
-  return Parameters(
-    embedding=config.vocab_size * D,
-    layers=config.num_layers * (attention + 3 * D * config.mlp_dim + norms),
-    final_norm=D,
-    funnel=learned,
-  )
+  sizes = params.sizes_of(config)
+  counts = dict.fromkeys((f.name for f in dataclasses.fields(Parameters)), 0)
+  for row in params.rows_of(config, resolve_funnel(funnel, config.num_layers)):
+    counts[row.path.partition("/")[0]] += row.size(sizes)
+  return Parameters(**counts)
 
 
 def _attention_weights(config: TransformerConfig) -> tuple[int, int]:
-  """Weights that queries go through (q, o), and keys do (k, v)."""
-  per_head = 2 * config.embed_dim * config.head_dim
-  return per_head * config.num_heads, per_head * config.num_kv_heads
+  """Weights of a layer that queries go through (q, o), and keys do (k, v)."""
+  sizes = params.sizes_of(config)
+  count = {"N": 0, "K": 0}
+  for row in params.rows_of(config):
+    if row.role == "attention" and row.outputs:
+      heads = "K" if "K" in row.dims else "N"
+      count[heads] += row.size(sizes) // config.num_layers
+  return count["N"], count["K"]
 
 
 @dataclasses.dataclass(frozen=True)

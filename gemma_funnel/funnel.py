@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_funnel import params
 from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.layers import (
   Attention,
@@ -151,11 +152,10 @@ class Stage(nnx.Module):
   ):
     self.config = config
     self.funnel = funnel
-    zeros_D = jnp.zeros(config.embed_dim, jnp.dtype(config.param_dtype))
     if funnel.pool == "attention":
-      self.pool_query = nnx.Param(zeros_D)
+      self.pool_query = nnx.Param(params.init("funnel/*/pool_query", config))
     if funnel.recover == "gate":
-      self.gate = nnx.Param(zeros_D)
+      self.gate = nnx.Param(params.init("funnel/*/gate", config))
     if funnel.recover == "attend":
       self.attend = CrossAttention(config, rngs)
 
@@ -368,9 +368,9 @@ class CrossAttention(nnx.Module):
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     self.config = config
-    self.query_norm = RMSNorm(config)
-    self.key_norm = RMSNorm(config)
-    self.attn = Attention(config, rngs, starts_at_zero=True)
+    self.query_norm = RMSNorm(config, "funnel/*/attend/query_norm")
+    self.key_norm = RMSNorm(config, "funnel/*/attend/key_norm")
+    self.attn = Attention(config, rngs, "funnel/*/attend/attn")
 
   def keys_values(self, deep: Stream) -> tuple[jax.Array, jax.Array]:
     """(k_BRKH, v_BRKH) of the deep states."""

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_funnel import params
 from gemma_funnel.attention.api import attend
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.parallel import mesh as mesh_lib
@@ -51,22 +52,12 @@ def make_look(
   )
 
 
-def _projection(fan_in_axes, out_axes, scale=1.0):
-  """LeCun's rule: truncated normal of variance scale / fan-in (Efficient
-  BackProp, 1998; the default of flax, nanodo and MaxText)."""
-  return nnx.initializers.variance_scaling(
-    scale, "fan_in", "truncated_normal", in_axis=fan_in_axes, out_axis=out_axes
-  )
-
-
 class RMSNorm(nnx.Module):
   """x / rms(x) * (1 + scale), in float32 and cast once, at the end."""
 
-  def __init__(self, config: TransformerConfig):
+  def __init__(self, config: TransformerConfig, path: str):
     self.epsilon = config.norm_eps
-    self.scale = nnx.Param(
-      jnp.zeros(config.embed_dim, jnp.dtype(config.param_dtype))
-    )
+    self.scale = nnx.Param(params.init(f"{path}/scale", config))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     return _rms_norm(x_BTD, self.scale[...], self.epsilon)
@@ -111,31 +102,13 @@ class Attention(nnx.Module):
   """Grouped-query attention with RoPE: its projections."""
 
   def __init__(
-    self,
-    config: TransformerConfig,
-    rngs: nnx.Rngs,
-    starts_at_zero: bool = False,
+    self, config: TransformerConfig, rngs: nnx.Rngs, path: str = "layers/attn"
   ):
     self.config = config
-    D, N, K, H = (
-      config.embed_dim,
-      config.num_heads,
-      config.num_kv_heads,
-      config.head_dim,
-    )
-    dtype = jnp.dtype(config.param_dtype)
-    # Branches into the residual stream start smaller by the root of their
-    # number (GPT-2's rule); Gemma 2's post norms undo it, Gemma 1 needs it.
-    project, back = (
-      _projection((0,), (1, 2)),
-      _projection((0, 1), (2,), 1 / (2 * config.num_layers)),
-    )
-    if starts_at_zero:
-      back = nnx.initializers.zeros
-    self.query = nnx.Param(project(rngs.params(), (D, N, H), dtype))
-    self.key = nnx.Param(project(rngs.params(), (D, K, H), dtype))
-    self.value = nnx.Param(project(rngs.params(), (D, K, H), dtype))
-    self.out = nnx.Param(back(rngs.params(), (N, H, D), dtype))
+    self.query = nnx.Param(params.init(f"{path}/query", config, rngs))
+    self.key = nnx.Param(params.init(f"{path}/key", config, rngs))
+    self.value = nnx.Param(params.init(f"{path}/value", config, rngs))
+    self.out = nnx.Param(params.init(f"{path}/out", config, rngs))
 
   def __call__(
     self, x_BTD, rope: Rope, look: Look, keys_BSD=None, keys_rope=None
@@ -165,15 +138,9 @@ class MLP(nnx.Module):
   """GeGLU with the tanh approximation of GELU."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-    D, F = config.embed_dim, config.mlp_dim
-    dtype = jnp.dtype(config.param_dtype)
-    project, back = (
-      _projection((0,), (1,)),
-      _projection((0,), (1,), 1 / (2 * config.num_layers)),
-    )
-    self.gate = nnx.Param(project(rngs.params(), (D, F), dtype))
-    self.up = nnx.Param(project(rngs.params(), (D, F), dtype))
-    self.down = nnx.Param(back(rngs.params(), (F, D), dtype))
+    self.gate = nnx.Param(params.init("layers/mlp/gate", config, rngs))
+    self.up = nnx.Param(params.init("layers/mlp/up", config, rngs))
+    self.down = nnx.Param(params.init("layers/mlp/down", config, rngs))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     gate_BTF = _einsum("BTD,DF->BTF", x_BTD, self.gate)
@@ -193,14 +160,14 @@ class Block(nnx.Module):
   """One layer: attention and MLP, each with a residual."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-    self.pre_attn_norm = RMSNorm(config)
+    self.pre_attn_norm = RMSNorm(config, "layers/pre_attn_norm")
     self.attn = Attention(config, rngs)
-    self.pre_mlp_norm = RMSNorm(config)
+    self.pre_mlp_norm = RMSNorm(config, "layers/pre_mlp_norm")
     self.mlp = MLP(config, rngs)
     self.post_norms = config.post_norms
     if config.post_norms:
-      self.post_attn_norm = RMSNorm(config)
-      self.post_mlp_norm = RMSNorm(config)
+      self.post_attn_norm = RMSNorm(config, "layers/post_attn_norm")
+      self.post_mlp_norm = RMSNorm(config, "layers/post_mlp_norm")
 
   def __call__(
     self, x_BTD, rope: Rope, look: Look, keys_BSD=None, keys_rope=None

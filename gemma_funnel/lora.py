@@ -28,8 +28,9 @@ from jax.sharding import PartitionSpec as P
 import ml_collections
 from ml_collections import config_dict
 
+from gemma_funnel import params as params_lib
 from gemma_funnel.parallel import sharding
-from gemma_funnel.training.transforms import matrix_axes, path_of
+from gemma_funnel.params import path_of
 
 BASE_DTYPES = ("int8", "int4", "nf4")
 # Entries that share a scale in 4 bits (QLoRA's).
@@ -196,16 +197,16 @@ def freeze(params: dict[str, Any], lora: LoraConfig) -> dict[str, Any]:
     return params
 
   def quantise(path, x):
-    axes = _axes(path)
-    return x if axes is None else _quantise(axes, lora.base_dtype, x)
+    row = _row(path)
+    return _quantise(row.input_axes, lora.base_dtype, x) if row else x
 
   return jax.tree_util.tree_map_with_path(quantise, params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _quantise(axes, base_dtype: str, x_L: jax.Array):
+def _quantise(input_axes, base_dtype: str, x_L: jax.Array):
   qwix = _qwix(base_dtype)
-  reads = [x_L.ndim - 1 + axis for axis in axes.reduction_axis]
+  reads = [x_L.ndim - 1 + axis for axis in input_axes]
   tiled = {}
   if base_dtype != "int8":
     last = reads[-1]
@@ -242,13 +243,13 @@ def init(
   """
   found, adapters = [], {}
   for path, x in jax.tree_util.tree_leaves_with_path(params):
-    axes, name = _axes(path), path_of(path)
-    if axes is None:
+    row, name = _row(path), path_of(path)
+    if row is None:
       continue
     found.append("params/" + name)
     if not re.search(lora.target, found[-1]):
       continue
-    first = x.ndim - len(axes.output_axis)
+    first = x.ndim - len(row.output_axes)
     reads, gives = x.shape[1:first], x.shape[first:]
     if lora.rank > min(math.prod(reads), math.prod(gives)):
       raise ValueError(
@@ -288,7 +289,7 @@ def attach(
   """
 
   def adapt(path, x):
-    if _axes(path) is None:
+    if _row(path) is None:
       return x
     factors = _at(adapters, path)
     return Adapted(x, factors.get("a"), factors.get("b"), lora.scale)
@@ -305,7 +306,7 @@ def merge(
   """
 
   def fold(path, x):
-    factors = _at(adapters, path) if _axes(path) else {}
+    factors = _at(adapters, path) if _row(path) else {}
     dense = _dense(x)
     if not factors:
       return dense
@@ -353,10 +354,10 @@ def _joined(function, base, adapters) -> dict[str, Any]:
   return params
 
 
-def _axes(path: tuple):
-  """Of a layer's matrix by its path within a model's parameters, or None."""
-  name = path_of(path)
-  return matrix_axes(name) if name.startswith("layers/") else None
+def _row(path: tuple) -> params_lib.Row | None:
+  """Of a stacked matrix, which may have factors; None if it is none."""
+  row = params_lib.layer_matrix(path_of(path))
+  return row if row and row.stacked else None
 
 
 def _at(tree: dict[str, Any], path: tuple) -> dict[str, Any]:

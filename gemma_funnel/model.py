@@ -21,6 +21,7 @@ import numpy as np
 
 from gemma_funnel import config as config_lib
 from gemma_funnel import funnel as funnel_lib
+from gemma_funnel import params as params_lib
 from gemma_funnel.config import Funnel, TransformerConfig
 from gemma_funnel.layers import (
   PRODUCT,
@@ -294,23 +295,13 @@ class Transformer(nnx.Module):
   def __init__(
     self, config: TransformerConfig, funnel: Funnel = None, *, rngs: nnx.Rngs
   ):
-    """Fresh parameters.
-
-    Embeddings are normal with deviation 1/sqrt(D), so that scaled by sqrt(D)
-    they enter the first layer with variance one, and logits leave with it too.
-    """
+    """Fresh parameters, as `params` says."""
     self.config = config
     self.stages = config_lib.resolve_funnel(funnel, config.num_layers)
-    self.embedding = nnx.Param(
-      nnx.initializers.normal(config.embed_dim**-0.5)(
-        rngs.params(),
-        (config.vocab_size, config.embed_dim),
-        jnp.dtype(config.param_dtype),
-      )
-    )
+    self.embedding = nnx.Param(params_lib.init("embedding", config, rngs))
     stack = nnx.vmap(Block, in_axes=(None, 0))
     self.layers = stack(config, rngs.split(config.num_layers))
-    self.final_norm = RMSNorm(config)
+    self.final_norm = RMSNorm(config, "final_norm")
     # Last, so that other parameters do not depend on the funnel.
     self.funnel = nnx.List(
       [funnel_lib.Stage(config, stage, rngs) for stage in self.stages]

@@ -15,8 +15,8 @@ from gemma_funnel import lora as lora_lib
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import sharding
+from gemma_funnel.params import path_of
 from gemma_funnel.training import optimizer
-from gemma_funnel.training.transforms import path_of
 
 CONFIG = dataclasses.replace(
   TransformerConfig.preset("tiny"),

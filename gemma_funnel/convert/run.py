@@ -61,7 +61,7 @@ def find_intact(workdir: str | os.PathLike) -> tuple[int, list[int]]:
   if jax.process_index() == 0:
     folder = path_of(workdir) / FOLDER
     found = processes.result_of(lambda: _find_intact(folder))
-  return processes.value_of(processes.first(found))
+  return processes.value_of(processes.broadcast_from_host0(found))
 
 
 def _find_intact(folder: epath.Path) -> tuple[int, list[int]]:

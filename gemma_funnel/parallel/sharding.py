@@ -1,4 +1,4 @@
-"""Where things live: a mesh, and a table of (parameter path, spec) rules."""
+"""Where arrays live: a mesh, and the shardings of parameters and batches."""
 
 from collections.abc import Sequence
 import functools
@@ -12,33 +12,13 @@ from jax.sharding import PartitionSpec as P
 import ml_collections
 import numpy as np
 
-from gemma_funnel.parallel.mesh import AXES, HEADS, ROWS, TOKENS, WIDTH
-from gemma_funnel.training.optimizer import path_of
+from gemma_funnel import params
+from gemma_funnel.parallel.mesh import AXES, HEADS, ROWS, TOKENS
 
 # Of rows of tokens, and all else that a batch has for each token.
 BATCH = P(ROWS, TOKENS)
-
-# The first rule whose pattern is found in a path applies, to the parameter and
-# to the optimizer's moments of it. Heads, the MLP's width and the vocabulary
-# are split over "tensor"; the model width over "fsdp" and "sequence", whose
-# devices all work with the whole of it: they gather it layer by layer. The
-# leading axis of layers is the depth; what a funnel learns has none.
-RULES: tuple[tuple[str, P], ...] = (
-  # LoRA's factors are small.
-  (r"(^|/)lora/.*/(a|b)$", P()),
-  (r"funnel/\d+/attend/attn/(query|key|value)$", P(WIDTH, HEADS, None)),
-  (r"funnel/\d+/attend/attn/out$", P(HEADS, None, WIDTH)),
-  (r"funnel/\d+/(pool_query|gate)$", P()),
-  (r"embedding$", P(HEADS, WIDTH)),
-  (r"attn/(query|key|value)$", P(None, WIDTH, HEADS, None)),
-  (r"attn/out$", P(None, HEADS, None, WIDTH)),
-  (r"mlp/(gate|up)$", P(None, WIDTH, HEADS)),
-  (r"mlp/down$", P(None, HEADS, WIDTH)),
-  (r"scale$", P()),
-  # What is trained on top of a model is small.
-  (r"head/\w+$", P()),
-  (r"(count|step|value|waited|ns_coeffs)$", P()),
-)
+# Arrays of an optimizer's state that are of no parameter.
+_WHOLE = re.compile(r"(^|/)ns_coeffs$")
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -130,27 +110,29 @@ def parts(spec: P, mesh: jax.sharding.Mesh) -> list[int]:
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
-  """The spec of the parameter (or moment) at `path`.
+  """The spec of the parameter at `path`, or of a moment of it.
 
   Key and value heads fewer than the "tensor" axis are kept whole (MQA), and so
-  is a dimension of size 1.
+  is a dimension of size 1, such as that of a mean over it (Adafactor's).
 
   Raises:
-    ValueError: no rule, or a dimension that the mesh does not divide.
+    ValueError: no such parameter, or a dimension that the mesh does not divide.
   """
-  spec = next((spec for rule, spec in RULES if re.search(rule, path)), None)
-  if spec is None:
+  if not shape or _WHOLE.search(path):
+    return P(*[None] * len(shape))
+  row = params.row_of(path)
+  if row is None:
     raise ValueError(f"no sharding rule for parameter {path!r}")
-  spec = P(*spec, *[None] * (len(shape) - len(spec)))
-  if re.search(r"attn/(key|value)$", path) and shape[-2] % mesh.shape[HEADS]:
-    spec = P(*spec[:-2], None, None)
-  # Of a mean over some of the axes of a parameter (Adafactor's), or one of one.
-  spec = P(
-    *[a if size > 1 else None for a, size in zip(spec, shape, strict=True)]
-  )
-  for size, axes, count in zip(shape, spec, parts(spec, mesh), strict=True):
+  axes = [
+    None if n == 1 or (letter == "K" and n % mesh.shape[HEADS]) else axis
+    for n, letter, axis in zip(
+      shape, row.dims.split(), row.mesh_axes, strict=True
+    )
+  ]
+  spec = P(*axes)
+  for size, names, count in zip(shape, axes, parts(spec, mesh), strict=True):
     if size % count:
-      names = (axes,) if isinstance(axes, str) else axes
+      names = (names,) if isinstance(names, str) else names
       along = [f"{a}={mesh.shape[a]}" for a in names if mesh.shape[a] > 1]
       raise ValueError(
         f"mesh axis {' x '.join(along)} does not divide {size}, a dimension of "
@@ -173,7 +155,7 @@ def shardings_of(tree, mesh: jax.sharding.Mesh | None):
   def of(path, leaf):
     if mesh is None:
       return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return NamedSharding(mesh, spec_of(path_of(path), leaf.shape, mesh))
+    return NamedSharding(mesh, spec_of(params.path_of(path), leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(of, tree)
 

@@ -151,7 +151,7 @@ class Checkpoints:
       if jax.process_index() == 0:
         for broken in damaged:
           _set_aside(self._folder / str(broken))
-      processes.first(None)  # All wait for process 0.
+      processes.broadcast_from_host0(None)  # All wait for process 0.
       self._manager.reload()
     args = self._ocp.args
     restored = self._manager.restore(
