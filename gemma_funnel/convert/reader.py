@@ -174,21 +174,11 @@ def open_checkpoint(
   learned = param_mapping.learned_tensors(own)
   format_, reader = detect.open_tensors(weights)
   run = reader if isinstance(reader, RunTensors) else None
-  match format_:
-    case "huggingface":
-      tensors = huggingface.tensors(config)
-    case "gemma_pytorch":
-      tensors = gemma_pytorch.tensors(config)
-    case "google":
-      sizes["V"] = google.rows_of(reader.tensors, config)
-      tensors, _ = google.tensors(
-        config,
-        google.layout_of(reader.tensors),
-        google.is_transposed(reader),
-        sizes["V"],
-      )
-    case _:
-      tensors, learned = own, []
+  if format_ == "google":
+    sizes["V"] = google.rows_of(reader.tensors, config)
+  tensors = _foreign_tensors(format_, config, sizes, reader)
+  if tensors is None:
+    tensors, learned = own, []
   if run and run.lora:
     reader = LoraTensors(run, open_checkpoint(run.config["init_from"]))
   _check(reader, tensors)
@@ -211,6 +201,20 @@ def open_checkpoint(
     _sizes=sizes,
     _views={(v.path, v.layer): (t.name, v) for t in tensors for v in t.views},
   )
+
+
+def _foreign_tensors(format_, config, sizes, reader) -> list[Tensor] | None:
+  """What the files of others hold; None for ours."""
+  match format_:
+    case "huggingface":
+      return huggingface.tensors(config)
+    case "gemma_pytorch":
+      return gemma_pytorch.tensors(config)
+    case "google":
+      layout = google.layout_of(reader.tensors)
+      transposed = google.is_transposed(reader)
+      return google.tensors(config, layout, transposed, sizes["V"])[0]
+  return None
 
 
 def _widest(dtypes: Collection[np.dtype]) -> np.dtype:

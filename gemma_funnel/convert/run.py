@@ -117,7 +117,7 @@ def _size_and_crc32(path: epath.Path) -> list[int]:
 def _damage_of(folder: epath.Path) -> str | None:
   """What is wrong with a checkpoint's files; None if nothing is."""
   try:
-    expected = json.loads((folder / SUMS).read_text())
+    expected = read_json(folder / SUMS)
     found = _sums(folder)
   except (OSError, ValueError) as error:
     return f"{SUMS}: {error}"
@@ -125,10 +125,7 @@ def _damage_of(folder: epath.Path) -> str | None:
     if name not in found:
       return f"{name} is missing"
     if found[name] != sums:
-      size, was = found[name][0], sums[0]
-      return f"{name} has " + (
-        f"{size} bytes of {was}" if size != was else "other content"
-      )
+      return f"{name} has size and CRC-32 {found[name]}, expected {sums}"
   return None
 
 

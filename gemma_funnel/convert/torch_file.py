@@ -199,7 +199,7 @@ class _Unpickler(pickle._Unpickler):
     found = f"{module}.{name}"
     if found not in _ALLOWED:
       raise ValueError(
-        f"its data.pkl asks for {found[:200]}: expected tensors and nothing "
+        f"its data.pkl asks for {found[:200]!a}: expected tensors and nothing "
         "else, so that no code of a stranger is run"
       )
     return _ALLOWED[found]

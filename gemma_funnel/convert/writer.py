@@ -118,8 +118,6 @@ def make_spec(
     config, param_dtype=dtype.name, dtype=dtype.name, kernel="auto"
   )
   rows = config.vocab_size
-  if format_ == "gemma_pytorch":
-    import_torch()  # Before anything is read or made.
   if format_ == "google":
     rows = google.padded_rows(rows)
   sizes = {**param_mapping.sizes_of(config), "V": rows}
@@ -142,10 +140,17 @@ def make_spec(
     files = [_tree("", *tree, sizes, dtype)]
     texts = {detect.SIDECAR: ours}
   elif format_ == "gemma_pytorch":
-    files, texts = _torch_files(gemma_pytorch.tensors(config), dtype)
+    import_torch()  # Before anything is read or made.
+    tensors = gemma_pytorch.tensors(config)
+    wrapped = functools.partial(TorchWriter, wrap="model_state_dict")
+    alone = File("model.ckpt", tensors, wrapped)
+    files, texts = _sharded(tensors, dtype, detect.BIN, TorchWriter, alone)
     texts[detect.SIDECAR] = ours
   else:
-    files, texts = _safetensors_files(huggingface.tensors(config), dtype)
+    tensors = huggingface.tensors(config)
+    files, texts = _sharded(
+      tensors, dtype, detect.SAFETENSORS, SafetensorsWriter
+    )
     raw = huggingface.make_config(config, stages, dtype.name)
     texts[detect.CONFIG] = _dump(raw)
     texts["generation_config.json"] = _dump(huggingface.SPECIAL_IDS)
@@ -185,47 +190,38 @@ def _tree(name, tensors, keys, sizes, dtype) -> File:
   return File(name, tensors, open_)
 
 
-def _safetensors_files(tensors, dtype) -> tuple[list[File], dict[str, str]]:
-  shards = _split(tensors, dtype)
-  if len(shards) == 1:
-    return [File(detect.SAFETENSORS, tensors, SafetensorsWriter)], {}
-  return _indexed(shards, detect.SAFETENSORS, SafetensorsWriter, dtype)
+def _sharded(
+  tensors: Sequence[Tensor], dtype: np.dtype, name: str, open_, alone=None
+) -> tuple[list[File], dict[str, str]]:
+  """Files of at most `SHARD_BYTES`, or of one tensor that is larger.
 
+  Args:
+    tensors: of all of them, in order.
+    dtype: of the tensors.
+    name: of a file that holds all, or that the names of several come from.
+    open_: see `File`.
+    alone: the `File` to write in place of a single one of that name.
 
-def _torch_files(tensors, dtype) -> tuple[list[File], dict[str, str]]:
-  shards = _split(tensors, dtype)
-  if len(shards) == 1:
-    wrapped = functools.partial(TorchWriter, wrap="model_state_dict")
-    return [File("model.ckpt", tensors, wrapped)], {}
-  return _indexed(shards, detect.BIN, TorchWriter, dtype)
-
-
-def _split(tensors: Sequence[Tensor], dtype: np.dtype) -> list[list[Tensor]]:
-  """Shards of at most `SHARD_BYTES`, or of one tensor that is larger."""
+  Returns:
+    (files, texts): of several files there is an index that names them.
+  """
+  nbytes = {t.name: Header(t.shape, dtype).nbytes for t in tensors}
   shards, size = [[]], 0
   for tensor in tensors:
-    nbytes = Header(tensor.shape, dtype).nbytes
-    if shards[-1] and size + nbytes > SHARD_BYTES:
+    if shards[-1] and size + nbytes[tensor.name] > SHARD_BYTES:
       shards.append([])
       size = 0
     shards[-1].append(tensor)
-    size += nbytes
-  return shards
-
-
-def _indexed(
-  shards, name: str, open_, dtype: np.dtype
-) -> tuple[list[File], dict[str, str]]:
-  """Files of several shards, and the index that names them."""
+    size += nbytes[tensor.name]
+  if len(shards) == 1:
+    return [alone or File(name, tensors, open_)], {}
   stem, end = name.split(".")
   files = [
     File(f"{stem}-{n:05}-of-{len(shards):05}.{end}", shard, open_)
     for n, shard in enumerate(shards, start=1)
   ]
-  tensors = [(file.name, tensor) for file in files for tensor in file.tensors]
-  total = sum(Header(t.shape, dtype).nbytes for _, t in tensors)
   index = {
-    "metadata": {"total_size": total},
-    "weight_map": {tensor.name: name for name, tensor in tensors},
+    "metadata": {"total_size": sum(nbytes.values())},
+    "weight_map": {t.name: file.name for file in files for t in file.tensors},
   }
   return files, {name + detect.OF_INDEX: _dump(index)}
