@@ -568,8 +568,13 @@ def test_no_code_is_run(tmp_path):
     (b"\x80\x04" + text("torch") + number(3) + b"\x93.", "damaged"),
     (b"\x80\x04" + text("torch") + b"]\x93.", "damaged"),
     (b"ctorch\nload\n.", "torch.load"),
+    # A name is told of, and writes nothing on a terminal.
+    (
+      b"\x80\x04" + text("x\nerror: \x1b[2J") + text("y") + b"\x93.",
+      r"x\nerror: \x1b[2J.y",
+    ),
     (b"ctorch.nn.modules.module\nModule\n)\x81.", "module.Module"),
-    (b"ctorch._utils\n_rebuild_tensor\n)R.", "_utils._rebuild_tensor:"),
+    (b"ctorch._utils\n_rebuild_tensor\n)R.", "_utils._rebuild_tensor':"),
     (b"ccollections\nOrderedDict\n]\x85R.", "damaged"),
     (b"ccollections\nOrderedDict\n}b.", "no dict"),
     (b"ctorch\nFloatStorage\n)R.", "damaged"),

@@ -136,19 +136,6 @@ def test_a_source_that_would_be_deleted(made, tmp_path):
     conversion.convert(tmp_path / "dst.partial", tmp_path / "dst", "orbax")
 
 
-@pytest.mark.parametrize("to", writer.FORMATS)
-@pytest.mark.parametrize("function", [pathlib.Path.mkdir, pathlib.Path.touch])
-def test_a_destination_that_is_read_only(
-  made, tmp_path, monkeypatch, to, function
-):
-  def denied(path, *args, **keywords):
-    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-  monkeypatch.setattr(pathlib.Path, function.__name__, denied)
-  with fails(tmp_path / "dst", "dst cannot be written: Permission denied"):
-    conversion.convert(made / "hf", tmp_path / "dst", to)
-
-
 @contextlib.contextmanager
 def permissions_count():
   """For root they do not: it is nobody for a while."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -129,7 +130,7 @@ def load_run(
   if not (path_of(path) / FOLDER).is_dir():
     raise ValueError(f"{path} is no run: it has no folder {FOLDER}/")
   model, reader = _open_and_load(path, funnel, dtype, mesh)
-  trees = sharding.place(extra(model.config), mesh)
+  trees = _placed(extra(model.config), mesh)
   return Run(
     model=model,
     config=ml_collections.ConfigDict(reader.run.config),
@@ -168,13 +169,22 @@ def _open_and_load(
   wanted = dataclasses.replace(wanted, **dtypes)
   reader = open_checkpoint(path, config)
   graphdef, state = nnx.split(Transformer.abstract(wanted, reader.stages))
-  shapes = sharding.place(nnx.to_pure_dict(state), mesh)
+  shapes = _placed(nnx.to_pure_dict(state), mesh)
 
   def read(path, index, dtype):
     return reader.read_slice(path, index, dtype)
 
   model = nnx.merge(graphdef, _read_tree(read, shapes))
   return (model if funnel is None else model.with_funnel(stages)), reader
+
+
+def _placed(shapes, mesh: jax.sharding.Mesh | None):
+  """A tree of shapes with shardings."""
+  if mesh is not None:
+    return sharding.place(shapes, mesh)
+  # The default device of this process, not the first one of all.
+  here = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+  return sharding.with_shardings(shapes, jax.tree.map(lambda _: here, shapes))
 
 
 def _load_tree(tensors, shapes):
