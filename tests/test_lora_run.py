@@ -10,6 +10,7 @@ import pytest
 import tiny_run
 
 from gemma_funnel import convert
+from gemma_funnel.parallel.mesh import AXES
 from gemma_funnel.training import pretrain
 
 
@@ -114,6 +115,16 @@ def test_export_has_what_was_merged(trained, tmp_path):
   convert.convert(workdir, target, "orbax")
   got, want = _params(convert.load(target)), _params(convert.load(workdir))
   assert jax.tree.structure(got) == jax.tree.structure(want)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_it_is_merged_onto_a_mesh(trained):
+  devices = np.array(jax.local_devices()[:2])
+  shape = [2 if axis == "fsdp" else 1 for axis in AXES]
+  mesh = jax.sharding.Mesh(devices.reshape(shape), AXES)
+  model = convert.load(trained[0], mesh=mesh)
+  assert len(model.layers.mlp.up[...].sharding.device_set) == 2
+  got, want = _params(model), _params(convert.load(trained[0]))
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 

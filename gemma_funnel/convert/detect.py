@@ -18,7 +18,13 @@ from gemma_funnel.config import (
 )
 from gemma_funnel.convert import gemma_pytorch, google, huggingface
 from gemma_funnel.convert.orbax_tree import OrbaxTree, is_orbax_tree
-from gemma_funnel.convert.run import CONFIG, FOLDER, RunTensors
+from gemma_funnel.convert.run import (
+  CONFIG,
+  FOLDER,
+  TOKENIZERS,
+  RunTensors,
+  find_tokenizer,
+)
 from gemma_funnel.convert.safetensors_file import SafetensorsFile
 from gemma_funnel.convert.tensor_io import (
   TensorReader,
@@ -43,7 +49,6 @@ OF_INDEX = ".index.json"
 PARAMS = "params"
 # A key of every config.json of ours; it holds the version.
 OURS = "gemma_funnel"
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 # What else belongs to a tokenizer, or to generating with a model.
 COMPANIONS = (
   *TOKENIZERS,
@@ -263,10 +268,8 @@ def _infer_config(weights: Weights) -> TransformerConfig:
     known = family.infer_sizes(reader.tensors)
   except ValueError as error:
     raise ValueError(f"{reader.where}: {error}") from error
-  for name in PRESETS:
-    config = TransformerConfig.preset(name)
-    if _is_published(name) and _agrees(config, known):
-      return config
+  if preset := _find_preset(known):
+    return preset
   if "head_dim" in known and not known["post_norms"]:
     # All else of a Gemma 1 follows from its shapes.
     return TransformerConfig.preset(
@@ -279,33 +282,26 @@ def _infer_config(weights: Weights) -> TransformerConfig:
   )
 
 
-def _is_published(name: str) -> bool:
-  return name.startswith(("gemma1_", "gemma2_"))
-
-
-def _agrees(config: TransformerConfig, known: dict[str, int | bool]) -> bool:
-  found = dict(
-    config.to_dict(),
-    query_width=config.num_heads * config.head_dim,
-    key_width=config.num_kv_heads * config.head_dim,
-  )
-  return all(found[key] == value for key, value in known.items())
+def _find_preset(known: dict[str, int | bool]) -> TransformerConfig | None:
+  """The published Gemma of these sizes."""
+  for name in PRESETS:
+    config = TransformerConfig.preset(name)
+    sizes = dict(
+      config.to_dict(),
+      query_width=config.num_heads * config.head_dim,
+      key_width=config.num_kv_heads * config.head_dim,
+    )
+    same = all(sizes[key] == value for key, value in known.items())
+    if same and name.startswith(("gemma1_", "gemma2_")):
+      return config
+  return None
 
 
 def published(config: TransformerConfig) -> TransformerConfig | None:
   """The published model of the same sizes, whatever its vocabulary."""
-  sizes = (
-    "num_layers",
-    "embed_dim",
-    "mlp_dim",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "post_norms",
-  )
-  known = {name: getattr(config, name) for name in sizes}
-  presets = (TransformerConfig.preset(n) for n in PRESETS if _is_published(n))
-  return next((p for p in presets if _agrees(p, known)), None)
+  names = ["num_layers", "embed_dim", "mlp_dim", "post_norms"]
+  names += ["num_heads", "num_kv_heads", "head_dim"]
+  return _find_preset({name: getattr(config, name) for name in names})
 
 
 def find_companions(weights: Weights) -> dict[str, pathlib.Path]:
@@ -319,18 +315,9 @@ def find_companions(weights: Weights) -> dict[str, pathlib.Path]:
   """
   found = {}
   if weights.format == "run":
-    file = weights.folder / CONFIG
-    config = read_json(file)
-    data = config.get("data", config)  # A fine-tuned run says it at the top.
-    if not isinstance(data, dict) or "tokenizer" not in data:
-      raise ValueError(
-        f"{file} is no configuration of a training run: expected a "
-        "data.tokenizer"
-      )
-    # A fine-tuned run has a copy, whatever becomes of the original.
-    own = any((weights.folder / name).is_file() for name in TOKENIZERS)
-    if data["tokenizer"] and not own:
-      found["tokenizer.model"] = pathlib.Path(data["tokenizer"])
+    tokenizer = find_tokenizer(weights.folder)
+    if tokenizer:
+      found["tokenizer.model"] = tokenizer
   places = [weights.folder, weights.folder / "tokenizer"]
   if weights.format == "google" and is_orbax_tree(weights.folder):
     places.append(weights.folder.parent)

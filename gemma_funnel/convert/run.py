@@ -14,6 +14,7 @@ from concurrent import futures
 import functools
 import json
 import os
+import pathlib
 from typing import Any
 import zlib
 
@@ -30,6 +31,8 @@ from gemma_funnel.parallel import processes
 FOLDER = "checkpoints"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
+# A fine-tuned run has a copy of what it was given.
+TOKENIZERS = (TOKENIZER, "tokenizer.json")
 SUMS = "sums.json"
 
 _THREADS = 8
@@ -39,6 +42,24 @@ def path_of(path: str | os.PathLike) -> epath.Path:
   """A folder here, made absolute, or on a bucket."""
   text = os.fspath(path)
   return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+def find_tokenizer(folder: pathlib.Path | epath.Path) -> pathlib.Path | None:
+  """The tokenizer that a run was given; None if it has one of its own.
+
+  Raises:
+    ValueError: the run's configuration does not say.
+  """
+  config = read_json(folder / CONFIG)
+  data = config.get("data", config)  # A fine-tuned run says it at the top.
+  if not isinstance(data, dict) or "tokenizer" not in data:
+    raise ValueError(
+      f"{folder / CONFIG} is no configuration of a training run: expected a "
+      "data.tokenizer"
+    )
+  own = any((folder / name).is_file() for name in TOKENIZERS)
+  given = None if own else data["tokenizer"]
+  return pathlib.Path(given) if given else None
 
 
 def steps_in(folder: epath.Path) -> list[int]:

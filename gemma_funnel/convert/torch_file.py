@@ -280,9 +280,8 @@ def read_pickle(code: bytes, storages: Mapping[str, int]) -> dict[str, View]:
     root = _Unpickler(code, storages).load()
   except ValueError:
     raise
-  except (
-    Exception
-  ) as error:  # Of whatever kind, as pickle's documentation says.
+  # pickle's documentation promises no kind of exception for damage.
+  except Exception as error:
     raise ValueError(
       f"its data.pkl is damaged or ends early: {reprlib.repr(str(error))}"
     ) from error
