@@ -13,7 +13,12 @@ import numpy as np
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert import huggingface
 from gemma_funnel.convert.param_mapping import ParamView, Tensor, sizes_of
-from gemma_funnel.convert.tensor_io import Header, Index, TensorReader
+from gemma_funnel.convert.tensor_io import (
+  Header,
+  Index,
+  TensorReader,
+  require_ranks,
+)
 
 EMBEDDING = "embedder.weight"
 _SCALES = ".weight_scaler"
@@ -61,10 +66,7 @@ def infer_sizes(names: Mapping[str, Header]) -> dict[str, int | bool]:
   first = "model.layers.0."
   out, gate = first + "self_attn.o_proj.weight", first + "mlp.gate_proj.weight"
   qkv = first + "self_attn.qkv_proj.weight"
-  for name in (EMBEDDING, out, gate, qkv):
-    if name not in names or len(names[name].shape) != 2:
-      found = names[name].shape if name in names else "no such tensor"
-      raise ValueError(f"{name}: expected 2 axes, found {found}")
+  require_ranks(names, dict.fromkeys((EMBEDDING, out, gate, qkv), 2))
   layers = {
     int(match[1])
     for name in names

@@ -18,7 +18,7 @@ from gemma_funnel.convert.param_mapping import (
   shape_of,
   sizes_of,
 )
-from gemma_funnel.convert.tensor_io import Header, TensorReader
+from gemma_funnel.convert.tensor_io import Header, TensorReader, require_ranks
 
 LAYOUTS = ("flat", "nested", "stacked", "kauldron")
 # Rows that the published trees have beyond Gemma's 256,000 tokens.
@@ -107,15 +107,9 @@ def infer_sizes(names: Mapping[str, Header]) -> dict[str, int | bool]:
   out = entry(f"{layer}/attn/attn_vec_einsum", "w")
   linear = entry(f"{layer}/mlp/linear", None)
   keys = entry(f"{layer}/attn/kv_einsum", "w")
-  needed = {embedding: 2, out: 3, linear: 2}
-  if keys in names:
-    needed[keys] = 4
   lead = 1 if layout == "stacked" else 0
-  for name, rank in needed.items():
-    axes = rank + (lead if name != embedding else 0)
-    if name not in names or len(names[name].shape) != axes:
-      found = names[name].shape if name in names else "no such tensor"
-      raise ValueError(f"{name}: expected {axes} axes, found {found}")
+  ranks = {embedding: 2, out: 3 + lead, linear: 2 + lead}
+  require_ranks(names, ranks | ({keys: 4 + lead} if keys in names else {}))
   rows, width = names[embedding].shape
   heads, head_dim, _ = names[out].shape[lead:]
   return dict(

@@ -18,6 +18,8 @@ from etils import epath
 import ml_dtypes
 import numpy as np
 
+from gemma_funnel.checks import require
+
 # Of an index or a configuration; those of the largest models have 100 kB.
 _MAX_JSON = 64 << 20
 # A call that writes more asks the system for larger pages, which take it twice
@@ -76,6 +78,18 @@ class TensorWriter(Protocol):
       OSError: it cannot be written.
     """
     ...
+
+
+def require_ranks(
+  tensors: Mapping[str, Header], ranks: Mapping[str, int]
+) -> None:
+  """Raises a ValueError for a tensor that is not there, or of other axes."""
+  for name, rank in ranks.items():
+    found = tensors[name].shape if name in tensors else "no such tensor"
+    require(
+      name in tensors and len(found) == rank,
+      f"{name}: expected {rank} axes, found {found}",
+    )
 
 
 class Renamed:
