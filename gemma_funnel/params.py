@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.parallel import mesh as mesh_lib
+from gemma_funnel.registry import RECOVERIES, REDUCERS
 
 Sizes = Mapping[str, int]
 
@@ -40,7 +41,8 @@ class Row:
   """A parameter.
 
   Attributes:
-    path: in a model's tree, or "head/.." in a task's; "*" is a stage's number.
+    path: in a model's tree, or "head/.." in a task's; of what a funnel learns,
+      within its reducer or recovery.
     dims: letters of its dimensions; "L" is the depth that layers are stacked
       over.
     role: "embedding", "unembedding", "attention", "mlp", "norm", "funnel" or
@@ -49,8 +51,8 @@ class Row:
     init: (row, sizes) -> initialiser of one layer; None is zeros, without a
       key.
     decays: whether weight decay applies by default.
-    when: whether a model has it, by its TransformerConfig; of a funnel's, by
-      that and the FunnelConfig of the stage; of a head's, by its HeadConfig.
+    when: whether a model has it, by its TransformerConfig; of a head's, by its
+      HeadConfig.
   """
 
   path: str
@@ -128,95 +130,85 @@ def _unit(row: Row, sizes: Sizes):
   return nnx.initializers.normal(sizes["D"] ** -0.5)
 
 
-def _zeros(row: Row, sizes: Sizes):
+def zeros(row: Row, sizes: Sizes):
   """Takes a key, which `init=None` does not: later draws depend on it."""
   return nnx.initializers.zeros
 
 
-def _vector(path: str, dims: str, role: str, **options) -> Row:
+def vector(path: str, dims: str, role: str, **options) -> Row:
+  """A row of no matrix, which starts as zeros."""
   return Row(path, dims, role, **options)
 
 
-def _matrix(
+def matrix(
   path: str, dims: str, role: str, outputs: str, init=None, **options
-):
+) -> Row:
+  """A row of a matrix; `outputs` are the letters of what it gives."""
   return Row(path, dims, role, outputs, init, decays=True, **options)
 
 
-def _attention(path: str, depth: str, role: str, out, when) -> list[Row]:
-  """Of an `Attention` at `path`; `depth` is "L " in stacked layers."""
-  norms = lambda *c: when(*c) and getattr(c[0], "qk_norm", False)
-  biases = lambda *c: when(*c) and getattr(c[0], "attention_bias", False)
-  matrix = functools.partial(_matrix, role=role, init=_lecun, when=when)
-  bias = functools.partial(_vector, role=role, when=biases)
-  norm_role = role if role == "funnel" else "norm"
-  return [
-    matrix(f"{path}/query", f"{depth}D N H", outputs="N H"),
-    matrix(f"{path}/key", f"{depth}D K H", outputs="K H"),
-    matrix(f"{path}/value", f"{depth}D K H", outputs="K H"),
-    _matrix(f"{path}/out", f"{depth}N H D", role, "D", out, when=when),
+def attention(path: str, depth: str, role: str, out) -> tuple[Row, ...]:
+  """Rows of a `layers.Attention` at `path`.
+
+  Args:
+    path: of the module.
+    depth: "L " in stacked layers, else "".
+    role: of its matrices.
+    out: initialiser of the output projection.
+  """
+  project = functools.partial(matrix, role=role, init=_lecun)
+  bias = functools.partial(vector, role=role, when=lambda c: c.attention_bias)
+  norm = functools.partial(
+    vector,
+    role="funnel" if role == "funnel" else "norm",
+    when=lambda c: c.qk_norm,
+  )
+  return (
+    project(f"{path}/query", f"{depth}D N H", outputs="N H"),
+    project(f"{path}/key", f"{depth}D K H", outputs="K H"),
+    project(f"{path}/value", f"{depth}D K H", outputs="K H"),
+    matrix(f"{path}/out", f"{depth}N H D", role, "D", out),
     bias(f"{path}/query_bias", f"{depth}N H"),
     bias(f"{path}/key_bias", f"{depth}K H"),
     bias(f"{path}/value_bias", f"{depth}K H"),
-    _vector(f"{path}/query_norm/scale", f"{depth}H", norm_role, when=norms),
-    _vector(f"{path}/key_norm/scale", f"{depth}H", norm_role, when=norms),
-  ]
+    norm(f"{path}/query_norm/scale", f"{depth}H"),
+    norm(f"{path}/key_norm/scale", f"{depth}H"),
+  )
 
 
-_always = lambda *configs: True
 _post_norms = lambda config: config.post_norms
-_attends = lambda config, stage: stage.recover == "attend"
-
 MODEL: tuple[Row, ...] = (
-  _matrix("embedding", "V D", "embedding", "D", _unit),
-  _matrix(
+  matrix("embedding", "V D", "embedding", "D", _unit),
+  matrix(
     "unembedding",
     "V D",
     "unembedding",
     "V",
     _unit,
-    when=lambda config: not getattr(config, "tied", True),
+    when=lambda config: not config.tied,
   ),
-  *_attention("layers/attn", "L ", "attention", _residual, _always),
-  _matrix("layers/mlp/gate", "L D F", "mlp", "F", _lecun),
-  _matrix("layers/mlp/up", "L D F", "mlp", "F", _lecun),
-  _matrix("layers/mlp/down", "L F D", "mlp", "D", _residual),
-  _vector("layers/pre_attn_norm/scale", "L D", "norm"),
-  _vector("layers/pre_mlp_norm/scale", "L D", "norm"),
-  _vector("layers/post_attn_norm/scale", "L D", "norm", when=_post_norms),
-  _vector("layers/post_mlp_norm/scale", "L D", "norm", when=_post_norms),
-  _vector("final_norm/scale", "D", "norm"),
-)
-FUNNEL: tuple[Row, ...] = (
-  _vector(
-    "funnel/*/pool_query",
-    "D",
-    "funnel",
-    when=lambda config, stage: stage.pool == "attention",
-  ),
-  _vector(
-    "funnel/*/gate",
-    "D",
-    "funnel",
-    when=lambda config, stage: stage.recover == "gate",
-  ),
-  # At first it adds nothing.
-  *_attention("funnel/*/attend/attn", "", "funnel", _zeros, _attends),
-  _vector("funnel/*/attend/query_norm/scale", "D", "funnel", when=_attends),
-  _vector("funnel/*/attend/key_norm/scale", "D", "funnel", when=_attends),
+  *attention("layers/attn", "L ", "attention", _residual),
+  matrix("layers/mlp/gate", "L D F", "mlp", "F", _lecun),
+  matrix("layers/mlp/up", "L D F", "mlp", "F", _lecun),
+  matrix("layers/mlp/down", "L F D", "mlp", "D", _residual),
+  vector("layers/pre_attn_norm/scale", "L D", "norm"),
+  vector("layers/pre_mlp_norm/scale", "L D", "norm"),
+  vector("layers/post_attn_norm/scale", "L D", "norm", when=_post_norms),
+  vector("layers/post_mlp_norm/scale", "L D", "norm", when=_post_norms),
+  vector("final_norm/scale", "D", "norm"),
 )
 HEAD: tuple[Row, ...] = (
-  _vector(
+  vector(
     "head/pool_query",
     "D",
     "head",
     when=lambda head: head.pool == "attention" and not head.per_token,
   ),
-  _matrix(
+  matrix(
     "head/hidden", "D E", "head", "E", _lecun, when=lambda head: head.hidden
   ),
-  _matrix("head/out", "E C", "head", "C"),
-  _vector("head/bias", "C", "head"),
+  matrix("head/out", "E C", "head", "C"),
+  vector("head/bias", "C", "head"),
 )
 
 
@@ -230,7 +222,10 @@ def factors(row: Row) -> tuple[Row, Row]:
   )
 
 
-_TABLE: dict[str, Row] = {row.path: row for row in (*MODEL, *FUNNEL, *HEAD)}
+# What reducers and recoveries learn is in `rows` of their classes.
+PARTS = {"reducer": REDUCERS, "recovery": RECOVERIES}
+
+_TABLE: dict[str, Row] = {row.path: row for row in (*MODEL, *HEAD)}
 _TABLE |= {
   factor.path: factor
   for row in MODEL
@@ -251,21 +246,27 @@ def by_path(function: Callable[[str], Any], tree):
   )
 
 
-@functools.lru_cache(maxsize=4096)
+def _find(path: str) -> Row | None:
+  """The row at a path, in which "*" is a stage's number."""
+  if not path.startswith("funnel/*/"):
+    return _TABLE.get(path)
+  _, _, part, name = path.split("/", 3)
+  for kind in PARTS[part].values():
+    for row in kind.rows:
+      if row.path == name:
+        return dataclasses.replace(row, path=path)
+  return None
+
+
 def row_of(path: str) -> Row | None:
   """The row of the parameter that a path ends in; None if there is none.
 
   So do the paths of weights ("params/layers/attn/query"), of LoRA's factors
-  ("lora/layers/attn/query/a") and of an optimizer's moments. What is learned at
-  "funnel/0/NAME" and has no row is a vector [D] of a reduction or a recovery.
+  ("lora/layers/attn/query/a") and of an optimizer's moments.
   """
   parts = re.sub(r"(^|/)funnel/\d+/", r"\1funnel/*/", path).split("/")
-  for start in range(len(parts)):
-    if row := _TABLE.get("/".join(parts[start:])):
-      return row
-  if parts[-3:-1] == ["funnel", "*"]:
-    return _vector("/".join(parts[-3:]), "D", "funnel")
-  return None
+  rows = (_find("/".join(parts[start:])) for start in range(len(parts)))
+  return next((row for row in rows if row), None)
 
 
 def layer_matrix(path: str) -> Row | None:
@@ -292,12 +293,12 @@ def rows_of(
 ) -> list[Row]:
   """The parameters of a model and of what its stages learn."""
   learned = [
-    dataclasses.replace(row, path=row.path.replace("*", str(number)))
+    dataclasses.replace(row, path=f"funnel/{number}/{part}/{row.path}")
     for number, stage in enumerate(stages)
-    for row in FUNNEL
-    if row.when(config, stage)
+    for part, name in (("reducer", stage.reduce), ("recovery", stage.recover))
+    for row in PARTS[part][name].rows
   ]
-  return [row for row in MODEL if row.when(config)] + learned
+  return [row for row in (*MODEL, *learned) if row.when(config)]
 
 
 def init(
@@ -317,7 +318,7 @@ def init_array(
   path: str, sizes: Sizes, dtype: str, rngs: nnx.Rngs | None = None
 ) -> jax.Array:
   """As `init`, with the sizes of the letters."""
-  row = _TABLE[path]
+  row = _find(path)
   shape = tuple(sizes[letter] for letter in row.layer_dims.split())
   if row.init is None:
     return jnp.zeros(shape, jnp.dtype(dtype))

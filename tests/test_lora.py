@@ -385,8 +385,8 @@ def test_config():
 @pytest.mark.parametrize(
   "changes, text",
   [
-    (dict(rank=-1), "lora.rank=-1: expected >= 0"),
-    (dict(alpha=0.0), "lora.alpha=0.0: expected > 0"),
+    (dict(rank=-1), "lora.rank=-1: expected an integer >= 0"),
+    (dict(alpha=0.0), "lora.alpha=0.0: expected"),
     (dict(alpha=float("nan")), "lora.alpha=nan"),
     (dict(target="("), r"lora.target='\(' is no regular expression"),
     (dict(base_dtype="int2"), r"lora.base_dtype='int2'.*int8.*nf4"),

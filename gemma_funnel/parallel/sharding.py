@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 
 from gemma_funnel import params
+from gemma_funnel.checks import require
 from gemma_funnel.parallel.mesh import AXES, HEADS, ROWS, TOKENS
 
 # Of rows of tokens, and all else that a batch has for each token.
@@ -46,11 +47,11 @@ def make_mesh(
   devices = jax.devices() if devices is None else devices
   sizes = _axis_sizes(config, len(devices))
   slices = len({getattr(d, "slice_index", 0) for d in devices})
-  if slices > 1 and sizes["slice"] != slices:
-    raise ValueError(
-      f"mesh.slice={sizes['slice']}: the {len(devices)} devices are of "
-      f"{slices} slices; expected slice={slices}"
-    )
+  require(
+    slices == 1 or sizes["slice"] == slices,
+    f"mesh.slice={sizes['slice']}: the {len(devices)} devices are of "
+    f"{slices} slices; expected slice={slices}",
+  )
   if slices > 1:
     within = (1, *list(sizes.values())[1:])
     across = (slices, *[1] * (len(AXES) - 1))
@@ -66,19 +67,23 @@ def make_mesh(
 def _axis_sizes(
   config: ml_collections.ConfigDict, count: int
 ) -> dict[str, int]:
-  if not set(config) <= set(AXES):
-    raise ValueError(f"mesh has the axes {list(config)}: expected {list(AXES)}")
+  require(
+    set(config) <= set(AXES),
+    f"mesh has the axes {list(config)}: expected {list(AXES)}",
+  )
   sizes = {axis: config.get(axis, 1) for axis in AXES}
   free = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
-  if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
-    raise ValueError(
-      f"mesh {sizes}: expected sizes >= 1, and -1 for one axis at most"
-    )
+  require(
+    all(size >= 1 or size == -1 for size in sizes.values()) and len(free) <= 1,
+    f"mesh {sizes}: expected sizes >= 1, and -1 for one axis at most",
+  )
   if free and count % known == 0:
     sizes[free[0]] = count // known
-  if math.prod(sizes.values()) != count:
-    raise ValueError(f"mesh {sizes} does not divide {count} devices")
+  require(
+    math.prod(sizes.values()) == count,
+    f"mesh {sizes} does not divide {count} devices",
+  )
   return sizes
 
 
@@ -89,18 +94,14 @@ def describe(mesh: jax.sharding.Mesh) -> str:
 
 
 def check_host_memory(mesh: jax.sharding.Mesh) -> None:
-  """Checks that devices can keep arrays in their host's memory.
-
-  Raises:
-    ValueError: they cannot.
-  """
+  """Raises ValueError unless devices can keep arrays in their host's memory."""
   device = mesh.devices.flat[0]
   kinds = [memory.kind for memory in device.addressable_memories()]
-  if "pinned_host" not in kinds:
-    raise ValueError(
-      f"model.remat='offload': {device.platform} has the memories {kinds}; "
-      "expected pinned_host. Choose 'dots' or 'block'"
-    )
+  require(
+    "pinned_host" in kinds,
+    f"model.remat='offload': {device.platform} has the memories {kinds}; "
+    "expected pinned_host. Choose 'dots' or 'block'",
+  )
 
 
 def parts(spec: P, mesh: jax.sharding.Mesh) -> list[int]:
@@ -177,9 +178,9 @@ def with_shardings(tree, shardings):
 def cache_sharding(
   mesh: jax.sharding.Mesh, rows: int, kv_heads: int
 ) -> NamedSharding:
-  """Of keys and values [rows, kv_heads, slots, width] that are kept.
+  """Of cached keys and values [rows, kv_heads, slots, width], as in training.
 
-  Rows and heads lie as in training, where the mesh divides them.
+  Rows or heads that the mesh does not divide are kept whole.
   """
   by_row, by_head = parts(P(ROWS, HEADS), mesh)
   return NamedSharding(
@@ -190,7 +191,7 @@ def cache_sharding(
 
 @functools.lru_cache(maxsize=8)
 def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-  """(index, count): which of as many equal parts of a batch is this process's.
+  """(index, count): this process's of the equal parts of a batch.
 
   Processes whose devices differ in other axes alone have the same rows.
 
@@ -204,12 +205,12 @@ def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     start = part.start or 0
     shares.setdefault(device.process_index, set()).add(start)
   different = sorted({tuple(sorted(share)) for share in shares.values()})
-  if sum(map(len, different)) != count or len({*map(len, different)}) > 1:
-    raise ValueError(
-      f"mesh {dict(mesh.shape)} gives the {len(shares)} processes rows that "
-      "overlap: expected the axes that split rows "
-      f"({', '.join(ROWS)}), or the others, to make up whole processes"
-    )
+  require(
+    sum(map(len, different)) == count and len({*map(len, different)}) == 1,
+    f"mesh {dict(mesh.shape)} gives the {len(shares)} processes rows that "
+    "overlap: expected the axes that split rows "
+    f"({', '.join(ROWS)}), or the others, to make up whole processes",
+  )
   own = tuple(sorted(shares[jax.process_index()]))
   return different.index(own), len(different)
 
@@ -217,7 +218,7 @@ def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
 def put_batch(
   batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
-  """Makes this process's share of the rows its part of the global batch.
+  """The global batch, of each process's share of the rows.
 
   Args:
     batch: arrays [rows, ..] of `row_share(mesh)`; those of [rows, T, ..] are
