@@ -1,8 +1,7 @@
 """Writing a checkpoint in another format, a block of a tensor at a time.
 
-Threads read, rearrange and, where the files allow it, write blocks, a few at a
-time. Everything is written to a folder beside the destination, which takes
-its name when it is complete.
+Threads read, rearrange and write blocks, a few at a time. Everything is written
+to a folder beside the destination, which takes its name when it is complete.
 """
 
 from collections import deque
