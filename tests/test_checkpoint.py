@@ -185,12 +185,14 @@ def test_another_funnel_keeps_what_its_stages_learned(learned, capsys):
   )
   said = capsys.readouterr().out
   assert said == (
-    "funnel stage 0: freshly initialised pool_query\n"
-    "funnel stage 1: freshly initialised gate\n"
+    "funnel stage 0: freshly initialised reducer/pool_query\n"
+    "funnel stage 1: freshly initialised recovery/gate\n"
   )
   found = _params(other)["funnel"]
-  np.testing.assert_array_equal(found[0]["gate"], params[0]["gate"])
-  assert not np.any(found[0]["pool_query"]) and not np.any(found[1]["gate"])
+  gate = lambda stage: stage["recovery"]["gate"]
+  np.testing.assert_array_equal(gate(found[0]), gate(params[0]))
+  assert not np.any(found[0]["reducer"]["pool_query"])
+  assert not np.any(gate(found[1]))
   back = convert.load(folder, LEARNED)
   assert _same(_params(back)["funnel"], params)
 

@@ -178,9 +178,11 @@ def test_learned_parts_that_are_missing_are_named(source, tmp_path):
   convert.convert(tmp_path / "own", tmp_path / "hf", "hf")
   beside = tmp_path / "hf" / "funnel.safetensors"
   tensors = load_file(beside)
-  del tensors["funnel.1.gate"]
+  del tensors["funnel.1.recovery.gate"]
   save_file(tensors, beside)
-  with pytest.raises(ValueError, match=r"missing: \['funnel.1.gate'\]"):
+  with pytest.raises(
+    ValueError, match=r"missing: \['funnel.1.recovery.gate'\]"
+  ):
     gemma_funnel.load(tmp_path / "hf")
   beside.unlink()
   with pytest.raises(ValueError, match="funnel.safetensors cannot be read"):

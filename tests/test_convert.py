@@ -181,8 +181,8 @@ def test_what_a_funnel_learns_is_made_afresh(tmp_path, capsys):
   learned = "start=0,recover=gate+start=1,pool=attention,recover=attend"
   model = gemma_funnel.load(folder, learned, dtype="bfloat16")
   first, second = capsys.readouterr().out.splitlines()
-  assert first == "funnel stage 0: freshly initialised gate"
-  assert "attend/attn/key, " in second and ", pool_query" in second
+  assert first == "funnel stage 0: freshly initialised recovery/gate"
+  assert "attend/attn/key, " in second and "/pool_query" in second
   assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {
     jnp.dtype("bfloat16")
   }

@@ -71,7 +71,7 @@ def test_a_run_is_read_back_merged(base, trained):
       # Beyond what 8 bits do to it.
       change = np.max(np.abs(after["layers"][part][name] - x))
       assert change > 4 * np.max(np.abs(x)) / 254, name
-  assert np.any(after["funnel"][0]["gate"])
+  assert np.any(after["funnel"][0]["recovery"]["gate"])
   # Only factors were saved, and what the funnel learns.
   steps = pathlib.Path(workdir, "checkpoints")
   saved = json.loads((steps / "12" / "lora" / "_METADATA").read_text())
