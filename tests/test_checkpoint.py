@@ -433,7 +433,7 @@ def test_a_run_is_exported(trained, tmp_path, capsys):
     said.append(capsys.readouterr().out)
   assert said[0] == said[1] == said[2] != ""
   raw = json.loads((tmp_path / "hf" / "config.json").read_text())
-  assert raw["funnel"] == "start=1,stop=2,stride=2,pool=mean,recover=average"
+  assert raw["funnel"] == "start=1,stop=2,stride=2,reduce=mean,recover=average"
 
 
 def test_the_newest_intact_checkpoint_is_exported(copy, tmp_path, capsys):
