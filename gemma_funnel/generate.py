@@ -29,7 +29,6 @@ from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from gemma_funnel.decode.decoder import Decoder, Generation
 from gemma_funnel.decode.sampling import Sampling
 from gemma_funnel.model import Transformer
-from gemma_funnel.training import checkpoint
 
 _MAX_NEW_TOKENS = 128
 _PROGRESS_SECONDS = 10.0
@@ -380,15 +379,14 @@ def load(job: Job) -> Decoder:
   """Reads the weights.
 
   Raises:
-    ValueError: see `convert.load` and `checkpoint.load_run`.
+    ValueError: see `convert.load`.
   """
-  given = job.args.checkpoint, job.args.funnel
+  args = job.args
+  # A run is read as it was trained.
+  dtype = args.dtype or (None if job.found.is_run else "float32")
   # What loading has to tell is no part of the result.
   with contextlib.redirect_stdout(sys.stderr):
-    if job.found.is_run:
-      model = checkpoint.load_run(*given, job.args.dtype).model
-    else:
-      model = convert.load(*given, job.args.dtype or "float32")
+    model = convert.load(args.checkpoint, args.funnel, dtype)
   # The kernel of a run is that of the devices it was trained on.
   config = dataclasses.replace(model.config, kernel="auto")
   graphdef = nnx.graphdef(Transformer.abstract(config, model.stages))

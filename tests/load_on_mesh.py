@@ -16,11 +16,11 @@ def main(path, coordinator, processes, process):
   import numpy as np
 
   import gemma_funnel
-  from gemma_funnel.convert import store
+  from gemma_funnel.convert import tensor_io
   from gemma_funnel.parallel import sharding
 
   mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=-1))
-  read, sizes = store.read_range, []
+  read, sizes = tensor_io.read_range, []
 
   def counted(path, offset, nbytes):
     sizes.append(nbytes)

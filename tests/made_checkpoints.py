@@ -11,7 +11,13 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_checkpoints import GEMMA2, random_tensors, write
 
-from gemma_funnel.convert import discover, layout, source, target, transfer
+from gemma_funnel.convert import (
+  conversion,
+  detect,
+  param_mapping,
+  reader,
+  writer,
+)
 from gemma_funnel.convert.__main__ import main
 
 FUNNEL = "start=1,stride=2,pool=attention,recover=attend"
@@ -31,8 +37,8 @@ FORMATS = {
 def make(origin, folder, to, shards=False, **options):
   with pytest.MonkeyPatch.context() as patch:
     if shards:
-      patch.setattr(target, "SHARD_BYTES", 4000)
-    transfer.convert(origin, folder, to, **options)
+      patch.setattr(writer, "SHARD_BYTES", 4000)
+    conversion.convert(origin, folder, to, **options)
 
 
 def make_learned(origin, folder):
@@ -40,17 +46,19 @@ def make_learned(origin, folder):
   shutil.copytree(origin, folder)
   raw = json.loads((folder / "config.json").read_text())
   (folder / "config.json").write_text(json.dumps({**raw, "funnel": FUNNEL}))
-  config, stages = discover.read_config(discover.find(folder))
+  config, stages = detect.read_config(detect.find(folder))
   learned = {
     tensor.name: np.ones(tensor.shape, np.float32)
-    for tensor in layout.learned_tensors(layout.own_tensors(config, stages))
+    for tensor in param_mapping.learned_tensors(
+      param_mapping.own_tensors(config, stages)
+    )
   }
-  save_file(learned, folder / discover.LEARNED)
+  save_file(learned, folder / detect.LEARNED)
 
 
 def parameters(opened):
   """All values of a checkpoint, by our paths."""
-  for path, shape in layout.own_parameters(
+  for path, shape in param_mapping.own_parameters(
     opened.config, opened.stages
   ).items():
     index = [slice(None)] * len(shape)
@@ -62,7 +70,7 @@ def make_orbax(origin, folder, use_ocdbt):
   import orbax.checkpoint as ocp
 
   tree = {}
-  for (*lead, last), values in parameters(source.open_checkpoint(origin)):
+  for (*lead, last), values in parameters(reader.open_checkpoint(origin)):
     functools.reduce(lambda t, key: t.setdefault(key, {}), lead, tree)[last] = (
       values
     )
@@ -82,7 +90,7 @@ def make_all(folder):
   make_orbax(folder / "ours", folder / "ocdbt", True)
   make_orbax(folder / "ours", folder / "plain", False)
   for one in folder.iterdir():
-    source.open_checkpoint(one)
+    reader.open_checkpoint(one)
   return folder
 
 

@@ -251,7 +251,7 @@ def test_bad_configurations_are_named(run, changes, message):
 
 
 def test_a_funnel_that_cannot_be_is_said_before_a_run_is_read(run, monkeypatch):
-  monkeypatch.setattr(checkpoint_lib, "load_run", None)
+  monkeypatch.setattr(convert, "load_run", None)
   for funnel in ("start=1,recover=none", "half"):
     config = get_config(checkpoint=str(run[0]), funnels=(funnel,))
     with pytest.raises(ValueError, match="recover='none'|funnels: 'half'"):

@@ -13,10 +13,9 @@ import pytest
 import tiny_run
 
 import gemma_funnel
-from gemma_funnel import generate
-from gemma_funnel.config import FunnelConfig, TransformerConfig
+from gemma_funnel import convert, generate
+from gemma_funnel.config import FunnelConfig
 from gemma_funnel.convert import __main__ as command
-from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import sharding
 from gemma_funnel.training import checkpoint as checkpoint_lib
 from gemma_funnel.training import init_state, pretrain, workdir
@@ -67,7 +66,7 @@ def by_step(trained, tmp_path_factory):
   for step in (4, 8, 12):
     folder = tmp_path_factory.mktemp("only") / "run"
     _only(pathlib.Path(shutil.copytree(trained[0], folder)), step)
-    run = checkpoint_lib.load_run(folder)
+    run = convert.load_run(folder)
     assert run.step == step
     read[step] = _params(run.model)
   return read
@@ -79,7 +78,7 @@ def _tokens():
 
 def test_a_loaded_run_is_the_trained_model(trained, source):
   folder, result = trained
-  run = checkpoint_lib.load_run(folder)
+  run = convert.load_run(folder)
   assert run.step == 12 == result.steps
   assert run.tokenizer_path == str(folder / "tokenizer.model")
   assert run.config.data.source == source
@@ -121,9 +120,9 @@ def _stop_at(config, step):
 
 def test_a_run_is_loaded_with_another_funnel(trained):
   folder, result = trained
-  off = checkpoint_lib.load_model(folder, "off")
-  other = checkpoint_lib.load_model(folder, "start=0,stride=3,recover=add")
-  trained_with = checkpoint_lib.load_model(folder)
+  off = convert.load(folder, "off")
+  other = convert.load(folder, "start=0,stride=3,recover=add")
+  trained_with = convert.load(folder)
   assert off.stages == ()
   assert other.stages == (FunnelConfig(0, 2, 3, recover="add"),)
   for model in (off, other, trained_with):
@@ -161,12 +160,12 @@ def test_what_a_funnel_learned_is_read_back(learned, capsys):
   params = _params(result.model)
   for leaf in jax.tree.leaves(params["funnel"]):
     assert np.max(np.abs(leaf)) > 1e-3  # Those that start at zero too.
-  model = checkpoint_lib.load_model(folder)
+  model = convert.load(folder)
   assert _same(_params(model), params)
   graphdef, _ = nnx.split(result.model)
   whole = nnx.merge(graphdef, jax.device_put(params, jax.devices()[0]))
   np.testing.assert_array_equal(model(_tokens()), whole(_tokens()))
-  off = checkpoint_lib.load_model(folder, "off")
+  off = convert.load(folder, "off")
   assert "funnel" not in _params(off)
   assert _same(_params(off)["layers"], params["layers"])
   assert "fresh" not in capsys.readouterr().out
@@ -176,18 +175,20 @@ def test_what_a_funnel_learned_is_read_back(learned, capsys):
 def test_another_funnel_keeps_what_its_stages_learned(learned, capsys):
   folder, result = learned
   params = _params(result.model)["funnel"]
-  other = checkpoint_lib.load_model(
+  other = convert.load(
     folder, "start=0,recover=gate,pool=attention+start=1,recover=gate"
   )
   said = capsys.readouterr().out
   assert said == (
-    "funnel stage 0: freshly initialised pool_query\n"
-    "funnel stage 1: freshly initialised gate\n"
+    "funnel stage 0: freshly initialised reducer/pool_query\n"
+    "funnel stage 1: freshly initialised recovery/gate\n"
   )
   found = _params(other)["funnel"]
-  np.testing.assert_array_equal(found[0]["gate"], params[0]["gate"])
-  assert not np.any(found[0]["pool_query"]) and not np.any(found[1]["gate"])
-  back = checkpoint_lib.load_model(folder, LEARNED)
+  gate = lambda stage: stage["recovery"]["gate"]
+  np.testing.assert_array_equal(gate(found[0]), gate(params[0]))
+  assert not np.any(found[0]["reducer"]["pool_query"])
+  assert not np.any(gate(found[1]))
+  back = convert.load(folder, LEARNED)
   assert _same(_params(back)["funnel"], params)
 
 
@@ -205,13 +206,13 @@ def test_a_run_that_learns_a_funnel_resumes(learned, source, tmp_path):
 
 def test_a_run_is_loaded_in_another_dtype(trained):
   folder, result = trained
-  model = checkpoint_lib.load_model(folder, dtype="bfloat16")
+  model = convert.load(folder, dtype="bfloat16")
   assert model.config.dtype == model.config.param_dtype == "bfloat16"
   rounded = jax.tree.map(
     lambda x: x.astype(jnp.bfloat16), _params(result.model)
   )
   assert _same(_params(model), rounded)
-  exact = checkpoint_lib.load_model(folder)(_tokens())
+  exact = convert.load(folder)(_tokens())
   assert 0 < np.max(np.abs(model(_tokens()) - exact)) < 0.1
 
 
@@ -225,21 +226,21 @@ def test_a_run_is_loaded_in_another_dtype(trained):
 )
 def test_a_funnel_that_does_not_fit_is_refused(trained, funnel, text):
   with pytest.raises(ValueError, match=text):
-    checkpoint_lib.load_run(trained[0], funnel)
+    convert.load_run(trained[0], funnel)
 
 
 def test_a_dtype_that_is_none_is_refused(trained):
   with pytest.raises(ValueError, match="dtype='int7'"):
-    checkpoint_lib.load_run(trained[0], dtype="int7")
+    convert.load_run(trained[0], dtype="int7")
 
 
 def test_a_path_that_is_no_run_is_refused(tmp_path, copy):
   for path in (tmp_path / "nothing", tmp_path):
     with pytest.raises(ValueError, match="no run: it has no folder"):
-      checkpoint_lib.load_run(path)
+      convert.load_run(path)
   (copy / "config.json").unlink()
   with pytest.raises(ValueError, match=r"config\.json cannot be read"):
-    checkpoint_lib.load_run(copy)
+    convert.load_run(copy)
 
 
 def test_reading_a_run_changes_nothing_in_it(copy):
@@ -249,7 +250,7 @@ def test_reading_a_run_changes_nothing_in_it(copy):
     str(p): p.read_bytes() if p.is_file() else None for p in copy.rglob("*")
   }
   before = files()
-  assert checkpoint_lib.load_run(copy).step == 8
+  assert convert.load_run(copy).step == 8
   assert files() == before
 
 
@@ -299,7 +300,7 @@ def test_damage_of_any_file_never_changes_what_is_read(
     shutil.copytree(trained[0], folder)
     damage(folder / name)
     capsys.readouterr()
-    run = checkpoint_lib.load_run(folder)
+    run = convert.load_run(folder)
     said = capsys.readouterr().out
     assert _same(_params(run.model), by_step[run.step]), name
     if run.step == 12:
@@ -346,7 +347,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_saved_again(
   # The run takes the steps after 8 again, and ends where it had ended.
   result = tiny_run.train(tiny_run.make_config(copy, source))
   assert _same(_params(result.model), _params(trained[1].model))
-  assert checkpoint_lib.load_run(copy).step == 12
+  assert convert.load_run(copy).step == 12
   # And once more: the name is taken.
   _truncate(_newest_data_file(copy))
   assert _restore(copy, source)[0] == 8
@@ -369,7 +370,7 @@ def test_nothing_intact_is_an_error_that_names_them(copy, source):
   for step in (4, 8, 12):
     _truncate(_newest_data_file(copy, step))
   for read in (
-    lambda: checkpoint_lib.load_run(copy),
+    lambda: convert.load_run(copy),
     lambda: _restore(copy, source),
     lambda: tiny_run.train(tiny_run.make_config(copy, source)),
   ):
@@ -382,7 +383,7 @@ def test_nothing_intact_is_an_error_that_names_them(copy, source):
 def test_a_folder_without_checkpoints_is_no_run_to_load(copy):
   _only(copy, None)
   with pytest.raises(ValueError, match="no checkpoint in .*: it is empty"):
-    checkpoint_lib.load_run(copy)
+    convert.load_run(copy)
 
 
 def test_what_a_killed_save_left_is_removed(copy, source):
@@ -398,114 +399,6 @@ def test_old_checkpoints_are_dropped(source, tmp_path):
   )
   tiny_run.train(config)
   assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["3", "4"]
-
-
-def _config(workdir, **changes):
-  return tiny_run.make_config(workdir, "corpus.txt", **changes)
-
-
-def test_a_workdir_is_claimed_once(tmp_path):
-  config = _config(tmp_path / "run")
-  workdir.init_workdir(config)
-  written = json.loads((tmp_path / "run" / "config.json").read_text())
-  assert written == json.loads(config.to_json())
-  workdir.init_workdir(config)
-  assert os.listdir(tmp_path / "run") == ["config.json"]
-
-
-@pytest.mark.parametrize(
-  "changes",
-  [
-    {"steps": 13},
-    {"batch_size": 16},
-    {"length": 64},
-    {"seed": 1},
-    {"funnel": "off"},
-    {"z_loss": 0.0},
-    {"data.lanes": 2},
-    {"model.dtype": "bfloat16"},
-    {"optimizer.b2": 0.9},
-    {"data.seed": 1},
-    {"data.tokenizer": "x"},
-  ],
-  ids=str,
-)
-def test_a_workdir_of_another_run_is_refused(changes, tmp_path):
-  workdir.init_workdir(_config(tmp_path))
-  (tmp_path / "tokenizer.model").write_text("")
-  config = _config(tmp_path, **changes)
-  with pytest.raises(ValueError) as error:
-    workdir.init_workdir(config)
-  (key,) = changes
-  text = str(error.value)
-  assert f"{key}: " in text and text.count(" / ") == 2 and "\n" not in text
-
-
-def test_what_changes_rounding_at_most_may_change(tmp_path):
-  workdir.init_workdir(_config(tmp_path / "run"))
-  (tmp_path / "run" / "checkpoints").mkdir()
-  changes = {
-    "log_every": 7,
-    "eval_every": 3,
-    "checkpoint_every": 5,
-    "keep": 1,
-    "tensorboard": True,
-    "latency.repeats": 3,
-    "heldout_documents": 9,
-    "eval_documents": 3,
-    "mesh.fsdp": 2,
-    "accumulate": 2,
-    "model.remat": "block",
-    "loss_chunk": 8,
-    "data.num_workers": 1,
-    "watchdog_minutes": 3.0,
-    "keep_best": 1,
-    "rollback.factor": 2.0,
-  }
-  workdir.init_workdir(_config(tmp_path / "run", **changes))
-  moved = (tmp_path / "run").rename(tmp_path / "moved")
-  workdir.init_workdir(_config(moved))
-  # Of data whose place is a number of rows.
-  with pytest.raises(ValueError, match="batch_size"):
-    workdir.init_workdir(_config(moved, batch_size=16))
-  workdir.init_workdir(_config(moved, batch_size=16), free=("batch_size",))
-
-
-def test_workdirs_that_cannot_be_claimed(tmp_path):
-  file = tmp_path / "file"
-  file.write_text("")
-  with pytest.raises(ValueError, match="is a file"):
-    workdir.init_workdir(_config(file))
-  with pytest.raises(ValueError, match="cannot be written to: Not a dir"):
-    workdir.init_workdir(_config(file / "run"))
-  for content in ("{", "\0\0", "[]"):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json is no"):
-      workdir.init_workdir(_config(tmp_path))
-  (tmp_path / "config.json").unlink()
-  for name in ("checkpoints", "tokenizer.model"):
-    (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match=r"but no config\.json"):
-      workdir.init_workdir(_config(tmp_path))
-    (tmp_path / name).rmdir()
-
-
-def test_a_call_that_failed_early_may_be_corrected(tmp_path):
-  workdir.init_workdir(_config(tmp_path, **{"data.source": "wrong"}))
-  workdir.init_workdir(_config(tmp_path))
-  written = json.loads((tmp_path / "config.json").read_text())
-  assert written["data"]["source"] == "corpus.txt"
-
-
-def test_parameters_fit_any_funnel_of_the_same_sizes(trained):
-  run = checkpoint_lib.load_run(trained[0])
-  config = TransformerConfig.from_dict(run.config.model)
-
-  def shapes(funnel):
-    state = nnx.state(Transformer.abstract(config, funnel))
-    return jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(state))
-
-  assert shapes(None) == shapes("start=1,stride=2")
 
 
 # Elsewhere.
@@ -535,7 +428,7 @@ def test_a_run_is_exported(trained, tmp_path, capsys):
     said.append(capsys.readouterr().out)
   assert said[0] == said[1] == said[2] != ""
   raw = json.loads((tmp_path / "hf" / "config.json").read_text())
-  assert raw["funnel"] == "start=1,stop=2,stride=2,pool=mean,recover=average"
+  assert raw["funnel"] == "start=1,stop=2,stride=2,reduce=mean,recover=average"
 
 
 def test_the_newest_intact_checkpoint_is_exported(copy, tmp_path, capsys):
@@ -543,7 +436,7 @@ def test_the_newest_intact_checkpoint_is_exported(copy, tmp_path, capsys):
   (newest / "manifest.ocdbt").write_bytes(b"")
   gemma_funnel.convert.convert(copy, tmp_path / "there", "orbax")
   assert "checkpoint 12 is damaged" in capsys.readouterr().out
-  ours = checkpoint_lib.load_run(copy)
+  ours = convert.load_run(copy)
   assert ours.step == 8
   there = gemma_funnel.load(tmp_path / "there")
   assert _same(_params(there), _params(ours.model))

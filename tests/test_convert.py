@@ -25,12 +25,12 @@ from tiny_checkpoints import (
 import gemma_funnel
 from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.convert import (
+  conversion,
   gemma_pytorch,
   google,
   huggingface,
-  layout,
-  target,
-  transfer,
+  param_mapping,
+  writer,
 )
 from gemma_funnel.convert.orbax_tree import OrbaxTree
 
@@ -107,13 +107,13 @@ def test_formats_cover_every_parameter_once(name):
   formats = [
     huggingface.tensors(config),
     gemma_pytorch.tensors(config),
-    layout.own_tensors(config),
+    param_mapping.own_tensors(config),
   ]
   for kind in ("flat", "nested", "stacked", "kauldron"):
     for transposed in (False, True):
       formats.append(google.tensors(config, kind, transposed, 300_000)[0])
   for tensors in formats:
-    found = [(p.path, p.layer) for tensor in tensors for p in tensor.parts]
+    found = [(p.path, p.layer) for tensor in tensors for p in tensor.views]
     assert sorted(map(str, found)) == sorted(map(str, expected))
 
 
@@ -181,8 +181,8 @@ def test_what_a_funnel_learns_is_made_afresh(tmp_path, capsys):
   learned = "start=0,recover=gate+start=1,pool=attention,recover=attend"
   model = gemma_funnel.load(folder, learned, dtype="bfloat16")
   first, second = capsys.readouterr().out.splitlines()
-  assert first == "funnel stage 0: freshly initialised gate"
-  assert "attend/attn/key, " in second and ", pool_query" in second
+  assert first == "funnel stage 0: freshly initialised recovery/gate"
+  assert "attend/attn/key, " in second and "/pool_query" in second
   assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {
     jnp.dtype("bfloat16")
   }
@@ -242,22 +242,6 @@ def test_one_tensor_in_two_shards(tmp_path):
   names = sorted(stored)[2::3] + ["model.embed_tokens.weight"]
   save_file({name: stored[name] for name in names}, shard)
   with pytest.raises(ValueError, match=r"in two files.*embed_tokens"):
-    gemma_funnel.load(tmp_path)
-
-
-def test_a_missing_shard_is_named(tmp_path):
-  write_shards(tmp_path, GEMMA2, random_tensors(GEMMA2))
-  (tmp_path / "model-00002-of-00003.safetensors").unlink()
-  with pytest.raises(ValueError, match="model-00002-of-00003.safetensors"):
-    gemma_funnel.load(tmp_path)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 100, -1])
-def test_a_damaged_file_is_named(tmp_path, keep):
-  write(tmp_path, GEMMA2, random_tensors(GEMMA2))
-  file = tmp_path / "model.safetensors"
-  file.write_bytes(file.read_bytes()[:keep])
-  with pytest.raises(ValueError, match="model.safetensors cannot be read"):
     gemma_funnel.load(tmp_path)
 
 
@@ -326,19 +310,6 @@ def test_anything_else_is_described(tmp_path):
     gemma_funnel.load(tmp_path)
 
 
-def test_our_runs_are_passed_on(tmp_path, monkeypatch):
-  from gemma_funnel.training import checkpoint
-
-  seen = []
-  monkeypatch.setattr(checkpoint, "load_model", lambda *args: seen.append(args))
-  (tmp_path / "checkpoints").mkdir()
-  model = TransformerConfig.preset("tiny").to_dict()
-  run = {"model": model, "funnel": "off", "data": {"tokenizer": None}}
-  write_config(tmp_path, run)
-  gemma_funnel.load(tmp_path, "start=1", dtype="bfloat16")
-  assert seen == [(tmp_path, "start=1", "bfloat16", None)]
-
-
 # From every format to every other.
 
 
@@ -373,7 +344,7 @@ KINDS = [
 def test_every_format_to_every_other(tmp_path, family, monkeypatch):
   # Google's two layouts of gating_einsum, whatever the published sizes.
   for transposed in (False, True):
-    monkeypatch.setattr(target, "_is_transposed", lambda config: transposed)
+    monkeypatch.setattr(writer, "_is_transposed", lambda config: transposed)
     folder = tmp_path / str(transposed)
     folder.mkdir()
     source = _write_source(folder / "source", family)
@@ -381,10 +352,10 @@ def test_every_format_to_every_other(tmp_path, family, monkeypatch):
     for to, google_layout in KINDS:
       options = {"google_layout": google_layout} if google_layout else {}
       first[to, google_layout] = folder / f"{to}-{google_layout}"
-      transfer.convert(source, first[to, google_layout], to, **options)
+      conversion.convert(source, first[to, google_layout], to, **options)
     for number, path in enumerate(first.values()):
       back = folder / f"back{number}"
-      transfer.convert(path, back, "hf")
+      conversion.convert(path, back, "hf")
       # Bit for bit, through every format and back.
       _same_files(first["hf", None], back)
     same(
@@ -397,7 +368,7 @@ def test_every_format_to_every_other(tmp_path, family, monkeypatch):
         for to, google_layout in KINDS:
           options = {"google_layout": google_layout} if google_layout else {}
           there = folder / f"{'-'.join(map(str, a))}-{to}-{google_layout}"
-          transfer.convert(path, there, to, **options)
+          conversion.convert(path, there, to, **options)
           _same_files(first[to, google_layout], there)
 
 

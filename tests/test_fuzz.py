@@ -15,7 +15,7 @@ from tiny_checkpoints import damage
 
 import gemma_funnel
 from gemma_funnel import cli, convert
-from gemma_funnel.convert import layout, source
+from gemma_funnel.convert import param_mapping, reader
 
 _TOKENS = re.compile(r'"[^"]*"|-?[\d.]+(e-?\d+)?|true|false|null|[\[\]{},]')
 _ODD = (
@@ -111,8 +111,8 @@ def test_there_are_two_thousand_cases():
 def test_a_damaged_checkpoint_is_read_or_refused(copy, monkeypatch, name):
   """Nothing else: no other exception, no hang, no large allocation."""
   # Abstract models of the same few configurations are most of the work.
-  cached = functools.cache(layout.own_parameters)
-  monkeypatch.setattr(layout, "own_parameters", cached)
+  cached = functools.cache(param_mapping.own_parameters)
+  monkeypatch.setattr(param_mapping, "own_parameters", cached)
   folder = copy(name)
   files = contents(folder)
   files = {file: data for file, data in files.items() if data}
@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_is_read_or_refused(copy, monkeypatch, name):
             convert.describe(folder)
           if case % 8 == 4:
             gemma_funnel.load(folder)
-          values = dict(parameters(source.open_checkpoint(folder)))
+          values = dict(parameters(reader.open_checkpoint(folder)))
         assert all(np.isfinite(v).all() for v in values.values()), what
         counts["read"] += 1
       except ValueError as error:

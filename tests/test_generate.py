@@ -452,12 +452,9 @@ def test_dtype_and_funnel_of_a_hugging_face_folder(plain):
 
 
 def test_dtype_of_a_run_is_as_trained(folder, monkeypatch):
-  seen, load_run = [], checkpoint_lib.load_run
-  monkeypatch.setattr(
-    checkpoint_lib,
-    "load_run",
-    lambda *args: (seen.append(args), load_run(*args))[1],
-  )
+  seen, load = [], convert.load
+  record = lambda *args: (seen.append(args), load(*args))[1]
+  monkeypatch.setattr(convert, "load", record)
   for flags in ([], ["--dtype=bfloat16"]):
     generate.load(_job(folder, "--prompt=a", *flags))
   assert [args[2] for args in seen] == [None, "bfloat16"]

@@ -24,11 +24,11 @@ from tiny_checkpoints import D, F, H, K, L, N, V
 
 import gemma_funnel
 from gemma_funnel.config import PRESETS, TransformerConfig
-from gemma_funnel.convert import discover, google, target, transfer
+from gemma_funnel.convert import conversion, detect, google, writer
 from gemma_funnel.convert.__main__ import main
 from gemma_funnel.convert.orbax_tree import OrbaxTree
-from gemma_funnel.convert.source import open_checkpoint
-from gemma_funnel.convert.store import Header
+from gemma_funnel.convert.reader import open_checkpoint
+from gemma_funnel.convert.tensor_io import Header
 from gemma_funnel.model import Transformer
 
 # Grouped queries, one head of keys and values, and as many as of queries,
@@ -390,10 +390,10 @@ def tree_equal(a, b):
 def test_orbax_restores_ours(
   tmp_path, monkeypatch, family, kind, transposed, dtype
 ):
-  monkeypatch.setattr(target, "_is_transposed", lambda config: transposed)
+  monkeypatch.setattr(writer, "_is_transposed", lambda config: transposed)
   hf = write_hf(tmp_path / "hf", family, dtype)
   path = tmp_path / "tree"
-  transfer.convert(hf, path, "google", google_layout=kind)
+  conversion.convert(hf, path, "google", google_layout=kind)
   expected = google_tree(family, kind, transposed, dtype)
   with ocp.StandardCheckpointer() as checkpointer:
     restored = checkpointer.restore(path, in_place(expected))
@@ -414,7 +414,7 @@ def test_orbax_restores_ours_without_a_word(tmp_path, kind, checkpointer):
   """As scripts do: neither shapes nor shardings are given."""
   path = tmp_path / "tree"
   hf = write_hf(tmp_path / "hf", "gqa")
-  transfer.convert(hf, path, "google", google_layout=kind)
+  conversion.convert(hf, path, "google", google_layout=kind)
   with checkpointer() as restorer:
     restored = restorer.restore(path)
   tree_equal(google_tree("gqa", kind, False), restored)
@@ -423,7 +423,7 @@ def test_orbax_restores_ours_without_a_word(tmp_path, kind, checkpointer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_orbax_restores_our_own_format(tmp_path, family):
   path = tmp_path / "ours"
-  transfer.convert(write_hf(tmp_path / "hf", family), path, "orbax")
+  conversion.convert(write_hf(tmp_path / "hf", family), path, "orbax")
   graphdef, state = nnx.split(Transformer.abstract(config_of(family)))
   with ocp.StandardCheckpointer() as checkpointer:
     restored = checkpointer.restore(
@@ -456,7 +456,7 @@ def embedding_of(path, kind="flat"):
 def test_rows_are_padded_and_left_out_again(tmp_path, padded, kind):
   hf = write_hf(tmp_path / "hf", "gqa", "bfloat16")
   there, back = tmp_path / "there", tmp_path / "back"
-  transfer.convert(hf, there, "google", google_layout=kind)
+  conversion.convert(hf, there, "google", google_layout=kind)
   embedding = embedding_of(there, kind)
   assert embedding.shape == (ROWS, D)
   expected = stored_of("gqa", "bfloat16")["model.embed_tokens.weight"]
@@ -467,7 +467,7 @@ def test_rows_are_padded_and_left_out_again(tmp_path, padded, kind):
   same(
     reference_of("gqa", "bfloat16"), gemma_funnel.load(there, dtype="bfloat16")
   )
-  transfer.convert(there, back, "hf")
+  conversion.convert(there, back, "hf")
   for name, values in load_file(back / "model.safetensors").items():
     np.testing.assert_array_equal(values, stored_of("gqa", "bfloat16")[name])
 
@@ -552,7 +552,7 @@ def test_other_rows_are_an_error(tmp_path, padded, rows):
 
 def weights_of(tensors, folder, format_):
   headers = {t.name: Header(t.shape, np.dtype(np.float32)) for t in tensors}
-  return discover.Weights("it", format_, folder, lambda: tiny.Headers(headers))
+  return detect.Weights("it", format_, folder, lambda: tiny.Headers(headers))
 
 
 RELEASED = [name for name in PRESETS if name.startswith(("gemma1_", "gemma2_"))]
@@ -566,8 +566,8 @@ def test_released_sizes_are_known(tmp_path, name, kind, transposed):
   for rows in (256_000, 256_128):
     tensors, _ = google.tensors(config, kind, transposed, rows)
     weights = weights_of(tensors, tmp_path, "google")
-    assert discover.read_config(weights) == (config, ())
-    reader = discover.open_reader(weights)[1]
+    assert detect.read_config(weights) == (config, ())
+    reader = detect.open_tensors(weights)[1]
     assert google.is_transposed(reader) == transposed
 
 
@@ -589,7 +589,7 @@ def test_an_unreleased_gemma2_needs_a_configuration(tmp_path, kind):
   with pytest.raises(ValueError) as error:
     gemma_funnel.load(path)
   text = str(error.value)
-  assert "no published Gemma" in text and discover.SIDECAR in text
+  assert "no published Gemma" in text and detect.SIDECAR in text
   for size in (
     f"'num_layers': {L}",
     f"'mlp_dim': {F}",
@@ -600,7 +600,7 @@ def test_an_unreleased_gemma2_needs_a_configuration(tmp_path, kind):
     assert size in text
   # What it asks for.
   sidecar = dict(model=config_of("gqa").to_dict(), funnel="off")
-  (path / discover.SIDECAR).write_text(json.dumps(sidecar))
+  (path / detect.SIDECAR).write_text(json.dumps(sidecar))
   same(reference_of("gqa"), gemma_funnel.load(path))
 
 
@@ -650,9 +650,9 @@ def test_a_query_scale_that_is_known_to_be_wrong(tmp_path, name, wrong, right):
   (tmp_path / "model.safetensors").write_bytes(b"")
   tiny.write_config(tmp_path, {**config, "query_pre_attn_scalar": wrong})
   with pytest.raises(ValueError, match=rf"\b{wrong}\b.*\b{right}\b"):
-    discover.read_config(discover.find(tmp_path))
+    detect.read_config(detect.find(tmp_path))
   tiny.write_config(tmp_path, {**config, "query_pre_attn_scalar": right})
-  found, _ = discover.read_config(discover.find(tmp_path))
+  found, _ = detect.read_config(detect.find(tmp_path))
   assert found.query_pre_attn_scalar == right
 
 
@@ -660,7 +660,7 @@ def test_a_configuration_by_name_overrides(tmp_path, monkeypatch):
   hf = write_hf(tmp_path / "hf", "gqa")
   ours = config_of("gqa")
   other = dataclasses.replace(ours, query_pre_attn_scalar=5.0)
-  monkeypatch.setattr(discover, "published", lambda config: other)
+  monkeypatch.setattr(detect, "published", lambda config: other)
   with pytest.raises(ValueError, match="query_pre_attn_scalar=11, but.* 5:"):
     gemma_funnel.load(hf)
   assert gemma_funnel.load(hf, config=ours).config == ours

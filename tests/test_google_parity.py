@@ -16,7 +16,7 @@ import pytest
 import tiny_checkpoints as tiny
 
 import gemma_funnel
-from gemma_funnel.convert import target, transfer
+from gemma_funnel.convert import conversion, writer
 
 pytestmark = pytest.mark.parity
 
@@ -112,8 +112,8 @@ class Case:
     """A tree of ours."""
     path = self.folder / f"{kind}-{transposed}"
     if not path.exists():
-      monkeypatch.setattr(target, "_is_transposed", lambda config: transposed)
-      transfer.convert(self.source, path, "google", google_layout=kind)
+      monkeypatch.setattr(writer, "_is_transposed", lambda config: transposed)
+      conversion.convert(self.source, path, "google", google_layout=kind)
     return path
 
 

@@ -21,7 +21,7 @@ import pytest
 from tiny_checkpoints import GEMMA2
 
 import gemma_funnel
-from gemma_funnel.convert import discover, source, target, transfer
+from gemma_funnel.convert import conversion, detect, reader, writer
 
 
 def refused(path, *words, to="hf"):
@@ -30,7 +30,7 @@ def refused(path, *words, to="hf"):
   with fails(destination, *words):
     gemma_funnel.load(path)
   with fails(destination, *words):
-    transfer.convert(path, destination, to)
+    conversion.convert(path, destination, to)
 
 
 # Files that are damaged, or missing.
@@ -127,8 +127,8 @@ def test_a_chunk_that_is_missing_is_not_read_as_zeros(copy, made, tmp_path):
   assert metadata[key] is True
   for old in ({**metadata, key: False}, {"tree_metadata": {}}):
     file.write_text(json.dumps(old))
-    found = dict(parameters(source.open_checkpoint(folder)))
-    for path, values in parameters(source.open_checkpoint(made / "plain")):
+    found = dict(parameters(reader.open_checkpoint(folder)))
+    for path, values in parameters(reader.open_checkpoint(made / "plain")):
       zero = path == ("layers", "mlp", "up")
       np.testing.assert_array_equal(found[path], 0 * values if zero else values)
   file.write_text("{")
@@ -161,7 +161,7 @@ def test_shapes_that_are_not_those_of_the_configuration(copy, capsys, name):
   file = folder / "config.json"
   key = "intermediate_size" if name.startswith("hf") else "mlp_dim"
   if not file.exists():
-    file = folder / discover.SIDECAR
+    file = folder / detect.SIDECAR
   rewrite(file, lambda raw: raw.update({key: 13}))
   words = ("does not fit", "has shape", "13", "12", "linear")
   words = words if FORMATS[name]["to"] == "google" else (*words[:-1], "mlp.")
@@ -171,22 +171,22 @@ def test_shapes_that_are_not_those_of_the_configuration(copy, capsys, name):
 
 
 def make_with(change, made, folder, to, dtype=None, **options):
-  """A checkpoint whose blocks are changed by `change(part, block)`."""
-  read = transfer._read
+  """A checkpoint whose blocks are changed by `change(view, block)`."""
+  read = conversion._read
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      transfer,
+      conversion,
       "_read",
-      lambda s, plan, part, cut: change(
-        part,
-        read(s, dataclasses.replace(plan, dtype=np.dtype("f4")), part, cut),
+      lambda s, plan, view, cut: change(
+        view,
+        read(s, dataclasses.replace(plan, dtype=np.dtype("f4")), view, cut),
       ),
     )
     if dtype is not None:
-      planned = transfer.plan_for
+      planned = conversion.spec_for
       patch.setattr(
-        transfer,
-        "plan_for",
+        conversion,
+        "spec_for",
         lambda *args: dataclasses.replace(
           planned(*args), dtype=np.dtype(dtype)
         ),
@@ -197,15 +197,15 @@ def make_with(change, made, folder, to, dtype=None, **options):
 @pytest.mark.parametrize("name", FORMATS)
 def test_tensors_of_another_dtype(made, tmp_path, name):
   folder = tmp_path / "src"
-  to_int = lambda part, block: block.astype(np.int32)
+  to_int = lambda view, block: block.astype(np.int32)
   make_with(to_int, made, folder, dtype=np.int32, **FORMATS[name])
   where = "params" if name == "ours" else str(folder)
   refused(folder, where, "embed", "is of int32: expected one of", "float32")
 
 
 def poison(value):
-  def change(part, block):
-    if part.path == ("layers", "mlp", "down") and part.layer == 1:
+  def change(view, block):
+    if view.path == ("layers", "mlp", "down") and view.layer == 1:
       block.reshape(-1)[-1] = value
     return block
 
@@ -230,7 +230,7 @@ def test_values_beyond_the_dtype_there(made, tmp_path, capsys, name):
   with fails(destination, *words):
     gemma_funnel.load(folder, dtype="float16")
   with fails(destination, *words, "beyond the range"):
-    transfer.convert(folder, destination, "hf", dtype="float16")
+    conversion.convert(folder, destination, "hf", dtype="float16")
   argv = (folder, destination, "--to=google", "--dtype=float16")
   refused_by_command(capsys, *argv, words=words)
   assert not destination.exists()
@@ -265,9 +265,9 @@ def test_two_formats_in_one_folder(copy, made, name, other, first):
 @pytest.mark.parametrize("name", ["nowhere", "a" * 300, "file/within"])
 def test_a_path_that_does_not_exist(tmp_path, capsys, name):
   (tmp_path / "file").touch()
-  for to in target.FORMATS:
+  for to in writer.FORMATS:
     with fails(tmp_path / "dst", name):
-      transfer.convert(tmp_path / name, tmp_path / "dst", to)
+      conversion.convert(tmp_path / name, tmp_path / "dst", to)
   with fails(tmp_path / "dst", name):
     gemma_funnel.load(tmp_path / name)
   argv = (tmp_path / name, tmp_path / "dst", "--to=hf")
@@ -280,7 +280,7 @@ def test_a_configuration_of_giants(copy, size):
   for name, file, key in [
     ("hf", "config.json", "num_hidden_layers"),
     ("hf", "config.json", "hidden_size"),
-    ("ckpt", discover.SIDECAR, "num_layers"),
+    ("ckpt", detect.SIDECAR, "num_layers"),
     ("ours", "config.json", "vocab_size"),
   ]:
     folder = copy(name)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gemma_funnel.training import checkpoint as checkpoint_lib
+from gemma_funnel import convert
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("GEMMA_FUNNEL_KILLS", "3"))
@@ -87,7 +87,7 @@ def _records(workdir, count):
 
 
 def _params(workdir):
-  run = checkpoint_lib.load_run(str(workdir))
+  run = convert.load_run(str(workdir))
   return run.step, jax.device_get(nnx.to_pure_dict(nnx.state(run.model)))
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 
 from gemma_funnel import convert
-from gemma_funnel.training import checkpoint as checkpoint_lib
+from gemma_funnel.parallel.mesh import AXES
 
 
 def _train(workdir, source, **changes):
@@ -59,7 +59,7 @@ def trained(base, source, tmp_path_factory):
 def test_a_run_is_read_back_merged(base, trained):
   workdir, model = trained
   tokens = np.random.default_rng(0).integers(5, tiny_run.VOCAB, (2, 32))
-  found = checkpoint_lib.load_run(workdir).model
+  found = convert.load_run(workdir).model
   np.testing.assert_allclose(found(tokens), model(tokens), rtol=1e-4, atol=1e-4)
   before, after = _params(convert.load(base)), _params(found)
   np.testing.assert_array_equal(before["embedding"], after["embedding"])
@@ -112,4 +112,14 @@ def test_export_has_what_was_merged(trained, tmp_path):
   convert.convert(workdir, target, "orbax")
   got, want = _params(convert.load(target)), _params(convert.load(workdir))
   assert jax.tree.structure(got) == jax.tree.structure(want)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_it_is_merged_onto_a_mesh(trained):
+  devices = np.array(jax.local_devices()[:2])
+  shape = [2 if axis == "fsdp" else 1 for axis in AXES]
+  mesh = jax.sharding.Mesh(devices.reshape(shape), AXES)
+  model = convert.load(trained[0], mesh=mesh)
+  assert len(model.layers.mlp.up[...].sharding.device_set) == 2
+  got, want = _params(model), _params(convert.load(trained[0]))
   jax.tree.map(np.testing.assert_array_equal, got, want)

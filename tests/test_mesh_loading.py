@@ -18,7 +18,7 @@ import tiny_run
 import gemma_funnel
 from gemma_funnel import convert
 from gemma_funnel.config import TransformerConfig
-from gemma_funnel.convert import safetensors_file, store, target
+from gemma_funnel.convert import safetensors_file, tensor_io, writer
 from gemma_funnel.parallel import sharding
 
 ROWS, WIDTH = 65_536, 512
@@ -74,7 +74,7 @@ def test_parameters_are_where_the_rules_say(folder, converted, axes):
 
 
 def test_what_several_devices_hold_is_read_once(folder, monkeypatch):
-  read, sizes = store.read_range, []
+  read, sizes = tensor_io.read_range, []
 
   def counted(path, offset, nbytes):
     sizes.append(nbytes)
@@ -84,7 +84,7 @@ def test_what_several_devices_hold_is_read_once(folder, monkeypatch):
   mesh = sharding.make_mesh(dict(data=8, fsdp=1, tensor=1))
   gemma_funnel.load(folder, mesh=mesh)
   config = convert.describe(folder).config
-  plan = target.make_plan("hf", config, (), np.dtype(ml_dtypes.bfloat16))
+  plan = writer.make_spec("hf", config, (), np.dtype(ml_dtypes.bfloat16))
   assert sum(sizes) == plan.nbytes
 
 
@@ -112,14 +112,14 @@ def large(tmp_path_factory):
     sizes = sizes or TransformerConfig.from_dict(
       config.to_dict() | {"vocab_size": 64}
     )
-    plan = target.make_plan("hf", sizes, (), np.dtype(np.float32))
+    plan = writer.make_spec("hf", sizes, (), np.dtype(np.float32))
     (folder / name).mkdir()
     (file,) = plan.files
     headers = plan.headers(file)
-    with file.open(folder / name / file.name, headers) as writer:
+    with file.open(folder / name / file.name, headers) as opened:
       for key, header in headers.items():
         values = draw.standard_normal(header.shape, np.float32)
-        writer.write(key, (), values)
+        opened.write(key, (), values)
     for text, content in plan.texts.items():
       (folder / name / text).write_text(content)
   return folder / "all"

@@ -22,7 +22,7 @@ import tiny_run
 from gemma_funnel import convert, flops
 from gemma_funnel import layers as layers_lib
 from gemma_funnel.config import PRESETS, TransformerConfig
-from gemma_funnel.convert import target
+from gemma_funnel.convert import writer
 from gemma_funnel.data import sources, tokenizer
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from gemma_funnel.decode.decoder import Decoder
@@ -191,7 +191,7 @@ def test_shards_of_transformers_agree(tmp_path):
 def test_our_files_open_in_transformers(tmp_path, name, monkeypatch):
   """By way of two other formats; in shards, with a funnel that it ignores."""
   theirs(name).save_pretrained(tmp_path / "theirs")
-  monkeypatch.setattr(target, "SHARD_BYTES", 30_000)
+  monkeypatch.setattr(writer, "SHARD_BYTES", 30_000)
   path = tmp_path / "theirs"
   for to in ("gemma_pytorch", "google", "hf"):
     convert.convert(path, tmp_path / to, to)
@@ -242,7 +242,7 @@ def _by_code(target, attribute, make):
 
   def plant(model, monkeypatch):
     replacement = make(getattr(target, attribute))
-    monkeypatch.setattr(target, attribute, replacement)
+    monkeypatch.setattr(writer, attribute, replacement)
     return model
 
   return plant

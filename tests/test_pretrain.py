@@ -14,7 +14,6 @@ from gemma_funnel import convert
 from gemma_funnel.config import TransformerConfig, format_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.funnel import check_segments
-from gemma_funnel.training import checkpoint as checkpoint_lib
 from gemma_funnel.training import init_state, objectives, pretrain, trainer
 
 # Quick to compile: one kind of layer.
@@ -91,7 +90,7 @@ def test_masked_tokens_are_learned(source, tmp_path, monkeypatch):
   # Some of the batch's 256 slots are padding; of the rest, three in ten.
   assert 50 < np.mean(_metrics(tmp_path / "run", "tokens")) < 80
   # What is packed has room for first tokens that are kept apart.
-  stages = checkpoint_lib.load_run(tmp_path / "run").model.stages
+  stages = convert.load_run(tmp_path / "run").model.stages
   gap = 2
   assert len(batches) == 3
   for batch in batches:
@@ -115,7 +114,7 @@ def test_a_gap_is_there_only_where_it_is_needed():
 def test_a_checkpoint_brings_its_sizes_and_tokenizer(base, source, tmp_path):
   config = _config(tmp_path / "run", source, init_from=base)
   setup = pretrain.resolve(config)
-  there = checkpoint_lib.load_run(base)
+  there = convert.load_run(base)
   assert setup.model_config.mlp_dim == 48 == setup.config.model.mlp_dim
   assert config.model.mlp_dim == 64  # What was given is left as it is.
   assert setup.model_config == there.model.config
@@ -164,7 +163,7 @@ def test_distilling_makes_the_student_agree(
   )
   kl = _metrics(workdir, "kl")
   assert np.mean(kl[-4:]) < 0.6 * np.mean(kl[:3])
-  teacher = _params(checkpoint_lib.load_run(base).model)
+  teacher = _params(convert.load_run(base).model)
   (frozen_params,) = read
   _same(jax.device_get(frozen_params["teacher"]), teacher)
   student = _params(result.model)
@@ -197,7 +196,7 @@ def test_a_run_from_a_checkpoint_resumes_exactly(
   _same(_params(cut.model), _params(whole.model))
   losses = [_metrics(tmp_path / name, "loss") for name in ("cut", "whole")]
   assert losses[0] == losses[1] and len(losses[0]) == 10
-  start = _params(checkpoint_lib.load_run(base).model)
+  start = _params(convert.load_run(base).model)
   assert np.any(_params(whole.model)["embedding"] != start["embedding"])
 
 
@@ -230,7 +229,7 @@ def test_a_sampled_run_serves_all_its_members(source, tmp_path, monkeypatch):
   tiny_run.train(config)
   assert traced == {format_funnel(m): 1 for m in members} and len(members) == 3
   assert next(iter(traced)) == "off"  # The first steps are plain.
-  found = checkpoint_lib.load_run(tmp_path / "run").model
+  found = convert.load_run(tmp_path / "run").model
   assert found.stages == members[0]  # Whatever the last step had.
   tokens = np.arange(5, 21)[None]
   logits = [

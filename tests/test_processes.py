@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import tiny_run
 
+from gemma_funnel import convert
 from gemma_funnel.parallel import processes
 from gemma_funnel.parallel.mesh import AXES
-from gemma_funnel.training import checkpoint as checkpoint_lib
 
 pytestmark = pytest.mark.slow
 STEPS = 50
@@ -71,7 +71,7 @@ def _finish(started, status=0):
 
 
 def _params(folder):
-  run = checkpoint_lib.load_run(folder)
+  run = convert.load_run(folder)
   return run.step, jax.device_get(nnx.to_pure_dict(nnx.state(run.model)))
 
 

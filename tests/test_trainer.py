@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gemma_funnel.training import checkpoint as checkpoint_lib
+from gemma_funnel import convert
 from gemma_funnel.training import pretrain, trainer
 
 # Long enough to be interrupted in the middle.
@@ -32,7 +32,7 @@ def _train(workdir, source, evaluator=None, **changes):
 
 
 def _params(workdir):
-  run = checkpoint_lib.load_run(workdir)
+  run = convert.load_run(workdir)
   return run.step, jax.device_get(nnx.to_pure_dict(nnx.state(run.model)))
 
 
@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(source, tmp_path):
     text,
   )
   assert _last_step(tmp_path / "run") == 2
-  assert checkpoint_lib.load_run(tmp_path / "run").step == 2
+  assert convert.load_run(tmp_path / "run").step == 2
   with pytest.raises(FloatingPointError, match="at step 3; .* of step 2"):
     _train(tmp_path / "run", source, **changes)
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 from safetensors.numpy import save_file
 
-from gemma_funnel.convert.store import Header
+from gemma_funnel.convert.tensor_io import Header
 
 V, D, F, L, N, K, H = 31, 8, 12, 3, 4, 2, 6
 GEMMA2 = dict(

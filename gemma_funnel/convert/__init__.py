@@ -2,17 +2,22 @@
 
 The way of a value: files (`safetensors_file`, `torch_file`, `orbax_tree`) offer
 tensors by name, and slices of them; a format (`huggingface`, `google`,
-`gemma_pytorch`) says which of our parameters lie where in which tensor, as
-`layout.Part`s; a `source.Source` reads any part of any of our parameters;
-`load` puts it on devices, `transfer` writes it to the files of another format.
+`gemma_pytorch`, a `run`) says which of our parameters lie where in which
+tensor, as `ParamView`s; a `CheckpointReader` reads any slice of any of our
+parameters; `load` puts it on devices, `conversion` writes it to the files of
+another format.
 """
 
+from collections.abc import Callable
 import dataclasses
 import os
+from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import ml_collections
+import numpy as np
 
 from gemma_funnel.config import (
   Funnel,
@@ -20,11 +25,12 @@ from gemma_funnel.config import (
   TransformerConfig,
   resolve_funnel,
 )
-from gemma_funnel.convert import discover
-from gemma_funnel.convert.layout import Path
-from gemma_funnel.convert.source import Source, open_checkpoint
-from gemma_funnel.convert.transfer import convert as convert
+from gemma_funnel.convert import detect
+from gemma_funnel.convert.conversion import convert as convert
+from gemma_funnel.convert.reader import CheckpointReader, open_checkpoint
+from gemma_funnel.convert.run import FOLDER, path_of
 from gemma_funnel.model import Transformer
+from gemma_funnel.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +50,29 @@ class Description:
   is_run: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished or interrupted training run, read back.
+
+  Attributes:
+    model: with the parameters of `step`, and the funnel that was asked for.
+    config: the run's configuration.
+    tokenizer_path: its tokenizer.model.
+    step: of the checkpoint that was read.
+    extra: other trees that were asked for, by name.
+  """
+
+  model: Transformer
+  config: ml_collections.ConfigDict
+  tokenizer_path: str
+  step: int
+  extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def load(
   path: str | os.PathLike[str],
   funnel: Funnel = None,
-  dtype: str = "float32",
+  dtype: str | None = "float32",
   *,
   mesh: jax.sharding.Mesh | None = None,
   config: TransformerConfig | None = None,
@@ -63,7 +88,7 @@ def load(
       trained with, if it says any; "off" is none. What it learns and the
       checkpoint has not is made afresh, and a line says so.
     dtype: what parameters are stored in and matrices are multiplied in:
-      "float32", "bfloat16" or "float16".
+      "float32", "bfloat16" or "float16"; None is as the configuration says.
     mesh: of `parallel.sharding.make_mesh`. Parameters are placed by its rules,
       and each process reads only what its own devices hold. None is the
       default device.
@@ -80,17 +105,42 @@ def load(
       that are not finite, or whose tensors are missing, unexpected or
       mis-shaped: all are named.
   """
-  found = describe(path) if config is None else None
-  if found and found.is_run:
-    from gemma_funnel.training import checkpoint
+  return _open_and_load(path, funnel, dtype, mesh, config)[0]
 
-    return checkpoint.load_model(path, funnel, dtype, mesh)
-  # A funnel that does not fit is said before any weight is read.
-  depth = (config or found.config).num_layers
-  stages = resolve_funnel(funnel, depth)
-  source = open_checkpoint(path, config)
-  model = _assemble(source, dtype, mesh)
-  return model if funnel is None else model.with_funnel(stages)
+
+def load_run(
+  path: str | os.PathLike[str],
+  funnel: Funnel = None,
+  dtype: str | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  extra: Callable[[TransformerConfig], dict[str, Any]] = lambda config: {},
+) -> Run:
+  """Reads the newest readable checkpoint of a training run.
+
+  Args:
+    path: the run's folder (its workdir).
+    funnel: see `load`.
+    dtype: of parameters and compute; None is as trained.
+    mesh: see `load`.
+    extra: shapes of further trees to read, by their names in the checkpoint.
+
+  Raises:
+    ValueError: no readable checkpoint there, or a funnel that does not fit.
+  """
+  if not (path_of(path) / FOLDER).is_dir():
+    raise ValueError(f"{path} is no run: it has no folder {FOLDER}/")
+  model, reader = _open_and_load(path, funnel, dtype, mesh)
+  trees = _placed(extra(model.config), mesh)
+  return Run(
+    model=model,
+    config=ml_collections.ConfigDict(reader.run.config),
+    tokenizer_path=describe(path).tokenizer_path,
+    step=reader.run.step,
+    extra={
+      name: _load_tree(reader.run.open_tree(name), shapes)
+      for name, shapes in trees.items()
+    },
+  )
 
 
 def describe(path: str | os.PathLike[str]) -> Description:
@@ -99,57 +149,88 @@ def describe(path: str | os.PathLike[str]) -> Description:
   Raises:
     ValueError: nothing that is known at `path`, or no configuration of ours.
   """
-  weights = discover.find(path)
-  config, stages = discover.read_config(weights)
-  files = discover.find_companions(weights)
-  tokenizers = (files[n] for n in discover.TOKENIZERS if n in files)
-  usual = weights.folder / discover.TOKENIZERS[0]
+  weights = detect.find(path)
+  config, stages = detect.read_config(weights)
+  files = detect.find_companions(weights)
+  tokenizers = (files[n] for n in detect.TOKENIZERS if n in files)
+  usual = weights.folder / detect.TOKENIZERS[0]
   return Description(
     config, stages, str(next(tokenizers, usual)), weights.format == "run"
   )
 
 
-def _assemble(
-  source: Source, dtype: str, mesh: jax.sharding.Mesh | None
-) -> Transformer:
-  """A model of the source's own funnel, with its values."""
+def _open_and_load(
+  path, funnel, dtype, mesh, config=None
+) -> tuple[Transformer, CheckpointReader]:
+  # A funnel or a dtype that does not fit is said before any weight is read.
+  wanted = config or describe(path).config
+  stages = resolve_funnel(funnel, wanted.num_layers)
+  dtypes = {} if dtype is None else {"param_dtype": dtype, "dtype": dtype}
+  wanted = dataclasses.replace(wanted, **dtypes)
+  reader = open_checkpoint(path, config)
+  graphdef, state = nnx.split(Transformer.abstract(wanted, reader.stages))
+  shapes = _placed(nnx.to_pure_dict(state), mesh)
+
+  def read(path, index, dtype):
+    return reader.read_slice(path, index, dtype)
+
+  model = nnx.merge(graphdef, _read_tree(read, shapes))
+  return (model if funnel is None else model.with_funnel(stages)), reader
+
+
+def _placed(shapes, mesh: jax.sharding.Mesh | None):
+  """A tree of shapes with shardings."""
+  if mesh is not None:
+    return sharding.place(shapes, mesh)
+  # The default device of this process, not the first one of all.
+  here = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+  return sharding.with_shardings(shapes, jax.tree.map(lambda _: here, shapes))
+
+
+def _load_tree(tensors, shapes):
+  """A tree that was saved along with a run's parameters."""
+
+  def read(path, index, dtype):
+    return tensors.read(".".join(path), tuple(index)).astype(dtype)
+
+  for path, leaf in nnx.to_flat_state(nnx.State(shapes)):
+    name = ".".join(map(str, path))
+    found = tensors.tensors.get(name)
+    if found is None or found.shape != leaf.shape:
+      raise ValueError(f"{tensors.where}: {name}: expected {leaf.shape}")
+  return _read_tree(read, shapes)
+
+
+def _read_tree(read: Callable[..., np.ndarray], shapes):
+  """Reads a tree of ShapeDtypeStructs with shardings, a shard at a time."""
   from gemma_funnel import cli  # With absl, which `import` alone needs not.
 
-  config = dataclasses.replace(source.config, param_dtype=dtype, dtype=dtype)
-  graphdef, state = nnx.split(Transformer.abstract(config, source.stages))
-  params = dict(nnx.to_flat_state(state))
-  total = sum(p.size * p.dtype.itemsize for p in params.values())
+  total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
   with cli.Progress("loading", total) as progress:
-    for path, param in params.items():
-      names = tuple(map(str, path))
-      sharding = _sharding_of(names, param.shape, mesh)
-      value = _place(source, names, param.shape, param.dtype, sharding)
+
+    def load(path, leaf):
+      names = tuple(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+      value = _place(lambda index: read(names, index, leaf.dtype), leaf)
       progress.add(".".join(names), value.nbytes)
-      params[path] = param.replace(value)
-  return nnx.merge(graphdef, nnx.from_flat_state(params))
+      return value
+
+    return jax.tree_util.tree_map_with_path(load, shapes)
 
 
-def _sharding_of(path: Path, shape, mesh) -> jax.sharding.Sharding:
-  if mesh is None:
-    return jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
-  from gemma_funnel.parallel import sharding
-
-  spec = sharding.spec_of("/".join(path), shape, mesh)
-  return jax.sharding.NamedSharding(mesh, spec)
-
-
-def _place(
-  source: Source, path: Path, shape, dtype, sharding: jax.sharding.Sharding
-) -> jax.Array:
-  """One parameter; a shard is read once, when it is its turn."""
+def _place(read: Callable[[list[slice]], np.ndarray], leaf) -> jax.Array:
+  """One array; what several devices hold is read once."""
   holders: dict[tuple, list[jax.Device]] = {}
-  for device, index in sharding.addressable_devices_indices_map(shape).items():
+  places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+  for device, index in places.items():
     ranges = tuple(
-      part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
+      item.indices(size)[:2]
+      for item, size in zip(index, leaf.shape, strict=True)
     )
     holders.setdefault(ranges, []).append(device)
   shards = []
   for ranges, devices in holders.items():
-    values = source.read_slice(path, [slice(*r) for r in ranges], dtype)
+    values = read([slice(*r) for r in ranges])
     shards += [jax.device_put(values, device) for device in devices]
-  return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+  return jax.make_array_from_single_device_arrays(
+    leaf.shape, leaf.sharding, shards
+  )

@@ -14,14 +14,21 @@ import time
 
 from gemma_funnel import cli
 from gemma_funnel.config import DTYPES, PRESETS, TransformerConfig
-from gemma_funnel.convert import discover, google, huggingface, target, transfer
-from gemma_funnel.convert.source import Source, open_checkpoint
-from gemma_funnel.convert.store import read_json
+from gemma_funnel.convert import (
+  conversion,
+  detect,
+  google,
+  huggingface,
+  verify,
+  writer,
+)
+from gemma_funnel.convert.reader import CheckpointReader, open_checkpoint
+from gemma_funnel.convert.tensor_io import read_json
 
 _FLAGS = {
   "to": dict(
     required=True,
-    choices=target.FORMATS,
+    choices=writer.FORMATS,
     help="orbax is our own format, google that of its Flax models",
   ),
   "dtype": dict(
@@ -42,7 +49,7 @@ _FLAGS = {
     metavar="NAME|FILE",
     help="what to take the source for: a preset such "
     "as gemma2_2b, a config.json of Hugging Face's or a "
-    f"{discover.SIDECAR} (default: what lies beside it)",
+    f"{detect.SIDECAR} (default: what lies beside it)",
   ),
   "verify": dict(
     action="store_true",
@@ -78,18 +85,18 @@ def _read_config(given: str | None) -> TransformerConfig | None:
   file = pathlib.Path(given)
   if "model_type" in read_json(file):
     return huggingface.read_config(file)
-  return discover.read_own_config(file)[0]
+  return detect.read_own_config(file)[0]
 
 
-def _tell(source: Source, plan: target.Plan) -> None:
+def _tell(source: CheckpointReader, spec: writer.CheckpointSpec) -> None:
   rows, largest = source.dropped_rows()
-  if largest and plan.sizes["V"] < source.rows:
+  if largest and spec.sizes["V"] < source.rows:
     cli.say(
       f"the last {rows} rows of the embedding are left out: they are of no "
       f"token, but not zero (largest {largest:.3g})"
     )
-  for file in plan.files:
-    headers = plan.headers(file)
+  for file in spec.files:
+    headers = spec.headers(file)
     size = sum(header.nbytes for header in headers.values())
     name = file.name or "the tree"
     cli.say(f"{name}: {len(headers)} tensors, {size / 1e9:.2f} GB")
@@ -100,34 +107,35 @@ def _run(argv: Sequence[str] | None) -> int:
   if args.layout and args.to != "google":
     raise ValueError(f"--layout={args.layout}: expected --to=google with it")
   source = open_checkpoint(args.source, _read_config(args.config))
-  plan = transfer.plan_for(
+  spec = conversion.spec_for(
     source, args.to, args.dtype, args.vocab_size, args.layout or "flat"
   )
-  transfer.check_destination(source, plan, args.destination)
+  conversion.check_destination(source, spec, args.destination)
   cli.say(
     f"{args.source} ({source.format}, {source.dtype.name}) to {args.to}, "
-    f"{plan.dtype.name}, {plan.nbytes / 1e9:.2f} GB"
+    f"{spec.dtype.name}, {spec.nbytes / 1e9:.2f} GB"
   )
-  _tell(source, plan)
+  _tell(source, spec)
   if args.dry_run:
     return 0
   start = time.perf_counter()
-  with cli.Progress("converting", plan.nbytes) as progress:
-    transfer.write(source, plan, args.destination, progress.add)
+  with cli.Progress("converting", spec.nbytes) as progress:
+    conversion.write(source, spec, args.destination, progress.add)
   seconds = time.perf_counter() - start
   cli.say(
     f"{args.destination} written in {seconds:.1f} s, "
-    f"{plan.nbytes / 1e9 / seconds:.2f} GB/s"
+    f"{spec.nbytes / 1e9 / seconds:.2f} GB/s"
   )
-  return _verify(source, args.destination, plan) if args.verify else 0
+  return _verify(source, args.destination, spec) if args.verify else 0
 
 
-def _verify(source: Source, destination: str, plan: target.Plan) -> int:
-  from gemma_funnel.convert import verify
+def _verify(
+  source: CheckpointReader, destination: str, spec: writer.CheckpointSpec
+) -> int:
 
   # By its own configuration, as whoever loads it will.
   written = open_checkpoint(destination)
-  with cli.Progress("verifying", plan.nbytes) as progress:
+  with cli.Progress("verifying", spec.nbytes) as progress:
     difference = verify.compare(source, written, progress.add)
   cli.say(str(difference))
   for name in difference.unequal:

@@ -12,8 +12,13 @@ import numpy as np
 
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert import huggingface
-from gemma_funnel.convert.layout import Part, Tensor, sizes_of
-from gemma_funnel.convert.store import Header, Index, Reader
+from gemma_funnel.convert.param_mapping import ParamView, Tensor, sizes_of
+from gemma_funnel.convert.tensor_io import (
+  Header,
+  Index,
+  TensorReader,
+  require_ranks,
+)
 
 EMBEDDING = "embedder.weight"
 _SCALES = ".weight_scaler"
@@ -30,20 +35,20 @@ def tensors(config: TransformerConfig) -> list[Tensor]:
   for tensor in huggingface.tensors(config):
     name = tensor.name
     if name == huggingface.EMBEDDING:
-      tensor = Tensor(EMBEDDING, tensor.shape, tensor.parts)
+      tensor = Tensor(EMBEDDING, tensor.shape, tensor.views)
     elif name.endswith("self_attn.q_proj.weight"):
-      parts, start = [], 0
-      layer = tensor.parts[0].layer
+      views, start = [], 0
+      layer = tensor.views[0].layer
       for ours, axes, size in (
         ("query", "NH D", queries),
         ("key", "KH D", keys),
         ("value", "KH D", keys),
       ):
         rows = (slice(start, start + size),)
-        parts.append(Part(("layers", "attn", ours), layer, rows, axes))
+        views.append(ParamView(("layers", "attn", ours), layer, rows, axes))
         start += size
       name = name.replace("q_proj", "qkv_proj")
-      tensor = Tensor(name, (start, sizes["D"]), tuple(parts))
+      tensor = Tensor(name, (start, sizes["D"]), tuple(views))
     elif re.search(r"self_attn\.[kv]_proj\.weight$", name):
       continue
     found.append(tensor)
@@ -61,10 +66,7 @@ def infer_sizes(names: Mapping[str, Header]) -> dict[str, int | bool]:
   first = "model.layers.0."
   out, gate = first + "self_attn.o_proj.weight", first + "mlp.gate_proj.weight"
   qkv = first + "self_attn.qkv_proj.weight"
-  for name in (EMBEDDING, out, gate, qkv):
-    if name not in names or len(names[name].shape) != 2:
-      found = names[name].shape if name in names else "no such tensor"
-      raise ValueError(f"{name}: expected 2 axes, found {found}")
+  require_ranks(names, dict.fromkeys((EMBEDDING, out, gate, qkv), 2))
   layers = {
     int(match[1])
     for name in names
@@ -86,10 +88,10 @@ def infer_sizes(names: Mapping[str, Header]) -> dict[str, int | bool]:
 class Dequantized:
   """A state dict without buffers, int8 weights times their scales.
 
-  See `store.Reader`. Weights that were int8 are float32.
+  A `TensorReader`. Weights that were int8 are float32.
   """
 
-  def __init__(self, reader: Reader):
+  def __init__(self, reader: TensorReader):
     """Checks the scales.
 
     Raises:

@@ -12,8 +12,13 @@ from collections.abc import Mapping
 import re
 
 from gemma_funnel.config import TransformerConfig
-from gemma_funnel.convert.layout import Part, Tensor, shape_of, sizes_of
-from gemma_funnel.convert.store import Header, Reader
+from gemma_funnel.convert.param_mapping import (
+  ParamView,
+  Tensor,
+  shape_of,
+  sizes_of,
+)
+from gemma_funnel.convert.tensor_io import Header, TensorReader, require_ranks
 
 LAYOUTS = ("flat", "nested", "stacked", "kauldron")
 # Rows that the published trees have beyond Gemma's 256,000 tokens.
@@ -41,7 +46,7 @@ def layout_of(names: Mapping[str, Header]) -> str | None:
   return None
 
 
-def is_transposed(reader: Reader) -> bool:
+def is_transposed(reader: TensorReader) -> bool:
   """Whether `gating_einsum` is [2, F, D], as for Gemma 2 9B and 27B.
 
   Told by `linear`, which is [F, D] in every tree.
@@ -102,15 +107,9 @@ def infer_sizes(names: Mapping[str, Header]) -> dict[str, int | bool]:
   out = entry(f"{layer}/attn/attn_vec_einsum", "w")
   linear = entry(f"{layer}/mlp/linear", None)
   keys = entry(f"{layer}/attn/kv_einsum", "w")
-  needed = {embedding: 2, out: 3, linear: 2}
-  if keys in names:
-    needed[keys] = 4
   lead = 1 if layout == "stacked" else 0
-  for name, rank in needed.items():
-    axes = rank + (lead if name != embedding else 0)
-    if name not in names or len(names[name].shape) != axes:
-      found = names[name].shape if name in names else "no such tensor"
-      raise ValueError(f"{name}: expected {axes} axes, found {found}")
+  ranks = {embedding: 2, out: 3 + lead, linear: 2 + lead}
+  require_ranks(names, ranks | ({keys: 4 + lead} if keys in names else {}))
   rows, width = names[embedding].shape
   heads, head_dim, _ = names[out].shape[lead:]
   return dict(
@@ -140,12 +139,12 @@ def tensors(
   sizes = {**sizes_of(config), "V": rows}
   found, keys = [], {}
 
-  def add(module: str, leaf: str | None, shape, parts) -> None:
+  def add(module: str, leaf: str | None, shape, views) -> None:
     path = _keys(layout, module, leaf)
     keys[".".join(path)] = path
-    found.append(Tensor(".".join(path), shape, tuple(parts)))
+    found.append(Tensor(".".join(path), shape, tuple(views)))
 
-  whole = lambda path, axes: [Part(path, None, (), axes)]
+  whole = lambda path, axes: [ParamView(path, None, (), axes)]
   embedding = whole(("embedding",), "V D")
   add("embedder", "input_embedding", (rows, sizes["D"]), embedding)
   norm = whole(("final_norm", "scale"), "D")
@@ -158,7 +157,7 @@ def tensors(
     for folder, layers in groups.items():
       stacked = layout == "stacked"
       places = [
-        Part(
+        ParamView(
           ("layers", *path),
           layer,
           ((n,) if stacked else ()) + ((m,) if len(parts) > 1 else ()),

@@ -16,8 +16,14 @@ from gemma_funnel.config import (
   format_funnel,
   resolve_funnel,
 )
-from gemma_funnel.convert.layout import Part, Path, Tensor, shape_of, sizes_of
-from gemma_funnel.convert.store import peek_json, read_json
+from gemma_funnel.convert.param_mapping import (
+  ParamView,
+  Path,
+  Tensor,
+  shape_of,
+  sizes_of,
+)
+from gemma_funnel.convert.tensor_io import peek_json, read_json
 from gemma_funnel.data.tokenizer import (
   BOS_ID,
   EOS_ID,
@@ -86,7 +92,7 @@ def tensors(config: TransformerConfig) -> list[Tensor]:
   sizes = sizes_of(config)
 
   def tensor(name: str, path: Path, layer: int | None, axes: str) -> Tensor:
-    part = Part(path, layer, (), axes)
+    part = ParamView(path, layer, (), axes)
     return Tensor(f"model.{name}.weight", shape_of(axes, sizes), (part,))
 
   names = _GEMMA2_LAYER if config.post_norms else _GEMMA1_LAYER

@@ -17,7 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from gemma_funnel.convert.store import Header, Index, read_json, write_range
+from gemma_funnel.convert.tensor_io import (
+  Header,
+  Index,
+  read_json,
+  to_path,
+  write_range,
+)
 
 _METADATA = "_METADATA"
 _MANIFEST = "manifest.ocdbt"
@@ -34,7 +40,7 @@ def is_orbax_tree(folder: pathlib.Path) -> bool:
 
 
 class OrbaxTree:
-  """A tree; see `store.Reader`. Names are keys joined by dots."""
+  """A tree; a `TensorReader`. Names are keys joined by dots."""
 
   def __init__(self, folder: str | os.PathLike):
     """Reads the metadata of all arrays.
@@ -45,8 +51,11 @@ class OrbaxTree:
     import tensorstore as ts
 
     self.where = os.fspath(folder)
-    path = pathlib.Path(folder).absolute()
-    base: dict[str, Any] = {"driver": "file", "path": f"{path}/"}
+    path = to_path(folder)
+    if "://" in self.where:
+      base = ts.KvStore.Spec(f"{self.where.rstrip('/')}/").to_json()
+    else:
+      base = {"driver": "file", "path": f"{path.absolute()}/"}
     if (path / _MANIFEST).exists():
       base = {"driver": "ocdbt", "base": base}
     self._base = base
@@ -102,10 +111,7 @@ class OrbaxTree:
 
   def _spec(self, name: str, driver: str) -> dict[str, Any]:
     kvstore = dict(self._base)
-    if kvstore["driver"] == "file":
-      kvstore["path"] += f"{name}/"
-    else:
-      kvstore["path"] = f"{name}/"
+    kvstore["path"] = f"{kvstore.get('path', '')}{name}/"
     return {
       "driver": driver,
       "kvstore": kvstore,
@@ -132,9 +138,7 @@ def _damaged(what: str, error: Exception) -> ValueError:
 
 
 class OrbaxWriter:
-  """Writes a tree; see `store.Writer`. Each block is a chunk."""
-
-  in_order = False
+  """Writes a tree; a `TensorWriter`. Each block is a chunk."""
 
   def __init__(
     self,

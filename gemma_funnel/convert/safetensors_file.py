@@ -10,18 +10,17 @@ import contextlib
 import json
 import math
 import os
-import threading
 
 import ml_dtypes
 import numpy as np
 
-from gemma_funnel.convert.store import (
+from gemma_funnel.convert.tensor_io import (
   BFLOAT16,
   Header,
   Index,
+  RangeWriter,
   leading_range,
   read_range,
-  write_range,
 )
 
 _DTYPES = {
@@ -43,7 +42,7 @@ _ALIGNMENT = 8
 
 
 class SafetensorsFile:
-  """One file; see `store.Reader`."""
+  """One file; see `tensor_io.Reader`."""
 
   def __init__(self, path: str | os.PathLike):
     """Reads the header.
@@ -96,10 +95,8 @@ class SafetensorsFile:
     return values.view(header.dtype).reshape(shape)[rest]
 
 
-class SafetensorsWriter:
-  """Writes one file; see `store.Writer`."""
-
-  in_order = False
+class SafetensorsWriter(RangeWriter):
+  """Writes one file; a `TensorWriter`."""
 
   def __init__(self, path: str | os.PathLike, tensors: Mapping[str, Header]):
     entries, end = {}, 0
@@ -107,38 +104,8 @@ class SafetensorsWriter:
       entries[name] = dict(
         dtype=_NAMES[header.dtype],
         shape=list(header.shape),
-        data_offsets=[end, end + header.nbytes],
+        data_offsets=[end, end := end + header.nbytes],
       )
-      end += header.nbytes
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    self._where = os.fspath(path)
-    self._headers, self._entries = dict(tensors), entries
-    self._start, self._missing = 8 + len(text), end
-    self._lock = threading.Lock()
-    header = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
-    self._file = open(path, "wb", buffering=0)
-    try:
-      write_range(self._file.fileno(), 0, header)
-    except OSError:
-      self._file.close()
-      raise
-
-  def write(self, name: str, index: Index, block: np.ndarray) -> None:
-    header = self._headers[name]
-    offset, shape, _ = leading_range(header.shape, index)
-    if block.dtype != header.dtype or block.size != math.prod(shape):
-      raise RuntimeError(f"{name}{list(index)} is no block of {self._where}")
-    at = self._entries[name]["data_offsets"][0] + offset * header.dtype.itemsize
-    # Writers of one file wait for each other within the system, spinning.
-    with self._lock:
-      write_range(self._file.fileno(), self._start + at, block)
-      self._missing -= block.nbytes
-
-  def __enter__(self) -> "SafetensorsWriter":
-    return self
-
-  def __exit__(self, kind, *_) -> None:
-    self._file.close()
-    if kind is None and self._missing:
-      raise RuntimeError(f"{self._missing} bytes of {self._where} are missing")
+    super().__init__(path, tensors, len(text).to_bytes(8, "little") + text)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_funnel.config import TransformerConfig
-from gemma_funnel.convert import layout
-from gemma_funnel.convert.source import BLOCK_BYTES, Source
-from gemma_funnel.convert.transfer import Progress
+from gemma_funnel.convert import param_mapping
+from gemma_funnel.convert.conversion import Progress
+from gemma_funnel.convert.reader import BLOCK_BYTES, CheckpointReader
 from gemma_funnel.data.tokenizer import BOS_ID
 from gemma_funnel.layers import Block, make_attention_fn, normalize, rope_angles
 from gemma_funnel.stream import make_stream
@@ -52,7 +52,9 @@ class Difference:
 
 
 def compare(
-  first: Source, second: Source, progress: Progress = lambda name, nbytes: None
+  first: CheckpointReader,
+  second: CheckpointReader,
+  progress: Progress = lambda name, nbytes: None,
 ) -> Difference:
   """Compares all that both have; rows of the vocabulary that one lacks are not.
 
@@ -61,14 +63,14 @@ def compare(
   """
   vocab_size = min(first.config.vocab_size, second.config.vocab_size)
   config = dataclasses.replace(second.config, vocab_size=vocab_size)
-  sizes, dtype = layout.sizes_of(config), second.dtype
+  sizes, dtype = param_mapping.sizes_of(config), second.dtype
   unequal, count, largest = [], 0, 0.0
-  for tensor in layout.own_tensors(config, second.stages):
-    for part in tensor.parts:
+  for tensor in param_mapping.own_tensors(config, second.stages):
+    for view in tensor.views:
       same = True
-      for cut in layout.blocks_of(part, sizes, dtype.itemsize, BLOCK_BYTES):
+      for slices in view.blocks(sizes, dtype.itemsize, BLOCK_BYTES):
         a, b = (
-          source.read(part.path, part.layer, part.axes, cut, dtype)
+          source.read(view.path, view.layer, view.axes, slices, dtype)
           for source in (first, second)
         )
         if a.tobytes() != b.tobytes():
@@ -78,7 +80,7 @@ def compare(
         progress(tensor.name, b.nbytes)
       count += 1
       if not same:
-        layer = "" if part.layer is None else f", layer {part.layer}"
+        layer = "" if view.layer is None else f", layer {view.layer}"
         unequal.append(tensor.name + layer)
   prompt = make_prompt(vocab_size)
   # Weights that the second has rounded are compared as rounded.
@@ -96,7 +98,7 @@ def make_prompt(vocab_size: int) -> np.ndarray:
 
 
 def plain_logits(
-  source: Source, tokens: np.ndarray, dtype: np.dtype = _FLOAT32
+  source: CheckpointReader, tokens: np.ndarray, dtype: np.dtype = _FLOAT32
 ) -> np.ndarray:
   """Float32 logits [T, V] of one row of tokens, without a funnel.
 
@@ -109,9 +111,9 @@ def plain_logits(
     source.config, param_dtype="float32", dtype="float32", kernel="reference"
   )
 
-  def read(path, layer, cut):
-    axes = layout.axes_of(path)
-    return source.read(path, layer, axes, cut, dtype).astype(_FLOAT32)
+  def read(path, layer, slices):
+    axes = param_mapping.axes_of(path)
+    return source.read(path, layer, axes, slices, dtype).astype(_FLOAT32)
 
   rows = [
     read(("embedding",), None, {"V": slice(token, token + 1)})
@@ -129,10 +131,10 @@ def plain_logits(
     )
   scale = 1 + read(("final_norm", "scale"), None, {})
   hidden_TD = normalize(hidden_BTD[0], config.norm_eps) * scale[None]
-  part = layout.Part(("embedding",), None, (), "V D")
-  sizes = layout.sizes_of(config)
-  cuts = layout.blocks_of(part, sizes, _FLOAT32.itemsize, BLOCK_BYTES)
-  heads = (read(part.path, None, cut) for cut in cuts)
+  view = param_mapping.ParamView(("embedding",), None, (), "V D")
+  sizes = param_mapping.sizes_of(config)
+  blocks = view.blocks(sizes, _FLOAT32.itemsize, BLOCK_BYTES)
+  heads = (read(view.path, None, slices) for slices in blocks)
   logits = np.concatenate([np.asarray(hidden_TD @ h.T) for h in heads], axis=1)
   cap = config.final_softcap
   return logits if cap is None else cap * np.tanh(logits / cap)

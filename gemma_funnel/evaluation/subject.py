@@ -10,7 +10,6 @@ from ml_collections import config_dict
 
 from gemma_funnel import convert
 from gemma_funnel.model import Transformer
-from gemma_funnel.training import checkpoint as checkpoint_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +59,7 @@ def load(
         f"tokenizer={config.tokenizer!r}: expected none, {path} is a "
         "training run with a tokenizer of its own"
       )
-    run = checkpoint_lib.load_run(path, dtype=dtype)
+    run = convert.load_run(path, dtype=dtype)
     return Subject(run.model, run.tokenizer_path, run.config, run.step)
   tokenizer = config.tokenizer or found.tokenizer_path
   given = {"tokenizer": os.path.isfile(tokenizer)}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gemma_funnel import checks, tasks
+from gemma_funnel import checks, convert, tasks
 from gemma_funnel.config import Funnel, TransformerConfig, format_funnel
 from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.heads import Encoder, Head, HeadConfig
@@ -23,7 +23,6 @@ from gemma_funnel.parallel import sharding
 from gemma_funnel.parallel.mesh import TOKENS
 from gemma_funnel.tasks import encode, metrics
 from gemma_funnel.tasks.task import ENCODER_KINDS, Task
-from gemma_funnel.training import checkpoint as checkpoint_lib
 from gemma_funnel.training import init_state, objectives, schedules, workdir
 from gemma_funnel.training import spec as spec_lib
 from gemma_funnel.training.spec import RunSpec
@@ -273,7 +272,7 @@ def load(
     abstract = _abstract_head(model_config, head)
     return {"head": nnx.to_pure_dict(nnx.state(abstract))}
 
-  run = checkpoint_lib.load_run(path, funnel, extra=extra)
+  run = convert.load_run(path, funnel, extra=extra)
   head_def = nnx.graphdef(_abstract_head(run.model.config, head))
   encoder = Encoder(
     run.model, nnx.merge(head_def, run.extra["head"]), causal=run.config.causal

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import json
-import os
 from typing import Any
 
 from etils import epath
@@ -11,11 +10,8 @@ import jax
 import ml_collections
 
 from gemma_funnel import atomic
+from gemma_funnel.convert.run import CONFIG, FOLDER, TOKENIZER, path_of
 from gemma_funnel.parallel import processes
-
-FOLDER = "checkpoints"
-CONFIG = "config.json"
-TOKENIZER = "tokenizer.model"
 
 # Keys that may differ between the calls of one run: its place, its devices, how
 # often it reports and saves.
@@ -52,12 +48,6 @@ _FREE_KEYS = (
   "latency.length",
   "latency.repeats",
 )
-
-
-def path_of(path: str | os.PathLike) -> epath.Path:
-  """An absolute local path, or a bucket's."""
-  text = os.fspath(path)
-  return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
 def init_workdir(

@@ -10,15 +10,16 @@ import numpy as np
 
 from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.convert import (
-  discover,
+  detect,
   gemma_pytorch,
   google,
   huggingface,
-  layout,
+  param_mapping,
 )
-from gemma_funnel.convert.layout import Path, Tensor
+from gemma_funnel.convert.param_mapping import ParamView, Path, Slices, Tensor
+from gemma_funnel.convert.run import LoraTensors, RunTensors
 from gemma_funnel.convert.safetensors_file import SafetensorsFile
-from gemma_funnel.convert.store import BFLOAT16, Header, Reader, Shards
+from gemma_funnel.convert.tensor_io import BFLOAT16, Header, TensorReader, merge
 
 _FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, BFLOAT16)))
 # What is read, rearranged and written at a time. Larger arrays are given back
@@ -28,20 +29,22 @@ BLOCK_BYTES = 16 << 20
 # That read, and rearrange what was read.
 THREADS = max(2, min(8, os.cpu_count() or 1))
 # Far above any model's: what a damaged configuration says is not tried out.
-_MOST_LAYERS, _MOST_WIDTH = 1_000, 1 << 24
+_MAX_LAYERS, _MAX_WIDTH = 1_000, 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class CheckpointReader:
   """A checkpoint whose tensors fit its configuration.
 
   Attributes:
     where: what errors call it.
     format: "run", "orbax", "huggingface", "gemma_pytorch" or "google".
-    config: of the model; the dtypes are those of our default.
+    config: of the model; its dtypes are those of a training run, else those of
+      our default.
     stages: of the funnel it was trained with, resolved; () is none.
     dtype: the narrowest that holds every stored value.
     companions: files of the tokenizer and of generating, by name.
+    run: the step and the configuration of a training run; None for others.
   """
 
   where: str
@@ -50,25 +53,26 @@ class Source:
   stages: tuple[FunnelConfig, ...]
   dtype: np.dtype
   companions: Mapping[str, pathlib.Path]
-  _reader: Reader
+  run: RunTensors | None
+  _tensors: TensorReader
   _sizes: Mapping[str, int]
-  _parts: Mapping[tuple[Path, int | None], tuple[Tensor, layout.Part]]
+  _views: Mapping[tuple[Path, int | None], tuple[str, ParamView]]
 
   def read(
     self,
     path: Path,
     layer: int | None,
     axes: str,
-    cut: Mapping[str, slice],
+    slices: Slices,
     dtype: np.dtype,
   ) -> np.ndarray:
-    """Reads a part of one of our parameters, and of no other.
+    """Reads a slice of one of our parameters, and nothing else.
 
     Args:
       path: of the parameter.
       layer: of it; None where it is not stacked.
-      axes: of the result, folded; see `layout.Part`.
-      cut: a range of some letters; the others are whole.
+      axes: of the result, folded; see `param_mapping`.
+      slices: of some dims.
       dtype: of the result.
 
     Returns:
@@ -77,46 +81,47 @@ class Source:
     Raises:
       ValueError: a file that is damaged; values that are not finite.
     """
-    tensor, part = self._parts[path, layer]
-    cut = {letter: cut[letter] for letter in part.axes if letter in cut}
-    first = {word[0] for word in part.axes.split()}
-    # What lies within a folded axis is read whole and cut afterwards.
-    outer = {letter: s for letter, s in cut.items() if letter in first}
-    inner = {letter: s for letter, s in cut.items() if letter not in first}
-    sizes = layout.cut_sizes(self._sizes, outer)
-    block = self._reader.read(tensor.name, part.index(outer, self._sizes))
-    target = " ".join(axes.replace(" ", "")) if inner else axes
+    name, view = self._views[path, layer]
+    slices = {dim: slices[dim] for dim in view.axes if dim in slices}
+    first = {word[0] for word in view.axes.split()}
+    # What lies within a folded axis is read whole and sliced afterwards.
+    outer = {dim: s for dim, s in slices.items() if dim in first}
+    inner = {dim: s for dim, s in slices.items() if dim not in first}
+    sizes = param_mapping.sliced_sizes(self._sizes, outer)
+    block = self._tensors.read(name, view.index(outer, self._sizes))
+    wanted = " ".join(axes.replace(" ", "")) if inner else axes
     # What overflows is told of below, by name.
     with np.errstate(over="ignore"):
-      values = layout.rearrange(block, part.axes, target, sizes, dtype)
+      values = param_mapping.rearrange(block, view.axes, wanted, sizes, dtype)
     if inner:
-      letters = target.split()
-      values = values[tuple(inner.get(c, slice(None)) for c in letters)]
-      left = layout.cut_sizes(sizes, inner)
-      values = np.ascontiguousarray(values).reshape(layout.shape_of(axes, left))
+      values = values[tuple(inner.get(d, slice(None)) for d in wanted.split())]
+      sizes = param_mapping.sliced_sizes(sizes, inner)
+      shape = param_mapping.shape_of(axes, sizes)
+      values = np.ascontiguousarray(values).reshape(shape)
     if not _all_finite(values):
       what = "infinite or not a number"
       if _all_finite(np.ascontiguousarray(block)):
         what = f"beyond the range of {dtype.name}"
-      raise ValueError(f"{self._reader.where}: {tensor.name} has values {what}")
+      raise ValueError(f"{self._tensors.where}: {name} has values {what}")
     return values
 
   def read_slice(
     self, path: Path, index: Sequence[slice], dtype: np.dtype
   ) -> np.ndarray:
     """`parameter[index]` of ours, layers stacked; see `read`."""
-    axes = layout.axes_of(path)
-    letters = axes.split()
-    if path[0] != "layers":
-      return self.read(path, None, axes, _cut_of(letters, index), dtype)
-    layers, *rest = index
-    cut = _cut_of(letters, rest)
-    sizes = layout.cut_sizes(self._sizes, cut)
-    numbers = range(*layers.indices(self.config.num_layers))
-    values = np.empty((len(numbers), *layout.shape_of(axes, sizes)), dtype)
+    axes = param_mapping.axes_of(path)
+    *layers, rest = (index[:1], index[1:]) if path[0] == "layers" else (index,)
+    dims = zip(axes.split(), rest, strict=True)
+    slices = {d: s for d, s in dims if (s.start, s.stop) != (None, None)}
+    if not layers:
+      return self.read(path, None, axes, slices, dtype)
+    sizes = param_mapping.sliced_sizes(self._sizes, slices)
+    numbers = range(self.config.num_layers)[layers[0][0]]
+    shape = param_mapping.shape_of(axes, sizes)
+    values = np.empty((len(numbers), *shape), dtype)
 
     def fill(n: int) -> None:
-      values[n] = self.read(path, numbers[n], axes, cut, dtype)
+      values[n] = self.read(path, numbers[n], axes, slices, dtype)
 
     with futures.ThreadPoolExecutor(THREADS) as pool:
       # As a list, so that what a thread raises is raised.
@@ -131,22 +136,16 @@ class Source:
   def dropped_rows(self) -> tuple[int, float]:
     """Rows of the embedding beyond the vocabulary: (how many, largest |x|)."""
     rows, used = self.rows, self.config.vocab_size
-    cut, largest = {"V": slice(used, rows)}, 0.0
+    slices, largest = {"V": slice(used, rows)}, 0.0
     if rows > used:
-      values = self.read(("embedding",), None, "V D", cut, np.float32)
+      values = self.read(("embedding",), None, "V D", slices, np.float32)
       largest = float(np.abs(values).max())
     return rows - used, largest
 
 
-def _cut_of(letters, index) -> dict[str, slice]:
-  """What of an index does cut something off."""
-  cut = zip(letters, index, strict=True)
-  return {c: s for c, s in cut if (s.start, s.stop) != (None, None)}
-
-
 def open_checkpoint(
   path: str | os.PathLike, config: TransformerConfig | None = None
-) -> Source:
+) -> CheckpointReader:
   """Opens a checkpoint and checks that its tensors are what they should be.
 
   Args:
@@ -160,49 +159,51 @@ def open_checkpoint(
       that are missing, unexpected, mis-shaped or not floating point: all are
       named.
   """
-  weights = discover.find(path)
+  weights = detect.find(path)
   stages: tuple[FunnelConfig, ...] = ()
   if config is None:
-    config, stages = discover.read_config(weights)
-  _check_sizes(weights.folder, config)
-  format_, reader = discover.open_reader(weights)
-  readers, own = [reader], layout.own_tensors(config, stages)
-  sizes = layout.sizes_of(config)
+    config, stages = detect.read_config(weights)
+  sizes = param_mapping.sizes_of(config)
+  widths = {dim: size for dim, size in sizes.items() if dim != "L"}
+  if sizes["L"] > _MAX_LAYERS or max(widths.values()) > _MAX_WIDTH:
+    raise ValueError(
+      f"{weights.folder}: its configuration has {sizes['L']} layers and sizes "
+      f"{widths}: expected at most {_MAX_LAYERS} and {_MAX_WIDTH}"
+    )
+  own = param_mapping.own_tensors(config, stages)
+  learned = param_mapping.learned_tensors(own)
+  format_, reader = detect.open_tensors(weights)
+  run = reader if isinstance(reader, RunTensors) else None
   if format_ == "google":
     sizes["V"] = google.rows_of(reader.tensors, config)
-  tensors = _tensors_of(format_, config, sizes, reader) or own
+  tensors = _foreign_tensors(format_, config, sizes, reader)
+  if tensors is None:
+    tensors, learned = own, []
+  if run and run.lora:
+    reader = LoraTensors(run, open_checkpoint(run.config["init_from"]))
   _check(reader, tensors)
-  learned = layout.learned_tensors(own)
-  if learned and tensors is not own:
-    beside = SafetensorsFile(weights.folder / discover.LEARNED)
+  readers = [reader]
+  if learned:
+    beside = SafetensorsFile(weights.folder / detect.LEARNED)
     _check(beside, learned)
     readers.append(beside)
     tensors = [*tensors, *learned]
-  merged = Shards(reader.where, readers)
-  return Source(
+  merged = merge(reader.where, readers)
+  return CheckpointReader(
     where=os.fspath(path),
     format=format_,
     config=config,
     stages=stages,
     dtype=_widest({merged.tensors[t.name].dtype for t in tensors}),
-    companions=discover.find_companions(weights),
-    _reader=merged,
+    companions=detect.find_companions(weights),
+    run=run,
+    _tensors=merged,
     _sizes=sizes,
-    _parts=layout.parts_of(tensors),
+    _views={(v.path, v.layer): (t.name, v) for t in tensors for v in t.views},
   )
 
 
-def _check_sizes(where: pathlib.Path, config: TransformerConfig) -> None:
-  widths = layout.sizes_of(config)
-  layers = widths.pop("L")
-  if layers > _MOST_LAYERS or max(widths.values()) > _MOST_WIDTH:
-    raise ValueError(
-      f"{where}: its configuration has {layers} layers and sizes {widths}: "
-      f"expected at most {_MOST_LAYERS} and {_MOST_WIDTH}"
-    )
-
-
-def _tensors_of(format_, config, sizes, reader) -> list[Tensor] | None:
+def _foreign_tensors(format_, config, sizes, reader) -> list[Tensor] | None:
   """What the files of others hold; None for ours."""
   match format_:
     case "huggingface":
@@ -210,13 +211,9 @@ def _tensors_of(format_, config, sizes, reader) -> list[Tensor] | None:
     case "gemma_pytorch":
       return gemma_pytorch.tensors(config)
     case "google":
-      names = reader.tensors
-      return google.tensors(
-        config,
-        google.layout_of(names),
-        google.is_transposed(reader),
-        sizes["V"],
-      )[0]
+      layout = google.layout_of(reader.tensors)
+      transposed = google.is_transposed(reader)
+      return google.tensors(config, layout, transposed, sizes["V"])[0]
   return None
 
 
@@ -227,7 +224,7 @@ def _widest(dtypes: Collection[np.dtype]) -> np.dtype:
   return max(dtypes, key=lambda dtype: dtype.itemsize)
 
 
-def _check(reader: Reader, tensors: Sequence[Tensor]) -> None:
+def _check(reader: TensorReader, tensors: Sequence[Tensor]) -> None:
   """Raises on whatever keeps the stored tensors from being `tensors`."""
   stored, expected = reader.tensors, {t.name: t for t in tensors}
   problems = [
@@ -257,7 +254,7 @@ def _faults(name: str, tensor: Tensor, header: Header) -> Iterator[str]:
     yield f"{name} is of {header.dtype.name}: expected one of {floats}"
 
 
-def _check_tied(reader: Reader) -> list[str]:
+def _check_tied(reader: TensorReader) -> list[str]:
   """A stored head must repeat the embedding: ours has no other."""
   head, embedding = huggingface.TIED_HEAD, huggingface.EMBEDDING
   header = reader.tensors[embedding]

@@ -1,6 +1,6 @@
 """What a checkpoint in each format consists of: the plan of its files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -12,18 +12,18 @@ import numpy as np
 import gemma_funnel
 from gemma_funnel.config import FunnelConfig, TransformerConfig, format_funnel
 from gemma_funnel.convert import (
-  discover,
+  detect,
   gemma_pytorch,
   google,
   huggingface,
-  layout,
+  param_mapping,
 )
-from gemma_funnel.convert.layout import Part, Tensor
 from gemma_funnel.convert.orbax_tree import OrbaxWriter
+from gemma_funnel.convert.param_mapping import ParamView, Slices, Tensor
+from gemma_funnel.convert.reader import BLOCK_BYTES
 from gemma_funnel.convert.safetensors_file import SafetensorsWriter
-from gemma_funnel.convert.source import BLOCK_BYTES
-from gemma_funnel.convert.store import Header, Writer
-from gemma_funnel.convert.torch_file import TorchWriter
+from gemma_funnel.convert.tensor_io import Header, TensorWriter
+from gemma_funnel.convert.torch_file import TorchWriter, import_torch
 from gemma_funnel.data.tokenizer import Tokenizer
 
 FORMATS = ("orbax", "hf", "google", "gemma_pytorch")
@@ -43,11 +43,11 @@ class File:
 
   name: str
   tensors: Sequence[Tensor]
-  open: Callable[[pathlib.Path, Mapping[str, Header]], Writer]
+  open: Callable[[pathlib.Path, Mapping[str, Header]], TensorWriter]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CheckpointSpec:
   """A checkpoint to be written.
 
   Attributes:
@@ -55,7 +55,7 @@ class Plan:
     config: of the model there.
     stages: of its funnel; () is none.
     dtype: of all its tensors.
-    sizes: of the letters of axes; V is rows of the embedding.
+    sizes: of the dims; V is rows of the embedding.
     files: of weights.
     texts: of other files, by name; a checkpoint is one when all are there.
   """
@@ -76,19 +76,28 @@ class Plan:
     """Of all tensors."""
     return sum(h.nbytes for f in self.files for h in self.headers(f).values())
 
-  def blocks(self, part: Part):
-    """Cuts of a part, of a size to be held in memory; see `layout.blocks_of`."""
-    return layout.blocks_of(part, self.sizes, self.dtype.itemsize, BLOCK_BYTES)
+  @property
+  def peak_nbytes(self) -> int:
+    """Of all tensors while they are written: torch.save copies a file's."""
+    copied = 0
+    if self.format == "gemma_pytorch":
+      sizes = (self.headers(file).values() for file in self.files)
+      copied = max(sum(h.nbytes for h in headers) for headers in sizes)
+    return self.nbytes + copied
+
+  def blocks(self, view: ParamView) -> Iterator[Slices]:
+    """Slices of a view, of a size to be held in memory."""
+    return view.blocks(self.sizes, self.dtype.itemsize, BLOCK_BYTES)
 
 
-def make_plan(
+def make_spec(
   format_: str,
   config: TransformerConfig,
   stages: tuple[FunnelConfig, ...],
   dtype: np.dtype,
   google_layout: str = "flat",
   tokenizer: Tokenizer | None = None,
-) -> Plan:
+) -> CheckpointSpec:
   """Plans a checkpoint of a model, without its weights.
 
   Args:
@@ -111,39 +120,46 @@ def make_plan(
   rows = config.vocab_size
   if format_ == "google":
     rows = google.padded_rows(rows)
-  sizes = {**layout.sizes_of(config), "V": rows}
-  own = layout.own_tensors(config, stages)
-  learned = layout.learned_tensors(own)
+  sizes = {**param_mapping.sizes_of(config), "V": rows}
+  own = param_mapping.own_tensors(config, stages)
+  learned = param_mapping.learned_tensors(own)
   ours = _dump(
     {
-      discover.OURS: gemma_funnel.__version__,
+      detect.OURS: gemma_funnel.__version__,
       "model": config.to_dict(),
       "funnel": format_funnel(stages),
     }
   )
   if format_ == "orbax":
     keys = {tensor.name: tensor.name.split(".") for tensor in own}
-    files = [_tree(discover.PARAMS, own, keys, sizes, dtype)]
-    texts, learned = {discover.CONFIG: ours}, []
+    files = [_tree(detect.PARAMS, own, keys, sizes, dtype)]
+    texts, learned = {detect.CONFIG: ours}, []
   elif format_ == "google":
     transposed = _is_transposed(config)
     tree = google.tensors(config, google_layout, transposed, rows)
     files = [_tree("", *tree, sizes, dtype)]
-    texts = {discover.SIDECAR: ours}
+    texts = {detect.SIDECAR: ours}
   elif format_ == "gemma_pytorch":
-    files, texts = _torch_files(gemma_pytorch.tensors(config), dtype)
-    texts[discover.SIDECAR] = ours
+    import_torch()  # Before anything is read or made.
+    tensors = gemma_pytorch.tensors(config)
+    wrapped = functools.partial(TorchWriter, wrap="model_state_dict")
+    alone = File("model.ckpt", tensors, wrapped)
+    files, texts = _sharded(tensors, dtype, detect.BIN, TorchWriter, alone)
+    texts[detect.SIDECAR] = ours
   else:
-    files, texts = _safetensors_files(huggingface.tensors(config), dtype)
+    tensors = huggingface.tensors(config)
+    files, texts = _sharded(
+      tensors, dtype, detect.SAFETENSORS, SafetensorsWriter
+    )
     raw = huggingface.make_config(config, stages, dtype.name)
-    texts[discover.CONFIG] = _dump(raw)
+    texts[detect.CONFIG] = _dump(raw)
     texts["generation_config.json"] = _dump(huggingface.SPECIAL_IDS)
     if tokenizer is not None:
       described = huggingface.make_tokenizer_config(tokenizer)
       texts["tokenizer_config.json"] = _dump(described)
   if learned:
-    files = [*files, File(discover.LEARNED, learned, SafetensorsWriter)]
-  return Plan(format_, config, stages, dtype, sizes, files, texts)
+    files = [*files, File(detect.LEARNED, learned, SafetensorsWriter)]
+  return CheckpointSpec(format_, config, stages, dtype, sizes, files, texts)
 
 
 def _dump(values: Mapping[str, Any]) -> str:
@@ -152,7 +168,7 @@ def _dump(values: Mapping[str, Any]) -> str:
 
 def _is_transposed(config: TransformerConfig) -> bool:
   """Whether Google's tree of this model has gating_einsum [2, F, D]."""
-  published = discover.published(config)
+  published = detect.published(config)
   return published is not None and published in (
     TransformerConfig.preset("gemma2_9b"),
     TransformerConfig.preset("gemma2_27b"),
@@ -162,10 +178,11 @@ def _is_transposed(config: TransformerConfig) -> bool:
 def _tree(name, tensors, keys, sizes, dtype) -> File:
   chunks = {}
   for tensor in tensors:
-    part = tensor.parts[0]
-    (first, *_) = layout.blocks_of(part, sizes, dtype.itemsize, BLOCK_BYTES)
-    block = layout.shape_of(part.axes, layout.cut_sizes(sizes, first))
-    chunks[tensor.name] = (1,) * len(part.at) + block
+    view = tensor.views[0]
+    first = next(view.blocks(sizes, dtype.itemsize, BLOCK_BYTES))
+    block = param_mapping.sliced_sizes(sizes, first)
+    shape = param_mapping.shape_of(view.axes, block)
+    chunks[tensor.name] = (1,) * len(view.at) + shape
 
   def open_(path, headers):
     return OrbaxWriter(path, headers, keys, chunks)
@@ -173,47 +190,38 @@ def _tree(name, tensors, keys, sizes, dtype) -> File:
   return File(name, tensors, open_)
 
 
-def _safetensors_files(tensors, dtype) -> tuple[list[File], dict[str, str]]:
-  shards = _split(tensors, dtype)
-  if len(shards) == 1:
-    return [File(discover.SAFETENSORS, tensors, SafetensorsWriter)], {}
-  return _indexed(shards, discover.SAFETENSORS, SafetensorsWriter, dtype)
+def _sharded(
+  tensors: Sequence[Tensor], dtype: np.dtype, name: str, open_, alone=None
+) -> tuple[list[File], dict[str, str]]:
+  """Files of at most `SHARD_BYTES`, or of one tensor that is larger.
 
+  Args:
+    tensors: of all of them, in order.
+    dtype: of the tensors.
+    name: of a file that holds all, or that the names of several come from.
+    open_: see `File`.
+    alone: the `File` to write in place of a single one of that name.
 
-def _torch_files(tensors, dtype) -> tuple[list[File], dict[str, str]]:
-  shards = _split(tensors, dtype)
-  if len(shards) == 1:
-    wrapped = functools.partial(TorchWriter, wrap="model_state_dict")
-    return [File("model.ckpt", tensors, wrapped)], {}
-  return _indexed(shards, discover.BIN, TorchWriter, dtype)
-
-
-def _split(tensors: Sequence[Tensor], dtype: np.dtype) -> list[list[Tensor]]:
-  """Shards of at most `SHARD_BYTES`, or of one tensor that is larger."""
+  Returns:
+    (files, texts): of several files there is an index that names them.
+  """
+  nbytes = {t.name: Header(t.shape, dtype).nbytes for t in tensors}
   shards, size = [[]], 0
   for tensor in tensors:
-    nbytes = Header(tensor.shape, dtype).nbytes
-    if shards[-1] and size + nbytes > SHARD_BYTES:
+    if shards[-1] and size + nbytes[tensor.name] > SHARD_BYTES:
       shards.append([])
       size = 0
     shards[-1].append(tensor)
-    size += nbytes
-  return shards
-
-
-def _indexed(
-  shards, name: str, open_, dtype: np.dtype
-) -> tuple[list[File], dict[str, str]]:
-  """Files of several shards, and the index that names them."""
+    size += nbytes[tensor.name]
+  if len(shards) == 1:
+    return [alone or File(name, tensors, open_)], {}
   stem, end = name.split(".")
   files = [
     File(f"{stem}-{n:05}-of-{len(shards):05}.{end}", shard, open_)
     for n, shard in enumerate(shards, start=1)
   ]
-  tensors = [(file.name, tensor) for file in files for tensor in file.tensors]
-  total = sum(Header(t.shape, dtype).nbytes for _, t in tensors)
   index = {
-    "metadata": {"total_size": total},
-    "weight_map": {tensor.name: name for name, tensor in tensors},
+    "metadata": {"total_size": sum(nbytes.values())},
+    "weight_map": {t.name: file.name for file in files for t in file.tensors},
   }
-  return files, {name + discover.OF_INDEX: _dump(index)}
+  return files, {name + detect.OF_INDEX: _dump(index)}

@@ -9,12 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from typing import Any
 
-from flax import nnx
-import numpy as np
-
-from gemma_funnel import lora
 from gemma_funnel.config import (
   PRESETS,
   FunnelConfig,
@@ -23,19 +18,24 @@ from gemma_funnel.config import (
 )
 from gemma_funnel.convert import gemma_pytorch, google, huggingface
 from gemma_funnel.convert.orbax_tree import OrbaxTree, is_orbax_tree
+from gemma_funnel.convert.run import (
+  CONFIG,
+  FOLDER,
+  TOKENIZERS,
+  RunTensors,
+  find_tokenizer,
+)
 from gemma_funnel.convert.safetensors_file import SafetensorsFile
-from gemma_funnel.convert.store import (
-  Arrays,
-  Reader,
-  Renamed,
+from gemma_funnel.convert.tensor_io import (
+  TensorReader,
   open_indexed,
   peek_json,
   read_json,
+  rename,
+  to_path,
 )
 from gemma_funnel.convert.torch_file import TorchFile, is_torch_file
-from gemma_funnel.training import checkpoint
 
-CONFIG = "config.json"
 # In a folder that is being written.
 UNFINISHED = "unfinished"
 # The configuration that we write beside formats that have none.
@@ -49,7 +49,6 @@ OF_INDEX = ".index.json"
 PARAMS = "params"
 # A key of every config.json of ours; it holds the version.
 OURS = "gemma_funnel"
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 # What else belongs to a tokenizer, or to generating with a model.
 COMPANIONS = (
   *TOKENIZERS,
@@ -85,7 +84,7 @@ class Weights:
   what: str
   format: str
   folder: pathlib.Path
-  open: Callable[[], Reader]
+  open: Callable[[], TensorReader]
 
 
 def find(path: str | os.PathLike) -> Weights:
@@ -95,7 +94,7 @@ def find(path: str | os.PathLike) -> Weights:
     ValueError: nothing that is known, or two formats at once.
   """
   try:
-    return _find(pathlib.Path(path))
+    return _find(to_path(path))
   except OSError as error:
     raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -129,8 +128,8 @@ def _find(path: pathlib.Path) -> Weights:
 
 def _candidates(folder: pathlib.Path) -> Iterator[Weights]:
   config = peek_json(folder / CONFIG)
-  if (folder / checkpoint.FOLDER).is_dir() and "model_type" not in config:
-    newest = functools.partial(_open_run, folder, config)
+  if (folder / FOLDER).is_dir() and "model_type" not in config:
+    newest = functools.partial(RunTensors, folder)
     yield Weights("a training run (checkpoints/)", "run", folder, newest)
   elif OURS in config:
     tree = functools.partial(OrbaxTree, folder / PARAMS)
@@ -157,16 +156,6 @@ def _candidates(folder: pathlib.Path) -> Iterator[Weights]:
     if not (OURS in config and tree == folder / PARAMS):
       opened = functools.partial(OrbaxTree, tree)
       yield Weights(f"an Orbax tree ({tree.name})", "google", folder, opened)
-
-
-def _open_run(folder: pathlib.Path, config: dict[str, Any]) -> Reader:
-  if not lora.of_run(config):
-    return OrbaxTree(checkpoint.newest_intact(folder) / PARAMS)
-  # Factors are merged into what they are beside, in memory.
-  params = nnx.to_flat_state(nnx.state(checkpoint.load_run(folder).model))
-  return Arrays(
-    str(folder), {".".join(map(str, path)): np.asarray(x) for path, x in params}
-  )
 
 
 def _torch(file: pathlib.Path, folder: pathlib.Path) -> Weights:
@@ -244,7 +233,7 @@ def read_own_config(
     raise ValueError(f"{file}: {error}") from error
 
 
-def open_reader(weights: Weights) -> tuple[str, Reader]:
+def open_tensors(weights: Weights) -> tuple[str, TensorReader]:
   """Opens weights: (their format, a reader of that format's own names).
 
   Raises:
@@ -257,7 +246,7 @@ def open_reader(weights: Weights) -> tuple[str, Reader]:
   if gemma_pytorch.EMBEDDING in names:
     return "gemma_pytorch", gemma_pytorch.Dequantized(reader)
   if weights.format != "google":
-    return "huggingface", Renamed(reader, huggingface.own_names(names))
+    return "huggingface", rename(reader, huggingface.own_names(names))
   layout = google.layout_of(names)
   if layout is None:
     raise ValueError(
@@ -266,12 +255,12 @@ def open_reader(weights: Weights) -> tuple[str, Reader]:
     )
   if layout == "kauldron":
     kept = {name: name for name in names if name.startswith("params.")}
-    return "google", Renamed(reader, kept)
+    return "google", rename(reader, kept)
   return "google", reader
 
 
 def _infer_config(weights: Weights) -> TransformerConfig:
-  format_, reader = open_reader(weights)
+  format_, reader = open_tensors(weights)
   family = {"google": google, "gemma_pytorch": gemma_pytorch}.get(format_)
   if family is None:
     raise ValueError(f"{weights.folder} has no {CONFIG}")
@@ -279,10 +268,8 @@ def _infer_config(weights: Weights) -> TransformerConfig:
     known = family.infer_sizes(reader.tensors)
   except ValueError as error:
     raise ValueError(f"{reader.where}: {error}") from error
-  for name in PRESETS:
-    config = TransformerConfig.preset(name)
-    if _is_published(name) and _agrees(config, known):
-      return config
+  if preset := _find_preset(known):
+    return preset
   if "head_dim" in known and not known["post_norms"]:
     # All else of a Gemma 1 follows from its shapes.
     return TransformerConfig.preset(
@@ -295,33 +282,26 @@ def _infer_config(weights: Weights) -> TransformerConfig:
   )
 
 
-def _is_published(name: str) -> bool:
-  return name.startswith(("gemma1_", "gemma2_"))
-
-
-def _agrees(config: TransformerConfig, known: dict[str, int | bool]) -> bool:
-  found = dict(
-    config.to_dict(),
-    query_width=config.num_heads * config.head_dim,
-    key_width=config.num_kv_heads * config.head_dim,
-  )
-  return all(found[key] == value for key, value in known.items())
+def _find_preset(known: dict[str, int | bool]) -> TransformerConfig | None:
+  """The published Gemma of these sizes."""
+  for name in PRESETS:
+    config = TransformerConfig.preset(name)
+    sizes = dict(
+      config.to_dict(),
+      query_width=config.num_heads * config.head_dim,
+      key_width=config.num_kv_heads * config.head_dim,
+    )
+    same = all(sizes[key] == value for key, value in known.items())
+    if same and name.startswith(("gemma1_", "gemma2_")):
+      return config
+  return None
 
 
 def published(config: TransformerConfig) -> TransformerConfig | None:
   """The published model of the same sizes, whatever its vocabulary."""
-  sizes = (
-    "num_layers",
-    "embed_dim",
-    "mlp_dim",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "post_norms",
-  )
-  known = {name: getattr(config, name) for name in sizes}
-  presets = (TransformerConfig.preset(n) for n in PRESETS if _is_published(n))
-  return next((p for p in presets if _agrees(p, known)), None)
+  names = ["num_layers", "embed_dim", "mlp_dim", "post_norms"]
+  names += ["num_heads", "num_kv_heads", "head_dim"]
+  return _find_preset({name: getattr(config, name) for name in names})
 
 
 def find_companions(weights: Weights) -> dict[str, pathlib.Path]:
@@ -335,18 +315,9 @@ def find_companions(weights: Weights) -> dict[str, pathlib.Path]:
   """
   found = {}
   if weights.format == "run":
-    file = weights.folder / CONFIG
-    config = read_json(file)
-    data = config.get("data", config)  # A fine-tuned run says it at the top.
-    if not isinstance(data, dict) or "tokenizer" not in data:
-      raise ValueError(
-        f"{file} is no configuration of a training run: expected a "
-        "data.tokenizer"
-      )
-    # A fine-tuned run has a copy, whatever becomes of the original.
-    own = any((weights.folder / name).is_file() for name in TOKENIZERS)
-    if data["tokenizer"] and not own:
-      found["tokenizer.model"] = pathlib.Path(data["tokenizer"])
+    tokenizer = find_tokenizer(weights.folder)
+    if tokenizer:
+      found["tokenizer.model"] = tokenizer
   places = [weights.folder, weights.folder / "tokenizer"]
   if weights.format == "google" and is_orbax_tree(weights.folder):
     places.append(weights.folder.parent)

@@ -1,8 +1,7 @@
 """Writing a checkpoint in another format, a block of a tensor at a time.
 
-Threads read, rearrange and, where the files allow it, write blocks, a few at a
-time. Everything is written to a folder beside the destination, which takes
-its name when it is complete.
+Threads read, rearrange and write blocks, a few at a time. Everything is written
+to a folder beside the destination, which takes its name when it is complete.
 """
 
 from collections import deque
@@ -17,10 +16,19 @@ import shutil
 import numpy as np
 
 from gemma_funnel.config import TransformerConfig
-from gemma_funnel.convert import discover, target
-from gemma_funnel.convert.layout import Part, cut_sizes, shape_of
-from gemma_funnel.convert.source import THREADS, Source, open_checkpoint
-from gemma_funnel.convert.store import Writer
+from gemma_funnel.convert import detect, writer
+from gemma_funnel.convert.param_mapping import (
+  ParamView,
+  Slices,
+  shape_of,
+  sliced_sizes,
+)
+from gemma_funnel.convert.reader import (
+  THREADS,
+  CheckpointReader,
+  open_checkpoint,
+)
+from gemma_funnel.convert.tensor_io import TensorWriter
 from gemma_funnel.data.tokenizer import Tokenizer
 
 _PARTIAL = ".partial"
@@ -40,13 +48,13 @@ def convert(
   vocab_size: int | None = None,
   google_layout: str = "flat",
   config: TransformerConfig | None = None,
-) -> target.Plan:
+) -> writer.CheckpointSpec:
   """Converts a checkpoint.
 
   Args:
     source: of any format that `load` knows.
     destination: a folder that does not exist, or is empty.
-    to: one of `target.FORMATS`.
+    to: one of `writer.FORMATS`.
     dtype: of its tensors; None is the widest of the source's.
     vocab_size: tokens there, if not as many as in the source: rows of zeros
       are added to the embedding, or its last rows are left out.
@@ -57,27 +65,27 @@ def convert(
     What was written.
 
   Raises:
-    ValueError: see `open_checkpoint` and `target.make_plan`; or `destination`
+    ValueError: see `open_checkpoint` and `writer.make_spec`; or `destination`
       cannot be written. Nothing is left there.
   """
   opened = open_checkpoint(source, config)
-  plan = plan_for(opened, to, dtype, vocab_size, google_layout)
-  check_destination(opened, plan, destination)
-  write(opened, plan, destination)
-  return plan
+  spec = spec_for(opened, to, dtype, vocab_size, google_layout)
+  check_destination(opened, spec, destination)
+  write(opened, spec, destination)
+  return spec
 
 
-def plan_for(
-  source: Source,
+def spec_for(
+  source: CheckpointReader,
   to: str,
   dtype: str | None = None,
   vocab_size: int | None = None,
   google_layout: str = "flat",
-) -> target.Plan:
-  """The plan of `convert`.
+) -> writer.CheckpointSpec:
+  """The spec of `convert`.
 
   Raises:
-    ValueError: see `target.make_plan` and `Tokenizer.load`.
+    ValueError: see `writer.make_spec` and `Tokenizer.load`.
   """
   config = source.config
   if vocab_size is not None:
@@ -90,16 +98,18 @@ def plan_for(
     )
   files, tokenizer = source.companions, None
   if to == "hf" and "tokenizer_config.json" not in files:
-    names = (name for name in discover.TOKENIZERS if name in files)
+    names = (name for name in detect.TOKENIZERS if name in files)
     if name := next(names, None):
       tokenizer = Tokenizer.load(files[name])
-  return target.make_plan(
+  return writer.make_spec(
     to, config, source.stages, wanted, google_layout, tokenizer
   )
 
 
 def check_destination(
-  source: Source, plan: target.Plan, destination: str | os.PathLike[str]
+  source: CheckpointReader,
+  spec: writer.CheckpointSpec,
+  destination: str | os.PathLike[str],
 ) -> None:
   """Raises a ValueError where nothing can be written, before anything is."""
   with _naming(destination):
@@ -121,7 +131,7 @@ def check_destination(
         f"{partial} exists, and not from a conversion that was killed: remove "
         "it, or name another destination"
       )
-    needed = plan.nbytes + _SPARE_BYTES
+    needed = spec.peak_nbytes + _SPARE_BYTES
     free = shutil.disk_usage(parent).free
     if free < needed:
       raise ValueError(
@@ -143,7 +153,7 @@ def _is_free(path: pathlib.Path) -> bool:
   """Whether nothing, or what a conversion that was killed left, is there."""
   if not path.is_dir():
     return not path.exists()
-  return (path / discover.UNFINISHED).exists() or not any(path.iterdir())
+  return (path / detect.UNFINISHED).exists() or not any(path.iterdir())
 
 
 def _partial_of(path: pathlib.Path) -> pathlib.Path:
@@ -151,12 +161,12 @@ def _partial_of(path: pathlib.Path) -> pathlib.Path:
 
 
 def write(
-  source: Source,
-  plan: target.Plan,
+  source: CheckpointReader,
+  spec: writer.CheckpointSpec,
   destination: str | os.PathLike[str],
   progress: Progress = lambda name, nbytes: None,
 ) -> None:
-  """Writes what `plan` says; the destination is there when it is complete.
+  """Writes what `spec` says; the destination is there when it is complete.
 
   Raises:
     ValueError: the source is damaged, or the destination cannot be written.
@@ -171,74 +181,73 @@ def write(
     partial.mkdir()
     # Whatever ends it, nothing half-written stays.
     stack.callback(shutil.rmtree, partial, ignore_errors=True)
-    (partial / discover.UNFINISHED).touch()
-    for file in plan.files:
-      with file.open(partial / file.name, plan.headers(file)) as writer:
-        for name, nbytes in _move(source, plan, file, writer):
+    (partial / detect.UNFINISHED).touch()
+    for file in spec.files:
+      with file.open(partial / file.name, spec.headers(file)) as opened:
+        for name, nbytes in _move(source, spec, file, opened):
           progress(name, nbytes)
     for name, origin in source.companions.items():
       shutil.copyfile(origin, partial / name)
     # Last: without a configuration or an index it is no checkpoint.
-    for name, text in plan.texts.items():
+    for name, text in spec.texts.items():
       if name not in source.companions:
         (partial / name).write_text(text, encoding="utf-8")
     os.replace(partial, path)
     # Until now, whatever killed it, the next conversion would start anew.
-    (path / discover.UNFINISHED).unlink()
+    (path / detect.UNFINISHED).unlink()
 
 
 def _move(
-  source: Source, plan: target.Plan, file: target.File, writer: Writer
+  source: CheckpointReader,
+  spec: writer.CheckpointSpec,
+  file: writer.File,
+  opened: TensorWriter,
 ) -> Iterator[tuple[str, int]]:
   """Writes all tensors of a file; yields (tensor, bytes) of each block."""
 
-  def move(name: str, part: Part, cut):
-    block = _read(source, plan, part, cut)
-    index = part.index(cut, plan.sizes)
-    if not writer.in_order:
-      writer.write(name, index, block)
-      return name, index, block.nbytes, None
-    return name, index, block.nbytes, block
+  def move(name: str, view: ParamView, slices: Slices) -> tuple[str, int]:
+    block = _read(source, spec, view, slices)
+    opened.write(name, view.index(slices, spec.sizes), block)
+    return name, block.nbytes
 
-  jobs = (
-    (tensor.name, part, cut)
+  blocks = (
+    (tensor.name, view, slices)
     for tensor in file.tensors
-    for part in tensor.parts
-    for cut in plan.blocks(part)
+    for view in tensor.views
+    for slices in spec.blocks(view)
   )
   waiting: deque[futures.Future] = deque()
-
-  def finish() -> tuple[str, int]:
-    name, index, nbytes, block = waiting.popleft().result()
-    if block is not None:
-      writer.write(name, index, block)
-    return name, nbytes
-
   with futures.ThreadPoolExecutor(THREADS) as pool:
     try:
-      for job in jobs:
-        waiting.append(pool.submit(move, *job))
+      for block in blocks:
+        waiting.append(pool.submit(move, *block))
         if len(waiting) > THREADS:
-          yield finish()
+          yield waiting.popleft().result()
       while waiting:
-        yield finish()
+        yield waiting.popleft().result()
     finally:
       for future in waiting:
         future.cancel()
 
 
-def _read(source: Source, plan: target.Plan, part: Part, cut) -> np.ndarray:
-  if part.path != ("embedding",):
-    return source.read(part.path, part.layer, part.axes, cut, plan.dtype)
+def _read(
+  source: CheckpointReader,
+  spec: writer.CheckpointSpec,
+  view: ParamView,
+  slices: Slices,
+) -> np.ndarray:
+  if view.path != ("embedding",):
+    return source.read(view.path, view.layer, view.axes, slices, spec.dtype)
   # Rows that the source, or a vocabulary made smaller, has not are zeros.
-  rows, used = cut["V"], source.rows
-  if plan.config.vocab_size < source.config.vocab_size:
-    used = plan.config.vocab_size
+  rows, used = slices["V"], source.rows
+  if spec.config.vocab_size < source.config.vocab_size:
+    used = spec.config.vocab_size
   stop = max(rows.start, min(rows.stop, used))
-  values = np.zeros(shape_of(part.axes, cut_sizes(plan.sizes, cut)), plan.dtype)
+  sizes = sliced_sizes(spec.sizes, slices)
+  values = np.zeros(shape_of(view.axes, sizes), spec.dtype)
   if stop > rows.start:
     kept = {"V": slice(rows.start, stop)}
     values[: stop - rows.start] = source.read(
-      part.path, part.layer, part.axes, kept, plan.dtype
+      view.path, view.layer, view.axes, kept, spec.dtype
     )
   return values

@@ -1,0 +1,239 @@
+"""A training run of ours, read as one more checkpoint.
+
+A run is a folder, perhaps on a bucket:
+
+  config.json      the configuration it was started with
+  tokenizer.model  where the run trained its own
+  checkpoints/N/   after N steps, one Orbax checkpoint of everything
+
+Each checkpoint has `sums.json`, the size and CRC-32 of its files, which are
+checked before it is read: Orbax reads some damaged files without a word.
+"""
+
+from concurrent import futures
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+import zlib
+
+from etils import epath
+import jax
+import numpy as np
+
+from gemma_funnel import lora as lora_lib
+from gemma_funnel.convert import param_mapping
+from gemma_funnel.convert.orbax_tree import OrbaxTree
+from gemma_funnel.convert.tensor_io import Header, Index, read_json
+from gemma_funnel.parallel import processes
+
+FOLDER = "checkpoints"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.model"
+# A fine-tuned run has a copy of what it was given.
+TOKENIZERS = (TOKENIZER, "tokenizer.json")
+SUMS = "sums.json"
+
+_THREADS = 8
+
+
+def path_of(path: str | os.PathLike) -> epath.Path:
+  """A folder here, made absolute, or on a bucket."""
+  text = os.fspath(path)
+  return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+def find_tokenizer(folder: pathlib.Path | epath.Path) -> pathlib.Path | None:
+  """The tokenizer that a run was given; None if it has one of its own.
+
+  Raises:
+    ValueError: the run's configuration does not say.
+  """
+  config = read_json(folder / CONFIG)
+  data = config.get("data", config)  # A fine-tuned run says it at the top.
+  if not isinstance(data, dict) or "tokenizer" not in data:
+    raise ValueError(
+      f"{folder / CONFIG} is no configuration of a training run: expected a "
+      "data.tokenizer"
+    )
+  own = any((folder / name).is_file() for name in TOKENIZERS)
+  given = None if own else data["tokenizer"]
+  return pathlib.Path(given) if given else None
+
+
+def steps_in(folder: epath.Path) -> list[int]:
+  """The steps of a `checkpoints` folder, whatever state they are in."""
+  # Orbax's own list leaves out what it finds incomplete, and tells no one.
+  names = [path.name for path in folder.iterdir()]
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def find_intact(workdir: str | os.PathLike) -> tuple[int, list[int]]:
+  """The newest step whose files are as they were written, and the newer ones.
+
+  A line tells each of the newer ones. Process 0 looks, and all go by what it
+  found.
+
+  Raises:
+    ValueError: there is none.
+  """
+  found = None
+  if jax.process_index() == 0:
+    folder = path_of(workdir) / FOLDER
+    found = processes.result_of(lambda: _find_intact(folder))
+  return processes.value_of(processes.broadcast_from_host0(found))
+
+
+def _find_intact(folder: epath.Path) -> tuple[int, list[int]]:
+  damages = {}
+  for step in reversed(steps_in(folder)):
+    damage = _damage_of(folder / str(step))
+    if damage is None:
+      break
+    damages[step] = damage
+  else:
+    listed = "; ".join(f"{step}: {what}" for step, what in damages.items())
+    raise ValueError(
+      f"no checkpoint in {folder} can be read: " + (listed or "it is empty")
+    )
+  for broken, damage in damages.items():
+    print(
+      f"checkpoint {broken} is damaged ({damage}); using {step} instead",
+      flush=True,
+    )
+  return step, list(damages)
+
+
+def write_sums(folder: epath.Path) -> None:
+  """Writes the sums of a checkpoint's files, all of which are complete."""
+  (folder / SUMS).write_text(json.dumps(_sums(folder), indent=1))
+
+
+def _sums(folder: epath.Path) -> dict[str, list[int]]:
+  """Size and CRC-32 of each file that Orbax will not touch again."""
+  items = sorted(child for child in folder.iterdir() if child.is_dir())
+  files = [file for item in items for file in _files_in(item)]
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    found = list(pool.map(_size_and_crc32, files))
+  names = [path.relative_to(folder).as_posix() for path in files]
+  return dict(zip(names, found, strict=True))
+
+
+def _files_in(folder: epath.Path) -> list[epath.Path]:
+  found = []
+  for child in sorted(folder.iterdir()):
+    found += _files_in(child) if child.is_dir() else [child]
+  return found
+
+
+def _size_and_crc32(path: epath.Path) -> list[int]:
+  size = crc = 0
+  with path.open("rb") as f:
+    while block := f.read(1 << 22):
+      crc, size = zlib.crc32(block, crc), size + len(block)
+  return [size, crc]
+
+
+def _damage_of(folder: epath.Path) -> str | None:
+  """What is wrong with a checkpoint's files; None if nothing is."""
+  try:
+    expected = read_json(folder / SUMS)
+    found = _sums(folder)
+  except (OSError, ValueError) as error:
+    return f"{SUMS}: {error}"
+  for name, sums in expected.items():
+    if name not in found:
+      return f"{name} is missing"
+    if found[name] != sums:
+      return f"{name} has size and CRC-32 {found[name]}, expected {sums}"
+  return None
+
+
+class RunTensors:
+  """What the newest intact step of a run has trained; a `TensorReader`.
+
+  Attributes:
+    step: that is read.
+    config: of the run, at that step.
+    lora: how its factors are used; None if it trained whole parameters.
+  """
+
+  def __init__(self, workdir: str | os.PathLike):
+    """Finds the step and reads headers.
+
+    Raises:
+      ValueError: all checkpoints are damaged.
+    """
+    self.step, _ = find_intact(workdir)
+    self._folder = path_of(workdir) / FOLDER / str(self.step)
+    self.config: dict[str, Any] = read_json(
+      self._folder / "config" / "metadata"
+    )
+    self.lora = lora_lib.of_run(self.config)
+    tree = self.open_tree("lora" if self.lora else "params")
+    self.where, self.tensors, self.read = tree.where, tree.tensors, tree.read
+
+  def open_tree(self, name: str) -> OrbaxTree:
+    """Another tree that was saved along with the parameters."""
+    return OrbaxTree(self._folder / name)
+
+
+class LoraTensors:
+  """A run's factors merged into their base, a layer's matrix at a time.
+
+  A `TensorReader` of our own names. Values have the dtype and, where the base
+  was quantised, the coarseness that the run trained with.
+  """
+
+  def __init__(self, run: RunTensors, base: Any):
+    """Takes an open `CheckpointReader` of what the run started from."""
+    self.where = run.where
+    self._run, self._base = run, base
+    self._dtype = np.dtype(run.config["model"]["param_dtype"])
+    own = param_mapping.own_parameters(base.config, ())
+    self.tensors = {
+      ".".join(path): Header(shape, self._dtype) for path, shape in own.items()
+    }
+    self.tensors |= {
+      name: header
+      for name, header in run.tensors.items()
+      if name.startswith("funnel.")
+    }
+    # Slices of a matrix follow each other: it is merged once.
+    self._matrix = functools.lru_cache(maxsize=_THREADS)(self._merge)
+
+  def read(self, name: str, index: Index = ()) -> np.ndarray:
+    if name.startswith("funnel."):
+      return self._run.read(name, index)
+    path = tuple(name.split("."))
+    if path[0] == "layers":
+      layer, *rest = index
+      return self._matrix(path, layer)[tuple(rest)]
+    shape = self.tensors[name].shape
+    ranges = [
+      slice(*item.indices(n)) for item, n in zip(index, shape, strict=True)
+    ]
+    return self._base.read_slice(path, ranges, self._dtype)
+
+  def _merge(self, path: param_mapping.Path, layer: int) -> np.ndarray:
+    axes = param_mapping.axes_of(path)
+    whole = self._base.read(path, layer, axes, {}, self._dtype)
+    name = ".".join(path)
+    factors = {
+      key: self._run.read(f"{name}.{key}", (slice(layer, layer + 1),))
+      for key in ("a", "b")
+      if f"{name}.{key}" in self._run.tensors
+    }
+    merged = _merge_matrix(path, self._run.lora, whole[None], factors)
+    return np.asarray(merged[0])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _merge_matrix(path, lora, matrix, factors) -> jax.Array:
+  def tree_of(value):
+    return functools.reduce(lambda tree, key: {key: tree}, path[::-1], value)
+
+  base = lora_lib.freeze(tree_of(matrix), lora)
+  merged = lora_lib.merge(base, tree_of(factors) if factors else {}, lora)
+  return functools.reduce(lambda tree, key: tree[key], path, merged)

@@ -1,0 +1,106 @@
+"""The folder of a run: whose it is, and what may change while it goes on."""
+
+import json
+import os
+
+import pytest
+import tiny_run
+
+from gemma_funnel.training import workdir
+
+
+def _config(workdir, **changes):
+  return tiny_run.make_config(workdir, "corpus.txt", **changes)
+
+
+def test_a_workdir_is_claimed_once(tmp_path):
+  config = _config(tmp_path / "run")
+  workdir.init_workdir(config)
+  written = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert written == json.loads(config.to_json())
+  workdir.init_workdir(config)
+  assert os.listdir(tmp_path / "run") == ["config.json"]
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"steps": 13},
+    {"batch_size": 16},
+    {"length": 64},
+    {"seed": 1},
+    {"funnel": "off"},
+    {"z_loss": 0.0},
+    {"data.lanes": 2},
+    {"model.dtype": "bfloat16"},
+    {"optimizer.b2": 0.9},
+    {"data.seed": 1},
+    {"data.tokenizer": "x"},
+  ],
+  ids=str,
+)
+def test_a_workdir_of_another_run_is_refused(changes, tmp_path):
+  workdir.init_workdir(_config(tmp_path))
+  (tmp_path / "tokenizer.model").write_text("")
+  config = _config(tmp_path, **changes)
+  with pytest.raises(ValueError) as error:
+    workdir.init_workdir(config)
+  (key,) = changes
+  text = str(error.value)
+  assert f"{key}: " in text and text.count(" / ") == 2 and "\n" not in text
+
+
+def test_what_changes_rounding_at_most_may_change(tmp_path):
+  workdir.init_workdir(_config(tmp_path / "run"))
+  (tmp_path / "run" / "checkpoints").mkdir()
+  changes = {
+    "log_every": 7,
+    "eval_every": 3,
+    "checkpoint_every": 5,
+    "keep": 1,
+    "tensorboard": True,
+    "latency.repeats": 3,
+    "heldout_documents": 9,
+    "eval_documents": 3,
+    "mesh.fsdp": 2,
+    "accumulate": 2,
+    "model.remat": "block",
+    "loss_chunk": 8,
+    "data.num_workers": 1,
+    "watchdog_minutes": 3.0,
+    "keep_best": 1,
+    "rollback.factor": 2.0,
+  }
+  workdir.init_workdir(_config(tmp_path / "run", **changes))
+  moved = (tmp_path / "run").rename(tmp_path / "moved")
+  workdir.init_workdir(_config(moved))
+  # Of data whose place is a number of rows.
+  with pytest.raises(ValueError, match="batch_size"):
+    workdir.init_workdir(_config(moved, batch_size=16))
+  workdir.init_workdir(_config(moved, batch_size=16), free=("batch_size",))
+
+
+def test_workdirs_that_cannot_be_claimed(tmp_path):
+  file = tmp_path / "file"
+  file.write_text("")
+  with pytest.raises(ValueError, match="is a file"):
+    workdir.init_workdir(_config(file))
+  with pytest.raises(ValueError, match="cannot be written to: Not a dir"):
+    workdir.init_workdir(_config(file / "run"))
+  for content in ("{", "\0\0", "[]"):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json is no"):
+      workdir.init_workdir(_config(tmp_path))
+  (tmp_path / "config.json").unlink()
+  for name in ("checkpoints", "tokenizer.model"):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"but no config\.json"):
+      workdir.init_workdir(_config(tmp_path))
+    (tmp_path / name).rmdir()
+
+
+def test_a_call_that_failed_early_may_be_corrected(tmp_path):
+  workdir.init_workdir(_config(tmp_path, **{"data.source": "wrong"}))
+  workdir.init_workdir(_config(tmp_path))
+  written = json.loads((tmp_path / "config.json").read_text())
+  assert written["data"]["source"] == "corpus.txt"
