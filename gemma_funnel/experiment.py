@@ -44,8 +44,8 @@ def _heldout(config, corpus, align, gap, max_documents) -> pipeline.HeldOut:
     corpus.tokenizer,
     batch_size=config.batch_size,
     length=config.length,
-    align=align,
-    gap=gap,
+    segment_alignment=align,
+    segment_padding=gap,
     max_documents=max_documents,
   )
 

@@ -1,10 +1,11 @@
-"""Worker processes that prepare rows ahead, and end with whoever started them.
+"""Worker processes that prepare items ahead, and end with their parent.
 
 Grain's own (mp_prefetch) deal whole batches out, so that the order depends on
-how many there are. These are told which rows to make.
+their number. These are told which rows to make.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 import contextlib
 import itertools
 import multiprocessing
@@ -17,18 +18,19 @@ import threading
 import traceback
 from typing import Any
 
-# Rows that a worker has ready and nobody has taken.
+# Items that a worker has ready and nobody has taken.
 _AHEAD = 64
+_SPAWN = multiprocessing.get_context("spawn")
 
-Rows = Callable[[], Iterator[Any]]
+Items = Callable[[], Iterator[Any]]
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
   """In a child process: ends it as soon as its parent has ended, and not before.
 
-  However the parent ends, SIGKILL included: what is waited for is its end of a
-  pipe, which the system closes. Signals that a launcher sends to all processes
-  are the parent's to heed: it may need this one to save.
+  That holds for SIGKILL too: the system closes the parent's end of a pipe. A
+  launcher may signal all processes; those signals are for the parent, which may
+  need this one to save.
   """
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
@@ -50,9 +52,9 @@ def _portable(error: Exception) -> Exception:
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _work(make: Rows, to_parent: connection.Connection) -> None:
+def _work(make: Items, to_parent: connection.Connection) -> None:
   """Sends what `make` yields, and at last None or the error it ends with."""
-  end_with_parent()
+  _end_with_parent()
   ready = queue.Queue(_AHEAD)
 
   def send():
@@ -76,19 +78,14 @@ def _work(make: Rows, to_parent: connection.Connection) -> None:
 
 
 class Workers:
-  """Processes, each with its own endless rows; `take(i)` is one's next."""
+  """Processes, each with its own endless items."""
 
-  def __init__(self, makes: Sequence[Rows]):
-    """Starts them.
-
-    Args:
-      makes: of each process what it calls, which has to be picklable.
-    """
-    context = multiprocessing.get_context("spawn")
+  def __init__(self, makes: Sequence[Items]):
+    """Starts a process for each of `makes`, picklable calls for its items."""
     self._processes, self._pipes = [], []
     for make in makes:
-      receiver, sender = context.Pipe(duplex=False)
-      process = context.Process(target=_work, args=(make, sender), daemon=True)
+      receiver, sender = _SPAWN.Pipe(duplex=False)
+      process = _SPAWN.Process(target=_work, args=(make, sender), daemon=True)
       process.start()
       # Or the pipe would not end with the worker.
       sender.close()
@@ -127,6 +124,11 @@ class Workers:
     self._pipes, self._processes = [], []
 
 
+def _initialize(initializer, initargs) -> None:
+  _end_with_parent()
+  initializer(*initargs)
+
+
 def ordered_map(
   function: Callable[[Any], Any],
   items: Iterable[Any],
@@ -138,8 +140,8 @@ def ordered_map(
 
   Args:
     function: picklable, as are items and results.
-    items: what it is called with; results come in their order.
-    num_workers: processes; with 0 it is called here.
+    items: its arguments; results come in their order.
+    num_workers: processes; 0 calls it here.
     initializer: called with `initargs` first, here or in each process.
     initargs: picklable.
 
@@ -151,28 +153,18 @@ def ordered_map(
     initializer(*initargs)
     yield from map(function, items)
     return
-  from concurrent import futures
-
   items = iter(items)
   with futures.ProcessPoolExecutor(
-    num_workers,
-    multiprocessing.get_context("spawn"),
-    _initialize,
-    (initializer, initargs),
+    num_workers, _SPAWN, _initialize, (initializer, initargs)
   ) as pool:
-    ahead = itertools.islice(items, 4 * num_workers)
-    pending = [pool.submit(function, item) for item in ahead]
+    submit = lambda count: [
+      pool.submit(function, item) for item in itertools.islice(items, count)
+    ]
+    pending = submit(4 * num_workers)
     try:
       while pending:
         yield pending.pop(0).result()
-        pending += [
-          pool.submit(function, i) for i in itertools.islice(items, 1)
-        ]
+        pending += submit(1)
     finally:
       for future in pending:
         future.cancel()
-
-
-def _initialize(initializer, initargs) -> None:
-  end_with_parent()
-  initializer(*initargs)

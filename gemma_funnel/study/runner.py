@@ -236,7 +236,7 @@ class Runner:
     heldout = pipeline.heldout_batches(
       result.corpus.heldout,
       result.corpus.tokenizer,
-      align=1,
+      segment_alignment=1,
       batch_size=settings.rows,
       length=settings.length,
       max_documents=4 * settings.rows,

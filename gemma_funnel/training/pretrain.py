@@ -17,7 +17,7 @@ from gemma_funnel import convert, flops
 from gemma_funnel import funnel as funnel_lib
 from gemma_funnel import lora as lora_lib
 from gemma_funnel.config import TransformerConfig, format_funnel
-from gemma_funnel.data import lanes, pipeline
+from gemma_funnel.data import pipeline, shards
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import processes, sharding
 from gemma_funnel.parallel.mesh import ROWS, TOKENS
@@ -426,10 +426,10 @@ def _make_data(setup: Setup, corpus: pipeline.Corpus):
     corpus.tokenizer,
     batch_size=config.batch_size // parts,
     length=config.length,
-    align=setup.funnels.align,
-    gap=setup.gap,
+    segment_alignment=setup.funnels.align,
+    segment_padding=setup.gap,
     seed=config.data.seed,
-    lanes=config.data.lanes,
+    num_shards=config.data.lanes,
     num_workers=config.data.num_workers,
     process_index=part,
     process_count=parts,
@@ -437,9 +437,9 @@ def _make_data(setup: Setup, corpus: pipeline.Corpus):
 
 
 def _merge(states: list[dict[str, Any]]) -> dict[str, Any]:
-  """Of all processes' data; those that have the same rows have the same lanes."""
+  """Of all processes' data; those that have the same rows have the same shards."""
   different = {tuple(sorted(state["lanes"])): state for state in states}
-  return lanes.merge_states(list(different.values()))
+  return shards.merge_states(list(different.values()))
 
 
 def step_flops(setup: Setup, stages: schedules.Stages) -> int:
