@@ -171,7 +171,7 @@ def test_predicted_mask():
   [
     (10, 4, "length=10: expected a multiple of segment_alignment=4"),
     (2, 4, "length=2: expected a multiple of segment_alignment=4"),
-    (1, 1, "length=1: expected at least 2"),
+    (1, 1, "length=1: expected an integer >= 2"),
     (8, 0, "segment_alignment=0: expected an integer >= 1"),
   ],
 )

@@ -283,13 +283,13 @@ class TestResume:
   [
     (dict(length=25), "length=25: expected a multiple of segment_alignment=2"),
     (dict(batch_size=0), "batch_size=0: expected an integer >= 1"),
-    (dict(seed=-1), "seed=-1: expected an integer >= 0"),
-    (dict(seed=2**32), "seed=4294967296: .* < 4294967296"),
+    (dict(seed=-1), "seed=-1: expected an integer from 0"),
+    (dict(seed=2**32), "seed=4294967296: .* to 4294967295"),
     (dict(num_workers=-1), "num_workers=-1: expected an integer >= 0"),
     (dict(process_count=0), "process_count=0: expected"),
     (
       dict(process_index=2, process_count=2),
-      "process_index=2: expected an integer >= 0 and < 2",
+      "process_index=2: expected an integer from 0 to 1",
     ),
     (dict(process_count=51), "50 training documents for data.lanes=51"),
     (
@@ -427,7 +427,7 @@ class TestLoadCorpus:
       text_key="text",
       mixture={},
       tokenizer=None,
-      num_shards=1,
+      lanes=1,
       num_workers=0,
       seed=0,
     )

@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
-import sys
 from typing import Any
 
 import grain
 from ml_collections import config_dict
 import numpy as np
 
-from gemma_funnel.checks import require, require_between
+from gemma_funnel.checks import is_number, require
 from gemma_funnel.data import sources
 from gemma_funnel.data.documents import Document, Joined
 from gemma_funnel.data.tokenizer import PAD_ID
@@ -59,7 +58,11 @@ def _entry(name: str, entry: Any, cfg: Any) -> dict[str, Any]:
       entry.get(key) not in (None, ""),
       f"{where} has no {key}; expected one of each entry",
     )
-  require_between(f"{where}.weight", entry["weight"], 0, sys.float_info.max)
+  weight = entry["weight"]
+  require(
+    is_number(weight) and weight >= 0,
+    f"{where}.weight={weight!r}: expected a number >= 0, not infinite",
+  )
   return {"heldout": None, "text_key": cfg.text_key, **entry}
 
 
