@@ -311,10 +311,3 @@ def test_workers_outlive_signals_that_their_trainer_heeds():
     assert [made.take(0) for _ in range(300)] == list(range(1, 301))
   finally:
     made.close()
-
-
-def test_a_map_over_workers_keeps_order():
-  expected = [str(i) for i in range(40)]
-  for num_workers in (0, 2):
-    found = workers.ordered_map(str, range(40), num_workers, os.getpid, ())
-    assert list(found) == expected

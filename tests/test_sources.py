@@ -372,6 +372,9 @@ class _Bucket(type(backend.os_backend)):
   def isdir(self, path):
     return super().isdir(self._local(path))
 
+  def replace(self, path, target):
+    super().replace(self._local(path), self._local(target))
+
   def glob(self, path):
     found = super().glob(self._local(path))
     return [p.replace(str(self.folder), "gs://bucket", 1) for p in found]

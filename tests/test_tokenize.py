@@ -10,14 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gemma_funnel.data import (
-  documents,
-  pipeline,
-  sources,
-  tokenize,
-  tokenized,
-  workers,
-)
+from gemma_funnel.data import documents, pipeline, sources, tokenize, tokenized
 from gemma_funnel.data import tokenizer as tokenizer_lib
 
 SHAPE = dict(batch_size=4, length=32, segment_alignment=2)
@@ -196,15 +189,15 @@ class TestWhatIsWritten:
     self, corpus, tmp_path, monkeypatch, capsys
   ):
     config = _config(corpus, out=str(tmp_path / "ids"))
-    whole, made = workers.ordered_map, []
+    whole, made = tokenize._encode, []
 
-    def interrupted(function, blocks, *rest):
-      for i, block in enumerate(whole(function, blocks, *rest)):
+    def interrupted(*arguments):
+      for i, block in enumerate(whole(*arguments)):
         if i == 2:
           raise KeyboardInterrupt
         yield block
 
-    monkeypatch.setattr(tokenize.workers, "ordered_map", interrupted)
+    monkeypatch.setattr(tokenize, "_encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
       tokenize.tokenize(config)
     assert os.listdir(tmp_path) == ["ids.partial"]
@@ -213,12 +206,12 @@ class TestWhatIsWritten:
     with pytest.raises(ValueError, match=r"begun with .*\['shards'\].*=4; del"):
       tokenize.tokenize(_config(corpus, out=config.out, shards=5))
 
-    def counted(function, blocks, *rest):
-      for block in whole(function, blocks, *rest):
+    def counted(*arguments):
+      for block in whole(*arguments):
         made.append(len(block))
         yield block
 
-    monkeypatch.setattr(tokenize.workers, "ordered_map", counted)
+    monkeypatch.setattr(tokenize, "_encode", counted)
     metadata = tokenize.tokenize(config)
     assert os.listdir(tmp_path) == ["ids"]
     # Two shards were whole.

@@ -38,13 +38,7 @@ def open_split(
     or os.environ.get("TFDS_DATA_DIR")
     or os.path.join("~", "tensorflow_datasets")
   )
-  name, _, version = dataset.partition(":")
-  folder = os.path.join(data_dir, *name.split("/"))
-  versions = _versions(folder)
-  if not versions or (version and version not in versions):
-    found = f"it has the versions {versions}" if versions else "it is not there"
-    raise ValueError(_not_prepared(dataset, data_dir, found))
-  folder = os.path.join(folder, version or versions[-1])
+  folder = _folder(dataset, data_dir)
   import tensorflow_datasets as tfds
 
   try:
@@ -62,16 +56,22 @@ def open_split(
     raise ValueError(_not_prepared(dataset, data_dir, text)) from error
 
 
-def _versions(folder: str) -> list[str]:
-  """The versions that are prepared in a dataset's folder, latest last."""
+def _folder(dataset: str, data_dir: str) -> str:
+  """The folder of the version that is named, or of the latest."""
+  name, _, version = dataset.partition(":")
+  folder = os.path.join(data_dir, *name.split("/"))
   names = os.listdir(folder) if os.path.isdir(folder) else ()
-  found = [
+  versions = [
     name
     for name in names
     if re.fullmatch(r"\d+\.\d+\.\d+", name)
     and os.path.isfile(os.path.join(folder, name, "dataset_info.json"))
   ]
-  return sorted(found, key=lambda name: [int(part) for part in name.split(".")])
+  versions.sort(key=lambda name: [int(part) for part in name.split(".")])
+  if not versions or (version and version not in versions):
+    found = f"it has the versions {versions}" if versions else "it is not there"
+    raise ValueError(_not_prepared(dataset, data_dir, found))
+  return os.path.join(folder, version or versions[-1])
 
 
 def _not_prepared(dataset: str, data_dir: str, why: str) -> str:

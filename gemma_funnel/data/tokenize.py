@@ -9,6 +9,7 @@ text. The same command goes on with shards where it was interrupted.
 """
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,24 +30,48 @@ _BLOCK_DOCUMENTS = 64
 _PROGRESS_SECONDS = 10.0
 _PLAN = "plan.json"
 
-# What a worker works with: the documents and the tokenizer.
-_state: dict[str, Any] = {}
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+  """Encodes blocks of documents, here or in a worker."""
+
+  documents: Sequence[Document]
+  tokenizer: Tokenizer
+  blocks: Sequence[range]
+
+  def __call__(self) -> Iterator[list[tuple[bytes, int, int, int]]]:
+    """Of each document its record, digest, and numbers of tokens and bytes."""
+    dtype = tokenized.dtype_for(self.tokenizer.vocab_size)
+    for block in self.blocks:
+      encoded = []
+      for document in map(self.documents.__getitem__, block):
+        ids = self.tokenizer.encode(document.text)
+        record = tokenized.encode_record(document, ids, dtype)
+        key_digest = digest(document.key)
+        encoded.append((record, key_digest, len(ids), document.num_bytes))
+      yield encoded
 
 
-def _start(documents: Sequence[Document], tokenizer: Tokenizer) -> None:
-  _state.update(documents=documents, tokenizer=tokenizer)
-
-
-def _encode(block: range) -> list[tuple[bytes, int, int, int]]:
-  """Of each document its record, digest, and numbers of tokens and bytes."""
-  tokenizer, encoded = _state["tokenizer"], []
-  dtype = tokenized.dtype_for(tokenizer.vocab_size)
-  for i in block:
-    document = _state["documents"][i]
-    ids = tokenizer.encode(document.text)
-    record = tokenized.encode_record(document, ids, dtype)
-    encoded.append((record, digest(document.key), len(ids), document.num_bytes))
-  return encoded
+def _encode(
+  documents: Sequence[Document],
+  tokenizer: Tokenizer,
+  blocks: Sequence[range],
+  num_workers: int,
+) -> Iterator[list[tuple[bytes, int, int, int]]]:
+  """Encodes blocks in their order; workers take turns at them."""
+  if not num_workers:
+    yield from _Encoder(documents, tokenizer, blocks)()
+    return
+  made = workers.Workers(
+    [
+      _Encoder(documents, tokenizer, blocks[w::num_workers])
+      for w in range(num_workers)
+    ],
+    ahead=4,
+  )
+  with contextlib.closing(made):
+    for i in range(len(blocks)):
+      yield made.take(i % num_workers)
 
 
 class _Progress:
@@ -164,13 +189,11 @@ def _write_shards(
   todo = [shard for shard in shards if not shard.numbers_path.exists()]
   left = sum(shard.end - shard.start for shard in todo)
   progress = _Progress(len(documents), len(documents) - left)
-  blocks = (block for shard in todo for block in shard.blocks())
-  encoded = workers.ordered_map(
-    _encode, blocks, num_workers, _start, (documents, tokenizer)
-  )
-  for shard in todo:
-    shard.write(encoded, progress)
-  encoded.close()
+  blocks = [block for shard in todo for block in shard.blocks()]
+  encoded = _encode(documents, tokenizer, blocks, num_workers)
+  with contextlib.closing(encoded):
+    for shard in todo:
+      shard.write(encoded, progress)
   progress.say()
   return [json.loads(shard.numbers_path.read_text()) for shard in shards]
 

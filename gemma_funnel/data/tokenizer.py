@@ -380,7 +380,8 @@ def train(
       f"vocab_size={vocab_size}: cannot train a tokenizer of that size on "
       f"{len(documents)} documents: {e}"
     ) from e
-  epath.Path(name).parent.mkdir(parents=True, exist_ok=True)
+  if "://" not in name:  # A bucket has no folders.
+    os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
   atomic.write_bytes(name, model)
   return Tokenizer(model, name)
 

@@ -4,10 +4,8 @@ Grain's own (mp_prefetch) deal whole batches out, so that the order depends on
 their number. These are told which rows to make.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent import futures
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
-import itertools
 import multiprocessing
 from multiprocessing import connection
 import os
@@ -18,8 +16,6 @@ import threading
 import traceback
 from typing import Any
 
-# Items that a worker has ready and nobody has taken.
-_AHEAD = 64
 _SPAWN = multiprocessing.get_context("spawn")
 
 Items = Callable[[], Iterator[Any]]
@@ -52,10 +48,10 @@ def _portable(error: Exception) -> Exception:
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _work(make: Items, to_parent: connection.Connection) -> None:
+def _work(make: Items, to_parent: connection.Connection, ahead: int) -> None:
   """Sends what `make` yields, and at last None or the error it ends with."""
   _end_with_parent()
-  ready = queue.Queue(_AHEAD)
+  ready = queue.Queue(ahead)
 
   def send():
     # An OSError: the parent no longer listens.
@@ -78,14 +74,20 @@ def _work(make: Items, to_parent: connection.Connection) -> None:
 
 
 class Workers:
-  """Processes, each with its own endless items."""
+  """Processes, each with its own items."""
 
-  def __init__(self, makes: Sequence[Items]):
-    """Starts a process for each of `makes`, picklable calls for its items."""
+  def __init__(self, makes: Sequence[Items], ahead: int = 64):
+    """Starts them.
+
+    Args:
+      makes: a picklable call for the items of each process.
+      ahead: most items that a process has ready and nobody has taken.
+    """
     self._processes, self._pipes = [], []
     for make in makes:
       receiver, sender = _SPAWN.Pipe(duplex=False)
-      process = _SPAWN.Process(target=_work, args=(make, sender), daemon=True)
+      args = make, sender, ahead
+      process = _SPAWN.Process(target=_work, args=args, daemon=True)
       process.start()
       # Or the pipe would not end with the worker.
       sender.close()
@@ -122,49 +124,3 @@ class Workers:
       process.join()
       process.close()
     self._pipes, self._processes = [], []
-
-
-def _initialize(initializer, initargs) -> None:
-  _end_with_parent()
-  initializer(*initargs)
-
-
-def ordered_map(
-  function: Callable[[Any], Any],
-  items: Iterable[Any],
-  num_workers: int,
-  initializer: Callable[..., None],
-  initargs: tuple[Any, ...],
-) -> Iterator[Any]:
-  """`map`, in worker processes if there are any, a few items ahead.
-
-  Args:
-    function: picklable, as are items and results.
-    items: its arguments; results come in their order.
-    num_workers: processes; 0 calls it here.
-    initializer: called with `initargs` first, here or in each process.
-    initargs: picklable.
-
-  Raises:
-    Exception: whatever the function raises.
-    RuntimeError: a process ended.
-  """
-  if not num_workers:
-    initializer(*initargs)
-    yield from map(function, items)
-    return
-  items = iter(items)
-  with futures.ProcessPoolExecutor(
-    num_workers, _SPAWN, _initialize, (initializer, initargs)
-  ) as pool:
-    submit = lambda count: [
-      pool.submit(function, item) for item in itertools.islice(items, count)
-    ]
-    pending = submit(4 * num_workers)
-    try:
-      while pending:
-        yield pending.pop(0).result()
-        pending += submit(1)
-    finally:
-      for future in pending:
-        future.cancel()
