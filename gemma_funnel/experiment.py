@@ -56,8 +56,8 @@ def _heldout(
     corpus.tokenizer,
     batch_size=spec.batch_size,
     length=spec.length,
-    align=align,
-    gap=gap,
+    segment_alignment=align,
+    segment_padding=gap,
     max_documents=max_documents,
   )
 

@@ -59,7 +59,12 @@ def run(tmp_path_factory):
   workdir.init_workdir(config)
   corpus = pipeline.load_corpus(data, VOCAB, folder)
   batches = pipeline.train_iterator(
-    corpus.train, corpus.tokenizer, batch_size=4, length=LENGTH, align=2, seed=0
+    corpus.train,
+    corpus.tokenizer,
+    batch_size=4,
+    length=LENGTH,
+    segment_alignment=2,
+    seed=0,
   )
   next(batches)
   model = Transformer(
@@ -87,7 +92,7 @@ def heldout(run):
     corpus.tokenizer,
     batch_size=4,
     length=LENGTH,
-    align=6,
+    segment_alignment=6,
     max_documents=2,
   )
 
@@ -167,7 +172,7 @@ def test_run_of_a_training_run(run, capsys):
     corpus.tokenizer,
     batch_size=4,
     length=LENGTH,
-    align=12,
+    segment_alignment=12,
     max_documents=2,
   )
   assert rows == accuracy.measure(model, config.funnels, expected, 512)

@@ -320,7 +320,12 @@ def _restore(folder, source):
   setup = pretrain.resolve(config)
   corpus = pretrain.pipeline.load_corpus(config.data, 512, folder)
   data = pretrain.pipeline.train_iterator(
-    corpus.train, corpus.tokenizer, batch_size=8, length=32, align=2, seed=0
+    corpus.train,
+    corpus.tokenizer,
+    batch_size=8,
+    length=32,
+    segment_alignment=2,
+    seed=0,
   )
   with checkpoint_lib.Checkpoints(folder, keep=3) as checkpoints:
     abstract = init_state.make_init(setup)[1]

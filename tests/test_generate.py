@@ -60,7 +60,12 @@ def folder(tmp_path_factory):
   workdir.init_workdir(config)
   corpus = pipeline.load_corpus(data, VOCAB, folder)
   batches = pipeline.train_iterator(
-    corpus.train, corpus.tokenizer, batch_size=4, length=32, align=2, seed=0
+    corpus.train,
+    corpus.tokenizer,
+    batch_size=4,
+    length=32,
+    segment_alignment=2,
+    seed=0,
   )
   next(batches)
   model = _loud(Transformer(CONFIG, TRAINED, rngs=nnx.Rngs(0)))

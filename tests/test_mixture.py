@@ -10,7 +10,7 @@ import pytest
 from gemma_funnel.data import mixture, pipeline, sources
 from gemma_funnel.data import tokenizer as tokenizer_lib
 
-SHAPE = dict(length=48, align=2, seed=0)
+SHAPE = dict(length=48, segment_alignment=2, seed=0)
 # Short and long documents, and a source that is small.
 SIZES = {"short": (200, 2), "long": (30, 60), "tiny": (12, 12)}
 
@@ -50,15 +50,15 @@ def _segments(batch):
       yield tokens[segment == s]
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_shares_of_tokens(corpora, tmp_path, lanes, monkeypatch):
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_shares_of_tokens(corpora, tmp_path, num_shards, monkeypatch):
   # Otherwise it would take long for shuffling not to matter.
   monkeypatch.setattr(pipeline.packing, "_SHUFFLE_WINDOW", 16)
   monkeypatch.setattr(pipeline.packing, "_NUM_OPEN_ROWS", 4)
   cfg = _config(corpora, short=2, long=5.5)
   corpus = pipeline.load_corpus(cfg, 300, tmp_path)
   iterator = pipeline.train_iterator(
-    corpus.train, corpus.tokenizer, batch_size=6, lanes=lanes, **SHAPE
+    corpus.train, corpus.tokenizer, batch_size=6, num_shards=num_shards, **SHAPE
   )
   tokens, chunks = collections.Counter(), collections.Counter()
   for _ in range(60):
@@ -101,7 +101,7 @@ def test_each_source_has_its_epochs(corpora, tmp_path):
   cfg = _config(corpora, short=1, tiny=1)
   train = pipeline.load_corpus(cfg, 300, tmp_path).train
   iterator = pipeline.train_iterator(
-    train, corpora[1], batch_size=4, lanes=2, **SHAPE
+    train, corpora[1], batch_size=4, num_shards=2, **SHAPE
   )
   found = collections.Counter()
   for _ in range(30):
@@ -121,7 +121,7 @@ def test_goes_on_exactly(corpora, tmp_path):
 
   def make(**changes):
     return pipeline.train_iterator(
-      corpus.train, corpus.tokenizer, lanes=2, **SHAPE, **changes
+      corpus.train, corpus.tokenizer, num_shards=2, **SHAPE, **changes
     )
 
   iterator = make(batch_size=3)
@@ -136,7 +136,7 @@ def test_goes_on_exactly(corpora, tmp_path):
   del cfg.mixture["tiny"]
   other = pipeline.load_corpus(cfg, 300, tmp_path)
   iterator = pipeline.train_iterator(
-    other.train, other.tokenizer, batch_size=3, lanes=2, **SHAPE
+    other.train, other.tokenizer, batch_size=3, num_shards=2, **SHAPE
   )
   with pytest.raises(ValueError, match="mixture .*'tiny'.*found .*'short'"):
     iterator.set_state(state)
@@ -158,7 +158,11 @@ def test_heldout_is_that_of_each(corpora, tmp_path):
     "held out",
   ]
   batches = pipeline.heldout_batches(
-    corpus.heldout, corpus.tokenizer, batch_size=2, length=48, align=2
+    corpus.heldout,
+    corpus.tokenizer,
+    batch_size=2,
+    length=48,
+    segment_alignment=2,
   )
   assert batches.num_documents == 1 + len(held)
 
@@ -219,11 +223,11 @@ class TestErrors:
     with pytest.raises(ValueError, match="share 1 files, such as .*short"):
       pipeline.load_corpus(cfg, 300, tmp_path)
 
-  def test_more_lanes_than_documents(self, corpora, tmp_path):
+  def test_more_shards_than_documents(self, corpora, tmp_path):
     train = pipeline.load_corpus(
       _config(corpora, short=1, tiny=1), 300, tmp_path
     ).train
     with pytest.raises(ValueError, match="of data.mixture.tiny for data.lan"):
       pipeline.train_iterator(
-        train, corpora[1], batch_size=2, lanes=16, **SHAPE
+        train, corpora[1], batch_size=2, num_shards=16, **SHAPE
       )

@@ -29,17 +29,10 @@ def _documents(count=60):
   ]
 
 
-def _pack(documents, *, align=1, length=LENGTH, gap=0, shuffle_seed=None):
+def _pack(documents, segment_alignment=1, **changes):
+  shape = dict(length=LENGTH, segment_alignment=segment_alignment) | changes
   dataset = grain.MapDataset.source(documents).to_iter_dataset()
-  rows = packing.pack(
-    dataset,
-    FakeTokenizer(),
-    length=length,
-    align=align,
-    gap=gap,
-    shuffle_seed=shuffle_seed,
-  )
-  return list(rows)
+  return list(packing.pack(dataset, FakeTokenizer(), **shape))
 
 
 def _segments(rows):
@@ -61,9 +54,11 @@ def test_chunk(length, count):
 
 
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
-@pytest.mark.parametrize("align", [1, 2, 3, 4])
-def test_rows(align, shuffle_seed):
-  rows = _pack(_documents(), align=align, shuffle_seed=shuffle_seed)
+@pytest.mark.parametrize("segment_alignment", [1, 2, 3, 4])
+def test_rows(segment_alignment, shuffle_seed):
+  rows = _pack(
+    _documents(), segment_alignment=segment_alignment, shuffle_seed=shuffle_seed
+  )
   for row in rows:
     assert {k: (v.shape, v.dtype) for k, v in row.items()} == {
       key: ((LENGTH,), np.int32) for key in ("tokens", "segment", "position")
@@ -73,38 +68,32 @@ def test_rows(align, shuffle_seed):
     assert not row["position"][padding].any()
     for segment in range(1, row["segment"].max() + 1):
       (where,) = np.nonzero(row["segment"] == segment)
-      assert where[0] % align == 0
+      assert where[0] % segment_alignment == 0
       assert np.array_equal(where, np.arange(where[0], where[-1] + 1))
       assert row["position"][where].tolist() == list(range(len(where)))
       assert row["tokens"][where[0]] == tokenizer_lib.BOS_ID
 
 
 def test_alignment_is_not_there_by_chance():
-  rows = _pack(_documents(), align=1)
-  starts = np.concatenate(
-    [np.nonzero((r["position"] == 0) & (r["segment"] > 0))[0] for r in rows]
-  )
+  is_start = [
+    (r["position"] == 0) & (r["segment"] > 0) for r in _pack(_documents())
+  ]
+  starts = np.concatenate([np.flatnonzero(row) for row in is_start])
   assert any(starts % 2) and any(starts % 3)
 
 
-@pytest.mark.parametrize("align", [1, 2, 3, 4])
-def test_every_token_is_in_exactly_one_segment(align):
-  documents = _documents()
-  found = collections.Counter(
-    tuple(s.tolist()) for s in _segments(_pack(documents, align=align))
-  )
-  expected = collections.Counter(
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("alignment", [1, 2, 3, 4])
+def test_every_token_is_in_exactly_one_segment(alignment, padded):
+  padding = padded * alignment
+  rows = _pack(_documents(), alignment, segment_padding=padding)
+  assert collections.Counter(
+    tuple(s.tolist()) for s in _segments(rows)
+  ) == collections.Counter(
     tuple(c.tolist())
-    for d in documents
-    for c in packing.chunk(FakeTokenizer().encode(d.text), LENGTH)
+    for d in _documents()
+    for c in packing.chunk(FakeTokenizer().encode(d.text), LENGTH - padding)
   )
-  assert found == expected
-
-
-@pytest.mark.parametrize("align", [1, 2, 3, 4])
-def test_a_gap_is_left_after_each_segment(align):
-  documents = _documents()
-  rows = _pack(documents, align=align, gap=align)
   several = 0
   for row in rows:
     ends = np.flatnonzero(np.diff(row["segment"], append=0) != 0) + 1
@@ -112,22 +101,14 @@ def test_a_gap_is_left_after_each_segment(align):
     several += len(ends) > 1
     for end in ends:
       # Up to the end of the row too: the short row ends there as well.
-      assert end + align <= LENGTH
-      assert not row["segment"][end : end + align].any()
-      assert not row["tokens"][end : end + align].any()
-      assert not row["position"][end : end + align].any()
+      assert end + padding <= LENGTH
+      for value in row.values():
+        assert not value[end : end + padding].any()
   assert several > 5
-  found = collections.Counter(tuple(s.tolist()) for s in _segments(rows))
-  expected = collections.Counter(
-    tuple(c.tolist())
-    for d in documents
-    for c in packing.chunk(FakeTokenizer().encode(d.text), LENGTH - align)
-  )
-  assert found == expected
 
 
 @pytest.mark.parametrize(
-  "funnel, align",
+  "funnel, segment_alignment",
   [
     ("start=1,stride=2,keep_first=true", 2),
     ("start=1,stride=3,keep_first=true", 3),
@@ -135,13 +116,22 @@ def test_a_gap_is_left_after_each_segment(align):
     ("start=0,stride=2+start=1,stride=3,keep_first=true", 6),
   ],
 )
-def test_a_gap_makes_room_for_first_tokens_kept_apart(funnel, align):
+def test_a_gap_makes_room_for_first_tokens_kept_apart(
+  funnel, segment_alignment
+):
   stages = resolve_funnel(funnel, 4)
-  assert total_stride(stages) == align
-  stack = lambda gap: np.stack(
-    [r["segment"] for r in _pack(_documents(120), align=align, gap=gap)]
+  assert total_stride(stages) == segment_alignment
+  stack = lambda segment_padding: np.stack(
+    [
+      r["segment"]
+      for r in _pack(
+        _documents(120),
+        segment_alignment=segment_alignment,
+        segment_padding=segment_padding,
+      )
+    ]
   )
-  check_segments(stack(align), stages, causal=False)
+  check_segments(stack(segment_alignment), stages, causal=False)
   with pytest.raises(ValueError, match="leave a stride of padding"):
     check_segments(stack(0), stages, causal=False)
   check_segments(stack(0), stages, causal=True)
@@ -149,7 +139,7 @@ def test_a_gap_makes_room_for_first_tokens_kept_apart(funnel, align):
 
 def test_eos_only_at_the_end_of_documents():
   documents = _documents()
-  segments = list(_segments(_pack(documents, align=2)))
+  segments = list(_segments(_pack(documents, segment_alignment=2)))
   assert sum(s[-1] == tokenizer_lib.EOS_ID for s in segments) == len(documents)
   assert not any(tokenizer_lib.EOS_ID in s[:-1] for s in segments)
 
@@ -177,14 +167,14 @@ def test_predicted_mask():
 
 
 @pytest.mark.parametrize(
-  ("length", "align", "message"),
+  ("length", "segment_alignment", "message"),
   [
-    (10, 4, "length=10: expected a multiple of align=4"),
-    (2, 4, "length=2: expected a multiple of align=4"),
-    (1, 1, "length=1: expected at least 2"),
-    (8, 0, "align=0: expected an integer >= 1"),
+    (10, 4, "length=10: expected a multiple of segment_alignment=4"),
+    (2, 4, "length=2: expected a multiple of segment_alignment=4"),
+    (1, 1, "length=1: expected an integer >= 2"),
+    (8, 0, "segment_alignment=0: expected an integer >= 1"),
   ],
 )
-def test_lengths(length, align, message):
+def test_lengths(length, segment_alignment, message):
   with pytest.raises(ValueError, match=message):
-    _pack(_documents(), align=align, length=length)
+    _pack(_documents(), segment_alignment=segment_alignment, length=length)

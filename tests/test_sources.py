@@ -11,7 +11,7 @@ from etils.epath import backend, gpath
 import numpy as np
 import pytest
 
-from gemma_funnel.data import documents, sources, tokenizer
+from gemma_funnel.data import documents, files, sources, tokenizer
 
 
 @pytest.mark.parametrize(
@@ -31,12 +31,12 @@ from gemma_funnel.data import documents, sources, tokenizer
   ],
 )
 def test_hash_split_is_the_same_everywhere(key, fraction, expected):
-  assert sources.is_heldout(key, fraction) is expected
+  assert documents.is_heldout(key, fraction) is expected
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
 def test_hash_split_has_its_share(fraction):
-  held = sum(sources.is_heldout(f"file{i}.py", fraction) for i in range(4000))
+  held = sum(documents.is_heldout(f"file{i}.py", fraction) for i in range(4000))
   assert abs(held / 4000 - fraction) < 0.03
 
 
@@ -98,7 +98,7 @@ class TestFiles:
     for document in documents[:-1]:
       assert document.text.endswith("\n")
       size = len(document.text.encode())
-      assert 0 <= size - sources.TEXT_DOCUMENT_BYTES < 40
+      assert 0 <= size - files.TEXT_DOCUMENT_BYTES < 40
 
   def test_one_long_line_is_one_document(self, tmp_path):
     path = tmp_path / "line.txt"
@@ -139,25 +139,26 @@ class TestFiles:
     )
     assert [d.text for d in train] == ["to train on"]
     assert [d.text for d in held] == ["held out"]
-
-  def test_stdlib_with_explicit_heldout(self, tmp_path):
-    (tmp_path / "valid.txt").write_text("held out")
     train, held = sources.load_split(heldout=f"{tmp_path}/valid.txt")
-    assert train == sources.stdlib_documents()
-    assert len(held) == 1
+    assert train == sources.stdlib_documents() and len(held) == 1
+    with pytest.raises(ValueError, match="share 1 files, such as .*valid.txt"):
+      sources.load_split(f"{tmp_path}/*", heldout=f"{tmp_path}/valid.txt")
 
 
 class TestErrors:
+  def test_what_is_no_text(self, tmp_path):
+    for globs in ("", " , "):
+      with pytest.raises(ValueError, match="expected 'stdlib' or globs"):
+        sources.load_split(globs)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="latin.txt: not UTF-8: .* 0xe9"):
+      sources.load_split(f"{tmp_path}/latin.txt")
+
   @pytest.mark.parametrize("globs", ["{}/none*.txt", "{}/a.txt,{}/none*.txt"])
   def test_no_file_matches(self, tmp_path, globs):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"none\*.txt': no file matches"):
       sources.load_split(globs.replace("{}", str(tmp_path)))
-
-  @pytest.mark.parametrize("globs", ["", " , "])
-  def test_no_glob(self, globs):
-    with pytest.raises(ValueError, match="expected 'stdlib' or globs"):
-      sources.load_split(globs)
 
   @pytest.mark.parametrize(
     ("line", "message"),
@@ -182,12 +183,6 @@ class TestErrors:
     with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{message}"):
       sources.load_split(str(path))
 
-  def test_text_is_not_utf8(self, tmp_path):
-    path = tmp_path / "latin.txt"
-    path.write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match="latin.txt: not UTF-8: .* 0xe9"):
-      sources.load_split(str(path))
-
   @pytest.mark.parametrize(
     ("fraction", "message"),
     [
@@ -209,12 +204,6 @@ class TestErrors:
     train, held = [str(tmp_path / name) for name in names]
     with pytest.raises(ValueError, match=f"{split} split is empty"):
       sources.load_split(train, heldout=held)
-
-  def test_file_in_both_splits(self, tmp_path):
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "b.txt").write_text("b")
-    with pytest.raises(ValueError, match="share 1 files, such as .*b.txt"):
-      sources.load_split(f"{tmp_path}/*.txt", heldout=f"{tmp_path}/b.txt")
 
   @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, "0.1", float("nan")])
   def test_fraction(self, fraction):
@@ -273,7 +262,9 @@ class TestReadOnDemand:
     everything = sources.load(f"{tmp_path}/a.jsonl")
     for part, is_held in ((train, False), (held, True)):
       assert list(part) == [
-        d for d in everything if sources.is_heldout(d.key, fraction) is is_held
+        d
+        for d in everything
+        if documents.is_heldout(d.key, fraction) is is_held
       ]
 
   def test_texts_are_not_kept(self, tmp_path):
@@ -380,6 +371,9 @@ class _Bucket(type(backend.os_backend)):
 
   def isdir(self, path):
     return super().isdir(self._local(path))
+
+  def replace(self, path, target):
+    super().replace(self._local(path), self._local(target))
 
   def glob(self, path):
     found = super().glob(self._local(path))

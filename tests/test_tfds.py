@@ -11,6 +11,7 @@ tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")
 
 from gemma_funnel import tasks
+from gemma_funnel.data import tfds as prepared
 from gemma_funnel.tasks import tfds as reader
 from gemma_funnel.tasks.task import TextExample
 
@@ -259,11 +260,9 @@ def test_latest_version(tmp_path):
     (tmp_path / "set" / version).mkdir(parents=True)
     (tmp_path / "set" / version / "dataset_info.json").write_text("{}")
   (tmp_path / "set" / "2.0.0").mkdir()
-  config = tasks.default_config()
-  config.data_dir = str(tmp_path)
   for dataset, version in (("set", "1.10.0"), ("set:1.9.0", "1.9.0")):
-    config.dataset = dataset
-    assert reader._folder(config) == str(tmp_path / "set" / version)
+    found = prepared._folder(dataset, str(tmp_path))
+    assert found == str(tmp_path / "set" / version)
 
 
 def test_code_of_tfds_does_not_matter(data_dir):

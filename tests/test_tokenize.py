@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import pickle
 import shutil
 
@@ -9,17 +10,10 @@ import numpy as np
 import pytest
 import tiny_run
 
-from gemma_funnel.data import (
-  documents,
-  pipeline,
-  sources,
-  tokenize,
-  tokenized,
-  workers,
-)
+from gemma_funnel.data import documents, pipeline, sources, tokenize, tokenized
 from gemma_funnel.data import tokenizer as tokenizer_lib
 
-SHAPE = dict(batch_size=4, length=32, align=2)
+SHAPE = dict(batch_size=4, length=32, segment_alignment=2)
 COUNT = 150
 
 
@@ -78,15 +72,18 @@ def _same(ours, theirs):
 
 
 class TestReading:
-  @pytest.mark.parametrize("lanes", [1, 3])
-  def test_the_batches_of_the_text(self, corpus, tmp_path, lanes):
+  @pytest.mark.parametrize("num_shards", [1, 3])
+  def test_the_batches_of_the_text(self, corpus, tmp_path, num_shards):
     ids = pipeline.load_corpus(_data(corpus), 300, tmp_path)
     text = pipeline.load_corpus(
       _data(corpus, source=f"{corpus}/*.jsonl"), 300, tmp_path
     )
     assert isinstance(ids.train[0], documents.TokenizedDocument)
     assert [d.key for d in ids.train] == [d.key for d in text.train]
-    _same(_batches(ids, lanes=lanes), _batches(text, lanes=lanes))
+    _same(
+      _batches(ids, num_shards=num_shards),
+      _batches(text, num_shards=num_shards),
+    )
     ours, theirs = (
       pipeline.heldout_batches(c.heldout, c.tokenizer, **SHAPE)
       for c in (ids, text)
@@ -192,15 +189,15 @@ class TestWhatIsWritten:
     self, corpus, tmp_path, monkeypatch, capsys
   ):
     config = _config(corpus, out=str(tmp_path / "ids"))
-    whole, made = workers.ordered_map, []
+    whole, made = tokenize._encode, []
 
-    def interrupted(function, blocks, *rest):
-      for i, block in enumerate(whole(function, blocks, *rest)):
+    def interrupted(*arguments):
+      for i, block in enumerate(whole(*arguments)):
         if i == 2:
           raise KeyboardInterrupt
         yield block
 
-    monkeypatch.setattr(tokenize.workers, "ordered_map", interrupted)
+    monkeypatch.setattr(tokenize, "_encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
       tokenize.tokenize(config)
     assert os.listdir(tmp_path) == ["ids.partial"]
@@ -209,12 +206,12 @@ class TestWhatIsWritten:
     with pytest.raises(ValueError, match=r"begun with .*\['shards'\].*=4; del"):
       tokenize.tokenize(_config(corpus, out=config.out, shards=5))
 
-    def counted(function, blocks, *rest):
-      for block in whole(function, blocks, *rest):
+    def counted(*arguments):
+      for block in whole(*arguments):
         made.append(len(block))
         yield block
 
-    monkeypatch.setattr(tokenize.workers, "ordered_map", counted)
+    monkeypatch.setattr(tokenize, "_encode", counted)
     metadata = tokenize.tokenize(config)
     assert os.listdir(tmp_path) == ["ids"]
     # Two shards were whole.
@@ -258,27 +255,38 @@ class TestErrors:
     with pytest.raises(ValueError, match=message):
       pipeline.load_corpus(_data(corpus, tokenizer=None), 300, tmp_path)
 
-  def test_a_shard_is_missing(self, copied):
-    (copied / "tokens-00002-of-00004.array_record").unlink()
-    with pytest.raises(
-      ValueError, match="ids: 1 of 4 shards are missing, such"
-    ):
-      sources.load(str(copied))
+  def _cut_digests(shard):
+    path = f"{shard}.digests.npy"
+    np.save(path, np.load(path)[:-1])
 
-  def test_a_shard_of_another_corpus(self, copied):
-    shard = copied / "tokens-00002-of-00004"
-    other = copied / "tokens-00000-of-00004"
-    shutil.copy(f"{other}.array_record", f"{shard}.array_record")
-    with pytest.raises(
-      ValueError, match="00002.* first document is 'a.jsonl:1', which"
-    ):
-      sources.load(str(copied))
-
-  def test_a_shard_cut_short(self, copied):
-    shard = copied / "tokens-00002-of-00004"
-    digests = np.load(f"{shard}.digests.npy")
-    np.save(f"{shard}.digests.npy", digests[:-1])
-    with pytest.raises(ValueError, match="00002.*found .* metadata.json says"):
+  @pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+      (
+        lambda shard: os.remove(f"{shard}.array_record"),
+        "ids: 1 of 4 shards are missing, such",
+      ),
+      (
+        lambda shard: shutil.copy(
+          f"{shard.replace('00002', '00000')}.array_record",
+          f"{shard}.array_record",
+        ),
+        "00002.* first document is 'a.jsonl:1', which",
+      ),
+      (_cut_digests, "00002.*found .* metadata.json says"),
+      (
+        lambda shard: pathlib.Path(f"{shard}.digests.npy").write_text("text"),
+        "digests.npy: not what data.tokenize",
+      ),
+      (
+        lambda shard: os.remove(f"{shard}.digests.npy"),
+        "digests.npy: cannot be read: No such",
+      ),
+    ],
+  )
+  def test_a_damaged_shard(self, copied, damage, message):
+    damage(f"{copied}/tokens-00002-of-00004")
+    with pytest.raises(ValueError, match=message):
       sources.load(str(copied))
 
   def test_a_shard_that_is_not_named(self, copied):
@@ -286,17 +294,6 @@ class TestErrors:
     shutil.copy(shard, copied / "more.array_record")
     with pytest.raises(ValueError, match="more.*metadata.json names no such"):
       sources.load(f"{copied}/more.array_record")
-
-  def test_damaged_digests(self, copied):
-    path = copied / "tokens-00001-of-00004.digests.npy"
-    path.write_bytes(b"no array")
-    with pytest.raises(ValueError, match="digests.npy: not what data.tokenize"):
-      sources.load(str(copied))
-    path.unlink()
-    with pytest.raises(
-      ValueError, match="digests.npy: cannot be read: No such"
-    ):
-      sources.load(str(copied))
 
   @pytest.mark.parametrize("record", [b"", b"\xff" * 20, b"\0" * 13])
   def test_damaged_records(self, record):
@@ -314,22 +311,18 @@ class TestErrors:
       (dict(num_workers=-1), "num_workers=-1: expected"),
       (dict(tokenizer="none.model"), "none.model: cannot be read"),
       (dict(source="none*"), "no file matches"),
+      (dict(source="{}/ids"), "ids: is tokenized already"),
+      (dict(out="{}/ids"), "ids': is there already; expected no"),
     ],
   )
   def test_configuration(self, corpus, tmp_path, changes, message):
     config = _config(corpus, out=str(tmp_path / "new"))
+    for key, value in changes.items():
+      is_text = isinstance(value, str)
+      config[key] = value.format(corpus) if is_text else value
     with pytest.raises(ValueError, match=message):
-      tokenize.tokenize(config.update(changes) or config)
-    assert not os.listdir(tmp_path)
-
-  def test_there_already(self, corpus):
-    with pytest.raises(ValueError, match="ids': is there already; expected no"):
-      tokenize.tokenize(_config(corpus))
-
-  def test_of_ids(self, corpus, tmp_path):
-    config = _config(corpus, source=f"{corpus}/ids", out=str(tmp_path / "new"))
-    with pytest.raises(ValueError, match="ids: is tokenized already"):
       tokenize.tokenize(config)
+    assert not os.listdir(tmp_path)
 
   def test_a_bad_line(self, corpus, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')

@@ -1,7 +1,7 @@
-"""Documents, and long sequences of them that are read when asked for.
+"""Documents, sequences of them that are read on demand, and their split.
 
-A sequence of documents is a list, or has `key(i)` and `digests()` too: keys are
-known without reading the texts, so that splitting a corpus reads none.
+A sequence of documents is a list or a `LazyDocuments`. The latter knows keys
+without reading texts, so that splitting a corpus reads none.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-  """A text and the key that decides which split it is in.
+  """A text and the key that decides its split.
 
   Attributes:
     key: a name that is the same on every machine, such as
       "asyncio/events.py" or "notes.txt:3".
-    text: the content. It is empty only where a format does not tell which
-      texts are before they are read; such a document has no chunks.
+    text: the content. Empty texts occur only in formats whose texts are not
+      known before they are read; such a document has no chunks.
   """
 
   key: str
@@ -34,10 +34,10 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class TokenizedDocument:
-  """The token ids of a text, and its key.
+  """The token ids of a `Document`.
 
   Attributes:
-    key: as of the `Document` it was.
+    key: the document's key.
     tokens: ids [n] without BOS and EOS, of an unsigned type.
     num_bytes: UTF-8 bytes of the text.
   """
@@ -55,31 +55,21 @@ def digest(key: str) -> int:
 def is_heldout(key: str, heldout_fraction: float) -> bool:
   """Whether the document of this key is held out: a hash below a threshold.
 
-  Raising the fraction moves documents to the held-out split only.
+  A larger fraction moves documents to the held-out split only.
   """
   return digest(key) < heldout_fraction * 2**64
 
 
-def key_of(documents: Sequence[Document], i: int) -> str:
-  """The key of document i, read only if it is not known otherwise."""
-  if hasattr(documents, "key"):
-    return documents.key(i)
-  return documents[i].key
+class LazyDocuments(Sequence):
+  """Documents that are read when they are indexed.
 
+  Subclasses define `__len__`, `read(i)` and `key(i)` for 0 <= i < len.
 
-def digests_of(documents: Sequence[Document]) -> np.ndarray:
-  """The digests of all keys, uint64 [n]."""
-  if hasattr(documents, "digests"):
-    return documents.digests()
-  keys = (key_of(documents, i) for i in range(len(documents)))
-  return np.fromiter(map(digest, keys), np.uint64, len(documents))
-
-
-class Lazy(Sequence):
-  """What sequences that read on demand have in common.
-
-  Subclasses have `__len__`, `read(i)` for 0 <= i < len, and `key(i)`.
+  Attributes:
+    parts: the sequences that this one is made of; none of a file.
   """
+
+  parts: tuple[Sequence[Document], ...] = ()
 
   def __getitem__(self, i):
     if isinstance(i, slice):
@@ -90,11 +80,25 @@ class Lazy(Sequence):
     return self.read(int(at))
 
   def digests(self) -> np.ndarray:
+    """The digests of all keys, uint64 [n]."""
     keys = map(self.key, range(len(self)))
     return np.fromiter(map(digest, keys), np.uint64, len(self))
 
 
-class Joined(Lazy):
+def key_of(documents: Sequence[Document], i: int) -> str:
+  """The key of document i, without its text if that has to be read."""
+  lazy = isinstance(documents, LazyDocuments)
+  return documents.key(i) if lazy else documents[i].key
+
+
+def _digests(documents: Sequence[Document]) -> np.ndarray:
+  if isinstance(documents, LazyDocuments):
+    return documents.digests()
+  keys = (document.key for document in documents)
+  return np.fromiter(map(digest, keys), np.uint64, len(documents))
+
+
+class Joined(LazyDocuments):
   """Sequences of documents, one after the other."""
 
   def __init__(self, parts: Sequence[Sequence[Document]]):
@@ -118,10 +122,10 @@ class Joined(Lazy):
 
   def digests(self) -> np.ndarray:
     empty = np.zeros(0, np.uint64)
-    return np.concatenate([empty, *map(digests_of, self.parts)])
+    return np.concatenate([empty, *map(_digests, self.parts)])
 
 
-class Subset(Lazy):
+class Subset(LazyDocuments):
   """Some documents of a sequence, by their indices."""
 
   def __init__(self, documents: Sequence[Document], indices: np.ndarray):
@@ -138,27 +142,26 @@ class Subset(Lazy):
     return self.parts[0][int(self._indices[i])]
 
   def digests(self) -> np.ndarray:
-    return digests_of(self.parts[0])[self._indices]
+    return _digests(self.parts[0])[self._indices]
 
 
 def files_of(documents: Sequence[Document]) -> Iterator[Sequence[Document]]:
-  """The sequences that others are made of: files, and lists in memory."""
-  for part in getattr(documents, "parts", ()):
+  """The files and lists that a sequence is made of."""
+  parts = getattr(documents, "parts", ())
+  for part in parts:
     yield from files_of(part)
-  if not hasattr(documents, "parts"):
+  if not parts:
     yield documents
 
 
 def split(
   documents: Sequence[Document], heldout_fraction: float
-) -> tuple[Sequence[Document], Sequence[Document]]:
+) -> tuple[Subset, Subset]:
   """Splits by the hash of keys, as `is_heldout` does; (train, held-out)."""
   # An integer is below a number if it is below its ceiling.
   threshold = np.uint64(math.ceil(heldout_fraction * 2**64))
-  is_held = digests_of(documents) < threshold
-  chosen = [np.flatnonzero(mask) for mask in (~is_held, is_held)]
-  if isinstance(documents, Lazy):
-    train, held = (Subset(documents, indices) for indices in chosen)
-  else:
-    train, held = ([documents[i] for i in indices] for indices in chosen)
-  return train, held
+  held = _digests(documents) < threshold
+  train, heldout = (
+    Subset(documents, np.flatnonzero(mask)) for mask in (~held, held)
+  )
+  return train, heldout

@@ -9,21 +9,22 @@ import grain
 from ml_collections import config_dict
 import numpy as np
 
+from gemma_funnel.checks import is_number, require
 from gemma_funnel.data import sources
-from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.data.documents import Document, Joined
+from gemma_funnel.data.tokenizer import PAD_ID
 
 _ENTRY_KEYS = ("source", "weight", "heldout", "text_key")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """What a mixture has of one source.
+  """One source of a mixture.
 
   Attributes:
     name: its key in `data.mixture`.
-    weight: its share of the tokens that are trained on; > 0, all sum to 1.
-    documents: its documents to train on; not empty.
+    weight: its share of the training tokens; > 0, all sum to 1.
+    documents: its training documents; not empty.
   """
 
   name: str
@@ -42,23 +43,26 @@ class Mixture(Joined):
 def _entry(name: str, entry: Any, cfg: Any) -> dict[str, Any]:
   """An entry with every key, checked by itself."""
   where = f"data.mixture.{name}"
-  if not isinstance(entry, (Mapping, config_dict.ConfigDict)):
-    raise ValueError(f"{where}={entry!r}: expected dict(source=.., weight=..)")
+  require(
+    isinstance(entry, (Mapping, config_dict.ConfigDict)),
+    f"{where}={entry!r}: expected dict(source=.., weight=..)",
+  )
   entry = dict(entry)
   unknown = sorted(set(entry) - set(_ENTRY_KEYS))
-  if unknown:
-    raise ValueError(
-      f"{where} has the keys {unknown}; expected some of {list(_ENTRY_KEYS)}"
-    )
+  require(
+    not unknown,
+    f"{where} has the keys {unknown}; expected some of {list(_ENTRY_KEYS)}",
+  )
   for key in ("source", "weight"):
-    if entry.get(key) in (None, ""):
-      raise ValueError(f"{where} has no {key}; expected one of each entry")
-  weight = entry["weight"]
-  is_number = isinstance(weight, (int, float, np.number))
-  if isinstance(weight, bool) or not is_number or not 0 <= weight < math.inf:
-    raise ValueError(
-      f"{where}.weight={weight!r}: expected a number >= 0, not infinite"
+    require(
+      entry.get(key) not in (None, ""),
+      f"{where} has no {key}; expected one of each entry",
     )
+  weight = entry["weight"]
+  require(
+    is_number(weight) and weight >= 0,
+    f"{where}.weight={weight!r}: expected a number >= 0, not infinite",
+  )
   return {"heldout": None, "text_key": cfg.text_key, **entry}
 
 
@@ -69,23 +73,23 @@ def entries(cfg: Any) -> dict[str, dict[str, Any]]:
     cfg: the data's configuration; see `pipeline.default_config`.
 
   Raises:
-    ValueError: a key of an entry that is missing, unknown or has no valid
-      value; weights that sum to zero; or `source` or `heldout` beside them.
+    ValueError: a key of an entry is missing, unknown or has no valid value,
+      weights sum to zero, or `source` or `heldout` is set beside them.
   """
   # By name: a configuration that has been saved may have lost their order.
   named = sorted(cfg.mixture.items())
   found = {name: _entry(name, entry, cfg) for name, entry in named}
   for key, default in (("source", sources.STDLIB), ("heldout", None)):
-    if getattr(cfg, key) != default:
-      raise ValueError(
-        f"data.{key}={getattr(cfg, key)!r} and data.mixture are both set; "
-        f"expected {key} in the entries of the mixture"
-      )
-  if not sum(entry["weight"] for entry in found.values()) > 0:
-    raise ValueError(
-      f"data.mixture: the weights of {list(found)} sum to 0; expected one "
-      "above 0"
+    require(
+      getattr(cfg, key) == default,
+      f"data.{key}={getattr(cfg, key)!r} and data.mixture are both set; "
+      f"expected {key} in the entries of the mixture",
     )
+  require(
+    sum(entry["weight"] for entry in found.values()) > 0,
+    f"data.mixture: the weights of {list(found)} sum to 0; expected one above "
+    "0",
+  )
   return found
 
 
@@ -96,8 +100,8 @@ def load_split(cfg: Any) -> tuple[Mixture, Sequence[Document]]:
     cfg: see `entries`; `heldout_fraction` is that of all entries.
 
   Returns:
-    What is trained on, of entries with a weight above 0, and the held-out
-    documents of all of them, one entry after the other.
+    The training documents of the entries with a weight above 0, and the
+    held-out documents of all, one entry after the other.
 
   Raises:
     ValueError: see `entries` and `sources.load_split`; a file that one entry
@@ -129,9 +133,9 @@ def load_split(cfg: Any) -> tuple[Mixture, Sequence[Document]]:
 class MixChunks(grain.IterDataset):
   """Chunks of several datasets, in given shares of their tokens.
 
-  The next chunk is one of the dataset that has had the smallest part of its
-  share, so that after any number of chunks each has its share up to the length
-  of one. Nothing is drawn at random: chunks are shuffled later.
+  The next chunk is from the dataset with the fewest tokens drawn per weight, so
+  that after any number of chunks each has its share up to the length of one.
+  Nothing is drawn at random: chunks are shuffled later.
   """
 
   def __init__(
@@ -157,26 +161,22 @@ class _MixedChunks(grain.DatasetIterator):
     had = [d / w for d, w in zip(self._drawn, self._weights, strict=True)]
     which = had.index(min(had))
     element = next(self._iterators[which])
-    self._drawn[which] += int(
-      np.count_nonzero(element["tokens"] != tokenizer_lib.PAD_ID)
-    )
+    self._drawn[which] += int(np.count_nonzero(element["tokens"] != PAD_ID))
     return element
 
   def get_state(self) -> dict[str, Any]:
-    states = [iterator.get_state() for iterator in self._iterators]
+    parts = zip(self._names, self._drawn, self._iterators, strict=True)
     return {
-      name: {"drawn": drawn, "state": state}
-      for name, drawn, state in zip(
-        self._names, self._drawn, states, strict=True
-      )
+      name: {"drawn": drawn, "state": iterator.get_state()}
+      for name, drawn, iterator in parts
     }
 
   def set_state(self, state: dict[str, Any]) -> None:
-    if set(state) != set(self._names):
-      raise ValueError(
-        f"the state of the data is of the mixture {sorted(state)}; expected "
-        f"data.mixture to be that, found {sorted(self._names)}"
-      )
+    require(
+      set(state) == set(self._names),
+      f"the state of the data is of the mixture {sorted(state)}; expected "
+      f"data.mixture to be that, found {sorted(self._names)}",
+    )
     for i, name in enumerate(self._names):
       self._drawn[i] = state[name]["drawn"]
       self._iterators[i].set_state(state[name]["state"])

@@ -11,38 +11,37 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from gemma_funnel.data import tokenizer as tokenizer_lib
+from gemma_funnel.checks import require, require_int
 from gemma_funnel.data.documents import Document, TokenizedDocument
+from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer
 
-# Chunks that are shuffled together in training. All lanes share them, but none
-# has fewer than the second number.
+# Chunks that are shuffled together in training: all shards share the first
+# number, but none has fewer than the second.
 _SHUFFLE_WINDOW = 1024
 _LEAST_WINDOW = 128
-# Rows that are filled at the same time; more of them waste less padding. All
-# lanes share them as well.
+# Rows that are filled at the same time, shared likewise; more of them waste
+# less padding.
 _NUM_OPEN_ROWS = 64
 _LEAST_OPEN_ROWS = 32
-# So many documents without text in a row are a mistake: a corpus of nothing
-# else would be read for ever.
+# A corpus of documents without text would be read for ever: this many in a row
+# are an error.
 _MOST_EMPTY = 1 << 18
 
 
-def check_lengths(length: int, align: int) -> None:
+def check_lengths(length: int, segment_alignment: int) -> None:
   """Checks the length of rows against the alignment of segments.
 
   Raises:
-    ValueError: `length` below 2 (BOS and one token), `align` below 1, or
-      `length` not a multiple of `align`.
+    ValueError: `length` below 2 (BOS and one token) or not a multiple of
+      `segment_alignment`, or the latter below 1.
   """
-  if align < 1:
-    raise ValueError(f"align={align}: expected an integer >= 1")
-  if length < 2:
-    raise ValueError(f"length={length}: expected at least 2, BOS and a token")
-  if length % align:
-    raise ValueError(
-      f"length={length}: expected a multiple of align={align}, the total "
-      "stride of the funnel"
-    )
+  require_int("segment_alignment", segment_alignment, 1)
+  require_int("length", length, 2)
+  require(
+    length % segment_alignment == 0,
+    f"length={length}: expected a multiple of segment_alignment="
+    f"{segment_alignment}, the total stride of the funnel",
+  )
 
 
 def chunk(tokens: Sequence[int], length: int) -> list[np.ndarray]:
@@ -56,28 +55,29 @@ def chunk(tokens: Sequence[int], length: int) -> list[np.ndarray]:
     int32 arrays [n], 2 <= n <= length, each starting with BOS. Without BOS
     they concatenate to `tokens` and one EOS.
   """
-  eos = np.asarray([tokenizer_lib.EOS_ID], np.int32)
-  ids = np.concatenate([np.asarray(tokens, np.int32), eos])
+  ids = np.append(np.asarray(tokens, np.int32), np.int32(EOS_ID))
   parts = np.split(ids, range(length - 1, len(ids), length - 1))
-  bos = np.asarray([tokenizer_lib.BOS_ID], np.int32)
-  return [np.concatenate([bos, part]) for part in parts]
+  return [np.insert(part, 0, BOS_ID) for part in parts]
 
 
 class ChunkDocuments(grain.experimental.FlatMapTransform):
-  """Turns a `Document` into its chunks, padded to a multiple of `align`.
+  """Turns documents into chunks, padded to a multiple of the alignment.
 
-  Grain's packing then starts every chunk at a multiple of `align`. `gap` more
-  slots of padding follow each chunk. A document without text has no chunks.
+  Grain's packing then starts every chunk at such a multiple. See `pack` for
+  the arguments. A document without text has no chunks.
   """
 
   def __init__(
-    self, tokenizer: tokenizer_lib.Tokenizer, length: int, align: int, gap: int
+    self,
+    tokenizer: Tokenizer,
+    length: int,
+    segment_alignment: int,
+    segment_padding: int = 0,
   ):
-    check_lengths(length, align)
+    check_lengths(length, segment_alignment)
     self._tokenizer = tokenizer
-    self._length = length - gap
-    self._align = align
-    self._gap = gap
+    self._length = length - segment_padding
+    self._alignment, self._padding = segment_alignment, segment_padding
     self._empty = 0
 
   def flat_map(
@@ -85,11 +85,11 @@ class ChunkDocuments(grain.experimental.FlatMapTransform):
   ) -> list[dict[str, np.ndarray]]:
     if not element.num_bytes:
       self._empty += 1
-      if self._empty >= _MOST_EMPTY:
-        raise ValueError(
-          f"the last {self._empty:,} documents have no text, that of key "
-          f"{element.key!r} among them; expected some with text"
-        )
+      require(
+        self._empty < _MOST_EMPTY,
+        f"the last {self._empty:,} documents have no text, that of key "
+        f"{element.key!r} among them; expected some with text",
+      )
       return []
     self._empty = 0
     if isinstance(element, TokenizedDocument):
@@ -97,7 +97,7 @@ class ChunkDocuments(grain.experimental.FlatMapTransform):
     else:
       tokens = self._tokenizer.encode(element.text)
     chunks = chunk(tokens, self._length)
-    padding = lambda c: (0, -len(c) % self._align + self._gap)
+    padding = lambda c: (0, -len(c) % self._alignment + self._padding)
     return [{"tokens": np.pad(c, padding(c))} for c in chunks]
 
 
@@ -105,7 +105,7 @@ def _to_row(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Names fields as batches do, and takes chunks' padding out of segments."""
   tokens_T = packed["tokens"].astype(np.int32)
   # Text never encodes to PAD, so PAD is padding wherever it stands.
-  is_token_T = tokens_T != tokenizer_lib.PAD_ID
+  is_token_T = tokens_T != PAD_ID
   return {
     "tokens": tokens_T,
     "segment": packed["tokens_segment_ids"] * is_token_T,
@@ -113,55 +113,39 @@ def _to_row(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   }
 
 
-def chunks(
-  documents: grain.IterDataset,
-  tokenizer: tokenizer_lib.Tokenizer,
-  *,
-  length: int,
-  align: int,
-  gap: int = 0,
-) -> grain.IterDataset:
-  """The chunks of documents, in their order; see `pack`."""
-  return grain.experimental.FlatMapIterDataset(
-    documents, ChunkDocuments(tokenizer, length, align, gap)
-  )
-
-
 def pack_chunks(
   chunks: grain.IterDataset,
-  *,
   length: int,
   shuffle_seed: int | None = None,
-  lanes: int = 1,
+  num_shards: int = 1,
 ) -> grain.IterDataset:
   """Packs chunks into rows.
 
   Args:
-    chunks: a dataset of {"tokens": int32 [n]}, as `chunks` gives them.
+    chunks: a dataset of {"tokens": int32 [n]}, as `ChunkDocuments` makes them.
     length: T, tokens of a row.
     shuffle_seed: see `pack`.
-    lanes: how many datasets like this one there are. Each has its share of
-      the window in which chunks are shuffled and of the rows that are open at
-      the same time, though not less than what keeps rows full.
+    num_shards: datasets like this one. They share the window in which chunks
+      are shuffled and the rows that are open at the same time, down to the
+      least that keeps rows full.
 
   Returns:
     A dataset of rows, as of `pack`.
   """
   # The least values do not raise smaller ones.
-  window = max(_SHUFFLE_WINDOW // lanes, min(_LEAST_WINDOW, _SHUFFLE_WINDOW))
-  open_rows = max(
-    _NUM_OPEN_ROWS // lanes, min(_LEAST_OPEN_ROWS, _NUM_OPEN_ROWS)
-  )
+  share = lambda all, least: max(all // num_shards, min(least, all))
   if shuffle_seed is not None:
     # A long document's chunks would otherwise make up a batch of their own.
     chunks = grain.experimental.WindowShuffleIterDataset(
-      chunks, window_size=window, seed=shuffle_seed
+      chunks,
+      window_size=share(_SHUFFLE_WINDOW, _LEAST_WINDOW),
+      seed=shuffle_seed,
     )
   # First fit is a choice by age: early chunks leave early, little is held back.
   rows = grain.experimental.FirstFitPackIterDataset(
     chunks,
     length_struct={"tokens": length},
-    num_packing_bins=open_rows,
+    num_packing_bins=share(_NUM_OPEN_ROWS, _LEAST_OPEN_ROWS),
     seed=shuffle_seed or 0,
     shuffle_bins=shuffle_seed is not None,
   )
@@ -170,11 +154,11 @@ def pack_chunks(
 
 def pack(
   documents: grain.IterDataset,
-  tokenizer: tokenizer_lib.Tokenizer,
+  tokenizer: Tokenizer,
   *,
   length: int,
-  align: int,
-  gap: int = 0,
+  segment_alignment: int,
+  segment_padding: int = 0,
   shuffle_seed: int | None = None,
 ) -> grain.IterDataset:
   """Packs documents into rows.
@@ -182,9 +166,10 @@ def pack(
   Args:
     documents: a dataset of `Document` or `TokenizedDocument`.
     tokenizer: what they are, or have been, encoded with.
-    length: T, tokens of a row; a multiple of `align`.
-    align: segments start at multiples of it.
-    gap: slots of padding after each segment at least; a multiple of `align`.
+    length: T, tokens of a row; a multiple of `segment_alignment`.
+    segment_alignment: segments start at multiples of it.
+    segment_padding: least slots of padding after a segment; a multiple of
+      `segment_alignment`.
     shuffle_seed: seeds the order of chunks within windows of them, and of
       rows; None keeps the documents' order.
 
@@ -196,11 +181,11 @@ def pack(
   Raises:
     ValueError: see `check_lengths`.
   """
-  return pack_chunks(
-    chunks(documents, tokenizer, length=length, align=align, gap=gap),
-    length=length,
-    shuffle_seed=shuffle_seed,
+  transform = ChunkDocuments(
+    tokenizer, length, segment_alignment, segment_padding
   )
+  chunks = grain.experimental.FlatMapIterDataset(documents, transform)
+  return pack_chunks(chunks, length, shuffle_seed)
 
 
 def predicted_mask(segment_BT: np.ndarray) -> np.ndarray:

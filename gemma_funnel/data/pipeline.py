@@ -1,6 +1,7 @@
 """Batches: an endless, checkpointable train iterator and a held-out set."""
 
 from collections.abc import Sequence
+import copy
 import dataclasses
 import functools
 import os
@@ -11,14 +12,19 @@ import grain
 from ml_collections import config_dict
 import numpy as np
 
+from gemma_funnel.checks import require, require_int
 from gemma_funnel.data import documents as documents_lib
 from gemma_funnel.data import files, mixture, packing, sources, tokenized
 from gemma_funnel.data import tokenizer as tokenizer_lib
-from gemma_funnel.data.lanes import Lanes
+from gemma_funnel.data.documents import Document
+from gemma_funnel.data.shards import VirtualShards
 
 Batch = dict[str, np.ndarray]
 
 TOKENIZER_FILE = "tokenizer.model"
+
+_MOST_SEED = 2**32 - 1
+_NO_THREADS = grain.ReadOptions(num_threads=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +37,8 @@ class Corpus:
     tokenizer: ids are below the model's vocab_size.
   """
 
-  train: Sequence[sources.Document]
-  heldout: Sequence[sources.Document]
+  train: Sequence[Document]
+  heldout: Sequence[Document]
   tokenizer: tokenizer_lib.Tokenizer
 
 
@@ -65,14 +71,14 @@ def default_config() -> config_dict.ConfigDict:
     heldout_fraction: share of `source` that the hash holds out.
     text_key: key of the text in a JSON object; column of the text.
     mixture: by name, dict(source=.., weight=..), and heldout and text_key where
-      they are others than of the rest. Weights are shares of the tokens that
-      are trained on; they need not sum to 1. Instead of `source` and `heldout`.
+      they differ. Replaces `source` and `heldout`. Weights are shares of the
+      training tokens; they need not sum to 1.
     tokenizer: path of a SentencePiece model; None trains one on the corpus.
-    lanes: streams that the order of the data is made of, a multiple of the
-      number of processes a run may ever have. It is the run's: another number
+    lanes: virtual shards, the streams that the order of the data is made of; a
+      multiple of the number of processes a run may ever have. Another number
       is another order.
-    num_workers: processes that prepare batches, at most the lanes of a process;
-      0 is none but the caller's.
+    num_workers: processes that prepare batches, at most the shards of a
+      process; 0 is none but the caller's.
     seed: of the order of the training data.
   """
   return config_dict.create(
@@ -88,25 +94,16 @@ def default_config() -> config_dict.ConfigDict:
   )
 
 
-def _require_int(
-  name: str, value: Any, least: int, below: int | None = None
-) -> None:
-  ok = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-  if not ok or value < least or (below is not None and value >= below):
-    upper = "" if below is None else f" and < {below}"
-    raise ValueError(f"{name}={value!r}: expected an integer >= {least}{upper}")
-
-
 def _check_config(cfg: Any) -> None:
   missing = [key for key in default_config() if not hasattr(cfg, key)]
-  if missing:
-    raise ValueError(
-      f"the data configuration lacks {missing}; expected the keys "
-      f"{sorted(default_config())}"
-    )
-  _require_int("data.lanes", cfg.lanes, 1)
-  _require_int("data.num_workers", cfg.num_workers, 0)
-  _require_int("data.seed", cfg.seed, 0, 2**32)
+  require(
+    not missing,
+    f"the data configuration lacks {missing}; expected the keys "
+    f"{sorted(default_config())}",
+  )
+  require_int("data.lanes", cfg.lanes, 1)
+  require_int("data.num_workers", cfg.num_workers)
+  require_int("data.seed", cfg.seed, 0, _MOST_SEED)
 
 
 def load_corpus(
@@ -128,7 +125,7 @@ def load_corpus(
   Raises:
     ValueError: a key is missing or has no valid value, or files are not what
       they should be; see `sources.load_split`, `mixture.load_split` and
-      `tokenizer.get_tokenizer`. A tokenized corpus is of another tokenizer.
+      `tokenizer.find_tokenizer`. A tokenized corpus is of another tokenizer.
   """
   _check_config(cfg)
   cache_path = os.path.join(workdir, TOKENIZER_FILE)
@@ -152,111 +149,100 @@ def load_corpus(
   return Corpus(train, heldout, tokenizer)
 
 
-def _read(documents: Sequence[sources.Document]) -> grain.ReadOptions:
-  """How documents are read: ahead, by threads, where a read has to wait."""
-  paths = (
-    getattr(file, "path", "") for file in documents_lib.files_of(documents)
-  )
+def _read_options(documents: Sequence[Document]) -> grain.ReadOptions:
+  """Threads that read ahead, where a read has to wait."""
+  paths = (getattr(f, "path", "") for f in documents_lib.files_of(documents))
   if any(map(files.is_remote, paths)):
     return grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
-  return grain.ReadOptions(num_threads=0)
+  return _NO_THREADS
 
 
-def _seed_of(seed: int, lane: int, name: str) -> int:
-  """The seed of a lane, or of a mixture's source in it, below 2**31.
+def _seed_of(seed: int, shard: int, name: str) -> int:
+  """The seed of a shard, or of a mixture's source in it, below 2**31.
 
-  With one seed for all, lanes of as many documents would read neighbours of
+  With one seed for all, shards of as many documents would read neighbours of
   each other at the same time.
   """
-  if lane == 0 and not name:
+  if shard == 0 and not name:
     return seed
-  entropy = (seed, lane, zlib.crc32(name.encode()))
+  entropy = (seed, shard, zlib.crc32(name.encode()))
   return int(np.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
 
 
-def _make_lane(
-  lane: int,
-  lanes: int,
-  documents: Sequence[sources.Document],
-  tokenizer: tokenizer_lib.Tokenizer,
-  seed: int,
-  shape: dict[str, int],
-) -> grain.IterDataset:
-  """The endless rows of a lane.
+@dataclasses.dataclass(frozen=True)
+class _MakeShard:
+  """Makes the endless rows of a virtual shard s of S.
 
-  Of documents l, l + lanes, .. of each source, shuffled anew each epoch, cut
-  into chunks, mixed and packed.
+  They are of documents s, s + S, .. of each source, shuffled anew each epoch,
+  cut into chunks, mixed and packed.
   """
 
-  def chunks(name, part):
-    mine = grain.MapDataset.source(part)[lane::lanes]
+  documents: Sequence[Document]
+  chunk: packing.ChunkDocuments
+  length: int
+  seed: int
+  num_shards: int
+
+  def __call__(self, shard: int) -> grain.IterDataset:
+    if isinstance(self.documents, mixture.Mixture):
+      parts = self.documents.mixed
+      chunks = mixture.MixChunks(
+        {p.name: self._chunks(shard, p.documents, p.name) for p in parts},
+        [p.weight for p in parts],
+      )
+    else:
+      chunks = self._chunks(shard, self.documents)
+    # Grain counts windows up from this seed, in 32 bits.
+    shuffle_seed = _seed_of(self.seed, shard, "") % 2**31
+    return packing.pack_chunks(
+      chunks, self.length, shuffle_seed, self.num_shards
+    )
+
+  def _chunks(
+    self, shard: int, documents: Sequence[Document], name: str = ""
+  ) -> grain.IterDataset:
+    own = grain.MapDataset.source(documents)[shard :: self.num_shards]
     # seed() before shuffle(): with shuffle(seed), epoch 1 of seed 0 would have
     # the order of epoch 0 of seed 1.
-    mine = mine.seed(_seed_of(seed, lane, name)).shuffle().repeat()
-    return packing.chunks(mine.to_iter_dataset(_read(part)), tokenizer, **shape)
-
-  if isinstance(documents, mixture.Mixture):
-    mixed = mixture.MixChunks(
-      {
-        part.name: chunks(part.name, part.documents) for part in documents.mixed
-      },
-      [part.weight for part in documents.mixed],
+    own = own.seed(_seed_of(self.seed, shard, name)).shuffle().repeat()
+    return grain.experimental.FlatMapIterDataset(
+      own.to_iter_dataset(_read_options(documents)), copy.copy(self.chunk)
     )
-  else:
-    mixed = chunks("", documents)
-  # Grain counts windows up from this seed, in 32 bits.
-  shuffle_seed = _seed_of(seed, lane, "") % 2**31
-  return packing.pack_chunks(
-    mixed, length=shape["length"], shuffle_seed=shuffle_seed, lanes=lanes
-  )
-
-
-def _check_lanes(documents: Sequence[sources.Document], lanes: int) -> None:
-  parts = [mixture.Part("", 1.0, documents)]
-  if isinstance(documents, mixture.Mixture):
-    parts = documents.mixed
-  for part in parts:
-    if len(part.documents) < lanes:
-      where = f" of data.mixture.{part.name}" if part.name else ""
-      raise ValueError(
-        f"{len(part.documents)} training documents{where} for data.lanes="
-        f"{lanes}: expected at least one a lane"
-      )
 
 
 def train_iterator(
-  documents: Sequence[sources.Document],
+  documents: Sequence[Document],
   tokenizer: tokenizer_lib.Tokenizer,
   *,
   batch_size: int,
   length: int,
-  align: int,
+  segment_alignment: int,
   seed: int,
-  gap: int = 0,
-  lanes: int | None = None,
+  segment_padding: int = 0,
+  num_shards: int | None = None,
   num_workers: int = 0,
   process_index: int = 0,
   process_count: int = 1,
-) -> Lanes:
+) -> VirtualShards:
   """An endless iterator of packed batches for one process.
 
-  Documents are dealt out to lanes, which are shuffled anew each epoch, cut into
-  chunks and packed; see `lanes.Lanes` for how batches are made of them, and for
-  the state. With workers, call `close` when done.
+  Documents are dealt out to virtual shards, which are shuffled anew each epoch,
+  cut into chunks and packed; `VirtualShards` describes how they make up batches
+  and the state. With workers, call `close` when done.
 
   Args:
     documents: all training documents, in the same order in every process; a
       `mixture.Mixture` has its parts drawn by weight.
     tokenizer: what to encode them with.
     batch_size: rows of a batch of this process.
-    length: T, tokens of a row; a multiple of `align`.
-    align: segments start at multiples of it: the funnel's total stride, 1
-      without a funnel.
+    length: T, tokens of a row; a multiple of `segment_alignment`.
+    segment_alignment: segments start at multiples of it: the funnel's total
+      stride, 1 without a funnel.
     seed: of all orders, in [0, 2**32).
-    gap: padding after each segment at least, as `packing.pack` takes it.
-    lanes: a multiple of `process_count`; None is as many. The order depends on
-      it, and on neither processes, batches nor workers.
-    num_workers: processes that prepare rows ahead, at most the lanes of this
+    segment_padding: least padding after a segment, as `packing.pack` takes it.
+    num_shards: a multiple of `process_count`; None is as many. The order
+      depends on it, and on neither processes, batches nor workers.
+    num_workers: processes that prepare rows ahead, at most the shards of this
       process; 0 prepares them in the caller's. Workers are spawned, so a
       script's entry point has to be guarded by `__name__ == "__main__"`.
     process_index: this process, in [0, process_count).
@@ -268,30 +254,31 @@ def train_iterator(
     .. within a segment; 0 at padding).
 
   Raises:
-    ValueError: an argument out of range, fewer documents than lanes, or a
+    ValueError: an argument out of range, fewer documents than shards, or a
       tokenized corpus of another tokenizer.
   """
-  packing.check_lengths(length, align)
-  _require_int("batch_size", batch_size, 1)
-  _require_int("seed", seed, 0, 2**32)
-  _require_int("num_workers", num_workers, 0)
-  _require_int("process_count", process_count, 1)
-  _require_int("process_index", process_index, 0, process_count)
-  lanes = process_count if lanes is None else lanes
-  _require_int("data.lanes", lanes, 1)
-  _check_lanes(documents, lanes)
+  require_int("batch_size", batch_size, 1)
+  require_int("seed", seed, 0, _MOST_SEED)
+  require_int("num_workers", num_workers)
+  require_int("process_count", process_count, 1)
+  require_int("process_index", process_index, 0, process_count - 1)
+  num_shards = process_count if num_shards is None else num_shards
+  require_int("data.lanes", num_shards, 1)
+  parts = [mixture.Part("", 1.0, documents)]
+  for part in getattr(documents, "mixed", parts):
+    where = f" of data.mixture.{part.name}" if part.name else ""
+    require(
+      len(part.documents) >= num_shards,
+      f"{len(part.documents)} training documents{where} for data.lanes="
+      f"{num_shards}: expected at least one a shard",
+    )
   tokenized.check_tokenizer(documents, tokenizer)
-  make_lane = functools.partial(
-    _make_lane,
-    lanes=lanes,
-    documents=documents,
-    tokenizer=tokenizer,
-    seed=seed,
-    shape=dict(length=length, align=align, gap=gap),
+  chunk = packing.ChunkDocuments(
+    tokenizer, length, segment_alignment, segment_padding
   )
-  return Lanes(
-    make_lane,
-    lanes=lanes,
+  return VirtualShards(
+    _MakeShard(documents, chunk, length, seed, num_shards),
+    num_shards=num_shards,
     batch_size=batch_size * process_count,
     process_index=process_index,
     process_count=process_count,
@@ -299,23 +286,14 @@ def train_iterator(
   )
 
 
-def _spread(
-  documents: Sequence[sources.Document], count: int | None
-) -> list[sources.Document]:
-  """All documents, or `count` of them, evenly spaced in the order given."""
-  if count is None or count >= len(documents):
-    return list(documents)
-  return [documents[i * len(documents) // count] for i in range(count)]
-
-
 def heldout_batches(
-  documents: Sequence[sources.Document],
+  documents: Sequence[Document],
   tokenizer: tokenizer_lib.Tokenizer,
   *,
   batch_size: int,
   length: int,
-  align: int,
-  gap: int = 0,
+  segment_alignment: int,
+  segment_padding: int = 0,
   max_documents: int | None = None,
 ) -> HeldOut:
   """Packs held-out documents into batches, the same ones every time.
@@ -324,10 +302,10 @@ def heldout_batches(
     documents: the held-out split.
     tokenizer: what to encode them with.
     batch_size: B; the last batch is filled up with rows of padding.
-    length: T, tokens of a row; a multiple of `align`.
-    align: segments start at multiples of it.
-    gap: padding after each segment at least, as `packing.pack` takes it.
-    max_documents: use so many documents at most, evenly spaced in `documents`.
+    length: T, tokens of a row; a multiple of `segment_alignment`.
+    segment_alignment: segments start at multiples of it.
+    segment_padding: least padding after a segment, as `packing.pack` takes it.
+    max_documents: most documents used, evenly spaced in `documents`.
 
   Returns:
     Batches as those of `train_iterator`, with the number of bytes and of
@@ -337,36 +315,33 @@ def heldout_batches(
     ValueError: an argument out of range, no documents, or a tokenized corpus
       of another tokenizer.
   """
-  packing.check_lengths(length, align)
-  _require_int("batch_size", batch_size, 1)
+  require_int("batch_size", batch_size, 1)
   if max_documents is not None:
-    _require_int("max_documents", max_documents, 1)
-  if not documents:
-    raise ValueError("no held-out documents: expected at least one")
+    require_int("max_documents", max_documents, 1)
+  require(len(documents), "no held-out documents: expected at least one")
   tokenized.check_tokenizer(documents, tokenizer)
+  count = min(max_documents or len(documents), len(documents))
+  spread = (documents[i * len(documents) // count] for i in range(count))
   # Some formats do not tell which texts are empty.
-  chosen = [d for d in _spread(documents, max_documents) if d.num_bytes]
-  if not chosen:
-    raise ValueError("the held-out documents are empty: expected one with text")
+  chosen = [document for document in spread if document.num_bytes]
+  require(chosen, "the held-out documents are empty: expected one with text")
   rows = packing.pack(
-    grain.MapDataset.source(chosen).to_iter_dataset(
-      grain.ReadOptions(num_threads=0)  # They are in memory.
-    ),
+    # They are in memory.
+    grain.MapDataset.source(chosen).to_iter_dataset(_NO_THREADS),
     tokenizer,
     length=length,
-    align=align,
-    gap=gap,
+    segment_alignment=segment_alignment,
+    segment_padding=segment_padding,
   )
   fill_up = functools.partial(
     grain.experimental.batch_and_pad, batch_size=batch_size
   )
   batches = tuple(rows.batch(batch_size, batch_fn=fill_up))
+  predicted = [packing.predicted_mask(b["segment"]).sum() for b in batches]
   return HeldOut(
     batches=batches,
-    num_bytes=sum(d.num_bytes for d in chosen),
-    num_tokens=sum(
-      int(packing.predicted_mask(b["segment"]).sum()) for b in batches
-    ),
+    num_bytes=sum(document.num_bytes for document in chosen),
+    num_tokens=int(sum(predicted)),
     num_documents=len(chosen),
   )
 

@@ -8,37 +8,15 @@ from collections.abc import Iterable, Sequence
 import os
 import sysconfig
 
-import numpy as np
-
+from gemma_funnel.checks import require, require_between
 from gemma_funnel.data import documents as documents_lib
 from gemma_funnel.data import files, tokenized
-from gemma_funnel.data.documents import Document, is_heldout
-from gemma_funnel.data.files import TEXT_DOCUMENT_BYTES
-
-__all__ = [
-  "STDLIB",
-  "TEXT_DOCUMENT_BYTES",
-  "Document",
-  "check_disjoint",
-  "file_documents",
-  "is_heldout",
-  "load",
-  "load_split",
-  "paths_of",
-  "stdlib_documents",
-]
+from gemma_funnel.data.documents import Document
 
 STDLIB = "stdlib"
 
 _SKIPPED_DIRECTORIES = frozenset(
-  (
-    "__pycache__",
-    "dist-packages",
-    "idle_test",
-    "site-packages",
-    "test",
-    "tests",
-  )
+  "__pycache__ dist-packages idle_test site-packages test tests".split()
 )
 
 
@@ -72,11 +50,11 @@ def stdlib_documents(root: str | os.PathLike | None = None) -> list[Document]:
       key = os.path.relpath(path, root).replace(os.sep, "/")
       if text:
         documents.append(Document(key, text))
-  if not documents:
-    raise ValueError(
-      f"source 'stdlib': no .py file below {root}; expected the sources of "
-      "the standard library. Name text or JSONL files as the source instead"
-    )
+  require(
+    documents,
+    f"source 'stdlib': no .py file below {root}; expected the sources of the "
+    "standard library. Name text or JSONL files as the source instead",
+  )
   return sorted(documents, key=lambda d: d.key)
 
 
@@ -91,8 +69,7 @@ def paths_of(source: str) -> list[str]:
     ValueError: there is no glob, or one that matches nothing.
   """
   patterns = [p.strip() for p in source.split(",") if p.strip()]
-  if not patterns:
-    raise ValueError(f"source {source!r}: expected 'stdlib' or globs of files")
+  require(patterns, f"source {source!r}: expected 'stdlib' or globs of files")
   paths = set()
   for pattern in patterns:
     if pattern.startswith("tfds:"):
@@ -103,29 +80,14 @@ def paths_of(source: str) -> list[str]:
         found.append(match)
       elif tokenized.is_tokenized(match):
         found += tokenized.shard_paths(match)
-    if not found:
-      raise ValueError(
-        f"source {pattern!r}: no file matches; expected text, JSONL, Parquet "
-        "or array_record files, or a folder that data.tokenize wrote"
-      )
+    require(
+      found,
+      f"source {pattern!r}: no file matches; expected text, JSONL, Parquet or "
+      "array_record files, or a folder that data.tokenize wrote",
+    )
     paths.update(found)
   splits = [p for p in patterns if p.startswith("tfds:")]
   return [*sorted(paths), *dict.fromkeys(splits)]
-
-
-def _open(path: str, text_key: str) -> documents_lib.Lazy:
-  """The documents of a file, which its name's end tells the format of."""
-  if path.startswith("tfds:"):
-    return files.TfdsSplit(path, text_key)
-  if path.endswith(".jsonl"):
-    return files.JsonLines(path, text_key)
-  if path.endswith(".parquet"):
-    return files.ParquetFile(path, text_key)
-  if path.endswith((".array_record", ".arrayrecord")):
-    if tokenized.is_tokenized(os.path.dirname(path)):
-      return tokenized.TokenizedFile(path)
-    return files.JsonRecords(path, text_key)
-  return files.TextFile(path)
 
 
 def file_documents(paths: Iterable[str], text_key: str) -> documents_lib.Joined:
@@ -142,11 +104,18 @@ def file_documents(paths: Iterable[str], text_key: str) -> documents_lib.Joined:
     Documents with keys "<file name>:<index within the file>".
 
   Raises:
-    ValueError: a file cannot be read, is not UTF-8 text, or does not begin with
-      a JSON object with a string at `text_key`. Of a later record, reading it
-      raises. File and line are named.
+    ValueError: a file cannot be read, is not UTF-8 text, or its first record has
+      no string at `text_key`; reading a later record may raise too. It names
+      file and line.
   """
-  return documents_lib.Joined([_open(path, text_key) for path in paths])
+  return documents_lib.Joined(
+    [
+      tokenized.TokenizedFile(path)
+      if tokenized.is_shard(path)
+      else files.open_file(path, text_key)
+      for path in paths
+    ]
+  )
 
 
 def load(source: str, text_key: str = "text") -> Sequence[Document]:
@@ -156,45 +125,24 @@ def load(source: str, text_key: str = "text") -> Sequence[Document]:
   return file_documents(paths_of(source), text_key)
 
 
-def _require_nonempty(
-  documents: Sequence[Document], split: str, source: str, remedy: str
-) -> None:
-  if not documents:
-    raise ValueError(f"source {source!r}: the {split} split is empty; {remedy}")
-
-
-def _identity(path: str) -> str:
-  is_name = files.is_remote(path) or path.startswith("tfds:")
-  return path if is_name else os.path.realpath(path)
-
-
 def check_disjoint(source: str, heldout: str) -> None:
   """Checks that no file is trained on and held out.
 
   Raises:
     ValueError: one is in both, or a glob matches no file.
   """
-  held = {_identity(path) for path in paths_of(heldout)}
-  if source == STDLIB:
-    return
-  shared = held.intersection(map(_identity, paths_of(source)))
-  if shared:
-    raise ValueError(
-      f"source {source!r} and heldout {heldout!r} share {len(shared)} files, "
-      f"such as {min(shared)}; expected none in both"
-    )
 
+  def real_paths(source):
+    is_name = lambda path: files.is_remote(path) or path.startswith("tfds:")
+    return {p if is_name(p) else os.path.realpath(p) for p in paths_of(source)}
 
-def _explicit_split(
-  source: str, heldout: str, text_key: str
-) -> tuple[Sequence[Document], Sequence[Document]]:
-  """All of `source` to train on, all of `heldout` held out."""
-  check_disjoint(source, heldout)
-  train = load(source, text_key)
-  _require_nonempty(train, "train", source, "give files that are not empty")
-  held = file_documents(paths_of(heldout), text_key)
-  _require_nonempty(held, "held-out", heldout, "give files that are not empty")
-  return train, held
+  held = real_paths(heldout)
+  shared = held & real_paths(source) if source != STDLIB else ()
+  require(
+    not shared,
+    f"source {source!r} and heldout {heldout!r} share {len(shared)} files, "
+    f"such as {min(shared, default=None)}; expected none in both",
+  )
 
 
 def load_split(
@@ -223,27 +171,30 @@ def load_split(
     the same on every machine.
 
   Raises:
-    ValueError: no file matches, a file cannot be read as what it should be, a
-      file is in both splits, a split is empty, or a fraction outside (0, 1).
+    ValueError: no file matches, a file is not of its format, a file is in both
+      splits, a split is empty, or a fraction outside (0, 1).
   """
   if heldout:
-    return _explicit_split(source, heldout, text_key)
-  is_number = isinstance(heldout_fraction, (int, float, np.floating))
-  if not is_number or not 0 < heldout_fraction < 1:
-    raise ValueError(
-      f"heldout_fraction={heldout_fraction!r}: expected a number between 0 "
-      "and 1, both excluded"
+    check_disjoint(source, heldout)
+    train = load(source, text_key)
+    held = file_documents(paths_of(heldout), text_key)
+    remedies = dict.fromkeys(("train", "held-out"), "give files with text")
+  else:
+    require_between("heldout_fraction", heldout_fraction, 0, 1, open=True)
+    documents = load(source, text_key)
+    train, held = documents_lib.split(documents, heldout_fraction)
+    found = (
+      f"of {len(documents)} documents, {heldout_fraction=}: give more text"
     )
-  documents = load(source, text_key)
-  train, held = documents_lib.split(documents, heldout_fraction)
-  found = f"of {len(documents)} documents, {heldout_fraction=}"
-  _require_nonempty(
-    train, "train", source, f"{found}: give more text, or lower the fraction"
-  )
-  _require_nonempty(
-    held,
-    "held-out",
-    source,
-    f"{found}: give more text, raise the fraction, or name heldout files",
-  )
+    remedies = {
+      "train": f"{found}, or lower the fraction",
+      "held-out": f"{found}, raise the fraction, or name heldout files",
+    }
+  for split, part, of in (
+    ("train", train, source),
+    ("held-out", held, heldout or source),
+  ):
+    require(
+      len(part), f"source {of!r}: the {split} split is empty; {remedies[split]}"
+    )
   return train, held

@@ -9,6 +9,8 @@ text. The same command goes on with shards where it was interrupted.
 """
 
 from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,33 +19,59 @@ from typing import Any
 
 import numpy as np
 
-from gemma_funnel import cli
+from gemma_funnel import atomic, cli
+from gemma_funnel.checks import require, require_int
 from gemma_funnel.data import files, sources, tokenized, workers
-from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.data.documents import Document, digest
+from gemma_funnel.data.tokenizer import Tokenizer
 
 # Documents that a worker is given at a time.
 _BLOCK_DOCUMENTS = 64
 _PROGRESS_SECONDS = 10.0
 _PLAN = "plan.json"
 
-# What a worker works with: the documents, the tokenizer and the ids' type.
-_state: dict[str, Any] = {}
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+  """Encodes blocks of documents, here or in a worker."""
+
+  documents: Sequence[Document]
+  tokenizer: Tokenizer
+  blocks: Sequence[range]
+
+  def __call__(self) -> Iterator[list[tuple[bytes, int, int, int]]]:
+    """Of each document its record, digest, and numbers of tokens and bytes."""
+    dtype = tokenized.dtype_for(self.tokenizer.vocab_size)
+    for block in self.blocks:
+      encoded = []
+      for document in map(self.documents.__getitem__, block):
+        ids = self.tokenizer.encode(document.text)
+        record = tokenized.encode_record(document, ids, dtype)
+        key_digest = digest(document.key)
+        encoded.append((record, key_digest, len(ids), document.num_bytes))
+      yield encoded
 
 
-def _start(documents, tokenizer, dtype) -> None:
-  _state.update(documents=documents, tokenizer=tokenizer, dtype=dtype)
-
-
-def _encode(block: range) -> list[tuple[bytes, int, int, int]]:
-  """Of each document its record, digest, and numbers of tokens and bytes."""
-  encoded = []
-  for i in block:
-    document = _state["documents"][i]
-    ids = _state["tokenizer"].encode(document.text)
-    record = tokenized.encode_record(document, ids, _state["dtype"])
-    encoded.append((record, digest(document.key), len(ids), document.num_bytes))
-  return encoded
+def _encode(
+  documents: Sequence[Document],
+  tokenizer: Tokenizer,
+  blocks: Sequence[range],
+  num_workers: int,
+) -> Iterator[list[tuple[bytes, int, int, int]]]:
+  """Encodes blocks in their order; workers take turns at them."""
+  if not num_workers:
+    yield from _Encoder(documents, tokenizer, blocks)()
+    return
+  made = workers.Workers(
+    [
+      _Encoder(documents, tokenizer, blocks[w::num_workers])
+      for w in range(num_workers)
+    ],
+    ahead=4,
+  )
+  with contextlib.closing(made):
+    for i in range(len(blocks)):
+      yield made.take(i % num_workers)
 
 
 class _Progress:
@@ -73,112 +101,101 @@ class _Progress:
 
 def _check(config: Any) -> None:
   for key in ("tokenizer", "out"):
-    if not config[key]:
-      raise ValueError(f"{key} is not set; expected a path")
-  for key, least in (("shards", 1), ("num_workers", 0)):
-    value = config[key]
-    if not isinstance(value, int) or value < least:
-      raise ValueError(f"{key}={value!r}: expected an integer >= {least}")
-  if files.is_remote(config.out):
-    raise ValueError(
-      f"out={config.out!r}: expected a local folder, to be copied from there"
-    )
-  if os.path.exists(config.out):
-    raise ValueError(f"out={config.out!r}: is there already; expected nothing")
+    require(config[key], f"{key} is not set; expected a path")
+  require_int("shards", config.shards, 1)
+  require_int("num_workers", config.num_workers)
+  out = config.out
+  require(
+    not files.is_remote(out),
+    f"out={out!r}: expected a local folder, to be copied from there",
+  )
+  require(
+    not os.path.exists(out), f"out={out!r}: is there already; expected nothing"
+  )
 
 
-def _claim(folder: pathlib.Path, plan: dict[str, Any]) -> None:
+def _write_json(path: pathlib.Path, content: Any) -> None:
+  atomic.write_text(path, json.dumps(content, indent=2))
+
+
+def _begin(folder: pathlib.Path, plan: dict[str, Any]) -> None:
   """Makes the folder that is written, or goes on with that of this plan."""
   path = folder / _PLAN
-  if path.exists():
-    found = json.loads(path.read_text())
-    differ = sorted(key for key in plan if found.get(key) != plan[key])
-    if differ:
-      raise ValueError(
-        f"{folder}: was begun with other values of {differ}, such as "
-        f"{differ[0]}={found.get(differ[0])!r}; delete it, or go on with those"
-      )
+  if not path.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(path, plan)
     return
-  folder.mkdir(parents=True, exist_ok=True)
-  tokenized.write_bytes(str(path), json.dumps(plan, indent=2).encode())
+  found = json.loads(path.read_text())
+  differ = {k: found.get(k) for k in sorted(plan) if found.get(k) != plan[k]}
+  for key, value in differ.items():
+    raise ValueError(
+      f"{folder}: was begun with other values of {list(differ)}, such as "
+      f"{key}={value!r}; delete it, or go on with those"
+    )
 
 
-def _shard_name(index: int, count: int) -> str:
-  return f"tokens-{index:05d}-of-{count:05d}.array_record"
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+  """A shard to write: documents [start, end) as an array_record."""
 
+  path: pathlib.Path
+  start: int
+  end: int
 
-def _finished(folder: pathlib.Path, name: str) -> dict[str, Any] | None:
-  """What is known of a shard that is whole: its numbers are written last."""
-  path = folder / f"{name}.json"
-  return json.loads(path.read_text()) if path.exists() else None
+  @property
+  def numbers_path(self) -> pathlib.Path:
+    """Its numbers, which are written last, when the shard is whole."""
+    return self.path.parent / f"{self.path.name}.json"
 
+  def blocks(self) -> Iterator[range]:
+    for at in range(self.start, self.end, _BLOCK_DOCUMENTS):
+      yield range(at, min(at + _BLOCK_DOCUMENTS, self.end))
 
-def _write_shard(
-  folder: pathlib.Path, name: str, blocks: Iterator[list], progress: _Progress
-) -> dict[str, Any]:
-  """Writes the records of a shard, their digests, and their numbers last."""
-  from array_record.python import array_record_module
+  def write(self, encoded: Iterator[list], progress: _Progress) -> None:
+    """Writes the records of its blocks, their digests, and its numbers."""
+    from array_record.python import array_record_module
 
-  digests, tokens, num_bytes = [], 0, 0
-  # Groups of one record are read one by one without reading others.
-  writer = array_record_module.ArrayRecordWriter(
-    str(folder / f"{name}.tmp"), "group_size:1"
-  )
-  try:
-    for block in blocks:
-      for record, key_digest, ids, size in block:
-        writer.write(record)
-        digests.append(key_digest)
-        tokens, num_bytes = tokens + ids, num_bytes + size
-      progress.add(len(block), sum(ids for _, _, ids, _ in block))
-  finally:
-    writer.close()
-  path = folder / name
-  os.replace(f"{path}.tmp", path)
-  with open(tokenized.digests_path(str(path)), "wb") as f:
-    np.save(f, np.asarray(digests, np.uint64))
-  numbers = {
-    "file": name,
-    "documents": len(digests),
-    "tokens": tokens,
-    "bytes": num_bytes,
-  }
-  tokenized.write_bytes(f"{path}.json", json.dumps(numbers).encode())
-  return numbers
-
-
-def _blocks(bounds: Sequence[int], todo: Sequence[int]) -> Iterator[range]:
-  for shard in todo:
-    start, end = bounds[shard], bounds[shard + 1]
-    for at in range(start, end, _BLOCK_DOCUMENTS):
-      yield range(at, min(at + _BLOCK_DOCUMENTS, end))
+    digests, tokens, num_bytes = [], 0, 0
+    with atomic.replacing(self.path) as beside:
+      # Groups of one record are read one by one without reading others.
+      writer = array_record_module.ArrayRecordWriter(
+        str(beside), "group_size:1"
+      )
+      try:
+        for _ in self.blocks():
+          block = next(encoded)
+          for record, key_digest, ids, size in block:
+            writer.write(record)
+            digests.append(key_digest)
+            tokens, num_bytes = tokens + ids, num_bytes + size
+          progress.add(len(block), sum(ids for _, _, ids, _ in block))
+      finally:
+        writer.close()
+    with open(tokenized.digests_path(str(self.path)), "wb") as f:
+      np.save(f, np.asarray(digests, np.uint64))
+    numbers = {
+      "file": self.path.name,
+      "documents": len(digests),
+      "tokens": tokens,
+      "bytes": num_bytes,
+    }
+    _write_json(self.numbers_path, numbers)
 
 
 def _write_shards(
-  folder: pathlib.Path, documents: Sequence[Document], tokenizer, config
+  shards: list[_Shard], documents: Sequence[Document], tokenizer, num_workers
 ) -> list[dict[str, Any]]:
   """Writes the shards that are not there yet; the numbers of all."""
-  count = config.shards
-  bounds = [i * len(documents) // count for i in range(count + 1)]
-  names = [_shard_name(i, count) for i in range(count)]
-  numbers = {i: _finished(folder, name) for i, name in enumerate(names)}
-  todo = [i for i in range(count) if numbers[i] is None]
-  done = sum(n["documents"] for n in numbers.values() if n)
-  progress = _Progress(len(documents), done)
-  encoded = workers.ordered_map(
-    _encode,
-    _blocks(bounds, todo),
-    config.num_workers,
-    _start,
-    (documents, tokenizer, tokenized.dtype_for(tokenizer.vocab_size)),
-  )
-  for i in todo:
-    size = bounds[i + 1] - bounds[i]
-    blocks = (next(encoded) for _ in range(0, size, _BLOCK_DOCUMENTS))
-    numbers[i] = _write_shard(folder, names[i], blocks, progress)
-  encoded.close()
+  todo = [shard for shard in shards if not shard.numbers_path.exists()]
+  left = sum(shard.end - shard.start for shard in todo)
+  progress = _Progress(len(documents), len(documents) - left)
+  blocks = [block for shard in todo for block in shard.blocks()]
+  encoded = _encode(documents, tokenizer, blocks, num_workers)
+  with contextlib.closing(encoded):
+    for shard in todo:
+      shard.write(encoded, progress)
   progress.say()
-  return [numbers[i] for i in range(count)]
+  return [json.loads(shard.numbers_path.read_text()) for shard in shards]
 
 
 def tokenize(config: Any) -> dict[str, Any]:
@@ -188,38 +205,62 @@ def tokenize(config: Any) -> dict[str, Any]:
     config: as in configs/tokenize.py.
 
   Returns:
-    What metadata.json says: see `tokenized.metadata_of`.
+    The content of metadata.json: "format"; "source" and "text_key", for the
+    reader; "tokenizer" with its "file" in the folder, "sha256" and
+    "vocab_size"; "dtype" of ids; "documents", "tokens" (without BOS and EOS)
+    and "bytes" (of text); and "shards", each with its "file" and these three.
 
   Raises:
     ValueError: a key has no valid value, the folder is there already or was
       begun with other values, or a document cannot be read.
   """
   _check(config)
-  tokenizer = tokenizer_lib.Tokenizer.load(config.tokenizer)
+  tokenizer = Tokenizer.load(config.tokenizer)
   documents = sources.load(config.source, config.text_key)
-  if len(documents) < config.shards:
+  count = config.shards
+  require(
+    len(documents) >= count,
+    f"shards={count} of {len(documents)} documents in {config.source!r}: "
+    "expected at least one each",
+  )
+  for file in tokenized.tokenized_files(documents):
     raise ValueError(
-      f"shards={config.shards} of {len(documents)} documents in "
-      f"{config.source!r}: expected at least one each"
+      f"source {file.folder}: is tokenized already; expected text"
     )
-  tokenized.check_is_text(documents)
   folder = pathlib.Path(f"{os.path.normpath(config.out)}.partial")
   about = {"source": config.source, "text_key": config.text_key}
-  plan = {
-    **about,
+  plan = about | {
     "tokenizer": tokenizer.sha256,
-    "shards": config.shards,
+    "shards": count,
     "documents": len(documents),
   }
-  _claim(folder, plan)
-  shards = _write_shards(folder, documents, tokenizer, config)
-  metadata = tokenized.metadata_of(tokenizer, shards, **about)
-  copy = folder / tokenized.tokenizer_file(tokenizer)
-  tokenized.write_bytes(str(copy), tokenizer.content)
+  _begin(folder, plan)
+  bounds = [i * len(documents) // count for i in range(count + 1)]
+  shards = [
+    _Shard(folder / f"tokens-{i:05d}-of-{count:05d}.array_record", *span)
+    for i, span in enumerate(zip(bounds, bounds[1:], strict=False))
+  ]
+  numbers = _write_shards(shards, documents, tokenizer, config.num_workers)
+  name = "tokenizer.json" if tokenizer.is_json else "tokenizer.model"
+  metadata = {
+    "format": tokenized.FORMAT,
+    **about,
+    "tokenizer": {
+      "file": name,
+      "sha256": tokenizer.sha256,
+      "vocab_size": tokenizer.vocab_size,
+    },
+    "dtype": tokenized.dtype_for(tokenizer.vocab_size).str,
+    **{
+      key: sum(shard[key] for shard in numbers)
+      for key in ("documents", "tokens", "bytes")
+    },
+    "shards": numbers,
+  }
+  atomic.write_bytes(folder / name, tokenizer.content)
   for shard in shards:
-    (folder / f"{shard['file']}.json").unlink(missing_ok=True)
-  content = json.dumps(metadata, indent=2).encode()
-  tokenized.write_bytes(str(folder / tokenized.METADATA), content)
+    shard.numbers_path.unlink()
+  _write_json(folder / tokenized.METADATA, metadata)
   (folder / _PLAN).unlink()
   os.rename(folder, config.out)
   return metadata

@@ -5,23 +5,30 @@ which a corpus is split without reading it), a copy of the tokenizer and
 metadata.json. A record is a header, the key and the ids, in the corpus' order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import io
 import json
 import os
 import struct
 from typing import Any
 
-from etils import epath
 import numpy as np
 
-from gemma_funnel.data import documents, files
-from gemma_funnel.data import tokenizer as tokenizer_lib
+from gemma_funnel.checks import require
+from gemma_funnel.data import files
+from gemma_funnel.data.documents import (
+  Document,
+  TokenizedDocument,
+  digest,
+  files_of,
+)
+from gemma_funnel.data.tokenizer import Tokenizer
 
 METADATA = "metadata.json"
-_FORMAT = "gemma_funnel tokens 1"
+FORMAT = "gemma_funnel tokens 1"
 # Bytes of the key; UTF-8 bytes of the text. Ids follow the key.
 _HEADER = struct.Struct("<IQ")
+_AGAIN = "copy or tokenize the corpus again"
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -30,7 +37,7 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 def encode_record(
-  document: documents.Document, ids: Sequence[int], dtype: np.dtype
+  document: Document, ids: Sequence[int], dtype: np.dtype
 ) -> bytes:
   """The record of a document."""
   key = document.key.encode()
@@ -38,26 +45,22 @@ def encode_record(
   return header + key + np.asarray(ids, dtype).tobytes()
 
 
-def decode_record(
-  record: bytes, dtype: np.dtype
-) -> documents.TokenizedDocument:
+def decode_record(record: bytes, dtype: np.dtype) -> TokenizedDocument:
   """The document of a record.
 
   Raises:
-    ValueError: its sizes cannot be.
+    ValueError: its sizes are impossible.
   """
-  if len(record) < _HEADER.size:
-    raise ValueError(f"found {len(record)} bytes, expected a header")
+  size, header = len(record), _HEADER.size
+  require(size >= header, f"found {size} bytes, expected a header")
   key_size, num_bytes = _HEADER.unpack_from(record)
-  start = _HEADER.size + key_size
-  if len(record) < start or (len(record) - start) % dtype.itemsize:
-    raise ValueError(
-      f"found {len(record)} bytes, expected {start} and ids of "
-      f"{dtype.itemsize} bytes"
-    )
-  key = record[_HEADER.size : start].decode()
+  start = header + key_size
+  require(
+    size >= start and (size - start) % dtype.itemsize == 0,
+    f"found {size} bytes, expected {start} and ids of {dtype.itemsize} bytes",
+  )
   tokens = np.frombuffer(record, dtype, offset=start)
-  return documents.TokenizedDocument(key, tokens, num_bytes)
+  return TokenizedDocument(record[header:start].decode(), tokens, num_bytes)
 
 
 def digests_path(path: str) -> str:
@@ -65,111 +68,26 @@ def digests_path(path: str) -> str:
   return path.removesuffix(".array_record") + ".digests.npy"
 
 
-def is_tokenized(folder: str) -> bool:
-  """Whether a folder is a corpus that `data.tokenize` wrote."""
-  path = os.path.join(folder, METADATA)
-  if not files.is_file(path):
-    return False
-  try:
-    metadata = json.loads(files.read_bytes(path))
-  except ValueError:
-    return False  # Of somebody else.
-  return isinstance(metadata, dict) and metadata.get("format") == _FORMAT
-
-
 def read_metadata(folder: str) -> dict[str, Any]:
-  """What `data.tokenize` says of a folder: see `metadata_of`."""
+  """The metadata of a folder, as `tokenize.tokenize` returns it."""
   return json.loads(files.read_bytes(os.path.join(folder, METADATA)))
 
 
-def metadata_of(
-  tokenizer: tokenizer_lib.Tokenizer, shards: list[dict[str, Any]], **about
-) -> dict[str, Any]:
-  """The content of metadata.json.
-
-  Args:
-    tokenizer: what the ids are of.
-    shards: of each "file", "documents", "tokens" (without BOS and EOS) and
-      "bytes" (of text).
-    **about: "source" and "text_key", for the reader.
-  """
-  total = lambda name: sum(shard[name] for shard in shards)
-  return {
-    "format": _FORMAT,
-    **about,
-    "tokenizer": {
-      "file": tokenizer_file(tokenizer),
-      "sha256": tokenizer.sha256,
-      "vocab_size": tokenizer.vocab_size,
-    },
-    "dtype": dtype_for(tokenizer.vocab_size).str,
-    "documents": total("documents"),
-    "tokens": total("tokens"),
-    "bytes": total("bytes"),
-    "shards": shards,
-  }
+def is_tokenized(folder: str) -> bool:
+  """Whether a folder is a corpus that `data.tokenize` wrote."""
+  if not files.is_file(os.path.join(folder, METADATA)):
+    return False
+  try:
+    metadata = read_metadata(folder)
+  except ValueError:
+    return False  # Of somebody else.
+  return isinstance(metadata, dict) and metadata.get("format") == FORMAT
 
 
-def tokenizer_file(tokenizer: tokenizer_lib.Tokenizer) -> str:
-  """What the copy of a tokenizer is called in the folder."""
-  is_json = tokenizer.content.lstrip().startswith(b"{")
-  return "tokenizer.json" if is_json else "tokenizer.model"
-
-
-class TokenizedFile(files.RecordFile):
-  """One shard."""
-
-  def __init__(self, path: str):
-    """Opens a shard by the metadata beside it.
-
-    Raises:
-      ValueError: it is not one of those named there, or is damaged.
-    """
-    self.folder = os.path.dirname(path)
-    self.metadata = read_metadata(self.folder)
-    shards = {shard["file"]: shard for shard in self.metadata["shards"]}
-    name = os.path.basename(path)
-    if name not in shards:
-      raise ValueError(
-        f"{path}: {METADATA} names no such shard; found {sorted(shards)[:4]}"
-      )
-    super().__init__(path)
-    self._dtype = np.dtype(self.metadata["dtype"])
-    self._digests = self._read_digests()
-    for what, count in (
-      (path, len(self)),
-      (digests_path(path), len(self._digests)),
-    ):
-      if count != shards[name]["documents"]:
-        raise ValueError(
-          f"{what}: found {count} documents, {METADATA} says "
-          f"{shards[name]['documents']}; copy or tokenize the corpus again"
-        )
-    if len(self) and documents.digest(self.key(0)) != self._digests[0]:
-      raise ValueError(
-        f"{path}: its first document is {self.key(0)!r}, which "
-        f"{digests_path(name)} is not of; copy or tokenize the corpus again"
-      )
-
-  def _read_digests(self) -> np.ndarray:
-    path = digests_path(self.path)
-    content = io.BytesIO(files.read_bytes(path))
-    try:
-      return np.load(content, allow_pickle=False)
-    except (ValueError, EOFError) as e:
-      raise ValueError(f"{path}: not what data.tokenize writes: {e}") from e
-
-  def key(self, i: int) -> str:
-    return self.read(i).key
-
-  def read(self, i: int) -> documents.TokenizedDocument:
-    try:
-      return decode_record(self.record(i), self._dtype)
-    except ValueError as e:
-      raise ValueError(f"{self.path}, record {i}: damaged: {e}") from e
-
-  def digests(self) -> np.ndarray:
-    return self._digests
+def is_shard(path: str) -> bool:
+  """Whether a file is an array_record in such a folder."""
+  is_record = path.endswith((".array_record", ".arrayrecord"))
+  return is_record and is_tokenized(os.path.dirname(path))
 
 
 def shard_paths(folder: str) -> list[str]:
@@ -180,17 +98,74 @@ def shard_paths(folder: str) -> list[str]:
   """
   names = [shard["file"] for shard in read_metadata(folder)["shards"]]
   missing = [n for n in names if not files.is_file(os.path.join(folder, n))]
-  if missing:
-    raise ValueError(
-      f"{folder}: {len(missing)} of {len(names)} shards are missing, such as "
-      f"{missing[0]}; copy or tokenize the corpus again"
-    )
+  require(
+    not missing,
+    f"{folder}: {len(missing)} of {len(names)} shards are missing, such as "
+    f"{missing[:1]}; {_AGAIN}",
+  )
   return [os.path.join(folder, name) for name in names]
 
 
+class TokenizedFile(files.RecordFile):
+  """One shard."""
+
+  def __init__(self, path: str):
+    """Opens a shard by the metadata beside it.
+
+    Raises:
+      ValueError: the metadata does not name it, or it is damaged.
+    """
+    self.folder, name = os.path.split(path)
+    self.metadata = read_metadata(self.folder)
+    shards = {s["file"]: s["documents"] for s in self.metadata["shards"]}
+    require(
+      name in shards,
+      f"{path}: {METADATA} names no such shard; found {sorted(shards)[:4]}",
+    )
+    super().__init__(path)
+    self._dtype = np.dtype(self.metadata["dtype"])
+    digests_file = digests_path(path)
+    content = io.BytesIO(files.read_bytes(digests_file))
+    try:
+      self._digests = np.load(content, allow_pickle=False)
+    except (ValueError, EOFError) as e:
+      raise ValueError(
+        f"{digests_file}: not what data.tokenize writes: {e}"
+      ) from e
+    for file, count in ((path, len(self)), (digests_file, len(self._digests))):
+      require(
+        count == shards[name],
+        f"{file}: found {count} documents, {METADATA} says {shards[name]}; "
+        f"{_AGAIN}",
+      )
+    if len(self):
+      first = self.key(0)
+      require(
+        digest(first) == self._digests[0],
+        f"{path}: its first document is {first!r}, which "
+        f"{digests_path(name)} is not of; {_AGAIN}",
+      )
+
+  def key(self, i: int) -> str:
+    return self.read(i).key
+
+  def read(self, i: int) -> TokenizedDocument:
+    try:
+      return decode_record(self.record(i), self._dtype)
+    except ValueError as e:
+      raise ValueError(f"{self.path}, record {i}: damaged: {e}") from e
+
+  def digests(self) -> np.ndarray:
+    return self._digests
+
+
+def tokenized_files(corpus: Sequence[Document]) -> Iterator[TokenizedFile]:
+  """The files of a corpus that have been tokenized."""
+  return (f for f in files_of(corpus) if isinstance(f, TokenizedFile))
+
+
 def check_tokenizer(
-  corpus: Sequence[documents.Document],
-  tokenizer: tokenizer_lib.Tokenizer | None,
+  corpus: Sequence[Document], tokenizer: Tokenizer | None
 ) -> None:
   """Checks that tokenized files are of this tokenizer.
 
@@ -201,37 +176,14 @@ def check_tokenizer(
   Raises:
     ValueError: they are of another one; it names both.
   """
-  for file in documents.files_of(corpus):
-    if not isinstance(file, TokenizedFile):
-      continue
-    made_by = file.metadata["tokenizer"]
-    if tokenizer is not None and tokenizer.sha256 == made_by["sha256"]:
-      continue
-    found = "none, which would train one"
-    if tokenizer is not None:
-      found = f"{tokenizer.name} (sha256 {tokenizer.sha256[:12]})"
-    raise ValueError(
-      f"source {file.folder}: was tokenized with {made_by['file']} (sha256 "
-      f"{made_by['sha256'][:12]}), the tokenizer is {found}; expected "
-      f"data.tokenizer={os.path.join(file.folder, made_by['file'])}"
+  found = "none, which would train one"
+  if tokenizer is not None:
+    found = f"{tokenizer.name} (sha256 {tokenizer.sha256[:12]})"
+  for file in tokenized_files(corpus):
+    name, sha256 = (file.metadata["tokenizer"][k] for k in ("file", "sha256"))
+    require(
+      tokenizer is not None and tokenizer.sha256 == sha256,
+      f"source {file.folder}: was tokenized with {name} (sha256 "
+      f"{sha256[:12]}), the tokenizer is {found}; expected "
+      f"data.tokenizer={os.path.join(file.folder, name)}",
     )
-
-
-def write_bytes(path: str, content: bytes) -> None:
-  """Writes a file that is either whole or not there."""
-  temporary = epath.Path(f"{path}.tmp")
-  temporary.write_bytes(content)
-  temporary.replace(path)
-
-
-def check_is_text(corpus: Sequence[documents.Document]) -> None:
-  """Checks that a corpus has not been tokenized.
-
-  Raises:
-    ValueError: a part of it has.
-  """
-  for file in documents.files_of(corpus):
-    if isinstance(file, TokenizedFile):
-      raise ValueError(
-        f"source {file.folder}: is tokenized already; expected text"
-      )

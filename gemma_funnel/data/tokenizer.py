@@ -1,7 +1,7 @@
 """A tokenizer with Gemma's special ids, and its training.
 
-It is a SentencePiece model, or a Hugging Face `tokenizer.json`, which the
-package tokenizers reads. Training writes the former.
+It is a SentencePiece model, which training writes, or a Hugging Face
+`tokenizer.json`, which the package tokenizers reads.
 
 Training is lossless by construction: no normalisation, all whitespace kept,
 bytes for characters outside the vocabulary, so `decode(encode(x)) == x`.
@@ -13,10 +13,11 @@ import io
 import json
 import os
 import re
-import uuid
 
 from etils import epath
 
+from gemma_funnel import atomic
+from gemma_funnel.checks import require
 from gemma_funnel.data.documents import Document, key_of
 
 PAD_ID = 0
@@ -38,8 +39,6 @@ _SAMPLE_BYTES = 16 << 20
 
 
 class _SentencePiece:
-  """A SentencePiece model."""
-
   def __init__(self, model: bytes, name: str):
     import sentencepiece
 
@@ -54,14 +53,9 @@ class _SentencePiece:
     self.vocab_size = self._processor.vocab_size()
 
   def special_ids(self) -> dict[str, int]:
-    sp = self._processor
-    return dict(
-      pad=sp.pad_id(),
-      eos=sp.eos_id(),
-      bos=sp.bos_id(),
-      unk=sp.unk_id(),
-      mask=sp.piece_to_id(MASK_PIECE),
-    )
+    names = ("pad", "eos", "bos", "unk")
+    ids = {name: getattr(self._processor, f"{name}_id")() for name in names}
+    return ids | {"mask": self._processor.piece_to_id(MASK_PIECE)}
 
   def byte_id(self, byte: int) -> int:
     """The piece of a byte, UNK_ID if there is none."""
@@ -182,60 +176,59 @@ class Tokenizer:
   characters. "<mask>" is text too if the file has it as a control symbol
   (SentencePiece) or a special token (Hugging Face), as trained ones do. Symbols
   that a file defines for use in text, "<start_of_turn>" in Gemma's, are one id.
+
+  Attributes:
+    name: what error messages call it: its path if it has one.
+    content: the file's content.
+    is_json: whether it is a Hugging Face `tokenizer.json`.
+    vocab_size: pieces, special ones included; ids are below it.
   """
 
   def __init__(self, model: bytes, name: str = "tokenizer"):
     """Reads a SentencePiece model or a Hugging Face `tokenizer.json`.
 
     Args:
-      model: the content of the file; it says which of them it is.
-      name: what error messages call it, such as its path.
+      model: the content of the file, which tells its format.
+      name: see the attributes.
 
     Raises:
       ValueError: neither of them, special ids other than Gemma's, a
         `tokenizer.json` that does not give text back as it was, or one without
         the package tokenizers.
     """
-    self._model = bytes(model)
-    self._name = name
+    self.content, self.name = bytes(model), name
     # SentencePiece has the length of "<pad>" there, after a tag that is "\n".
-    is_json = self._model.lstrip().startswith(b"{")
-    backend = _HuggingFace if is_json else _SentencePiece
-    self._backend = backend(self._model, name)
-    self._check_special_ids()
-    self._space_symbol_ids = [
-      self._backend.byte_id(byte) for byte in _SPACE_SYMBOL.encode()
-    ]
-    self._has_bytes = UNK_ID not in self._space_symbol_ids
-    if is_json:
-      self._check_text_comes_back()
-
-  def _check_special_ids(self) -> None:
+    self.is_json = self.content.lstrip().startswith(b"{")
+    backend = _HuggingFace if self.is_json else _SentencePiece
+    self._backend = backend(self.content, name)
+    self.vocab_size = self._backend.vocab_size
     found = self._backend.special_ids()
     expected = dict(
       pad=PAD_ID, eos=EOS_ID, bos=BOS_ID, unk=UNK_ID, mask=MASK_ID
     )
-    if found != expected:
-      raise ValueError(
-        f"tokenizer {self._name}: its special ids are {found}; "
-        f"expected Gemma's, {expected}"
-      )
-
-  def _check_text_comes_back(self) -> None:
-    """A `tokenizer.json` can hold any normaliser and any code for bytes."""
-    text = self.decode(self.encode(_PROBE))
-    if text != _PROBE:
-      raise ValueError(
-        f"tokenizer {self._name}: {_PROBE!r} comes back as {text!r}; expected "
-        "a tokenizer.json like Gemma's, which changes no text, has "
-        f"{_SPACE_SYMBOL!r} for a space, and bytes for other characters"
-      )
+    require(
+      found == expected,
+      f"tokenizer {name}: its special ids are {found}; expected Gemma's, "
+      f"{expected}",
+    )
+    self._space_symbol_ids = [
+      self._backend.byte_id(byte) for byte in _SPACE_SYMBOL.encode()
+    ]
+    self._has_bytes = UNK_ID not in self._space_symbol_ids
+    # A tokenizer.json can hold any normaliser and any code for bytes.
+    text = self.decode(self.encode(_PROBE)) if self.is_json else _PROBE
+    require(
+      text == _PROBE,
+      f"tokenizer {name}: {_PROBE!r} comes back as {text!r}; expected a "
+      "tokenizer.json like Gemma's, which changes no text, has "
+      f"{_SPACE_SYMBOL!r} for a space, and bytes for other characters",
+    )
 
   @classmethod
   def load(cls, path: str | os.PathLike) -> "Tokenizer":
     """Reads a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
 
-    What it is, the content says and not the name.
+    The content tells which, not the name.
 
     Raises:
       ValueError: the file cannot be read, or see `__init__`.
@@ -250,27 +243,12 @@ class Tokenizer:
     return cls(model, os.fspath(path))
 
   def __reduce__(self):
-    return Tokenizer, (self._model, self._name)
-
-  @property
-  def vocab_size(self) -> int:
-    """Number of pieces, special ones included; ids are below it."""
-    return self._backend.vocab_size
-
-  @property
-  def name(self) -> str:
-    """What error messages call the tokenizer: its path if it has one."""
-    return self._name
-
-  @property
-  def content(self) -> bytes:
-    """The file's content."""
-    return self._model
+    return Tokenizer, (self.content, self.name)
 
   @property
   def sha256(self) -> str:
     """The hash of the content, in hexadecimal."""
-    return hashlib.sha256(self._model).hexdigest()
+    return hashlib.sha256(self.content).hexdigest()
 
   def piece(self, i: int) -> str:
     """How a token is written in the vocabulary."""
@@ -310,7 +288,7 @@ class Tokenizer:
     for i in map(int, ids):
       if not 0 <= i < self.vocab_size:
         raise ValueError(
-          f"token id {i}: tokenizer {self._name} has ids 0 to "
+          f"token id {i}: tokenizer {self.name} has ids 0 to "
           f"{self.vocab_size - 1}"
         )
       if i >= NUM_SPECIAL:
@@ -331,22 +309,6 @@ def _sample(documents: Sequence[Document], max_bytes: int) -> Iterator[str]:
       size += len(document.text[start : start + _SENTENCE_CHARS].encode())
       if size >= max_bytes:
         return
-
-
-def _write_atomically(path: str, content: bytes) -> None:
-  """Writes a file that is either whole or not there."""
-  if "://" in path:  # A bucket has nothing else.
-    epath.Path(path).write_bytes(content)
-    return
-  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-  temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-  try:
-    with open(temporary, "wb") as f:
-      f.write(content)
-    os.replace(temporary, path)
-  finally:
-    if os.path.exists(temporary):
-      os.remove(temporary)
 
 
 def _train_model(sentences: Iterator[str], vocab_size: int) -> bytes:
@@ -407,8 +369,8 @@ def train(
     ValueError: no documents, or `vocab_size` is too small for the characters
       of the text or too large for its amount.
   """
-  if not documents:
-    raise ValueError(f"tokenizer {os.fspath(path)}: no documents to train on")
+  name = os.fspath(path)
+  require(len(documents), f"tokenizer {name}: no documents to train on")
   # Read first: an error of a file would not come through SentencePiece.
   sample = list(_sample(documents, sample_bytes))
   try:
@@ -418,8 +380,10 @@ def train(
       f"vocab_size={vocab_size}: cannot train a tokenizer of that size on "
       f"{len(documents)} documents: {e}"
     ) from e
-  _write_atomically(os.fspath(path), model)
-  return Tokenizer(model, os.fspath(path))
+  if "://" not in name:  # A bucket has no folders.
+    os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
+  atomic.write_bytes(name, model)
+  return Tokenizer(model, name)
 
 
 def find_tokenizer(
@@ -438,45 +402,19 @@ def find_tokenizer(
   """
   if path:
     found = Tokenizer.load(path)
-    if found.vocab_size > vocab_size:
-      raise ValueError(
-        f"tokenizer {found.name} has {found.vocab_size} pieces, the model "
-        f"has vocab_size={vocab_size}; expected at least as many"
-      )
+    require(
+      found.vocab_size <= vocab_size,
+      f"tokenizer {found.name} has {found.vocab_size} pieces, the model has "
+      f"vocab_size={vocab_size}; expected at least as many",
+    )
     return found
   if not epath.Path(cache_path).exists():
     return None
   found = Tokenizer.load(cache_path)
-  if found.vocab_size != vocab_size:
-    raise ValueError(
-      f"tokenizer {found.name} was trained with {found.vocab_size} pieces, "
-      f"the model has vocab_size={vocab_size}; delete the file, or use "
-      f"vocab_size={found.vocab_size}"
-    )
-  return found
-
-
-def get_tokenizer(
-  path: str | os.PathLike | None,
-  cache_path: str | os.PathLike,
-  train_documents: Sequence[Document],
-  vocab_size: int,
-) -> Tokenizer:
-  """Loads the tokenizer at `path` or `cache_path`, or trains the latter.
-
-  Args:
-    path: what `Tokenizer.load` reads, or None.
-    cache_path: read if it exists, else trained and written.
-    train_documents: what to train on.
-    vocab_size: the model's; see `find_tokenizer`.
-
-  Returns:
-    A tokenizer with ids below `vocab_size`.
-
-  Raises:
-    ValueError: see `find_tokenizer` and `train`.
-  """
-  found = find_tokenizer(path, cache_path, vocab_size)
-  if found is None:
-    found = train(train_documents, vocab_size, cache_path)
+  require(
+    found.vocab_size == vocab_size,
+    f"tokenizer {found.name} was trained with {found.vocab_size} pieces, the "
+    f"model has vocab_size={vocab_size}; delete the file, or use "
+    f"vocab_size={found.vocab_size}",
+  )
   return found

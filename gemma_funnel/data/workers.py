@@ -1,12 +1,11 @@
-"""Worker processes that prepare rows ahead, and end with whoever started them.
+"""Worker processes that prepare items ahead, and end with their parent.
 
 Grain's own (mp_prefetch) deal whole batches out, so that the order depends on
-how many there are. These are told which rows to make.
+their number. These are told which rows to make.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
-import itertools
 import multiprocessing
 from multiprocessing import connection
 import os
@@ -17,18 +16,17 @@ import threading
 import traceback
 from typing import Any
 
-# Rows that a worker has ready and nobody has taken.
-_AHEAD = 64
+_SPAWN = multiprocessing.get_context("spawn")
 
-Rows = Callable[[], Iterator[Any]]
+Items = Callable[[], Iterator[Any]]
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
   """In a child process: ends it as soon as its parent has ended, and not before.
 
-  However the parent ends, SIGKILL included: what is waited for is its end of a
-  pipe, which the system closes. Signals that a launcher sends to all processes
-  are the parent's to heed: it may need this one to save.
+  That holds for SIGKILL too: the system closes the parent's end of a pipe. A
+  launcher may signal all processes; those signals are for the parent, which may
+  need this one to save.
   """
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
@@ -50,10 +48,10 @@ def _portable(error: Exception) -> Exception:
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _work(make: Rows, to_parent: connection.Connection) -> None:
+def _work(make: Items, to_parent: connection.Connection, ahead: int) -> None:
   """Sends what `make` yields, and at last None or the error it ends with."""
-  end_with_parent()
-  ready = queue.Queue(_AHEAD)
+  _end_with_parent()
+  ready = queue.Queue(ahead)
 
   def send():
     # An OSError: the parent no longer listens.
@@ -76,19 +74,20 @@ def _work(make: Rows, to_parent: connection.Connection) -> None:
 
 
 class Workers:
-  """Processes, each with its own endless rows; `take(i)` is one's next."""
+  """Processes, each with its own items."""
 
-  def __init__(self, makes: Sequence[Rows]):
+  def __init__(self, makes: Sequence[Items], ahead: int = 64):
     """Starts them.
 
     Args:
-      makes: of each process what it calls, which has to be picklable.
+      makes: a picklable call for the items of each process.
+      ahead: most items that a process has ready and nobody has taken.
     """
-    context = multiprocessing.get_context("spawn")
     self._processes, self._pipes = [], []
     for make in makes:
-      receiver, sender = context.Pipe(duplex=False)
-      process = context.Process(target=_work, args=(make, sender), daemon=True)
+      receiver, sender = _SPAWN.Pipe(duplex=False)
+      args = make, sender, ahead
+      process = _SPAWN.Process(target=_work, args=args, daemon=True)
       process.start()
       # Or the pipe would not end with the worker.
       sender.close()
@@ -125,54 +124,3 @@ class Workers:
       process.join()
       process.close()
     self._pipes, self._processes = [], []
-
-
-def ordered_map(
-  function: Callable[[Any], Any],
-  items: Iterable[Any],
-  num_workers: int,
-  initializer: Callable[..., None],
-  initargs: tuple[Any, ...],
-) -> Iterator[Any]:
-  """`map`, in worker processes if there are any, a few items ahead.
-
-  Args:
-    function: picklable, as are items and results.
-    items: what it is called with; results come in their order.
-    num_workers: processes; with 0 it is called here.
-    initializer: called with `initargs` first, here or in each process.
-    initargs: picklable.
-
-  Raises:
-    Exception: whatever the function raises.
-    RuntimeError: a process ended.
-  """
-  if not num_workers:
-    initializer(*initargs)
-    yield from map(function, items)
-    return
-  from concurrent import futures
-
-  items = iter(items)
-  with futures.ProcessPoolExecutor(
-    num_workers,
-    multiprocessing.get_context("spawn"),
-    _initialize,
-    (initializer, initargs),
-  ) as pool:
-    ahead = itertools.islice(items, 4 * num_workers)
-    pending = [pool.submit(function, item) for item in ahead]
-    try:
-      while pending:
-        yield pending.pop(0).result()
-        pending += [
-          pool.submit(function, i) for i in itertools.islice(items, 1)
-        ]
-    finally:
-      for future in pending:
-        future.cancel()
-
-
-def _initialize(initializer, initargs) -> None:
-  end_with_parent()
-  initializer(*initargs)

@@ -170,7 +170,7 @@ def _heldout(
     corpus.tokenizer,
     batch_size=batch_size,
     length=length,
-    align=align,
+    segment_alignment=align,
     max_documents=config.max_documents,
   )
   settings = dict(

@@ -232,7 +232,7 @@ class Runner:
     heldout = pipeline.heldout_batches(
       result.data.heldout,
       result.data.tokenizer,
-      align=1,
+      segment_alignment=1,
       batch_size=settings.rows,
       length=settings.length,
       max_documents=4 * settings.rows,

@@ -4,15 +4,13 @@ TFDS's data sources read array_record files by index. Sets that were prepared as
 tfrecord, TFDS's default, need tensorflow and are refused.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import math
-import os
-import re
 from typing import Any
 
 import numpy as np
 
+from gemma_funnel.data.tfds import open_split
 from gemma_funnel.tasks import conll, examples, tables
 from gemma_funnel.tasks.task import ENCODER_KINDS, SPLITS, Task, TextExample
 
@@ -74,7 +72,9 @@ def load(config: Any) -> Task:
   """
   columns = _columns(config)
   sources = {
-    split: _source(config, getattr(columns, split), split)
+    split: open_split(
+      config.dataset, getattr(columns, split), config.data_dir, key=split
+    )
     for split in SPLITS
     if getattr(columns, split)
   }
@@ -125,68 +125,6 @@ def _columns(config: Any) -> Known:
         f"{list(KNOWN)}, so its columns and splits must be named"
       )
   return Known(metrics=(), **set_)
-
-
-def _data_dir(config: Any) -> str:
-  return os.path.expanduser(
-    config.data_dir
-    or os.environ.get("TFDS_DATA_DIR")
-    or os.path.join("~", "tensorflow_datasets")
-  )
-
-
-def _source(config: Any, split: str, key: str) -> Sequence[Any]:
-  """What tfds.data_source gives of a split, whatever code tfds has for it.
-
-  By its name, tfds would look for the set's code first, and then insist on the
-  version and the file format of the code.
-  """
-  folder = _folder(config)
-  import tensorflow_datasets as tfds
-
-  try:
-    builder = tfds.builder_from_directory(folder)
-    source = builder.as_data_source(split=split)
-    if len(source):
-      source[0]  # What cannot be decoded is told of here.
-    return source
-  except Exception as error:  # tfds raises of every kind, in many lines.
-    text = " ".join(str(error).split())[:200]
-    if "Unknown split" in text:
-      raise ValueError(
-        f"{key}={split!r}: dataset {config.dataset!r} in {folder}: {text}"
-      ) from error
-    raise ValueError(_not_prepared(config, text)) from error
-
-
-def _folder(config: Any) -> str:
-  """The folder of the version that is named, or of the latest."""
-  name, _, version = config.dataset.partition(":")
-  folder = os.path.join(_data_dir(config), *name.split("/"))
-  found = sorted(
-    (
-      entry
-      for entry in (os.listdir(folder) if os.path.isdir(folder) else ())
-      if re.fullmatch(r"\d+\.\d+\.\d+", entry)
-      and os.path.isfile(os.path.join(folder, entry, "dataset_info.json"))
-    ),
-    key=lambda entry: [int(part) for part in entry.split(".")],
-  )
-  if not found or (version and version not in found):
-    why = f"it has the versions {found}" if found else "it is not there"
-    raise ValueError(_not_prepared(config, why))
-  return os.path.join(folder, version or found[-1])
-
-
-def _not_prepared(config: Any, why: str) -> str:
-  data_dir, name = _data_dir(config), config.dataset
-  return (
-    f"dataset={name!r}: cannot be read from data_dir {data_dir}: {why}; "
-    'prepare it, as array_record, where there is a network: python -c "import '
-    "tensorflow_datasets as tfds, tensorflow_datasets.text; "
-    f"tfds.builder('{name}', data_dir='{data_dir}', "
-    "file_format='array_record').download_and_prepare()\""
-  )
 
 
 def _features(source: Any) -> Any:

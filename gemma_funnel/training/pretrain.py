@@ -11,7 +11,7 @@ import ml_collections
 from gemma_funnel import checks, flops
 from gemma_funnel import funnel as funnel_lib
 from gemma_funnel.config import format_funnel
-from gemma_funnel.data import lanes, pipeline
+from gemma_funnel.data import pipeline, shards
 from gemma_funnel.parallel import sharding
 from gemma_funnel.parallel.mesh import TOKENS
 from gemma_funnel.training import init_state, objectives, schedules
@@ -143,19 +143,19 @@ class TextTask(spec_lib.RunTask):
       data.tokenizer,
       batch_size=spec.batch_size // parts,
       length=spec.length,
-      align=spec.funnels.segment_alignment,
-      gap=spec.segment_padding,
+      segment_alignment=spec.funnels.segment_alignment,
+      segment_padding=spec.segment_padding,
       seed=self.data.seed,
-      lanes=self.data.lanes,
+      num_shards=self.data.lanes,
       num_workers=self.data.num_workers,
       process_index=part,
       process_count=parts,
     )
 
   def merge_data_states(self, states: Sequence[dict[str, Any]]):
-    # Processes that have the same rows have the same lanes.
+    # Processes that have the same rows have the same shards.
     different = {tuple(sorted(state["lanes"])): state for state in states}
-    return lanes.merge_states(list(different.values()))
+    return shards.merge_states(list(different.values()))
 
   def step_flops(self, spec: RunSpec, stages: schedules.Stages) -> int:
     count = lambda f, stages: f(

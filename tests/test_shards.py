@@ -1,4 +1,4 @@
-"""Lanes and workers: one order, whoever reads it; nobody is left behind."""
+"""Shards and workers: one order, whoever reads it; nobody is left behind."""
 
 import json
 import os
@@ -13,54 +13,56 @@ import grain
 import numpy as np
 import pytest
 
-from gemma_funnel.data import lanes as lanes_lib
+from gemma_funnel.data import shards as shards_lib
 from gemma_funnel.data import workers
-from gemma_funnel.data.lanes import Lanes, merge_states
+from gemma_funnel.data.shards import VirtualShards, merge_states
 
-LANES = 12
+SHARDS = 12
 
 
-def _numbered(lane):
-  """Rows that say which lane they are of, and which row of it."""
+def _numbered(shard):
+  """Rows that say which shard they are of, and which row of it."""
   count = grain.MapDataset.range(10**6).to_iter_dataset(
     grain.ReadOptions(num_threads=0)
   )
-  return count.map(lambda i: {"row": np.asarray([lane, i])})
+  return count.map(lambda i: {"row": np.asarray([shard, i])})
 
 
-def _broken(lane):
+def _broken(shard):
   def check(row):
     if row["row"][1] == 3:
       raise ValueError("corpus.jsonl, line 4: malformed JSON")
     return row
 
-  return _numbered(lane).map(check)
+  return _numbered(shard).map(check)
 
 
-def _slow(lane):
+def _slow(shard):
   def sleep(row):
     pathlib.Path(os.environ["SLEEPING"]).touch()
     time.sleep(600)
     return row
 
-  return _numbered(lane).map(sleep)
+  return _numbered(shard).map(sleep)
 
 
-def _killed(lane):
-  return _numbered(lane).map(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+def _killed(shard):
+  return _numbered(shard).map(lambda _: os.kill(os.getpid(), signal.SIGKILL))
 
 
 @pytest.fixture
 def make():
   made = []
 
-  def make_lanes(make_lane=_numbered, **changes):
+  def make_iterator(make_shard=_numbered, **changes):
     made.append(
-      Lanes(make_lane, **{"lanes": LANES, "batch_size": 12, **changes})
+      VirtualShards(
+        make_shard, **{"num_shards": SHARDS, "batch_size": 12, **changes}
+      )
     )
     return made[-1]
 
-  yield make_lanes
+  yield make_iterator
   for iterator in made:
     iterator.close()
 
@@ -74,7 +76,7 @@ def _rows_of_run(processes, batch_size, rows):
   return found
 
 
-def test_row_g_is_of_lane_g_modulo_lanes(make):
+def test_row_g_is_of_shard_g_modulo_shards(make):
   found = [tuple(r) for _ in range(3) for r in next(make())["row"].tolist()]
   assert found[:12] == [(g, 0) for g in range(12)]
   iterator = make(batch_size=5)
@@ -101,20 +103,20 @@ def test_any_change_gives_the_rows_that_would_have_come(make, seed):
     states = [process.get_state() for process in processes]
     draw.shuffle(states)
     state = merge_states(states)
-  assert rows == [(g % LANES, g // LANES) for g in range(len(rows))]
+  assert rows == [(g % SHARDS, g // SHARDS) for g in range(len(rows))]
   assert state["rows"] == len(rows) > 50
-  assert list(state["lanes"]) == [str(lane) for lane in range(LANES)]
+  assert list(state["lanes"]) == [str(shard) for shard in range(SHARDS)]
 
 
-def test_a_process_reads_its_lanes_alone():
+def test_a_process_reads_its_shards_alone():
   asked = []
 
-  def spy(lane):
-    asked.append(lane)
-    return _numbered(lane)
+  def spy(shard):
+    asked.append(shard)
+    return _numbered(shard)
 
-  iterator = Lanes(
-    spy, lanes=12, batch_size=24, process_index=1, process_count=4
+  iterator = VirtualShards(
+    spy, num_shards=12, batch_size=24, process_index=1, process_count=4
   )
   next(iterator)
   assert sorted(asked) == [1, 5, 9]
@@ -136,35 +138,40 @@ def test_workers_come_and_go(make):
   for process in processes:
     process.set_state(state)
   rows += _rows_of_run(processes, 4, len(rows))
-  assert rows == [(g % LANES, g // LANES) for g in range(44)]
+  assert rows == [(g % SHARDS, g // SHARDS) for g in range(44)]
 
 
 def test_the_state_of_nothing_read_yet(make):
   states = [make(num_workers=2).get_state(), make().get_state()]
   assert states[0] == states[1]
-  assert states[0]["rows"] == 0 and len(states[0]["lanes"]) == LANES
+  assert states[0]["rows"] == 0 and len(states[0]["lanes"]) == SHARDS
 
 
 class TestErrors:
   @pytest.mark.parametrize("num_workers", [0, 1])
   def test_of_reading_come_as_they_are(self, make, num_workers):
-    iterator = make(_broken, lanes=2, batch_size=1, num_workers=num_workers)
+    iterator = make(
+      _broken, num_shards=2, batch_size=1, num_workers=num_workers
+    )
     for _ in range(6):
       next(iterator)
     with pytest.raises(ValueError, match="corpus.jsonl, line 4: malf") as error:
       next(iterator)
     if num_workers:
-      assert "test_lanes.py" in "".join(error.value.__notes__)
+      assert "test_shards.py" in "".join(error.value.__notes__)
 
   def test_a_killed_worker(self, make):
-    iterator = make(_killed, lanes=1, num_workers=1)
+    iterator = make(_killed, num_shards=1, num_workers=1)
     with pytest.raises(RuntimeError, match="worker process 0 of .* code -9"):
       next(iterator)
 
   @pytest.mark.parametrize(
     ("changes", "message"),
     [
-      (dict(lanes=10, process_count=4), "data.lanes=10 with 4 processes: exp"),
+      (
+        dict(num_shards=10, process_count=4),
+        "data.lanes=10 with 4 processes: exp",
+      ),
       (
         dict(batch_size=10, process_count=4),
         "batch_size=10 with 4 processes: expected a multiple",
@@ -185,10 +192,10 @@ class TestErrors:
     with pytest.raises(ValueError, match="closed"):
       next(iterator)
 
-  @pytest.mark.parametrize("lanes", [6, 24])
-  def test_a_state_of_other_lanes(self, make, lanes):
-    state = make(lanes=lanes, batch_size=24).get_state()
-    message = f"the lanes 0, 1, .*{lanes - 1}; data.lanes=12 and process 0"
+  @pytest.mark.parametrize("count", [6, 24])
+  def test_a_state_of_other_shards(self, make, count):
+    state = make(num_shards=count, batch_size=24).get_state()
+    message = f"the lanes 0, 1, .*{count - 1}; data.lanes=12 and process 0"
     with pytest.raises(ValueError, match=message):
       make().set_state(state)
 
@@ -206,6 +213,7 @@ class TestErrors:
       {},
       [],
       {"rows": 3},
+      {"parent": {"next_index": 3}, "next_row": 1},  # Grain's own.
       {"rows": "3", "lanes": {"0": {}}},
       {"rows": -1, "lanes": {"0": {}}},
       {"rows": 1, "lanes": {}},
@@ -215,47 +223,36 @@ class TestErrors:
   )
   def test_no_state(self, state):
     with pytest.raises(ValueError, match="the state of the data has"):
-      lanes_lib.check_state(state)
+      shards_lib.check_state(state)
 
 
-class TestMerge:
-  def _states(self, make, count=2):
-    return [
-      make(process_index=p, process_count=count).get_state()
-      for p in range(count)
-    ]
-
-  def test_none(self):
-    with pytest.raises(ValueError, match="no states of the data"):
-      merge_states([])
-
-  def test_of_other_rows(self, make):
-    states = self._states(make)
-    states[1]["rows"] = 12
-    with pytest.raises(ValueError, match="after 0 and 12 rows"):
-      merge_states(states)
-
-  def test_one_twice(self, make):
-    states = self._states(make)
-    with pytest.raises(ValueError, match="two states .* 1, 3, .*11"):
-      merge_states([*states, states[1]])
-
-  def test_one_missing(self, make):
-    states = self._states(make, 3)
-    with pytest.raises(ValueError, match="no state .* 1, 4, 7, 10; exp"):
-      merge_states([states[0], states[2]])
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda a, b, c: [], "no states of the data"),
+    (lambda a, b, c: [a, b | {"rows": 12}, c], "after 0 and 12 rows"),
+    (lambda a, b, c: [a, b, c, b], "two states .* 1, 4, 7, 10; exp"),
+    (lambda a, b, c: [a, c], "no state .* 1, 4, 7, 10; exp"),
+  ],
+)
+def test_states_that_do_not_merge(make, change, message):
+  states = [
+    make(process_index=p, process_count=3).get_state() for p in range(3)
+  ]
+  with pytest.raises(ValueError, match=message):
+    merge_states(change(*states))
 
 
 # What a trainer does, but that its worker never has a row ready.
 _TRAINER = """
 import multiprocessing, sys, threading
 sys.path.insert(0, {tests!r})
-from gemma_funnel.data.lanes import Lanes
-import test_lanes
+from gemma_funnel.data.shards import VirtualShards
+import test_shards
 
 if __name__ == "__main__":
-  iterator = Lanes(
-    test_lanes._slow, lanes=1, batch_size=1, num_workers=1
+  iterator = VirtualShards(
+    test_shards._slow, num_shards=1, batch_size=1, num_workers=1
   )
   iterator.start_prefetch()
   print(multiprocessing.active_children()[0].pid, flush=True)
@@ -314,10 +311,3 @@ def test_workers_outlive_signals_that_their_trainer_heeds():
     assert [made.take(0) for _ in range(300)] == list(range(1, 301))
   finally:
     made.close()
-
-
-def test_a_map_over_workers_keeps_order():
-  expected = [str(i) for i in range(40)]
-  for num_workers in (0, 2):
-    found = workers.ordered_map(str, range(40), num_workers, os.getpid, ())
-    assert list(found) == expected
