@@ -15,7 +15,7 @@ import runpy
 
 import ml_collections
 
-from gemma_funnel.tasks import presets
+from gemma_funnel import tasks
 
 _DATA = os.environ.get("GEMMA_FUNNEL_DATA", "data")
 
@@ -26,7 +26,7 @@ def _path(*names: str) -> str:
 
 def _task(preset: str = "table", tune=None, **values):
   """A task, and what fine-tuning on it has otherwise than `finetune`."""
-  task = presets.preset(preset)
+  task = tasks.preset(preset)
   task.update(values)
   return dict(task=task, tune=tune or {})
 

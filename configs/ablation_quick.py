@@ -16,8 +16,8 @@ import runpy
 import ml_collections
 from ml_collections import config_dict
 
+from gemma_funnel import tasks
 from gemma_funnel.study import grid
-from gemma_funnel.tasks import presets
 
 
 def sibling(name: str) -> ml_collections.ConfigDict:
@@ -49,12 +49,12 @@ def get_config() -> ml_collections.ConfigDict:
   finetune.update(epochs=3.0, batch_size=32, length=64, tensorboard=False)
   finetune.optimizer.update(learning_rate=2e-3, warmup_steps=5)
   finetune.log_every = 1000
-  tasks = {}
+  studied = {}
   for name in ("code_tags", "code_packages"):
-    task = presets.preset(name)
+    task = tasks.preset(name)
     task.update(max_train=320, max_dev=64, max_test=300)
     # What fine-tuning on this task has otherwise than `finetune`.
-    tasks[name] = dict(task=task, tune=dict())
+    studied[name] = dict(task=task, tune=dict())
   return config_dict.create(
     workdir="runs/ablation_quick",
     title="What a funnel costs and saves (quick study)",
@@ -79,7 +79,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Combinations to leave out.
     exclude=("pretraining=aware,finetuning=off", "finetuning=on,inference=off"),
     models=dict(small=model.to_dict()),
-    tasks=tasks,
+    tasks=studied,
     pretrain=grid.training_keys(pretrain, "pretrain"),
     switch_step=25,
     distill_steps=20,

@@ -18,9 +18,8 @@ quickstart's run, code_tags ends far above what the most frequent tag reaches.
 import ml_collections
 from ml_collections import config_dict
 
-from gemma_funnel import lora
+from gemma_funnel import lora, tasks
 from gemma_funnel.config import TransformerConfig
-from gemma_funnel.tasks import presets
 from gemma_funnel.training import optimizer, spec
 
 
@@ -35,7 +34,7 @@ def get_config(task: str = "code_tags") -> ml_collections.ConfigDict:
     init_from=config_dict.placeholder(str),
     model=TransformerConfig.preset("quickstart").to_dict(),
     tokenizer=config_dict.placeholder(str),  # Unset is the checkpoint's.
-    task=presets.preset(task),
+    task=tasks.preset(task),
     # pool: "mean", "first", "last" or "attention". hidden: a tanh layer's width.
     head=dict(pool="mean", dropout=0.1, hidden=0),
     causal=False,

@@ -12,11 +12,12 @@ import re
 import sys
 import time
 import traceback
-from typing import NoReturn
 
 from absl import app, flags, logging
 import ml_collections
 from ml_collections import config_flags
+
+from gemma_funnel.checks import require
 
 _PACKAGE = pathlib.Path(__file__).parent
 # What the package raises of a mistake that it has named.
@@ -116,16 +117,9 @@ def main(run: Callable[[ml_collections.ConfigDict], object]) -> None:
   _define_distributed()
 
   def guarded(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-      _fail(f"unexpected arguments {list(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
-    try:
-      _join()
-      run(config.value)
-    except _NAMED as error:
-      if not _is_ours(error):
-        raise
-      _fail(str(error))
+    if status := guard(lambda: _join_and_run(run, config, argv[1:])):
+      sys.exit(status)
 
   app.run(guarded, flags_parser=_parse)
 
@@ -145,16 +139,17 @@ def _define_distributed() -> None:
     flags.DEFINE_integer(name, None, "With --coordinator.", **own)
 
 
-def _join() -> None:
-  values = flags.FLAGS
+def _join_and_run(run, config, rest: Sequence[str]) -> int:
+  require(not rest, f"unexpected arguments {list(rest)}")
   names = ("coordinator", "num_processes", "process_id")
-  options = {name: values[name].value for name in names}
-  how = values["distributed"].value
-  if how == "off" and set(options.values()) == {None}:
-    return
-  from gemma_funnel.parallel import processes  # It imports jax.
+  options = {name: flags.FLAGS[name].value for name in names}
+  how = flags.FLAGS["distributed"].value
+  if how != "off" or set(options.values()) != {None}:
+    from gemma_funnel.parallel import processes  # It imports jax.
 
-  processes.join(how, **options)
+    processes.join(how, **options)
+  run(config.value)
+  return 0
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -164,7 +159,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     flags.FLAGS.config.to_dict()
     return rest
   except Exception as error:  # Whatever config_flags raises, it is the user's.
-    _fail(_in_one_line(error))
+    say(f"error: {_in_one_line(error)}")
+    sys.exit(2)
 
 
 def _in_one_line(error: Exception) -> str:
@@ -181,8 +177,3 @@ def _in_one_line(error: Exception) -> str:
   lines = [line.strip() for line in text.splitlines() if line.strip()]
   last = lines[-1] if lines else type(error).__name__
   return re.sub(r"^(\[Errno \d+\]|ValueError:) ", "", last)
-
-
-def _fail(message: str) -> NoReturn:
-  say(f"error: {message}")
-  sys.exit(2)

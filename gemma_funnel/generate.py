@@ -7,6 +7,8 @@ are JSON lines, one a continuation:
 
   {"prompt": str, "sample": int, "text": str, "tokens": [int], "stopped": bool}
 
+--context=FILE stands before each prompt; a funnel of reduce=context drops it.
+
 Mistakes are one line and exit status 2; Ctrl-C prints what there is, status 130
 (JSON lines of what was not finished then have "interrupted": true).
 """
@@ -24,6 +26,8 @@ from flax import nnx
 
 from gemma_funnel import cli, convert
 from gemma_funnel import config as config_lib
+from gemma_funnel.checks import require, require_int
+from gemma_funnel.data import files
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from gemma_funnel.decode.decoder import Decoder, Generation
@@ -38,30 +42,66 @@ _MOST_CUT = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-  """A checked command.
+class GenerationRequest:
+  """Checked arguments of the command.
 
   Attributes:
-    args: the flags.
-    found: what the checkpoint is.
+    checkpoint: its path.
+    funnel: instead of the checkpoint's own; None is that one.
+    dtype: of parameters and compute; None is as trained.
     tokenizer: of the checkpoint, or the one that was named.
     texts: the prompts.
-    prompts: their token ids, BOS first.
+    prompts: their token ids: BOS, the context's, and the prompt's own.
+    context_length: tokens of the context; None is no context.
     sampling: how tokens are drawn.
     stop_ids: what ends a continuation.
     max_new_tokens: tokens of a continuation at most.
     cache_length: tokens of a prompt and its continuation at most.
+    num_samples: continuations of each prompt.
+    batch_size: prompts that run together.
+    chunk: tokens between looks at the device.
+    seed: of what is drawn.
+    as_text: whether the one continuation is written as text, not as JSON.
   """
 
-  args: argparse.Namespace
-  found: convert.Description
+  checkpoint: str
+  funnel: str | None
+  dtype: str | None
   tokenizer: Tokenizer
   texts: list[str]
   prompts: list[list[int]]
+  context_length: int | None
   sampling: Sampling
   stop_ids: list[int]
   max_new_tokens: int
   cache_length: int
+  num_samples: int
+  batch_size: int
+  chunk: int
+  seed: int
+  as_text: bool
+
+  def stream(
+    self, decoder: Decoder, prompts: Sequence[list[int]], first_row: int = 0
+  ) -> Iterator[list[Generation]]:
+    """What the decoder has so far of some prompts, at each look."""
+    options = {}
+    if self.context_length is not None:
+      options["context_lengths"] = [self.context_length] * len(prompts)
+    return decoder.stream(
+      prompts,
+      max_new_tokens=self.max_new_tokens,
+      sampling=self.sampling,
+      stop_ids=self.stop_ids,
+      chunk=self.chunk,
+      seed=self.seed,
+      first_row=first_row,
+      num_samples=self.num_samples,
+      **options,
+    )
+
+  def is_finished(self, result: Generation) -> bool:
+    return result.stopped or len(result.tokens) == self.max_new_tokens
 
 
 class Detokenizer:
@@ -98,11 +138,11 @@ class Detokenizer:
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-  """Text of what a model gave, whose vocabulary may be the larger one."""
+  """Text of token ids; those beyond the tokenizer's vocabulary have none."""
   return tokenizer.decode(t for t in tokens if t < tokenizer.vocab_size)
 
 
-class _Meter:
+class _Throughput:
   """Counts tokens, and times them; compiling is in the first looks."""
 
   _WARM = 2  # Looks at a batch until prefill and step are compiled.
@@ -138,73 +178,53 @@ class _Meter:
     if self._first is not None:
       text += f"; the first after {self._first:.2f} s, compiling included"
     if self._warm_tokens:
-      return (
-        f"{text}; then {self._warm_tokens / self._warm_seconds:.1f} tokens/s"
-      )
-    text += f"; {self.tokens / self.seconds:.1f} tokens/s"
-    return text + ", compiling included"
+      rate = self._warm_tokens / self._warm_seconds
+      return f"{text}; then {rate:.1f} tokens/s"
+    rate = self.tokens / self.seconds
+    return f"{text}; {rate:.1f} tokens/s, compiling included"
 
 
-_FLAGS = {
-  "checkpoint": dict(
-    required=True,
-    metavar="DIR",
-    help="a training run, or whatever gemma_funnel.load reads",
+_TEXTS = dict(
+  checkpoint="DIR: a training run, or whatever gemma_funnel.load reads",
+  prompt="TEXT: may be repeated",
+  prompts='FILE: JSON lines with a "prompt" each',
+  context="FILE: a text between BOS and each prompt, which a funnel of "
+  "reduce=context drops from its layer on",
+  funnel="STAGES: 'off', or such as start=6,stride=2 (default: as trained; off "
+  "for checkpoints that say none)",
+  dtype="NAME: (default: as trained; float32 for what is no training run)",
+  tokenizer="FILE: a SentencePiece model or a tokenizer.json (default: the "
+  "checkpoint's own)",
+)
+# (default, help) by name.
+_NUMBERS = dict(
+  max_new_tokens=(
+    None,
+    f"N: a stop id included (default: {_MAX_NEW_TOKENS}, or what there is room "
+    "for)",
   ),
-  "prompt": dict(action="append", metavar="TEXT", help="may be repeated"),
-  "prompts": dict(metavar="FILE", help='JSON lines with a "prompt" each'),
-  "funnel": dict(
-    metavar="STAGES",
-    help="'off', or such as start=6,stride=2 (default: "
-    "as trained; off for checkpoints that say none)",
+  temperature=(0.0, "X: 0 (default) is greedy"),
+  top_k=(None, "N: draws from the N likeliest tokens"),
+  top_p=(1.0, "X: draws from a nucleus of probability X"),
+  min_p=(0.0, "X: draws from what is X times as likely as the likeliest token"),
+  repetition_penalty=(1.0, "X: 1 is none"),
+  stop_id=(
+    None,
+    f"N: ends a continuation; may be repeated (default: {EOS_ID}, EOS, alone)",
   ),
-  "dtype": dict(
-    choices=config_lib.DTYPES,
-    help="(default: as trained; float32 for what is no training run)",
+  num_samples=(1, "N: of each prompt (default: 1)"),
+  seed=(0, "N: of what is drawn (default: 0)"),
+  cache_length=(
+    None,
+    "N: tokens of a prompt and its continuation (default: the most that is "
+    "needed)",
   ),
-  "tokenizer": dict(
-    metavar="FILE",
-    help="a SentencePiece model or a tokenizer.json (default: the "
-    "checkpoint's own)",
+  batch_size=(
+    8,
+    "N: prompts that run together, with all their samples (default: 8)",
   ),
-  "max_new_tokens": dict(
-    type=int,
-    help="a stop id included (default: "
-    f"{_MAX_NEW_TOKENS}, or what there is room for)",
-  ),
-  "temperature": dict(type=float, default=0.0, help="0 (default) is greedy"),
-  "top_k": dict(type=int, help="draws from the N likeliest tokens"),
-  "top_p": dict(
-    type=float, default=1.0, help="draws from a nucleus of probability X"
-  ),
-  "min_p": dict(
-    type=float,
-    default=0.0,
-    help="draws from what is X times as likely as the likeliest token",
-  ),
-  "repetition_penalty": dict(type=float, default=1.0, help="1 is none"),
-  "stop_id": dict(
-    type=int,
-    action="append",
-    help="ends a continuation; may be repeated "
-    f"(default: {EOS_ID}, EOS, alone)",
-  ),
-  "num_samples": dict(type=int, default=1, help="of each prompt (default: 1)"),
-  "seed": dict(type=int, default=0, help="of what is drawn (default: 0)"),
-  "cache_length": dict(
-    type=int,
-    help="tokens of a prompt and its continuation (default: the "
-    "most that is needed)",
-  ),
-  "batch_size": dict(
-    type=int,
-    default=8,
-    help="prompts that run together, with all their samples (default: 8)",
-  ),
-  "chunk": dict(
-    type=int, default=8, help="tokens between looks at the device (default: 8)"
-  ),
-}
+  chunk=(8, "N: tokens between looks at the device (default: 8)"),
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -215,49 +235,42 @@ def _parser() -> argparse.ArgumentParser:
     usage="%(prog)s --checkpoint=DIR [--FLAG=VALUE ...]",
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  for name, options in _FLAGS.items():
-    metavar = {int: "N", float: "X"}.get(options.get("type"))
-    parser.add_argument(f"--{name}", **{"metavar": metavar, **options})
+  flags = {k: (None, v) for k, v in _TEXTS.items()} | _NUMBERS
+  special = {
+    "checkpoint": dict(required=True),
+    "prompt": dict(action="append"),
+    "stop_id": dict(action="append"),
+    "dtype": dict(choices=config_lib.DTYPES, metavar=None),
+  }
+  for name, (default, text) in flags.items():
+    metavar, _, text = text.partition(": ")
+    options = {"type": {"N": int, "X": float}.get(metavar), "metavar": metavar}
+    options |= special.get(name, {})
+    parser.add_argument(f"--{name}", default=default, help=text, **options)
   return parser
 
 
-def _require(ok: bool, message: str) -> None:
-  if not ok:
-    raise ValueError(message)
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-  for name in ("max_new_tokens", "num_samples", "batch_size", "chunk"):
-    value = getattr(args, name)
-    ok = value is None or value >= 1
-    _require(ok, f"--{name}={value}: expected 1 or more")
-  ok, most = 0 <= args.seed < 2**32, 2**32 - 1
-  _require(ok, f"--seed={args.seed}: expected 0 to {most}")
-  _require(
-    args.num_samples == 1 or args.temperature != 0,
-    f"--num_samples={args.num_samples} with --temperature=0 (greedy) would all "
-    "be the same: expected --temperature above 0",
-  )
-
-
-def prepare(args: argparse.Namespace) -> Job:
+def prepare(args: argparse.Namespace) -> GenerationRequest:
   """Checks all there is to check before weights are read.
 
   Raises:
     ValueError: a mistake, named.
   """
-  _require(
+  require(
     args.prompt is None or args.prompts is None,
     "--prompt and --prompts are both given: expected one of them",
   )
-  _check_numbers(args)
-  sampling = Sampling(
-    args.temperature,
-    args.top_k,
-    args.top_p,
-    args.min_p,
-    args.repetition_penalty,
+  for name in ("max_new_tokens", "num_samples", "batch_size", "chunk"):
+    if getattr(args, name) is not None:
+      require_int(f"--{name}", getattr(args, name), 1)
+  require_int("--seed", args.seed, 0, 2**32 - 1)
+  require(
+    args.num_samples == 1 or args.temperature != 0,
+    f"--num_samples={args.num_samples} with --temperature=0 (greedy) would all "
+    "be the same: expected --temperature above 0",
   )
+  fields = (field.name for field in dataclasses.fields(Sampling))
+  sampling = Sampling(**{name: getattr(args, name) for name in fields})
   found = convert.describe(args.checkpoint)
   stages, vocab_size = found.stages, found.config.vocab_size
   if args.funnel is not None:
@@ -266,32 +279,41 @@ def prepare(args: argparse.Namespace) -> Job:
   tokenizer = _find_tokenizer(args, found)
   stop_ids = [EOS_ID] if args.stop_id is None else args.stop_id
   for stop_id in stop_ids:
-    _require(
-      0 <= stop_id < vocab_size,
-      f"--stop_id={stop_id}: expected 0 to {vocab_size - 1}",
-    )
+    require_int("--stop_id", stop_id, 0, vocab_size - 1)
+  context = None
+  if args.context is not None:
+    text = _decoded(files.read_bytes(args.context), args.context)
+    context = _encode(tokenizer, args.context, text)
   places, texts = zip(*_read_prompts(args), strict=True)
   prompts = [
-    _encode(tokenizer, *one) for one in zip(places, texts, strict=True)
+    [BOS_ID, *(context or ()), *_encode(tokenizer, place, text)]
+    for place, text in zip(places, texts, strict=True)
   ]
   new, cache_length = _lengths(args, found.config.max_length, places, prompts)
-  return Job(
-    args=args,
-    found=found,
+  return GenerationRequest(
+    checkpoint=args.checkpoint,
+    funnel=args.funnel,
+    dtype=args.dtype or (None if found.is_run else "float32"),
     tokenizer=tokenizer,
     texts=list(texts),
     prompts=prompts,
+    context_length=None if context is None else len(context),
     sampling=sampling,
     stop_ids=stop_ids,
     max_new_tokens=new,
     cache_length=cache_length,
+    num_samples=args.num_samples,
+    batch_size=args.batch_size,
+    chunk=args.chunk,
+    seed=args.seed,
+    as_text=args.prompts is None and len(prompts) == args.num_samples == 1,
   )
 
 
 def _find_tokenizer(args, found: convert.Description) -> Tokenizer:
   vocab_size = found.config.vocab_size
   path = args.tokenizer or found.tokenizer_path
-  _require(
+  require(
     args.tokenizer is not None or os.path.isfile(path),
     f"{args.checkpoint} has no tokenizer: there is no file {path}. Expected "
     "--tokenizer=FILE, a SentencePiece model or a tokenizer.json",
@@ -309,7 +331,15 @@ def _find_tokenizer(args, found: convert.Description) -> Tokenizer:
 def _read_prompts(args) -> Iterator[tuple[str, str]]:
   """(what an error calls it, the text) of each prompt."""
   if args.prompts is not None:
-    yield from _read_lines(args.prompts)
+    lines = files.read_bytes(args.prompts).split(b"\n")
+    full = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    require(
+      bool(full),
+      f"{args.prompts} has no prompts: expected JSON lines with a 'prompt'",
+    )
+    for number, line in full:
+      place = f"{args.prompts}, line {number}"
+      yield place, _prompt_of(line, place)
   elif args.prompt is not None:
     many = len(args.prompt) > 1
     for number, text in enumerate(args.prompt, start=1):
@@ -317,23 +347,7 @@ def _read_prompts(args) -> Iterator[tuple[str, str]]:
   else:
     if sys.stdin.isatty():
       cli.say("the prompt is read from stdin, to its end (Ctrl-D)")
-    try:
-      yield "stdin", sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-      raise ValueError(f"stdin is not UTF-8: {error}") from error
-
-
-def _read_lines(path: str) -> Iterator[tuple[str, str]]:
-  found = False
-  try:
-    with open(path, "rb") as file:
-      for number, line in enumerate(file, start=1):
-        if line.strip():
-          found, place = True, f"{path}, line {number}"
-          yield place, _prompt_of(line, place)
-  except OSError as error:
-    raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-  _require(found, f"{path} has no prompts: expected JSON lines with a 'prompt'")
+    yield "stdin", _decoded(sys.stdin.buffer.read(), "stdin")
 
 
 def _prompt_of(line: bytes, place: str) -> str:
@@ -343,73 +357,69 @@ def _prompt_of(line: bytes, place: str) -> str:
     raise ValueError(f"{place}: not JSON: {error}") from error
   text = record.get("prompt") if isinstance(record, dict) else None
   what = "an object with a text 'prompt'"
-  _require(isinstance(text, str), f"{place}: expected {what}")
+  require(isinstance(text, str), f"{place}: expected {what}")
   return text
 
 
+def _decoded(content: bytes, place: str) -> str:
+  try:
+    return content.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{place} is not UTF-8: {error}") from error
+
+
 def _encode(tokenizer: Tokenizer, place: str, text: str) -> list[int]:
-  _require(text != "", f"{place} is empty: expected a text to go on from")
+  require(text != "", f"{place} is empty: expected a text")
   try:
     text.encode("utf-8")
   except UnicodeEncodeError as error:
     raise ValueError(f"{place} is not Unicode text: {error}") from error
-  return [BOS_ID, *tokenizer.encode(text)]
+  return tokenizer.encode(text)
 
 
 def _lengths(args, most: int, places, prompts) -> tuple[int, int]:
   """(max_new_tokens, cache_length), which have room for all prompts."""
   name = "model.max_length"
   if args.cache_length is not None:
-    _require(
+    require(
       2 <= args.cache_length <= most,
       f"--cache_length={args.cache_length}: expected 2 to {name}={most}",
     )
     most, name = args.cache_length, "--cache_length"
   longest, place = max(zip(map(len, prompts), places, strict=True))
   new = args.max_new_tokens or max(1, min(_MAX_NEW_TOKENS, most - longest))
-  _require(
+  what = "BOS included" if args.context is None else "BOS and context included"
+  require(
     longest + new <= most,
-    f"{place} has {longest} tokens, BOS included: {name}={most} has room for "
+    f"{place} has {longest} tokens, {what}: {name}={most} has room for "
     f"{max(0, most - new)} beside --max_new_tokens={new}",
   )
   return new, args.cache_length or longest + new
 
 
-def load(job: Job) -> Decoder:
+def load(request: GenerationRequest) -> Decoder:
   """Reads the weights.
 
   Raises:
     ValueError: see `convert.load`.
   """
-  args = job.args
-  # A run is read as it was trained.
-  dtype = args.dtype or (None if job.found.is_run else "float32")
   # What loading has to tell is no part of the result.
   with contextlib.redirect_stdout(sys.stderr):
-    model = convert.load(args.checkpoint, args.funnel, dtype)
+    model = convert.load(request.checkpoint, request.funnel, request.dtype)
   # The kernel of a run is that of the devices it was trained on.
   config = dataclasses.replace(model.config, kernel="auto")
   graphdef = nnx.graphdef(Transformer.abstract(config, model.stages))
-  return Decoder(nnx.merge(graphdef, nnx.state(model)), job.cache_length)
+  return Decoder(nnx.merge(graphdef, nnx.state(model)), request.cache_length)
 
 
-def _stream(job: Job, decoder: Decoder, prompts, **options):
-  return decoder.stream(
-    prompts,
-    max_new_tokens=job.max_new_tokens,
-    sampling=job.sampling,
-    stop_ids=job.stop_ids,
-    chunk=job.args.chunk,
-    **options,
-  )
-
-
-def stream_text(job: Job, decoder: Decoder, meter: _Meter) -> bool:
+def stream_text(
+  request: GenerationRequest, decoder: Decoder, throughput: _Throughput
+) -> bool:
   """Writes one continuation as it comes; whether it was interrupted."""
-  text, interrupted = Detokenizer(job.tokenizer), False
+  text, interrupted = Detokenizer(request.tokenizer), False
   try:
-    for results in _stream(job, decoder, job.prompts, seed=job.args.seed):
-      meter.look(results)
+    for results in request.stream(decoder, request.prompts):
+      throughput.look(results)
       _write(text.feed(results[0].tokens))
   except KeyboardInterrupt:
     interrupted = True
@@ -417,67 +427,62 @@ def stream_text(job: Job, decoder: Decoder, meter: _Meter) -> bool:
   return interrupted
 
 
-def write_lines(job: Job, decoder: Decoder, meter: _Meter) -> bool:
+def write_lines(
+  request: GenerationRequest, decoder: Decoder, throughput: _Throughput
+) -> bool:
   """Writes a JSON line a continuation; whether it was interrupted."""
-  size, said = min(job.args.batch_size, len(job.prompts)), meter.start
-  for start in range(0, len(job.prompts), size):
-    rows = job.prompts[start : start + size]
+  prompts, said = request.prompts, throughput.start
+  size = min(request.batch_size, len(prompts))
+  for start in range(0, len(prompts), size):
+    rows = prompts[start : start + size]
     # A batch that is not full would be compiled for anew.
     full = rows + rows[-1:] * (size - len(rows))
-    count, results, interrupted = len(rows) * job.args.num_samples, [], False
-    meter.next_batch()
+    results, interrupted = [], False
+    throughput.next_batch()
     try:
-      for some in _stream(
-        job,
-        decoder,
-        full,
-        seed=job.args.seed,
-        first_row=start,
-        num_samples=job.args.num_samples,
-      ):
-        results = some[:count]
-        meter.look(results)
-        if all(_is_finished(job, result) for result in results):
+      for some in request.stream(decoder, full, first_row=start):
+        results = some[: len(rows) * request.num_samples]
+        throughput.look(results)
+        if all(map(request.is_finished, results)):
           break
         if time.perf_counter() - said > _PROGRESS_SECONDS:
-          _say_progress(job, start, results, meter)
+          _say_progress(request, start, results, throughput)
           said = time.perf_counter()
     except KeyboardInterrupt:
       interrupted = True
-    _write("".join(_line(job, start, result) for result in results))
+    _write("".join(_line(request, start, result) for result in results))
     if interrupted:
       return True
-    if start + size < len(job.prompts):
-      _say_progress(job, start, results, meter)
+    if start + size < len(prompts):
+      _say_progress(request, start, results, throughput)
       said = time.perf_counter()
   return False
 
 
-def _is_finished(job: Job, result: Generation) -> bool:
-  return result.stopped or len(result.tokens) == job.max_new_tokens
-
-
-def _line(job: Job, start: int, result: Generation) -> str:
+def _line(request: GenerationRequest, start: int, result: Generation) -> str:
   values = {
-    "prompt": job.texts[start + result.prompt],
+    "prompt": request.texts[start + result.prompt],
     "sample": result.sample,
-    "text": decode(job.tokenizer, result.tokens),
+    "text": decode(request.tokenizer, result.tokens),
     "tokens": result.tokens,
     "stopped": result.stopped,
   }
-  if not _is_finished(job, result):
+  if not request.is_finished(result):
     values["interrupted"] = True
   return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def _say_progress(job: Job, start: int, results, meter: _Meter) -> None:
-  samples, total = job.args.num_samples, len(job.prompts)
-  most = job.max_new_tokens
+def _say_progress(
+  request: GenerationRequest, start: int, results, throughput: _Throughput
+) -> None:
+  samples, total = request.num_samples, len(request.prompts)
+  most = request.max_new_tokens
   shares = [1.0 if r.stopped else len(r.tokens) / most for r in results]
-  done = start + sum(_is_finished(job, r) for r in results) // samples
+  done = start + sum(map(request.is_finished, results)) // samples
   share = (start + sum(shares) / samples) / total
-  seconds = meter.seconds
-  text = f"{done} of {total} prompts, {meter.tokens} tokens, {seconds:.0f} s"
+  seconds = throughput.seconds
+  text = f"{done} of {total} prompts, {throughput.tokens} tokens"
+  text += f", {seconds:.0f} s"
   if share:
     text += f"; about {seconds * (1 / share - 1):.0f} s left"
   cli.say(text)
@@ -489,12 +494,11 @@ def _write(text: str) -> None:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-  job = prepare(_parser().parse_args(argv))
-  decoder, meter = load(job), _Meter()
-  one = len(job.prompts) == job.args.num_samples == 1
-  streams = one and job.args.prompts is None
-  interrupted = (stream_text if streams else write_lines)(job, decoder, meter)
-  cli.say(f"interrupted: {meter}" if interrupted else str(meter))
+  request = prepare(_parser().parse_args(argv))
+  write = stream_text if request.as_text else write_lines
+  decoder, throughput = load(request), _Throughput()
+  interrupted = write(request, decoder, throughput)
+  cli.say(f"interrupted: {throughput}" if interrupted else str(throughput))
   return 130 if interrupted else 0
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_funnel import params
+from gemma_funnel.checks import require, require_choice, require_int
 from gemma_funnel.config import check_recovers
 from gemma_funnel.layers import normalize
 from gemma_funnel.model import Transformer
@@ -18,7 +19,7 @@ POOLS = ("mean", "first", "last", "attention")
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-  """What is put on top of the trunk.
+  """A head on top of the trunk.
 
   Attributes:
     outputs: numbers a label is read from: classes, or 1 (regression).
@@ -37,18 +38,13 @@ class HeadConfig:
   hidden: int = 0
 
   def __post_init__(self):
-    if self.pool not in POOLS:
-      raise ValueError(
-        f"head.pool={self.pool!r}: expected one of {list(POOLS)}"
-      )
-    if not 0 <= self.dropout < 1:
-      raise ValueError(
-        f"head.dropout={self.dropout}: expected at least 0 and below 1"
-      )
-    if self.hidden < 0:
-      raise ValueError(f"head.hidden={self.hidden}: expected at least 0")
-    if self.outputs < 1:
-      raise ValueError(f"a head of {self.outputs} outputs: expected at least 1")
+    require_choice("head.pool", self.pool, POOLS)
+    require(
+      0 <= self.dropout < 1,
+      f"head.dropout={self.dropout}: expected at least 0 and below 1",
+    )
+    require_int("head.hidden", self.hidden)
+    require_int("head.outputs", self.outputs, 1)
 
 
 class Head(nnx.Module):
@@ -90,18 +86,14 @@ class Head(nnx.Module):
     x = hidden_BTD.astype(jnp.float32)
     if not self.config.per_token:
       x = self._pool(x, segment_BT != 0)
-    x = self._drop(x, key)
+    rate = self.config.dropout
+    if key is not None and rate:
+      kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+      x = jnp.where(kept, x / (1 - rate), 0)
     if self.config.hidden:
       x = jnp.tanh(jnp.einsum("...d,dh->...h", x, self.hidden[...]))
     outputs = jnp.einsum("...h,hc->...c", x, self.out[...])
     return outputs + jnp.expand_dims(self.bias[...], range(x.ndim - 1))
-
-  def _drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    rate = self.config.dropout
-    if key is None or not rate:
-      return x
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate), 0)
 
   def _pool(self, x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
     slot_1T = jnp.arange(x_BTD.shape[1])[None]
@@ -136,15 +128,8 @@ class Encoder(nnx.Module):
   """
 
   def __init__(self, model: Transformer, head: Head, *, causal: bool = False):
-    """Puts a head on a model.
-
-    Raises:
-      ValueError: a funnel that does not recover, under a head that needs a
-        state for every token.
-    """
-    self.model = model
-    self.head = head
-    self.causal = causal
+    """Raises ValueError if a funnel leaves a token's label without a state."""
+    self.model, self.head, self.causal = model, head, causal
     if head.config.per_token:
       check_recovers(model.stages, "a label for every token")
 

@@ -14,7 +14,6 @@ from gemma_funnel.data import sources
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.evaluation import finetuned
 from gemma_funnel.study import grid
-from gemma_funnel.tasks import presets
 from gemma_funnel.tasks.task import SPLITS, Task, TextExample
 from gemma_funnel.training import finetune, init_state, pretrain
 
@@ -74,12 +73,12 @@ def test_a_tuning_config_is_a_run_of_each_seed(name, tmp_path):
     assert setup.model_config == TransformerConfig.from_dict(config.model)
     assert setup.steps == math.ceil(320 / config.batch_size * config.epochs)
   # Each task that the file names is one.
-  with pytest.raises(ValueError, match="task 'none'"):
+  with pytest.raises(ValueError, match="task='none'"):
     tiny_run.load_config(name, "none")
   text = pathlib.Path(tiny_run.ROOT, "configs", f"{name}.py").read_text()
-  for preset in presets.PRESETS:
+  for preset in tasks.PRESETS:
     # A set of pairs has nothing to fine-tune for, "tfds" needs a name too.
-    if preset not in (presets.BLIMP, "tfds"):
+    if preset not in (tasks.BLIMP, "tfds"):
       assert preset in text
       assert tiny_run.load_config(name, preset).task.format in tasks.FORMATS
 

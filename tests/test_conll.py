@@ -127,14 +127,24 @@ class TestSchemes:
       assert conll.to_bio2(tags, scheme) == tuple(bio2)
 
   @pytest.mark.parametrize(
+    ("tags", "scheme"),
+    [
+      ("O PER", "bio2"),
+      ("O PER", "bio1"),
+      ("B-", "bio2"),
+      ("S-A", "bio2"),
+      ("BI-A", "bio1"),
+      ("-A", "bio1"),
+    ],
+  )
+  def test_unknown_to_the_scheme(self, tags, scheme):
+    *_, last = tags.split()
+    with pytest.raises(ValueError, match=f"found the tag {last!r}.*{scheme!r}"):
+      conll.to_bio2(tags.split(), scheme)
+
+  @pytest.mark.parametrize(
     ("tags", "scheme", "message"),
     [
-      ("O PER", "bio2", r"found the tag 'PER' \(word 2\)"),
-      ("O PER", "bio1", "found the tag 'PER'"),
-      ("B-", "bio2", "found the tag 'B-'"),
-      ("S-A", "bio2", "found the tag 'S-A'"),
-      ("BI-A", "bio1", "found the tag 'BI-A'"),
-      ("-A", "bio1", "found the tag '-A'"),
       ("O I-A", "bio2", "'I-A' .* after 'O'"),
       ("B-A I-B", "bio2", "'I-B' .* after 'B-A'"),
       ("B-A O", "iobes", "'O' .* after 'B-A'"),
@@ -179,28 +189,26 @@ class TestTask:
     train = "a B-PER\n"
     files = dict(train=train, dev=train, test=train)
     files[split] = "a O\n\nb O\nc B-ORG\n"
-    with pytest.raises(
-      ValueError,
-      match=rf"{split}.conll, line 3: found the tag 'B-ORG' \(word 2",
-    ):
+    message = rf"{split}.conll, line 3: found the tag 'B-ORG' \(word 2"
+    with pytest.raises(ValueError, match=message):
       _load(tmp_path, files)
     (tmp_path / "labels.txt").write_text("O\nB-ORG\nI-ORG\nB-PER\nI-PER\n")
     task = _load(tmp_path, files, labels=str(tmp_path / "labels.txt"))
     assert task.splits[split][1].tags == (0, 1)
 
-  def test_a_tag_without_prefix_among_spans(self, tmp_path):
-    train = "a B-PER\nb O\n\nc PER\n"
-    with pytest.raises(
-      ValueError, match="train.conll, line 4: found the tag 'PER'"
-    ):
-      _load(tmp_path, dict(train=train, dev=train, test=train))
-
-  def test_empty_and_unknown(self, tmp_path):
-    train = "a B-PER\n"
-    with pytest.raises(ValueError, match="test.conll: no sentences"):
-      _load(tmp_path, dict(train=train, dev=train, test="\n \n"))
-    with pytest.raises(ValueError, match="scheme='bmes'"):
-      _load(tmp_path, dict(train=train, dev=train, test=train), scheme="bmes")
+  @pytest.mark.parametrize(
+    ("test", "scheme", "message"),
+    [
+      # A tag without a prefix among spans.
+      ("a B-PER\nb O\n\nc PER\n", "auto", "line 4: found the tag 'PER'"),
+      ("\n \n", "auto", "test.conll: no rows"),
+      ("a B-PER\n", "bmes", "scheme='bmes'"),
+    ],
+  )
+  def test_what_is_no_task(self, tmp_path, test, scheme, message):
+    files = dict(train="a B-PER\n", dev="a B-PER\n", test=test)
+    with pytest.raises(ValueError, match=message):
+      _load(tmp_path, files, scheme=scheme)
 
 
 @pytest.mark.skipif(
@@ -209,21 +217,16 @@ class TestTask:
 @pytest.mark.parametrize(
   ("files", "separator", "words", "spans"),
   [
-    (("wnut17/train", "wnut17/dev", "wnut17/test"), "tab", 23394, 1079),
-    (
-      ("sec_filings/train_FIN5", None, "sec_filings/test_FIN3"),
-      None,
-      13246,
-      318,
-    ),
+    ("wnut17/train wnut17/dev wnut17/test", "tab", 23394, 1079),
+    ("sec_filings/train_FIN5 - sec_filings/test_FIN3", None, 13246, 318),
   ],
 )
 def test_published_counts(files, separator, words, spans):
   root = pathlib.Path(os.environ["GEMMA_FUNNEL_DATA"]) / "ner"
   config = tasks.default_config()
   config.update(format="conll", separator=separator)
-  for split, name in zip(("train", "dev", "test"), files, strict=True):
-    if name:
+  for split, name in zip(("train", "dev", "test"), files.split(), strict=True):
+    if name != "-":
       setattr(config, split, str(root / f"{name}.conll"))
   task = tasks.load(config)
   tags = [task.labels[t] for e in task.splits["test"] for t in e.tags]

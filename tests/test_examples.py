@@ -19,15 +19,20 @@ def _load(tmp_path, files, **keys):
   """Files by split: a list is written as .jsonl, a string as .tsv."""
   config = tasks.default_config()
   for split, content in files.items():
-    if isinstance(content, list):
-      path = tmp_path / f"{split}.jsonl"
-      path.write_text("".join(json.dumps(row) + "\n" for row in content))
-    else:
-      path = tmp_path / f"{split}.tsv"
-      path.write_text(content)
-    setattr(config, split, str(path))
+    is_json = isinstance(content, list)
+    path = tmp_path / f"{split}.{'jsonl' if is_json else 'tsv'}"
+    if is_json:
+      content = "".join(json.dumps(row) + "\n" for row in content)
+    path.write_text(content)
+    config[split] = str(path)
   config.update(keys)
   return tasks.load(config)
+
+
+def _test(tmp_path, kind, *rows, **keys):
+  """The test split of rows, a task of that kind."""
+  task = _load(tmp_path, {"test": list(rows)}, kind=kind, **keys)
+  return task.splits["test"]
 
 
 _TRAIN = "text\tlabel\nx\tpos\ny\tneg\nz\tpos\n"
@@ -37,6 +42,11 @@ _TEST = "text\tlabel\nu\tneg\n"
 def _classify(tmp_path, train=_TRAIN, dev=_TEST, test=_TEST, **keys):
   keys = {"kind": "classification", "text": "text", "label": "label", **keys}
   return _load(tmp_path, dict(train=train, dev=dev, test=test), **keys)
+
+
+def _write_labels(tmp_path, content):
+  (tmp_path / "labels.txt").write_text(content)
+  return str(tmp_path / "labels.txt")
 
 
 class TestClassification:
@@ -53,34 +63,20 @@ class TestClassification:
 
   def test_pairs(self, tmp_path):
     content = "b\ta\tlabel\n1\t2\tx\n"
-    files = dict(train=content, dev=content, test=content)
-    task = _load(
-      tmp_path,
-      files,
-      kind="classification",
-      text="a",
-      second="b",
-      label="label",
-    )
+    task = _classify(tmp_path, content, content, content, text="a", second="b")
     assert task.splits["test"] == (TextExample("2", "1", 0),)
 
   def test_names_or_ids_of_a_file(self, tmp_path):
-    (tmp_path / "labels.txt").write_text("pos\nneg\nother\n")
-    task = _classify(
-      tmp_path,
-      test="text\tlabel\nu\t2\nv\tneg\n",
-      labels=str(tmp_path / "labels.txt"),
-    )
+    labels = _write_labels(tmp_path, "pos\nneg\nother\n")
+    test = "text\tlabel\nu\t2\nv\tneg\n"
+    task = _classify(tmp_path, test=test, labels=labels)
     assert task.labels == ("pos", "neg", "other")
     assert [e.label for e in task.splits["test"]] == [2, 1]
     assert [e.label for e in task.splits["train"]] == [0, 1, 0]
-
-  def test_labels_that_are_numbers_are_names_first(self, tmp_path):
-    (tmp_path / "labels.txt").write_text("1\n0\n")
+    # Labels that are numbers are names first.
+    labels = _write_labels(tmp_path, "1\n0\n")
     content = "text\tlabel\nu\t1\nv\t0\n"
-    task = _classify(
-      tmp_path, content, content, content, labels=str(tmp_path / "labels.txt")
-    )
+    task = _classify(tmp_path, content, content, content, labels=labels)
     assert [e.label for e in task.splits["test"]] == [0, 1]
 
   @pytest.mark.parametrize("split", ["dev", "test"])
@@ -91,13 +87,9 @@ class TestClassification:
       _classify(tmp_path, **{split: _TEST + "v\tnew\n"})
 
   def test_id_out_of_range(self, tmp_path):
-    (tmp_path / "labels.txt").write_text("pos\nneg\n")
+    labels = _write_labels(tmp_path, "pos\nneg\n")
     with pytest.raises(ValueError, match="test.tsv, line 2: .*'2'.*below 2"):
-      _classify(
-        tmp_path,
-        test="text\tlabel\nu\t2\n",
-        labels=str(tmp_path / "labels.txt"),
-      )
+      _classify(tmp_path, test="text\tlabel\nu\t2\n", labels=labels)
 
   def test_several_labels_in_a_cell(self, tmp_path):
     train = "text\tlabel\nx\t1\ny\t3\nz\t1,3\n"
@@ -171,12 +163,12 @@ class TestRegression:
 
 class TestChoice:
   def test_minimal_pairs(self, tmp_path):
-    rows = [{"good": "She runs.", "bad": "She run.", "uid": "agreement"}]
-    task = _load(
-      tmp_path, {"test": rows}, kind="choice", choices="good, bad", group="uid"
-    )
+    row = {"good": "She runs.", "bad": "She run.", "uid": "agreement"}
+    keys = dict(kind="choice", choices="good, bad", group="uid")
+    task = _load(tmp_path, {"test": [row]}, **keys)
+    choices = "She runs.", "She run."
     assert task.splits == {
-      "test": (ChoiceExample("", ("She runs.", "She run."), 0, "agreement"),)
+      "test": (ChoiceExample("", choices, 0, "agreement"),)
     }
     assert task.metrics == ("accuracy",)
 
@@ -184,24 +176,15 @@ class TestChoice:
     ("answer", "index"), [(1, 1), ("0", 0), ("blue", 2), ("4", 1)]
   )
   def test_answers_in_a_list(self, tmp_path, answer, index):
-    rows = [{"q": "It is", "c": ["red", "4", "blue"], "a": answer}]
-    task = _load(
-      tmp_path,
-      {"test": rows},
-      kind="choice",
-      prompt="q",
-      choices="c",
-      answer="a",
-    )
+    row = {"q": "It is", "c": ["red", "4", "blue"], "a": answer}
+    keys = dict(prompt="q", choices="c", answer="a")
     expected = ChoiceExample("It is", ("red", "4", "blue"), index)
-    assert task.splits["test"] == (expected,)
+    assert _test(tmp_path, "choice", row, **keys) == (expected,)
 
   def test_answer_names_a_column(self, tmp_path):
-    rows = [{"a": "x", "b": "y", "right": "b"}]
-    task = _load(
-      tmp_path, {"test": rows}, kind="choice", choices="a,b", answer="right"
-    )
-    assert task.splits["test"][0].answer == 1
+    row = {"a": "x", "b": "y", "right": "b"}
+    (found,) = _test(tmp_path, "choice", row, choices="a,b", answer="right")
+    assert found.answer == 1
 
   @pytest.mark.parametrize(
     ("choices", "answer", "message"),
@@ -216,34 +199,21 @@ class TestChoice:
     ],
   )
   def test_bad_rows(self, tmp_path, choices, answer, message):
-    rows = [{"c": choices, "a": answer}]
+    row = {"c": choices, "a": answer}
     with pytest.raises(ValueError, match=f"test.jsonl, line 1: .*{message}"):
-      _load(tmp_path, {"test": rows}, kind="choice", choices="c", answer="a")
-
-  def test_a_list_needs_an_answer(self, tmp_path):
+      _test(tmp_path, "choice", row, choices="c", answer="a")
     with pytest.raises(ValueError, match="answer is not set"):
-      _load(tmp_path, {"test": [{"c": ["x", "y"]}]}, kind="choice", choices="c")
+      _test(tmp_path, "choice", row, choices="c")
 
 
 class TestGeneration:
-  def test_pattern_finds_the_answer(self, tmp_path):
-    rows = [{"q": "1 + 1?", "a": "It is 1 + 1 = 2.\n#### 2 "}]
-    task = _load(
-      tmp_path,
-      {"test": rows},
-      kind="generation",
-      prompt="q",
-      answer="a",
-      answer_pattern="#### (.*)",
-    )
+  def test_answers(self, tmp_path):
+    keys = dict(kind="generation", prompt="q", answer="a")
+    rows = {"test": [{"q": "1 + 1?", "a": "It is 1 + 1 = 2.\n#### 2 "}]}
+    task = _load(tmp_path, rows, **keys, answer_pattern="#### (.*)")
     assert task.splits["test"] == (GenerationExample("1 + 1?", ("2",)),)
     assert task.metrics == ("exact_match",)
-
-  def test_several_answers(self, tmp_path):
-    rows = [{"q": "x", "a": ["one", "1"]}]
-    task = _load(
-      tmp_path, {"test": rows}, kind="generation", prompt="q", answer="a"
-    )
+    task = _load(tmp_path, {"test": [{"q": "x", "a": ["one", "1"]}]}, **keys)
     assert task.splits["test"][0].answers == ("one", "1")
 
   @pytest.mark.parametrize(
@@ -257,15 +227,9 @@ class TestGeneration:
     ],
   )
   def test_bad(self, tmp_path, answer, pattern, message):
+    row, keys = {"q": "x", "a": answer}, dict(prompt="q", answer="a")
     with pytest.raises(ValueError, match=message):
-      _load(
-        tmp_path,
-        {"test": [{"q": "x", "a": answer}]},
-        kind="generation",
-        prompt="q",
-        answer="a",
-        answer_pattern=pattern,
-      )
+      _test(tmp_path, "generation", row, **keys, answer_pattern=pattern)
 
 
 class TestPerplexity:
@@ -284,7 +248,7 @@ class TestPerplexity:
 
   def test_empty(self, tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="split test .* is empty"):
+    with pytest.raises(ValueError, match="a.txt: no rows"):
       _load(tmp_path, {}, kind="perplexity", test=str(tmp_path / "a.txt"))
 
 
@@ -297,7 +261,7 @@ class TestPerplexity:
     ({"prompt": "text"}, "prompt='text': kind='classification' has no such"),
     ({"answer_pattern": "x"}, "answer_pattern='x'"),
     ({"text": "none"}, r"train.tsv: no column 'none'; found \['text'"),
-    ({"kind": "regression", "labels": "x"}, "labels='x'.*has no labels"),
+    ({"kind": "regression", "labels": "x"}, "labels='x'.*does not use it"),
   ],
 )
 def test_keys(tmp_path, keys, message):
@@ -310,19 +274,10 @@ def test_keys(tmp_path, keys, message):
 )
 def test_real_tables():
   root = pathlib.Path(os.environ["GEMMA_FUNNEL_DATA"])
-  config = tasks.default_config()
-  folder = root / "cls" / "goemotions_group"
-  config.update(
-    kind="classification",
-    header=False,
-    text="0",
-    label="1",
-    on_bad="skip",
-    train=str(folder / "train.tsv"),
-    dev=str(folder / "dev.tsv"),
-    test=str(folder / "test.tsv"),
-    labels=str(folder / "labels.txt"),
-  )
+  config, folder = tasks.default_config(), root / "cls" / "goemotions_group"
+  config.update(kind="classification", header=False, text="0", label="1")
+  config.update(on_bad="skip", labels=str(folder / "labels.txt"))
+  config.update({s: str(folder / f"{s}.tsv") for s in ("train", "dev", "test")})
   task = tasks.load(config)
   assert len(task.splits["train"]) == 18454
   assert task.skipped["train"] == 20000 - 18454

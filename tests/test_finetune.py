@@ -390,7 +390,7 @@ def test_steps_are_epochs(tokenizer, tmp_path):
     ({"epochs": 0.0}, "epochs=0.0: expected a number > 0"),
     ({"epochs": float("nan")}, "epochs=nan"),
     ({"length": 300}, "length=300 is beyond model.max_length=256"),
-    ({"length": 3}, "length=3: expected at least 4"),
+    ({"length": 3}, "length=3: expected .* >= 4"),
     ({"long": "cut"}, "long='cut': expected one of"),
     ({"patience": 0}, "patience=0: expected an integer >= 1"),
     ({"eval_every": 0}, "eval_every=0: expected an integer >= 1"),

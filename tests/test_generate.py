@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import tiny_checkpoints
 import tiny_run
 
 from gemma_funnel import config as config_lib
@@ -106,9 +106,10 @@ def command(folder, monkeypatch, capsys):
   Weights are read and programs compiled once for all tests.
   """
 
-  def load(job):
-    args = job.args
-    return _decoder(args.checkpoint, args.funnel, args.dtype, job.cache_length)
+  def load(request):
+    return _decoder(
+      request.checkpoint, request.funnel, request.dtype, request.cache_length
+    )
 
   def call(*flags, checkpoint=folder, quick=True):
     if quick:
@@ -160,28 +161,21 @@ def test_text_streams(command, decoder, tokenizer, monkeypatch):
   )
 
 
-def test_whole_characters_only(tokenizer):
+def test_a_character_comes_when_it_is_whole(tokenizer):
   ids = tokenizer.encode(f"a{EMOJI}é")
   assert len(ids) == 1 + 4 + 2
   text = generate.Detokenizer(tokenizer)
   given = [text.feed(ids[: n + 1]) for n in range(len(ids))]
   assert given == ["a", "", "", "", EMOJI, "", "é"]
   assert text.finish() == ""
-
-
-def test_a_character_cut_off_comes_at_the_end(tokenizer):
-  ids = tokenizer.encode(f"a{EMOJI}")[:-1]
+  # One that is cut off comes at the end.
   text = generate.Detokenizer(tokenizer)
-  assert text.feed(ids) == "a"
-  assert text.feed(ids) == ""
-  assert "a" + text.finish() == tokenizer.decode(ids)
-
-
-def test_bytes_that_are_no_text_do_not_hold_up_the_rest(tokenizer):
-  (first, *_) = tokenizer.encode(EMOJI)
+  assert [text.feed(ids[:4]), text.feed(ids[:4])] == ["a", ""]
+  assert "a" + text.finish() == tokenizer.decode(ids[:4])
+  # Bytes that are no text do not hold up the rest.
   text, given = generate.Detokenizer(tokenizer), 0
   for n in range(1, 20):
-    given += len(text.feed([first] * n))
+    given += len(text.feed([ids[1]] * n))
     assert given == max(0, n - 3)
 
 
@@ -343,12 +337,14 @@ def test_flags_reach_the_decoder(command, monkeypatch):
     chunk=2,
     stop_ids=[4, 6],
     seed=9,
+    first_row=0,
+    num_samples=1,
   )
   command("--prompt=a")
   assert (seen["sampling"], seen["stop_ids"]) == (GREEDY, [1])
 
 
-def _job(folder, *flags):
+def _request(folder, *flags):
   parsed = generate._parser().parse_args([f"--checkpoint={folder}", *flags])
   return generate.prepare(parsed)
 
@@ -364,17 +360,44 @@ def _job(folder, *flags):
 )
 def test_lengths(flags, expected, folder):
   # A piece a letter, and BOS.
-  job = _job(folder, "--prompt=XYZ", "--prompt=X", *flags)
-  assert (job.max_new_tokens, job.cache_length) == expected
+  request = _request(folder, "--prompt=XYZ", "--prompt=X", *flags)
+  assert (request.max_new_tokens, request.cache_length) == expected
 
 
 def test_what_loading_tells_is_no_output(folder, capsys):
   decoder = generate.load(
-    _job(folder, "--prompt=abc", "--funnel=start=1,recover=gate")
+    _request(folder, "--prompt=abc", "--funnel=start=1,recover=gate")
   )
   assert decoder.stages[0].recover == "gate"
   out, err = capsys.readouterr()
   assert (out, "initialised" in err) == ("", True)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_context_stands_between_bos_and_each_prompt(
+  count, command, tokenizer, monkeypatch, tmp_path
+):
+  seen = []
+
+  def stream(self, prompts, **options):
+    seen.append((prompts, options.get("context_lengths")))
+    return iter([[Generation(i, 0, [], True) for i in range(len(prompts))]])
+
+  monkeypatch.setattr(Decoder, "stream", stream)
+  path = tmp_path / "context.txt"
+  path.write_text(f"XYZ {EMOJI}\n")
+  flags = [f"--prompt={text}" for text in ["abc", "m", "ab"][:count]]
+  status, out, _ = command(*flags, f"--context={path}", "--max_new_tokens=1")
+  assert status == 0
+  context = tokenizer.encode(path.read_text())
+  own = [tokenizer.encode(text) for text in ["abc", "m", "ab"][:count]]
+  assert seen == [
+    ([[BOS_ID, *context, *ids] for ids in own], [len(context)] * count)
+  ]
+  if count > 1:
+    assert [line["prompt"] for line in _lines(out)] == ["abc", "m", "ab"]
+  command(*flags)
+  assert seen[1] == ([[BOS_ID, *ids] for ids in own], None)
 
 
 # --- Hugging Face folders -------------------------------------------------
@@ -383,46 +406,12 @@ def test_what_loading_tells_is_no_output(folder, capsys):
 @pytest.fixture
 def plain(tmp_path, folder):
   """A Hugging Face folder of Gemma 1, whose vocabulary is the larger one."""
-  vocab, width, hidden, layers, heads, size = VOCAB + 30, 8, 12, 2, 2, 4
-  draw = np.random.default_rng(0)
-  shapes = {
-    "self_attn.q_proj": (heads * size, width),
-    "self_attn.k_proj": (size, width),
-    "self_attn.v_proj": (size, width),
-    "self_attn.o_proj": (width, heads * size),
-    "mlp.gate_proj": (hidden, width),
-    "mlp.up_proj": (hidden, width),
-    "mlp.down_proj": (width, hidden),
-    "input_layernorm": (width,),
-    "post_attention_layernorm": (width,),
-  }
-  shapes = {
-    f"model.layers.{n}.{name}.weight": shape
-    for n in range(layers)
-    for name, shape in shapes.items()
-  } | {
-    "model.embed_tokens.weight": (vocab, width),
-    "model.norm.weight": (width,),
-  }
-  save_file(
-    {
-      name: draw.normal(size=shape).astype(ml_dtypes.bfloat16)
-      for name, shape in shapes.items()
-    },
-    tmp_path / "model.safetensors",
-  )
-  config = dict(
-    model_type="gemma",
-    vocab_size=vocab,
-    hidden_size=width,
-    intermediate_size=hidden,
-    num_hidden_layers=layers,
-    num_attention_heads=heads,
-    num_key_value_heads=1,
-    head_dim=size,
-    max_position_embeddings=64,
-  )
-  (tmp_path / "config.json").write_text(json.dumps(config))
+  raw = tiny_checkpoints.GEMMA1 | {"vocab_size": VOCAB + 30}
+  tensors = tiny_checkpoints.random_tensors(raw, ml_dtypes.bfloat16)
+  shape = VOCAB + 30, tiny_checkpoints.D
+  embedding = np.random.default_rng(1).normal(size=shape)
+  tensors["model.embed_tokens.weight"] = embedding.astype(ml_dtypes.bfloat16)
+  tiny_checkpoints.write(tmp_path, raw, tensors)
   model = (folder / "tokenizer.model").read_bytes()
   (tmp_path / "tokenizer.model").write_bytes(model)
   return tmp_path
@@ -451,18 +440,17 @@ def test_dtype_and_funnel_of_a_hugging_face_folder(plain):
     ((), "float32", 0),
     (("--dtype=bfloat16", "--funnel=start=1"), "bfloat16", 1),
   ):
-    decoder = generate.load(_job(plain, "--prompt=a", *flags))
+    decoder = generate.load(_request(plain, "--prompt=a", *flags))
     assert decoder.config.dtype == decoder.config.param_dtype == dtype
     assert len(decoder.stages) == stages
 
 
-def test_dtype_of_a_run_is_as_trained(folder, monkeypatch):
-  seen, load = [], convert.load
-  record = lambda *args: (seen.append(args), load(*args))[1]
-  monkeypatch.setattr(convert, "load", record)
-  for flags in ([], ["--dtype=bfloat16"]):
-    generate.load(_job(folder, "--prompt=a", *flags))
-  assert [args[2] for args in seen] == [None, "bfloat16"]
+def test_dtype_of_a_run_is_as_trained(folder):
+  trained = convert.describe(folder).config
+  assert (trained.dtype, trained.param_dtype) == ("float32", "float32")
+  for flags, dtype in ([], "float32"), (["--dtype=bfloat16"], "bfloat16"):
+    decoder = generate.load(_request(folder, "--prompt=a", *flags))
+    assert decoder.config.dtype == decoder.config.param_dtype == dtype
 
 
 # --- Mistakes -------------------------------------------------------------
@@ -475,9 +463,9 @@ def refuse(monkeypatch, capsys, folder):
   read = generate.load
 
   def call(text, *flags, checkpoint=folder, loads=False):
-    def load(job):
+    def load(request):
       assert loads
-      return read(job)
+      return read(request)
 
     monkeypatch.setattr(generate, "load", load)
     status = generate.main([f"--checkpoint={checkpoint}", *flags])
@@ -495,7 +483,8 @@ def refuse(monkeypatch, capsys, folder):
     (["--prompt=a", "--prompt="], "--prompt number 2 is empty"),
     (["--prompt=\udc80"], "--prompt is not Unicode text"),
     (["--prompt=a", "--prompts=x"], "--prompt and --prompts are both given"),
-    (["--prompts=/nowhere.jsonl"], "/nowhere.jsonl cannot be read: No such"),
+    (["--prompts=/nowhere.jsonl"], "/nowhere.jsonl: cannot be read: No such"),
+    (["--context=/nowhere.txt"], "/nowhere.txt: cannot be read: No such"),
     (["--top_p=0", "--temperature=1"], r"top_p=0.0: expected .* > 0 and <= 1"),
     (["--top_p=1.5", "--temperature=1"], "top_p=1.5"),
     (["--top_p=0.5"], "top_p=0.5 has no effect with temperature=0"),
@@ -505,14 +494,14 @@ def refuse(monkeypatch, capsys, folder):
     (["--temperature=nan"], "temperature=nan"),
     (["--repetition_penalty=0"], "repetition_penalty=0.0"),
     (["--num_samples=2"], "--num_samples=2 with --temperature=0"),
-    (["--num_samples=0"], "--num_samples=0: expected 1 or more"),
-    (["--max_new_tokens=0"], "--max_new_tokens=0: expected 1 or more"),
-    (["--batch_size=0"], "--batch_size=0: expected 1 or more"),
-    (["--chunk=-2"], "--chunk=-2: expected 1 or more"),
-    (["--seed=-1"], "--seed=-1: expected 0 to 4294967295"),
+    (["--num_samples=0"], "--num_samples=0: expected .* >= 1"),
+    (["--max_new_tokens=0"], "--max_new_tokens=0: expected .* >= 1"),
+    (["--batch_size=0"], "--batch_size=0: expected .* >= 1"),
+    (["--chunk=-2"], "--chunk=-2: expected .* >= 1"),
+    (["--seed=-1"], "--seed=-1: .* 0 to 4294967295"),
     (["--seed=4294967296"], "--seed=4294967296"),
-    (["--stop_id=320"], "--stop_id=320: expected 0 to 319"),
-    (["--stop_id=-1"], "--stop_id=-1: expected 0 to 319"),
+    (["--stop_id=320"], "--stop_id=320: .* 0 to 319"),
+    (["--stop_id=-1"], "--stop_id=-1: .* 0 to 319"),
     (["--cache_length=1"], "--cache_length=1: expected 2 to model.max_length"),
     (["--cache_length=32769"], "expected 2 to model.max_length=32768"),
     (["--max_new_tokens=32767"], "max_length=32768 has room for 1 beside"),
@@ -565,11 +554,15 @@ def test_files_without_prompts(refuse, tmp_path, monkeypatch):
   path = tmp_path / "prompts.jsonl"
   path.write_text("\n")
   refuse(f"{path} has no prompts", f"--prompts={path}")
-  refuse(f"{tmp_path} cannot be read: Is a dir", f"--prompts={tmp_path}")
-  _set_stdin(monkeypatch, b"")
-  refuse("stdin is empty")
-  _set_stdin(monkeypatch, b"\xff")
-  refuse("stdin is not UTF-8")
+  refuse(f"{tmp_path}: cannot be read: Is a dir", f"--prompts={tmp_path}")
+  for content, text in ((b"", "is empty"), (b"\xff", "is not UTF-8")):
+    _set_stdin(monkeypatch, content)
+    refuse(f"stdin {text}")
+    path.write_bytes(content)
+    refuse(f"{path} {text}", "--prompt=a", f"--context={path}")
+  path.write_text("X" * CACHE)
+  flags = f"--context={path}", f"--cache_length={CACHE}", "--prompt=a"
+  refuse(f"--prompt has {CACHE + 2} tokens, BOS and context included", *flags)
 
 
 def test_tokenizers_that_do_not_do(plain, refuse, folder, tmp_path):
@@ -628,7 +621,7 @@ def test_what_the_decoder_names_is_a_line(command, monkeypatch):
 
 
 def test_errors_of_the_package_alone_are_lines(monkeypatch, folder):
-  def bug(job):
+  def bug(request):
     raise ValueError("a bug")
 
   monkeypatch.setattr(generate, "load", bug)
@@ -687,7 +680,7 @@ def test_interrupted_lines_are_marked(command, monkeypatch):
 
 
 def test_interrupted_while_loading(monkeypatch, folder, capsys):
-  def load(job):
+  def load(request):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(generate, "load", load)
@@ -746,24 +739,24 @@ def test_ctrl_c_of_the_command(folder):
 def test_times_leave_compiling_out(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(generate.time, "perf_counter", lambda: now[0])
-  meter = generate._Meter()
+  throughput = generate._Throughput()
 
   def look(seconds, count):
     now[0] += seconds
-    meter.look([Generation(0, 0, [5] * count, False)])
+    throughput.look([Generation(0, 0, [5] * count, False)])
 
   look(2, 0)  # The end of a prompt is still to be fed.
   look(1, 4)
-  assert str(meter) == (
+  assert str(throughput) == (
     "4 tokens in 3.00 s; the first after 3.00 s, compiling included; "
     "1.3 tokens/s, compiling included"
   )
   look(2, 12)
-  meter.next_batch()
+  throughput.next_batch()
   look(3, 1)
   look(1, 5)
   look(2, 13)
-  assert str(meter) == (
+  assert str(throughput) == (
     "25 tokens in 11.00 s; the first after 3.00 s, compiling included; "
     "then 4.0 tokens/s"
   )

@@ -138,7 +138,7 @@ def test_dropout_needs_a_key(per_token):
     ({"dropout": -0.1}, "head.dropout=-0.1"),
     ({"dropout": float("nan")}, "head.dropout=nan"),
     ({"hidden": -1}, "head.hidden=-1"),
-    ({"outputs": 0}, "a head of 0 outputs"),
+    ({"outputs": 0}, "head.outputs=0"),
   ],
   ids=str,
 )

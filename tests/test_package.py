@@ -34,5 +34,11 @@ def test_import_is_light():
 def test_public_names():
   import gemma_funnel
 
-  for name in ("FunnelConfig", "Gemma", "GemmaConfig", "flops", "load"):
+  for name in (
+    "FunnelConfig",
+    "Transformer",
+    "TransformerConfig",
+    "flops",
+    "load",
+  ):
     assert hasattr(gemma_funnel, name)

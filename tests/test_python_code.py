@@ -114,11 +114,10 @@ class TestTags:
 
 
 def test_only_functions_and_classes_are_cut_up():
-  index = {tag: i for i, tag in enumerate(python_code.TAGS)}
   table = "".join(f"x{i} = {i}\n" for i in range(60))
-  assert not list(python_code._snippets(table, index))
+  assert not list(python_code._snippets(table))
   body = "def f():\n" + "".join(f"  x{i} = {i}\n" for i in range(60))
-  found = list(python_code._snippets(table + body + table, index))
+  found = list(python_code._snippets(table + body + table))
   assert found[0].words[:2] == ("def", "f")
   # What is left at the end may be too short.
   size = 5 + 3 * 60

@@ -13,13 +13,13 @@ B, V = 4, 60
 
 GRID = [
   dict(
-    temperature=temperature,
-    top_k=top_k,
-    top_p=top_p,
-    min_p=min_p,
-    repetition_penalty=penalty,
+    zip(
+      ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+      v,
+      strict=True,
+    )
   )
-  for temperature, top_k, top_p, min_p, penalty in itertools.product(
+  for v in itertools.product(
     (0.7, 1, 2.5),
     (None, 1, 7, V - 1, V, V + 5),
     (1, 1e-50, 0.3, 0.9, 0.999),
@@ -243,12 +243,6 @@ def test_a_row_does_not_depend_on_its_batch(sampling):
   assert beside[0] == tokens_B[0]
 
 
-def test_another_key_is_another_draw():
-  rows_BV = jnp.zeros((64, V))
-  tokens_B = draw(rows_BV, _keys(batch=64), None, Sampling(temperature=1))
-  assert len(set(tokens_B.tolist())) > V // 2
-
-
 def test_greedy_is_the_argmax_and_needs_no_keys():
   logits_BV = _logits()
   assert not Sampling().needs_seen
@@ -314,39 +308,23 @@ def test_jits_and_sorts_no_more_than_needed(settings, sorts, top_ks):
 
 NAN, INF = float("nan"), float("inf")
 WRONG = {
-  "temperature": (
-    "0 (greedy), or a number >= 1e-06 and <= 1e+06",
-    (-1, -0.1, 1e-7, 2e6, NAN, INF, True, False, "1", None, (1.0,)),
-  ),
-  "top_k": (
-    "an integer >= 1, or None for all",
-    (0, -3, 5.0, NAN, True, False, "5", (5,)),
-  ),
-  "top_p": (
-    "a number > 0 and <= 1",
-    (0, 0.0, -0.1, 1.5, 2, NAN, INF, True, False, "0.9", None, [0.9]),
-  ),
-  "min_p": (
-    "a number >= 0 and < 1",
-    (-0.1, 1, 1.0, NAN, INF, True, False, "0.1", None, jnp.ones(2)),
-  ),
-  "repetition_penalty": (
-    "a number >= 1e-06 and <= 1e+06 (1 is none)",
-    (0, 0.0, -1, 2e6, NAN, INF, True, False, "1", None),
-  ),
+  "temperature": (-1, -0.1, 1e-7, 2e6, NAN, INF, True, False, "1", None),
+  "top_k": (0, -3, 5.0, NAN, True, False, "5", (5,)),
+  "top_p": (0, 0.0, -0.1, 1.5, 2, NAN, INF, True, False, "0.9", None, [0.9]),
+  "min_p": (-0.1, 1, 1.0, NAN, INF, True, False, "0.1", None, jnp.ones(2)),
+  "repetition_penalty": (0, 0.0, -1, 2e6, NAN, INF, True, False, "1", None),
 }
 
 
 @pytest.mark.parametrize("greedy", [True, False])
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_value_raises(name, greedy):
-  expected, values = WRONG[name]
-  for value in values:
+  for value in WRONG[name]:
     settings = {"temperature": 0 if greedy else 1, name: value}
     with pytest.raises(ValueError) as error:
       Sampling(**settings)
-    want = f"sampling.{name}={value!r}: expected {expected}"
-    assert str(error.value) == want
+    want = f"sampling.{name}={value!r}: expected "
+    assert str(error.value).startswith(want)
 
 
 def test_right_values_are_accepted():
@@ -358,31 +336,22 @@ def test_right_values_are_accepted():
 
 
 @pytest.mark.parametrize(
-  "settings,text",
-  [(dict(top_k=5), "5"), (dict(top_p=0.9), "0.9"), (dict(min_p=0.1), "0.1")],
+  "settings", [dict(top_k=5), dict(top_p=0.9), dict(min_p=0.1)]
 )
-def test_a_filter_where_greedy_raises(settings, text):
-  (name,) = settings
-  with pytest.raises(ValueError) as error:
+def test_a_filter_where_greedy_raises(settings):
+  ((name, value),) = settings.items()
+  with pytest.raises(
+    ValueError, match=f"sampling.{name}={value} has no effect"
+  ):
     Sampling(**settings)
-  assert str(error.value) == (
-    f"sampling.{name}={text} has no effect with temperature=0 (greedy): "
-    "expected temperature > 0"
-  )
 
 
 @pytest.mark.parametrize(
-  "seen_BV,found",
-  [
-    (None, "None"),
-    (jnp.zeros((B, V), jnp.int32), rf"int32\[{B}, {V}\]"),
-    (jnp.zeros((1, V), bool), rf"bool\[1, {V}\]"),
-  ],
+  "seen_BV", [None, jnp.zeros((B, V), jnp.int32), jnp.zeros((1, V), bool)]
 )
-def test_seen_where_needed(seen_BV, found):
+def test_seen_where_needed(seen_BV):
   sampling = Sampling(repetition_penalty=1.2)
-  message = rf"seen_BV={found}: expected bool\[{B}, {V}\], as "
-  with pytest.raises(ValueError, match=message + "sampling.repetition_penalty"):
+  with pytest.raises(ValueError, match=rf"seen_BV=.*: expected bool\[{B}, {V}"):
     draw(jnp.asarray(_logits()), None, seen_BV, sampling)
 
 
@@ -392,17 +361,13 @@ def test_seen_where_needed(seen_BV, found):
     (lambda: None, "keys_B=None: expected 4 typed keys"),
     (lambda: _keys(batch=3), r"keys_B=key<fry>\[3\]: expected 4 typed keys"),
     (lambda: jax.random.key(0), r"keys_B=key<fry>\[\]: expected 4 typed keys"),
-    (
-      lambda: jax.random.key_data(_keys()),
-      r"keys_B=uint32\[4, 2\]: expected 4 typed keys",
-    ),
-    (
-      lambda: jax.random.split(jax.random.key(0, impl="rbg"), B),
-      "keys_B of 'rbg': a row's draw would depend on its batch; expected",
-    ),
-    (
-      lambda: jax.random.split(jax.random.key(0, impl="unsafe_rbg"), B),
-      "keys_B of 'unsafe_rbg': a row's draw would depend on its batch",
+    (lambda: jax.random.key_data(_keys()), r"keys_B=uint32\[4, 2\]: expected"),
+    *(
+      (
+        lambda impl=impl: jax.random.split(jax.random.key(0, impl=impl), B),
+        f"keys_B of '{impl}': a row's draw would depend on its batch",
+      )
+      for impl in ("rbg", "unsafe_rbg")
     ),
   ],
 )

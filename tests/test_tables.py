@@ -12,27 +12,34 @@ def _write(tmp_path, name, content):
   return str(path)
 
 
-def _values(rows):
-  assert not [row.fault for row in rows if row.fault]
-  return [dict(row.values) for row in rows]
+@pytest.mark.parametrize(
+  ("name", "content", "values", "lines"),
+  [
+    # No quoting, and lines end at "\n" alone.
+    (
+      "t.tsv",
+      'a\tb\n"x\t1\n\ny\u0085\u2028z\t"2"\n\n',
+      [('"x', "1"), ("y\u0085\u2028z", '"2"')],
+      [2, 4],
+    ),
+    ("t.tsv", b"\xef\xbb\xbfa\tb\r\n1\t2\r\n", [("1", "2")], [2]),
+    (
+      "t.csv",
+      'a,b\r\n"x, ""y""\nz",1\r\n\r\nw,2\r\n',
+      [('x, "y"\nz', "1"), ("w", "2")],
+      [2, 5],
+    ),
+    ("t.jsonl", '{"a": "x\\u0085", "b": [1]}\n\n', [("x\u0085", [1])], [1]),
+  ],
+)
+def test_rows(tmp_path, name, content, values, lines):
+  rows = tables.read_rows(_write(tmp_path, name, content), ["a", "b"], True)
+  assert not any(row.fault for row in rows)
+  assert [(row.values["a"], row.values["b"]) for row in rows] == values
+  assert [int(row.place.split()[-1]) for row in rows] == lines
 
 
 class TestTsv:
-  def test_no_quoting_and_lines_end_at_newline_only(self, tmp_path):
-    content = 'a\tb\n"x\t1\n\ny\u0085\u2028z\t"2"\n\n'
-    rows = tables.read_rows(_write(tmp_path, "t.tsv", content), ["a"], True)
-    assert _values(rows) == [
-      {"a": '"x', "b": "1"},
-      {"a": "y\u0085\u2028z", "b": '"2"'},
-    ]
-    assert [row.place[-6:] for row in rows] == ["line 2", "line 4"]
-
-  def test_windows_line_ends_and_byte_order_mark(self, tmp_path):
-    path = _write(tmp_path, "t.tsv", b"\xef\xbb\xbfa\tb\r\n1\t2\r\n")
-    assert _values(tables.read_rows(path, ["a", "b"], True)) == [
-      {"a": "1", "b": "2"}
-    ]
-
   def test_numbers_without_header(self, tmp_path):
     path = _write(tmp_path, "t.tsv", "x\ty\n1\t2\n")
     rows = tables.read_rows(path, ["1"], False)
@@ -47,67 +54,42 @@ class TestTsv:
     assert bad.place == f"{path}, line 3"
 
 
-class TestCsv:
-  def test_quotes_and_line_numbers(self, tmp_path):
-    content = 'a,b\r\n"x, ""y""\nz",1\r\n\r\nw,2\r\n'
-    rows = tables.read_rows(_write(tmp_path, "t.csv", content), ["a"], True)
-    assert _values(rows) == [{"a": 'x, "y"\nz', "b": "1"}, {"a": "w", "b": "2"}]
-    assert [row.place[-6:] for row in rows] == ["line 2", "line 5"]
-
-  def test_broken_quotes(self, tmp_path):
-    path = _write(tmp_path, "t.csv", 'a,b\n1,2\n"x,3\n')
-    with pytest.raises(ValueError, match="t.csv, line 3: malformed CSV"):
-      tables.read_rows(path, ["a"], True)
-
-
-class TestJsonl:
-  def test_objects(self, tmp_path):
-    path = _write(tmp_path, "t.jsonl", '{"a": "x\\u0085", "b": [1]}\n\n')
-    assert _values(tables.read_rows(path, ["a", "b"], True)) == [
-      {"a": "x\u0085", "b": [1]}
-    ]
-
-  @pytest.mark.parametrize(
-    ("line", "fault"),
-    [
-      ('{"a": ', "malformed JSON"),
-      ("[1]", "found a JSON list; expected an object"),
-      ('{"b": 1}', "no key 'a'; found the keys ['b']"),
-      ("[" * 100_000, "malformed JSON"),
-    ],
-  )
-  def test_faults(self, tmp_path, line, fault):
-    path = _write(tmp_path, "t.jsonl", '{"a": 1}\n' + line + "\n")
-    row = tables.read_rows(path, ["a"], True)[1]
-    assert fault in row.fault
-    assert row.place == f"{path}, line 2"
+@pytest.mark.parametrize(
+  ("line", "fault"),
+  [
+    ('{"a": ', "malformed JSON"),
+    ("[1]", "found a JSON list; expected an object"),
+    ('{"b": 1}', "no key 'a'; found the keys ['b']"),
+    ("[" * 100_000, "malformed JSON"),
+  ],
+)
+def test_faults_of_json(tmp_path, line, fault):
+  path = _write(tmp_path, "t.jsonl", '{"a": 1}\n' + line + "\n")
+  row = tables.read_rows(path, ["a"], True)[1]
+  assert fault in row.fault
+  assert row.place == f"{path}, line 2"
 
 
 @pytest.mark.parametrize(
-  ("content", "columns", "header", "message"),
+  ("name", "content", "columns", "header", "message"),
   [
-    ("a\tb\n1\t2\n", ["c"], True, r"t.tsv: no column 'c'; found \['a', 'b'\]"),
-    ("a\ta\n1\t2\n", ["a"], True, "t.tsv: twice the column 'a'"),
-    ("1\t2\n", ["a"], False, "t.tsv: no column 'a'.*numbers from 0"),
-    ("1\t2\n", ["2"], False, "t.tsv: no column '2'"),
-    (b"a\tb\n\xff\t2\n", ["a"], True, "t.tsv: not UTF-8"),
+    ("t.tsv", "a\tb\n1\t2\n", ["c"], True, r"no column 'c'.*\['a', 'b'\]"),
+    ("t.tsv", "a\ta\n1\t2\n", ["a"], True, "twice the column 'a'"),
+    ("t.tsv", "1\t2\n", ["a"], False, "no column 'a'.*numbers from 0"),
+    ("t.tsv", "1\t2\n", ["2"], False, "no column '2'"),
+    ("t.tsv", b"a\tb\n\xff\t2\n", ["a"], True, "not UTF-8"),
+    ("t.csv", 'a,b\n1,2\n"x,3\n', ["a"], True, "line 3: malformed CSV"),
+    ("t.parquet", "x", ["a"], True, "extension='.parquet'"),
+    ("t.tsv", None, ["a"], True, "cannot be read: No such"),
   ],
 )
-def test_files_that_cannot_be_read(tmp_path, content, columns, header, message):
-  path = _write(tmp_path, "t.tsv", content)
-  with pytest.raises(ValueError, match=message):
-    tables.read_rows(path, columns, header)
-
-
-def test_no_such_file_folder_or_extension(tmp_path):
-  with pytest.raises(ValueError, match="none.tsv: cannot be read: No such"):
-    tables.read_rows(str(tmp_path / "none.tsv"), ["a"], True)
-  (tmp_path / "dir.tsv").mkdir()
-  with pytest.raises(ValueError, match="dir.tsv: cannot be read"):
-    tables.read_rows(str(tmp_path / "dir.tsv"), ["a"], True)
-  path = _write(tmp_path, "t.parquet", "x")
-  with pytest.raises(ValueError, match=r"t.parquet: .*'.parquet'; expected"):
-    tables.read_rows(path, ["a"], True)
+def test_files_that_cannot_be_read(
+  tmp_path, name, content, columns, header, message
+):
+  if content is not None:
+    _write(tmp_path, name, content)
+  with pytest.raises(ValueError, match=f"{name}.*{message}"):
+    tables.read_rows(str(tmp_path / name), columns, header)
 
 
 def test_labels_file(tmp_path):
@@ -125,15 +107,18 @@ def test_labels_sort_as_numbers_if_all_are():
 
 
 def test_bad_rows_are_raised_or_counted(capsys):
-  rows = ["1", "x", "2", "y"]
-  with pytest.raises(ValueError, match="'x'"):
-    tables.Bad("error").keep(rows, int, "train")
-  bad = tables.Bad("skip")
-  assert bad.keep(rows, int, "train") == [1, 2]
-  assert bad.keep(["3"], int, "dev") == [3]
-  assert bad.skipped == {"train": 2}
+  rows = [tables.Row(f"row {v}", {}, "faulty" * (v == "y")) for v in "1x2y"]
+  parse = lambda row: int(row.place[4:])
+  with pytest.raises(ValueError, match="row x: invalid literal.*'x'"):
+    tables.RowErrors("error").keep(rows, parse, "train")
+  with pytest.raises(ValueError, match="row y: faulty"):
+    tables.RowErrors("error").keep(rows[3:], parse, "train")
+  errors = tables.RowErrors("skip")
+  assert errors.keep(rows, parse, "train") == [1, 2]
+  assert errors.keep(rows[:1], parse, "dev") == [1]
+  assert errors.skipped == {"train": 2}
   said = capsys.readouterr().err
   assert said.count("\n") == 1
   assert "train: 2 malformed rows skipped" in said and "'x'" in said
   with pytest.raises(ValueError, match="on_bad='ignore'"):
-    tables.Bad("ignore")
+    tables.RowErrors("ignore")

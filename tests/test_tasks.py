@@ -2,10 +2,10 @@
 
 import json
 
-from ml_collections import config_dict
 import pytest
 
 from gemma_funnel import tasks
+from gemma_funnel.tasks import examples, metrics
 from gemma_funnel.tasks.task import KINDS
 
 
@@ -41,11 +41,8 @@ def test_dev_is_taken_from_train(tmp_path):
   # Of both classes, though the file is sorted.
   assert 3 < sum(e.label for e in task.splits["dev"]) < 17
   assert list(task.splits) == ["train", "dev", "test"]
-
-
-def test_dev_of_its_own(tmp_path):
-  config = _config(tmp_path, dev=_write(tmp_path, "dev.jsonl", 10, 500))
-  task = tasks.load(config)
+  dev = _write(tmp_path, "dev.jsonl", 10, 500)
+  task = tasks.load(_config(tmp_path, dev=dev))
   assert len(_texts(task, "train")) == 100
   assert _texts(task, "dev") == [f"t{i}" for i in range(500, 510)]
 
@@ -103,18 +100,12 @@ def test_names_and_metrics(tmp_path):
     ({"separator": "tab"}, "separator='tab': format='table' does not use it"),
     ({"format": "conll"}, "text='text': format='conll' does not use it"),
     ({"format": "code_tags"}, "format='code_tags' does not use it"),
+    ({"format": "conll", "text": None, "label": None}, "is 'tagging'"),
   ],
 )
 def test_keys(tmp_path, keys, message):
   with pytest.raises(ValueError, match=message):
     tasks.load(_config(tmp_path, **keys))
-
-
-def test_kinds_that_formats_imply():
-  config = tasks.default_config()
-  config.update(format="code_tags", kind="classification")
-  with pytest.raises(ValueError, match="format='code_tags' is 'tagging'"):
-    tasks.load(config)
 
 
 def test_train_too_small_to_divide(tmp_path):
@@ -124,17 +115,45 @@ def test_train_too_small_to_divide(tmp_path):
     tasks.load(config)
 
 
-def test_every_key_has_a_default():
-  config = tasks.default_config()
-  assert isinstance(config, config_dict.ConfigDict)
+def test_every_kind_of_a_table_has_metrics_that_fit():
+  for kind, spec in examples.KINDS.items():
+    assert kind in KINDS
+    metrics.check_names(spec.metrics, kind)
+
+
+@pytest.mark.parametrize("name", tasks.PRESETS)
+def test_a_preset_has_the_keys_of_every_task(name):
+  config, default = tasks.preset(name), tasks.default_config()
+  assert config.keys() == default.keys()
+  assert config.format in tasks.FORMATS
+  changed = {k for k in config if config[k] != default[k]}
+  sizes = {"max_train", "max_dev", "max_test"}
+  assert changed <= {"format", "dataset", "kind", "choices", "group", *sizes}
+  found = config.max_train, config.max_dev, config.max_test
+  assert sizes.isdisjoint(changed) or found == (2000, 300, 600)
+  assert tasks.preset(name) is not config  # One's changes are not another's.
   config.max_train = 5  # A placeholder takes a value of its type.
   with pytest.raises(TypeError):
     config.max_train = "all"
 
 
-def test_every_kind_of_a_table_has_metrics_that_fit():
-  from gemma_funnel.tasks import examples, metrics
+def test_presets_by_name():
+  assert len(set(tasks.GLUE)) == 9
+  for name, dataset in (("stsb", "glue/stsb"), ("conll2003", "conll2003")):
+    config = tasks.preset(name)
+    assert (config.format, config.dataset) == ("tfds", dataset)
+  with pytest.raises(ValueError, match="task='cola2': expected one of .*cola"):
+    tasks.preset("cola2")
 
-  for kind, names in examples.METRICS.items():
-    assert kind in KINDS
-    metrics.check_names(names, kind)
+
+def test_minimal_pairs_are_read_by_their_columns(tmp_path):
+  config = tasks.preset("blimp")
+  path = tmp_path / "pairs.jsonl"
+  path.write_text(
+    '{"sentence_good": "she runs", "sentence_bad": "she run", "UID": "verb"}\n'
+  )
+  config.test = str(path)
+  task = tasks.load(config)
+  (example,) = task.splits["test"]
+  assert task.kind == "choice" and example.choices == ("she runs", "she run")
+  assert (example.answer, example.group, example.prompt) == (0, "verb", "")

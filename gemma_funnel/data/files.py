@@ -147,7 +147,7 @@ class TextFile(File):
     return Document(self.key(i), self._text([self._part(start, end - start)]))
 
 
-def _check_text(text: Any, place: str, text_key: str) -> str:
+def check_text(text: Any, place: str, text_key: str) -> str:
   """A string that UTF-8 can express, else a ValueError that names the place."""
   require(
     isinstance(text, str),
@@ -176,7 +176,7 @@ def _json_text(content: bytes, place: str, text_key: str) -> str:
   )
   found = f"no key {text_key!r}; found the keys {sorted(record)}"
   require(text_key in record, f"{place}: {found}")
-  return _check_text(record[text_key], place, text_key)
+  return check_text(record[text_key], place, text_key)
 
 
 class JsonLines(File):
@@ -314,7 +314,7 @@ class ParquetFile(File):
     values = _row_group(self.path, self.text_key, group)
     value = values[i - (int(self._ends[group]) - len(values))].as_py()
     place = f"{self.path}, row {i}"
-    return Document(self.key(i), _check_text(value, place, self.text_key))
+    return Document(self.key(i), check_text(value, place, self.text_key))
 
 
 @contextlib.contextmanager
@@ -385,7 +385,7 @@ class TfdsSplit(File):
     value, place = self._examples[i][self.text_key], f"{self.path}, example {i}"
     if isinstance(value, bytes):
       value = _decode(value, place, "UTF-8 text")
-    return Document(self.key(i), _check_text(value, place, self.text_key))
+    return Document(self.key(i), check_text(value, place, self.text_key))
 
 
 def open_file(path: str, text_key: str) -> File:

@@ -12,17 +12,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gemma_funnel.checks import is_number, require, require_int
+
 # Beyond these, float32 logits over- or underflow.
 _LEAST, _MOST = 1e-6, 1e6
-
-
-def _require(ok: bool, field: str, value, expected: str) -> None:
-  if not ok:
-    raise ValueError(f"sampling.{field}={value!r}: expected {expected}")
-
-
-def _is_number(value) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,43 +41,35 @@ class Sampling:
   repetition_penalty: float = 1.0
 
   def __post_init__(self):
-    value = self.temperature
-    _require(
-      _is_number(value) and (value == 0 or _LEAST <= value <= _MOST),
-      "temperature",
-      value,
-      f"0 (greedy), or a number >= {_LEAST:g} and <= {_MOST:g}",
-    )
-    value = self.top_k
-    _require(
-      value is None
-      or (isinstance(value, int) and not isinstance(value, bool) and value > 0),
-      "top_k",
-      value,
-      "an integer >= 1, or None for all",
-    )
-    value = self.top_p
-    ok = _is_number(value) and 0 < value <= 1
-    _require(ok, "top_p", value, "a number > 0 and <= 1")
-    value = self.min_p
-    ok = _is_number(value) and 0 <= value < 1
-    _require(ok, "min_p", value, "a number >= 0 and < 1")
-    value = self.repetition_penalty
-    ok = _is_number(value) and _LEAST <= value <= _MOST
-    expected = f"a number >= {_LEAST:g} and <= {_MOST:g} (1 is none)"
-    _require(ok, "repetition_penalty", value, expected)
-    self._require_filters_to_matter()
-
-  def _require_filters_to_matter(self) -> None:
-    if self.temperature != 0:
-      return
+    within = lambda x: _LEAST <= x <= _MOST
+    for name, fits, expected in (
+      (
+        "temperature",
+        lambda x: x == 0 or within(x),
+        f"0 (greedy), or a number >= {_LEAST:g} and <= {_MOST:g}",
+      ),
+      ("top_p", lambda x: 0 < x <= 1, "a number > 0 and <= 1"),
+      ("min_p", lambda x: 0 <= x < 1, "a number >= 0 and < 1"),
+      (
+        "repetition_penalty",
+        within,
+        f"a number >= {_LEAST:g} and <= {_MOST:g} (1 is none)",
+      ),
+    ):
+      value = getattr(self, name)
+      require(
+        is_number(value) and fits(value),
+        f"sampling.{name}={value!r}: expected {expected}",
+      )
+    if self.top_k is not None:
+      require_int("sampling.top_k", self.top_k, 1)
     for name, off in (("top_k", None), ("top_p", 1), ("min_p", 0)):
       value = getattr(self, name)
-      if value != off:
-        raise ValueError(
-          f"sampling.{name}={value!r} has no effect with temperature=0 "
-          "(greedy): expected temperature > 0"
-        )
+      require(
+        self.temperature != 0 or value == off,
+        f"sampling.{name}={value!r} has no effect with temperature=0 (greedy): "
+        "expected temperature > 0",
+      )
 
   @property
   def needs_seen(self) -> bool:
@@ -192,14 +177,18 @@ def _nucleus(top_BK, total_B1, top_p):
   return jnp.minimum(lowest_B1, top_BK[:, :1])
 
 
+def _found(array) -> str:
+  dtype = getattr(array, "dtype", None)
+  return str(array) if dtype is None else f"{dtype}{list(array.shape)}"
+
+
 def _require_seen(seen_BV, shape) -> None:
-  dtype = getattr(seen_BV, "dtype", None)
-  if dtype != jnp.bool_ or seen_BV.shape != shape:
-    found = seen_BV if dtype is None else f"{dtype}{list(seen_BV.shape)}"
-    raise ValueError(
-      f"seen_BV={found}: expected bool{list(shape)}, as "
-      "sampling.repetition_penalty needs the tokens seen"
-    )
+  found, expected = _found(seen_BV), f"bool{list(shape)}"
+  require(
+    found == expected,
+    f"seen_BV={found}: expected {expected}, as sampling.repetition_penalty "
+    "needs the tokens seen",
+  )
 
 
 def _require_keys(keys_B, batch: int) -> None:
@@ -208,15 +197,15 @@ def _require_keys(keys_B, batch: int) -> None:
   typed = dtype is not None and jax.dtypes.issubdtype(
     dtype, jax.dtypes.prng_key
   )
-  if not typed or keys_B.shape != (batch,):
-    found = keys_B if dtype is None else f"{dtype}{list(keys_B.shape)}"
-    raise ValueError(
-      f"keys_B={found}: expected {batch} typed keys, as of jax.random.split"
-    )
+  require(
+    typed and keys_B.shape == (batch,),
+    f"keys_B={_found(keys_B)}: expected {batch} typed keys, as of "
+    "jax.random.split",
+  )
   implementation = str(jax.random.key_impl(keys_B))
-  if "rbg" in implementation:
-    # jax draws the whole batch from one key (jax.random, "Advanced RNG").
-    raise ValueError(
-      f"keys_B of {implementation!r}: a row's draw would depend on its batch; "
-      "expected keys of 'threefry2x32'"
-    )
+  # jax draws the whole batch from one key (jax.random, "Advanced RNG").
+  require(
+    "rbg" not in implementation,
+    f"keys_B of {implementation!r}: a row's draw would depend on its batch; "
+    "expected keys of 'threefry2x32'",
+  )

@@ -2,7 +2,7 @@
 
 `load` reads a task whole. Formats: tables (.tsv, .csv, .jsonl), CoNLL, prepared
 TensorFlow Datasets, and two that need no file at all: the standard library's
-code, tagged or told apart by package.
+code, tagged or told apart by package. `preset` has configurations by name.
 """
 
 import dataclasses
@@ -11,24 +11,49 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from gemma_funnel.tasks import metrics
-from gemma_funnel.tasks.task import GENERATIVE_KINDS, KINDS, SPLITS, Task
+from gemma_funnel.checks import (
+  require,
+  require_between,
+  require_choice,
+  require_int,
+)
+from gemma_funnel.tasks import conll, examples, metrics, python_code, tfds
+from gemma_funnel.tasks.task import (
+  GENERATIVE_KINDS,
+  KINDS,
+  SPLITS,
+  Task,
+  sample,
+)
 
-FORMATS = ("table", "conll", "tfds", "code_tags", "code_packages")
-_TABLE_KEYS = ("prompt", "choices", "answer", "group", "answer_pattern")
+_READERS = {
+  "table": examples.load,
+  "conll": conll.load,
+  "tfds": tfds.load,
+  "code_tags": python_code.load,
+  "code_packages": python_code.load,
+}
+FORMATS = tuple(_READERS)
+GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+# A set of minimal pairs by its columns (Warstadt et al., TACL 2020).
+BLIMP = "blimp"
+PRESETS = (*FORMATS, *GLUE, "conll2003", BLIMP)
 # Keys that only some formats read; one that is set elsewhere is a mistake.
 _READ_BY = {
-  "dataset": ("tfds",),
-  "data_dir": ("tfds",),
-  "text": ("table", "tfds"),
-  "second": ("table", "tfds"),
-  "label": ("table", "tfds"),
+  **dict.fromkeys(("dataset", "data_dir"), ("tfds",)),
+  **dict.fromkeys(("text", "second", "label"), ("table", "tfds")),
+  **dict.fromkeys(SPLITS, ("table", "conll", "tfds")),
+  **dict.fromkeys(
+    ("prompt", "choices", "answer", "group", "answer_pattern"), ("table",)
+  ),
   "labels": ("table", "conll"),
   "separator": ("conll",),
-  "train": ("table", "conll", "tfds"),
-  "dev": ("table", "conll", "tfds"),
-  "test": ("table", "conll", "tfds"),
-  **{key: ("table",) for key in _TABLE_KEYS},
+}
+# The kinds of formats that have but one.
+_KIND_OF = {
+  "conll": "tagging",
+  "code_tags": "tagging",
+  "code_packages": "classification",
 }
 
 
@@ -89,6 +114,27 @@ def default_config() -> config_dict.ConfigDict:
   )
 
 
+def preset(name: str) -> config_dict.ConfigDict:
+  """The configuration of a task; it leaves open files or folders alone.
+
+  Raises:
+    ValueError: no preset of that name.
+  """
+  require_choice("task", name, PRESETS)
+  config = default_config()
+  if name in FORMATS:
+    config.format = name
+  elif name == BLIMP:
+    config.update(kind="choice", choices="sentence_good,sentence_bad")
+    config.group = "UID"
+  else:
+    dataset = f"glue/{name}" if name in GLUE else name
+    config.update(format="tfds", dataset=dataset)
+  if name in ("code_tags", "code_packages"):
+    config.update(max_train=2000, max_dev=300, max_test=600)
+  return config
+
+
 def load(config: Any) -> Task:
   """Reads a task whole.
 
@@ -97,81 +143,91 @@ def load(config: Any) -> Task:
 
   Returns:
     The task: train, dev and test for kinds that are fine-tuned (dev is taken
-    from train where there is none), what was given for the others.
+    from train where there is none), the splits that were given for the others.
 
   Raises:
     ValueError: a value of a key, a file, a row or a split that is not as it
       should be; the message names it.
   """
   _check(config)
-  # A format is imported when it is wanted: TFDS takes a second.
-  match config.format:
-    case "table":
-      from gemma_funnel.tasks import examples as reader
-    case "conll":
-      from gemma_funnel.tasks import conll as reader
-    case "tfds":
-      from gemma_funnel.tasks import tfds as reader
-    case _:
-      from gemma_funnel.tasks import python_code as reader
-  from gemma_funnel.tasks import splits
-
-  splits.check(config)
-  task = dataclasses.replace(reader.load(config), name=_name(config))
+  task = _READERS[config.format](config)
   names = task.metrics
   if config.metrics:
     names = tuple(name.strip() for name in config.metrics.split(","))
   metrics.check_names(names, task.kind)
-  return splits.finish(dataclasses.replace(task, metrics=names), config)
+  task = dataclasses.replace(task, name=_name(config), metrics=names)
+  return dataclasses.replace(task, splits=_splits(task, config))
 
 
 def _check(config: Any) -> None:
-  """Raises on a key that the format does not read, rather than ignore it."""
-  if config.format not in FORMATS:
-    raise ValueError(
-      f"format={config.format!r}: expected one of {list(FORMATS)}"
-    )
-  if config.documents not in ("file", "line"):
-    raise ValueError(
-      f"documents={config.documents!r}: expected 'file' or 'line'"
-    )
-  if config.kind is not None and config.kind not in KINDS:
-    raise ValueError(f"kind={config.kind!r}: expected one of {list(KINDS)}")
+  require_choice("format", config.format, FORMATS)
+  require_choice("documents", config.documents, ("file", "line"))
+  require_choice("kind", config.kind, (None, *KINDS))
+  require_between("dev_fraction", config.dev_fraction, 0, 1, open=True)
+  for split in SPLITS:
+    if config[f"max_{split}"] is not None:
+      require_int(f"max_{split}", config[f"max_{split}"], 1)
   for key, formats in _READ_BY.items():
-    if config[key] and config.format not in formats:
-      raise ValueError(
-        f"{key}={config[key]!r}: format={config.format!r} does not use it; "
-        f"only {list(formats)} do"
-      )
-  kind = {"conll": "tagging", "code_tags": "tagging"}.get(config.format)
-  kind = "classification" if config.format == "code_packages" else kind
-  if kind and config.kind not in (None, kind):
-    raise ValueError(
-      f"kind={config.kind!r}: format={config.format!r} is {kind!r}; expected "
-      "that, or None"
+    require(
+      not config[key] or config.format in formats,
+      f"{key}={config[key]!r}: format={config.format!r} does not use it; only "
+      f"{list(formats)} do",
     )
-  if config.format not in ("table", "conll"):
-    return
-  if not config.test:
-    raise ValueError(
+  kind = _KIND_OF.get(config.format, config.kind)
+  require(
+    config.kind in (None, kind),
+    f"kind={config.kind!r}: format={config.format!r} is {kind!r}; expected "
+    "that, or None",
+  )
+  if config.format in ("table", "conll"):
+    require(
+      bool(config.test),
       "test is not set: name the file that results are of (dev can be taken "
-      "from train, test cannot)"
+      "from train, test cannot)",
     )
-  if not config.train and config.kind not in GENERATIVE_KINDS:
-    raise ValueError(
+    require(
+      bool(config.train) or config.kind in GENERATIVE_KINDS,
       f"train is not set: name its file; only the kinds {GENERATIVE_KINDS} "
-      "need none"
+      "need none",
     )
 
 
 def _name(config: Any) -> str:
-  if config.name:
-    return config.name
-  if config.dataset:
-    return config.dataset
+  if config.name or config.dataset:
+    return config.name or config.dataset
   paths = [config[split] for split in SPLITS if config[split]]
   if not paths:
     return config.format
   # "data/snli/test.tsv" is snli: files are called after their splits.
   folder = os.path.basename(os.path.dirname(os.path.abspath(paths[-1])))
   return folder or os.path.basename(paths[-1])
+
+
+def _splits(task: Task, config: Any) -> dict[str, tuple]:
+  """The splits, dev out of train where there is none, each at most its size."""
+  splits = dict(task.splits)
+  for split, part in splits.items():
+    skipped = task.skipped.get(split, 0)
+    why = f" ({skipped} malformed rows were skipped)" if skipped else ""
+    require(
+      bool(part),
+      f"the split {split} of {task.name!r} is empty{why}; expected at least "
+      "one example",
+    )
+  if "dev" not in splits and task.kind not in GENERATIVE_KINDS:
+    train = splits["train"]
+    require(
+      len(train) > 1,
+      f"train has {len(train)} example, too few to take dev from; name a dev",
+    )
+    count = round(len(train) * config.dev_fraction)
+    count = min(max(count, 1), len(train) - 1)
+    held = sample(range(len(train)), count, config, "dev of train")
+    splits["dev"] = [train[i] for i in held]
+    held = set(held)
+    splits["train"] = [x for i, x in enumerate(train) if i not in held]
+  return {
+    s: tuple(sample(splits[s], config[f"max_{s}"], config, s))
+    for s in SPLITS
+    if s in splits
+  }

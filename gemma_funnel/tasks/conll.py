@@ -6,8 +6,9 @@ import dataclasses
 import re
 from typing import Any
 
+from gemma_funnel.checks import require, require_choice
 from gemma_funnel.tasks import tables
-from gemma_funnel.tasks.task import SPLITS, TaggedExample, Task
+from gemma_funnel.tasks.task import TaggedExample, Task
 
 SCHEMES = ("auto", "bio1", "bio2", "iobes", "plain")
 OUTSIDE = "O"
@@ -21,7 +22,7 @@ _SEPARATORS = {"tab": "\t", "space": " "}
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-  """Words and tags as they were read; `place` is where, for messages."""
+  """Words and tags; `place` and `fault` are as a `tables.Row`'s."""
 
   place: str
   words: tuple[str, ...]
@@ -35,31 +36,22 @@ def load(config: Any) -> Task:
   Raises:
     ValueError: a file or a sentence that is not as it should be.
   """
-  raw = {
-    split: [
-      sentence
-      for path in tables.paths_of(config[split])
-      for sentence in read_sentences(
-        path, config.word_column, config.tag_column, config.separator
-      )
-    ]
-    for split in SPLITS
-    if config[split]
-  }
-  for split, part in raw.items():
-    if not part:
-      raise ValueError(
-        f"{config[split]}: no sentences; expected at least one in {split}"
-      )
-  return make_task(config, raw)
+  columns = config.word_column, config.tag_column, config.separator
+  read = lambda path: read_sentences(path, *columns)
+  return make_task(config, tables.read_splits(config, read))
 
 
-def make_task(config: Any, raw: dict[str, list[Sentence]]) -> Task:
+def make_task(
+  config: Any,
+  splits: dict[str, list[Sentence]],
+  metrics: tuple[str, ...] | None = None,
+) -> Task:
   """Converts tags to the labels of a task.
 
   Args:
     config: `name`, `scheme`, `labels`, `on_bad`.
-    raw: sentences by split.
+    splits: sentences by split.
+    metrics: None is those that fit the tags.
 
   Returns:
     The task. Labels are those of the file `labels`, or of train: "O" and, for
@@ -68,32 +60,26 @@ def make_task(config: Any, raw: dict[str, list[Sentence]]) -> Task:
   Raises:
     ValueError: a tag that the scheme does not have, or that train has not.
   """
-  bad = tables.Bad(config.on_bad)
   scheme = config.scheme
-  if scheme not in SCHEMES:
-    raise ValueError(f"scheme={scheme!r}: expected one of {list(SCHEMES)}")
+  require_choice("scheme", scheme, SCHEMES)
   if scheme == "auto":
-    scheme = detect_scheme(s.tags for part in raw.values() for s in part)
-  splits = {
-    split: bad.keep(part, lambda s: _in_bio2(s, scheme), split)
-    for split, part in raw.items()
-  }
-  plain = scheme == "plain"
+    scheme = detect_scheme(s.tags for part in splits.values() for s in part)
+  if plain := scheme == "plain":
+    metrics = metrics or PLAIN_METRICS
+  else:
+    splits = {k: [_in_bio2(s, scheme) for s in v] for k, v in splits.items()}
   if config.labels:
     labels = tables.read_labels(config.labels)
   else:
     labels = _labels(splits.get("train", []), plain)
   index = {tag: i for i, tag in enumerate(labels)}
-  return Task(
-    name=config.name or "",
-    kind="tagging",
-    labels=labels,
-    metrics=PLAIN_METRICS if plain else SPAN_METRICS,
-    splits={
-      split: bad.keep(part, lambda s: _indexed(s, index), split)
-      for split, part in splits.items()
-    },
-    skipped=bad.skipped,
+  return tables.make_task(
+    config,
+    "tagging",
+    labels,
+    metrics or SPAN_METRICS,
+    splits,
+    lambda sentence: _indexed(sentence, index),
   )
 
 
@@ -120,20 +106,21 @@ def read_sentences(
     ValueError: the file cannot be read, has no such column, or no such
       separator is known.
   """
-  if separator not in (None, "", *_SEPARATORS):
-    raise ValueError(
-      f"separator={separator!r}: expected None (any spaces and tabs) or one of "
-      f"{list(_SEPARATORS)}"
-    )
-  split = _splitter(separator)
+  require(
+    not separator or separator in _SEPARATORS,
+    f"separator={separator!r}: expected None (any spaces and tabs) or one of "
+    f"{list(_SEPARATORS)}",
+  )
   lines = [
-    (number, line, split(line) if line.strip() else [])
+    (number, line, _cells(line, separator))
     for number, line in tables.lines_of(tables.read_text(path))
   ]
   width = _width(lines)
   for key, column in (("word_column", word_column), ("tag_column", tag_column)):
-    if width and not -width <= column < width:
-      raise ValueError(f"{path}: {key}={column}, but it has {width} columns")
+    require(
+      not width or -width <= column < width,
+      f"{path}: {key}={column}, but it has {width} columns",
+    )
   sentences, rows = [], []
   for number, line, cells in [*lines, (0, "", [])]:
     if not cells or _DOCUMENT_MARK in (cells[0], *cells[word_column:][:1]):
@@ -145,11 +132,13 @@ def read_sentences(
   return sentences
 
 
-def _splitter(separator: str | None):
+def _cells(line: str, separator: str | None) -> list[str]:
+  if not line.strip():
+    return []
   if separator:
-    return lambda line: line.split(_SEPARATORS[separator])
+    return line.split(_SEPARATORS[separator])
   # Not str.split(), which cuts at no-break spaces, too.
-  return lambda line: re.split(r"[ \t]+", line.strip(" \t"))
+  return re.split(r"[ \t]+", line.strip(" \t"))
 
 
 def _width(lines) -> int:
@@ -174,11 +163,9 @@ def _sentence(path, rows, width, word_column, tag_column) -> Sentence:
       fault = "the tag is empty"
     if fault:
       return Sentence(f"{path}, line {number}", (), (), fault)
-  return Sentence(
-    f"{path}, line {rows[0][0]}",
-    tuple(cells[word_column] for _, cells in rows),
-    tuple(cells[tag_column] for _, cells in rows),
-  )
+  words = tuple(cells[word_column] for _, cells in rows)
+  tags = tuple(cells[tag_column] for _, cells in rows)
+  return Sentence(f"{path}, line {rows[0][0]}", words, tags)
 
 
 def detect_scheme(sentences: Iterable[Sequence[str]]) -> str:
@@ -243,27 +230,23 @@ def to_bio2(tags: Sequence[str], scheme: str) -> tuple[str, ...]:
 
 def _check_iobes(tag, prefix, i, previous, continues) -> None:
   must = previous[0] in "BI"
-  if must != (prefix in ("I", "E", "L")) or (must and not continues):
-    raise ValueError(
-      f"found the tag {tag!r} (word {i + 1}) after {previous!r}; with "
-      "scheme='iobes' a span is S- alone, or B-, I- and E- of one type"
-    )
+  require(
+    must == (prefix in ("I", "E", "L")) and (continues or not must),
+    f"found the tag {tag!r} (word {i + 1}) after {previous!r}; with "
+    "scheme='iobes' a span is S- alone, or B-, I- and E- of one type",
+  )
 
 
 def _in_bio2(sentence: Sentence, scheme: str) -> Sentence:
-  if sentence.fault:
-    raise ValueError(f"{sentence.place}: {sentence.fault}")
-  if scheme == "plain":
-    return sentence
   try:
     tags = to_bio2(sentence.tags, scheme)
   except ValueError as e:
-    raise ValueError(f"{sentence.place}: {e}") from e
+    return dataclasses.replace(sentence, fault=str(e))
   return dataclasses.replace(sentence, tags=tags)
 
 
 def _labels(sentences: list[Sentence], plain: bool) -> tuple[str, ...]:
-  tags = {tag for sentence in sentences for tag in sentence.tags}
+  tags = {tag for s in sentences if not s.fault for tag in s.tags}
   if plain:
     return tuple(sorted(tags))
   types = sorted({tag[2:] for tag in tags if tag != OUTSIDE})
@@ -272,11 +255,10 @@ def _labels(sentences: list[Sentence], plain: bool) -> tuple[str, ...]:
 
 def _indexed(sentence: Sentence, index: dict[str, int]) -> TaggedExample:
   for i, tag in enumerate(sentence.tags):
-    if tag not in index:
-      raise ValueError(
-        f"{sentence.place}: found the tag {tag!r} (word {i + 1}); expected one "
-        f"that occurs in train or in the file of labels: {list(index)[:20]}"
-      )
-  return TaggedExample(
-    sentence.words, tuple(index[tag] for tag in sentence.tags)
-  )
+    require(
+      tag in index,
+      f"found the tag {tag!r} (word {i + 1}); expected one that occurs in "
+      f"train or in the file of labels: {list(index)[:20]}",
+    )
+  tags = tuple(index[tag] for tag in sentence.tags)
+  return TaggedExample(sentence.words, tags)

@@ -1,9 +1,8 @@
 """Examples of a task as rows of tokens, and rows as batches.
 
-A text is [BOS] text [EOS], a pair [BOS] first [EOS] second [EOS]. Words that
-are tagged are encoded one by one, so that each of them has tokens of its own
-whatever the tokenizer does; a word's label stands at its last token, which in a
-causal model has seen all of it.
+A text is [BOS] text [EOS], a pair [BOS] first [EOS] second [EOS]. Tagged words
+are encoded one by one, so that each has tokens of its own. A word's label
+stands at its last token, which has seen all of the word in a causal model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ import functools
 import grain
 import numpy as np
 
+from gemma_funnel.checks import require_choice, require_int
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
 from gemma_funnel.tasks.task import TaggedExample, Task, TextExample
 
@@ -63,10 +63,8 @@ def encode(
   Raises:
     ValueError: a length without room for a token, or no such `long`.
   """
-  if long not in LONG:
-    raise ValueError(f"long={long!r}: expected one of {list(LONG)}")
-  if length < 4:
-    raise ValueError(f"length={length}: expected at least 4 for a task")
+  require_choice("long", long, LONG)
+  require_int("length", length, 4)
   if task.kind == "tagging":
     return [
       row
@@ -76,25 +74,20 @@ def encode(
   # A regression's labels are numbers, however they are written.
   label_of = float if task.kind == "regression" else int
   return [
-    Row(
-      _text_tokens(example, tokenizer, length), label_of(example.label), number
-    )
-    for number, example in enumerate(examples)
+    Row(_text_tokens(x, tokenizer, length), label_of(x.label), number)
+    for number, x in enumerate(examples)
   ]
 
 
 def _text_tokens(example: TextExample, tokenizer: Tokenizer, length: int):
-  first = tokenizer.encode(example.text)
-  if example.second is None:
-    ids = [BOS_ID, *first[: length - 2], EOS_ID]
-    return np.asarray(ids, np.int32)
-  second = tokenizer.encode(example.second)
-  room = length - 3
-  # The longer of the two is cut, until both fit.
-  keep_second = min(len(second), max(room - len(first), room // 2))
-  keep_first = min(len(first), room - keep_second)
-  ids = [BOS_ID, *first[:keep_first], EOS_ID, *second[:keep_second], EOS_ID]
-  return np.asarray(ids, np.int32)
+  first, second = tokenizer.encode(example.text), []
+  room = length - 2
+  if example.second is not None:
+    second, room = tokenizer.encode(example.second), length - 3
+    # The longer of the two is cut, until both fit.
+    second = second[: max(room - len(first), room // 2)] + [EOS_ID]
+    room -= len(second) - 1
+  return np.asarray([BOS_ID, *first[:room], EOS_ID, *second], np.int32)
 
 
 def _tagged_rows(
@@ -156,13 +149,10 @@ def join_words(
 def _width(rows: Sequence[Row], chosen: Sequence[int], length: int) -> int:
   """A power of two that holds the chosen rows, or `length` if that is less.
 
-  Programs are compiled for a width: there are to be few.
+  Each width is a program to compile: few are wanted.
   """
   longest = max(len(rows[i].tokens) for i in chosen)
-  width = _LEAST_WIDTH
-  while width < longest:
-    width *= 2
-  return min(width, length)
+  return min(max(_LEAST_WIDTH, 1 << (longest - 1).bit_length()), length)
 
 
 def batch(rows: Sequence[Row], size: int, width: int) -> dict[str, np.ndarray]:
@@ -189,12 +179,7 @@ def batch(rows: Sequence[Row], size: int, width: int) -> dict[str, np.ndarray]:
       weight[at, :count] = row.label != IGNORE
     else:
       label[at], weight[at] = row.label, 1
-  return {
-    "tokens": tokens,
-    "segment": segment,
-    "label": label,
-    "weight": weight,
-  }
+  return dict(tokens=tokens, segment=segment, label=label, weight=weight)
 
 
 class TrainBatches:

@@ -4,6 +4,7 @@ They are imported when a metric is wanted: importing the package stays light.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+import importlib
 import math
 import re
 from typing import Any
@@ -11,20 +12,23 @@ import warnings
 
 import numpy as np
 
+from gemma_funnel.checks import require
+
 Value = float | None
 _SPAN_TAG = re.compile("O|[BI]-.+")
 
 
-def check_names(names: Iterable[str], kind: str) -> None:
+def check_names(names: Iterable[str], kind: str | None = None) -> None:
   """Raises ValueError on a metric that is unknown or not of the task's kind."""
   for name in names:
-    if name not in _METRICS:
-      raise ValueError(f"metric {name!r}: expected one of {list(_METRICS)}")
-    if kind not in _METRICS[name][0]:
-      fitting = [n for n, (kinds, _) in _METRICS.items() if kind in kinds]
-      raise ValueError(
-        f"metric {name!r}: not of kind={kind!r}; expected one of {fitting}"
-      )
+    require(
+      name in _METRICS, f"metric {name!r}: expected one of {list(_METRICS)}"
+    )
+    fitting = [n for n, (kinds, _) in _METRICS.items() if kind in kinds]
+    require(
+      kind is None or name in fitting,
+      f"metric {name!r}: not of kind={kind!r}; expected one of {fitting}",
+    )
 
 
 def compute(
@@ -56,120 +60,92 @@ def compute(
     FloatingPointError: a prediction or reference that is not finite.
   """
   names = tuple(names)
-  for name in names:
-    if name not in _METRICS:
-      raise ValueError(f"metric {name!r}: expected one of {list(_METRICS)}")
-  if len(predictions) != len(references) or not len(references):
-    raise ValueError(
-      f"found {len(predictions)} predictions and {len(references)} "
-      "references; expected as many of both, and at least one"
-    )
-  return {
-    name: _METRICS[name][1](task_labels, predictions, references)
-    for name in names
-  }
-
-
-def _accuracy(labels, predictions, references) -> Value:
-  return float(np.mean(np.asarray(predictions) == np.asarray(references)))
-
-
-def _f1(labels, predictions, references) -> Value:
-  from sklearn import metrics
-
-  if len(labels) != 2:
-    raise ValueError(
-      f"metric 'f1': found {len(labels)} labels; expected two (see 'macro_f1')"
-    )
-  # As an average over the one label: pos_label must occur, `labels` need not.
-  return float(
-    metrics.f1_score(
-      references, predictions, labels=[1], average="macro", zero_division=0
-    )
+  check_names(names)
+  require(
+    len(predictions) == len(references) > 0,
+    f"found {len(predictions)} predictions and {len(references)} references; "
+    "expected as many of both, and at least one",
   )
-
-
-def _macro_f1(labels, predictions, references) -> Value:
-  from sklearn import metrics
-
-  return float(
-    metrics.f1_score(references, predictions, average="macro", zero_division=0)
-  )
-
-
-def _matthews(labels, predictions, references) -> Value:
-  from sklearn import metrics
-
+  if "f1" in names:
+    require(
+      len(task_labels) == 2,
+      f"metric 'f1': found {len(task_labels)} labels; expected two (see "
+      "'macro_f1')",
+    )
   with warnings.catch_warnings():
-    # Of one label alone, which gives 0.
+    # Of a single class, of constant or nearly constant input.
     warnings.simplefilter("ignore", UserWarning)
-    value = metrics.matthews_corrcoef(references, predictions)
-  return float(value)
+    warnings.simplefilter("ignore", RuntimeWarning)
+    return {name: _METRICS[name][1](predictions, references) for name in names}
 
 
-def _correlation(name: str) -> Callable[..., Value]:
-  def compute_one(labels, predictions, references) -> Value:
-    from scipy import stats
+def _call(module: str, function: str, *args, **options) -> Any:
+  return getattr(importlib.import_module(module), function)(*args, **options)
 
-    x = np.asarray(predictions, np.float64)
-    y = np.asarray(references, np.float64)
+
+def _of_labels(function: str, **options) -> Callable[..., Value]:
+  """A metric of scikit-learn's."""
+  return lambda predictions, references: float(
+    _call("sklearn.metrics", function, references, predictions, **options)
+  )
+
+
+def _of_tokens(metric: Callable[..., Value]) -> Callable[..., Value]:
+  def compute_one(predictions, references) -> Value:
+    _check_sentences(predictions, references)
+    flat = [[t for s in part for t in s] for part in (predictions, references)]
+    require(
+      bool(flat[0]), "found sentences without words; expected a tag or more"
+    )
+    return metric(*flat)
+
+  return compute_one
+
+
+def _of_numbers(function: str) -> Callable[..., Value]:
+  def compute_one(predictions, references) -> Value:
+    x, y = (np.asarray(v, np.float64) for v in (predictions, references))
     for what, values in (("prediction", x), ("reference", y)):
       if not np.isfinite(values).all():
         at = int(np.argmin(np.isfinite(values)))
         raise FloatingPointError(f"{what} {at} is {values[at]}")
     if len(x) < 2:
       return None
-    with warnings.catch_warnings():
-      # Of constant input, which gives NaN, and of nearly constant input.
-      warnings.simplefilter("ignore", RuntimeWarning)
-      value = float(getattr(stats, name)(x, y).statistic)
+    value = float(_call("scipy.stats", function, x, y).statistic)
     return value if math.isfinite(value) else None
 
   return compute_one
 
 
-def _span(name: str) -> Callable[..., Value]:
-  def compute_one(labels, predictions, references) -> Value:
-    from seqeval import metrics
-
+def _of_spans(name: str) -> Callable[..., Value]:
+  def compute_one(predictions, references) -> Value:
     _check_sentences(predictions, references)
-    for sentence in (*predictions, *references):
-      for tag in sentence:
-        if not _SPAN_TAG.fullmatch(tag):
-          raise ValueError(
-            f"metric 'span_{name}': found the tag {tag!r}; expected BIO2 tags"
-          )
-    score = getattr(metrics, f"{name}_score")
+    for tag in (t for s in (*predictions, *references) for t in s):
+      require(
+        bool(_SPAN_TAG.fullmatch(tag)),
+        f"metric 'span_{name}': found the tag {tag!r}; expected BIO2 tags",
+      )
     lists = [[*map(list, part)] for part in (references, predictions)]
-    # zero_division is of a share of none; a share without a span is 0.
-    return float(score(*lists, zero_division=0))
-
-  return compute_one
-
-
-def _on_tokens(metric: Callable[..., Value]) -> Callable[..., Value]:
-  def compute_one(labels, predictions, references) -> Value:
-    _check_sentences(predictions, references)
-    flat = [[t for s in part for t in s] for part in (predictions, references)]
-    if not flat[0]:
-      raise ValueError("found sentences without words; expected a tag or more")
-    return metric(labels, *flat)
+    # A share of no spans is 0.
+    score = _call("seqeval.metrics", f"{name}_score", *lists, zero_division=0)
+    return float(score)
 
   return compute_one
 
 
 def _check_sentences(predictions, references) -> None:
   for i, (ours, theirs) in enumerate(zip(predictions, references, strict=True)):
-    if isinstance(ours, str) or isinstance(theirs, str):
-      raise ValueError(f"sentence {i}: found a string; expected a list of tags")
-    if len(ours) != len(theirs):
-      raise ValueError(
-        f"sentence {i}: found {len(ours)} predicted tags; expected "
-        f"{len(theirs)}"
-      )
+    require(
+      not isinstance(ours, str) and not isinstance(theirs, str),
+      f"sentence {i}: found a string; expected a list of tags",
+    )
+    require(
+      len(ours) == len(theirs),
+      f"sentence {i}: found {len(ours)} predicted tags; expected {len(theirs)}",
+    )
 
 
-def _exact_match(labels, predictions, references) -> Value:
+def _exact_match(predictions, references) -> Value:
   right = 0
   for ours, theirs in zip(predictions, references, strict=True):
     answers = (theirs,) if isinstance(theirs, str) else theirs
@@ -177,18 +153,22 @@ def _exact_match(labels, predictions, references) -> Value:
   return right / len(references)
 
 
+_accuracy = _of_labels("accuracy_score")
+_macro_f1 = _of_labels("f1_score", average="macro", zero_division=0)
+# As an average over the one label: pos_label must occur, `labels` need not.
+_f1 = _of_labels("f1_score", labels=[1], average="macro", zero_division=0)
 _CLASSES = ("classification",)
 _METRICS: dict[str, tuple[tuple[str, ...], Callable[..., Value]]] = {
   "accuracy": (("classification", "choice"), _accuracy),
   "f1": (_CLASSES, _f1),
   "macro_f1": (_CLASSES, _macro_f1),
-  "matthews": (_CLASSES, _matthews),
-  "pearson": (("regression",), _correlation("pearsonr")),
-  "spearman": (("regression",), _correlation("spearmanr")),
-  "span_f1": (("tagging",), _span("f1")),
-  "span_precision": (("tagging",), _span("precision")),
-  "span_recall": (("tagging",), _span("recall")),
-  "token_accuracy": (("tagging",), _on_tokens(_accuracy)),
-  "token_macro_f1": (("tagging",), _on_tokens(_macro_f1)),
+  "matthews": (_CLASSES, _of_labels("matthews_corrcoef")),
+  "pearson": (("regression",), _of_numbers("pearsonr")),
+  "spearman": (("regression",), _of_numbers("spearmanr")),
+  "span_f1": (("tagging",), _of_spans("f1")),
+  "span_precision": (("tagging",), _of_spans("precision")),
+  "span_recall": (("tagging",), _of_spans("recall")),
+  "token_accuracy": (("tagging",), _of_tokens(_accuracy)),
+  "token_macro_f1": (("tagging",), _of_tokens(_macro_f1)),
   "exact_match": (("generation",), _exact_match),
 }

@@ -20,9 +20,16 @@ import tokenize
 from typing import Any
 import warnings
 
+from gemma_funnel.checks import require
 from gemma_funnel.data import sources
-from gemma_funnel.tasks import conll, examples, splits
-from gemma_funnel.tasks.task import SPLITS, TaggedExample, Task, TextExample
+from gemma_funnel.tasks import conll, examples
+from gemma_funnel.tasks.task import (
+  SPLITS,
+  TaggedExample,
+  Task,
+  TextExample,
+  sample,
+)
 
 # Words of a snippet to tag, and the longest word: a docstring is one, and
 # would crowd the rest out.
@@ -38,33 +45,18 @@ MAX_PACKAGES = 10
 MIN_FILES = 12
 _TEST_FRACTION = 0.1
 
-TAGS = (
-  "attribute",
-  "builtin",
-  "call",
-  "class",
-  "comment",
-  "function",
-  "import",
-  "keyword",
-  "keyword_argument",
-  "number",
-  "operator",
-  "parameter",
-  "string",
-  "variable",
+# Classes of names that no list of words can tell apart, and of other words.
+NAME_TAGS = tuple(
+  "attribute call class function import keyword_argument parameter "
+  "variable".split()
 )
-# Classes of names that no list of words can tell apart.
-NAME_TAGS = (
-  "attribute",
-  "call",
-  "class",
-  "function",
-  "import",
-  "keyword_argument",
-  "parameter",
-  "variable",
-)
+_OF_TOKENS = {
+  "STRING": "string",
+  "NUMBER": "number",
+  "COMMENT": "comment",
+  "OP": "operator",
+}
+TAGS = tuple(sorted({*NAME_TAGS, *_OF_TOKENS.values(), "builtin", "keyword"}))
 _BUILTINS = frozenset(dir(builtins))
 
 
@@ -87,29 +79,23 @@ def load(config: Any) -> Task:
   Raises:
     ValueError: the standard library's sources are not there, or too few.
   """
-  documents = sources.stdlib_documents()
-  if config.format == "code_tags":
-    return _tags_task(documents, config)
-  return _packages_task(documents, config)
+  make = _tags_task if config.format == "code_tags" else _packages_task
+  return make(sources.stdlib_documents(), config)
 
 
 def split_files(
   documents: Sequence[sources.Document], config: Any
 ) -> dict[str, list[sources.Document]]:
   """Files by split, each in a random order; at least one in dev and in test."""
-  shuffled = _shuffled(documents, config)
-  test = max(1, round(_TEST_FRACTION * len(shuffled)))
-  dev = max(1, round(config.dev_fraction * len(shuffled)))
-  if test + dev >= len(shuffled):
-    raise ValueError(
-      f"dev_fraction={config.dev_fraction}: leaves no file of {len(shuffled)} "
-      f"to train on; expected less than {1 - _TEST_FRACTION}"
-    )
-  return {
-    "test": shuffled[:test],
-    "dev": shuffled[test : test + dev],
-    "train": shuffled[test + dev :],
-  }
+  found = _shuffled(documents, config)
+  test = max(1, round(_TEST_FRACTION * len(found)))
+  end = test + max(1, round(config.dev_fraction * len(found)))
+  require(
+    end < len(found),
+    f"dev_fraction={config.dev_fraction}: leaves no file of {len(found)} to "
+    f"train on; expected less than {1 - _TEST_FRACTION}",
+  )
+  return {"test": found[:test], "dev": found[test:end], "train": found[end:]}
 
 
 def _shuffled(documents, config) -> list[sources.Document]:
@@ -119,27 +105,20 @@ def _shuffled(documents, config) -> list[sources.Document]:
 
 def _tags_task(documents, config) -> Task:
   files = split_files(documents, config)
-  index = {tag: i for i, tag in enumerate(TAGS)}
   parts = {}
   for split in SPLITS:
     wanted, part = config[f"max_{split}"], []
     for document in files[split]:
       if wanted is not None and len(part) >= wanted:
         break
-      found = list(_snippets(document.text, index))
-      found = splits.sample(found, _TAGGED_PER_FILE, config, document.key)
+      found = list(_snippets(document.text))
+      found = sample(found, _TAGGED_PER_FILE, config, document.key)
       part += found[: None if wanted is None else wanted - len(part)]
     parts[split] = part
-  return Task(
-    name="code_tags",
-    kind="tagging",
-    labels=TAGS,
-    metrics=conll.PLAIN_METRICS,
-    splits=parts,
-  )
+  return Task("code_tags", "tagging", TAGS, conll.PLAIN_METRICS, parts)
 
 
-def _snippets(source: str, index: dict[str, int]) -> Iterator[TaggedExample]:
+def _snippets(source: str) -> Iterator[TaggedExample]:
   """Disjoint runs of words within functions and classes, exact to the blank."""
   try:
     words, inside = words_of(source)
@@ -157,20 +136,18 @@ def _snippets(source: str, index: dict[str, int]) -> Iterator[TaggedExample]:
     is_full = len(run) == MAX_WORDS or (new_line and len(run) >= MIN_WORDS)
     if run and (not fits or is_full):
       if len(run) >= MIN_WORDS:
-        yield _example(run, lines, index)
+        yield _example(run, lines)
       run = []
     if fits:
       run.append(word)
 
 
-def _example(run: list[Word], lines, index) -> TaggedExample:
-  before = [""]
-  for previous, word in zip(run, run[1:], strict=False):
-    before.append(_slice(lines, previous.end, word.start))
+def _example(run: list[Word], lines: list[str]) -> TaggedExample:
+  pairs = zip(run, run[1:], strict=False)
   return TaggedExample(
     tuple(word.text for word in run),
-    tuple(index[word.tag] for word in run),
-    tuple(before),
+    tuple(TAGS.index(word.tag) for word in run),
+    ("", *(_slice(lines, one.end, other.start) for one, other in pairs)),
   )
 
 
@@ -181,10 +158,10 @@ def _lines(source: str) -> list[str]:
 
 def _slice(lines: list[str], start, end) -> str:
   (row, column), (last, stop) = start, end
-  if row == last:
-    return lines[row - 1][column:stop]
-  middle = lines[row : last - 1]
-  return "".join([lines[row - 1][column:], *middle, lines[last - 1][:stop]])
+  part = lines[row - 1 : last]
+  part[-1] = part[-1][:stop]
+  part[0] = part[0][column:]
+  return "".join(part)
 
 
 def words_of(source: str) -> tuple[list[Word], set[int]]:
@@ -220,14 +197,8 @@ def words_of(source: str) -> tuple[list[Word], set[int]]:
 
 
 def _tag(kind: str, token, previous: str, names) -> str | None:
-  simple = {
-    "STRING": "string",
-    "NUMBER": "number",
-    "COMMENT": "comment",
-    "OP": "operator",
-  }
   if kind != "NAME":
-    return simple.get(kind)
+    return _OF_TOKENS.get(kind)
   if keyword.iskeyword(token.string):
     return "keyword"
   if previous in ("def", "class"):
@@ -281,23 +252,19 @@ def _put_imports(node, lines: list[str], names) -> None:
 
 def _packages_task(documents, config) -> Task:
   texts = _texts_by_package(documents, config)
-  labels = tuple(texts)
-  if len(labels) < 2:
-    raise ValueError(
-      f"format='code_packages': {len(labels)} packages of the standard library "
-      f"have {MIN_FILES} source files or more; expected two"
-    )
-  by_split = {p: _split_texts(p, texts[p], config) for p in labels}
+  require(
+    len(texts) > 1,
+    f"format='code_packages': {len(texts)} packages of the standard library "
+    f"have {MIN_FILES} source files or more; expected two",
+  )
+  by_split = {p: _split_texts(p, texts[p], config) for p in texts}
   parts = {
-    split: _balanced({p: by_split[p][split] for p in labels}, split, config)
+    split: _balanced({p: by_split[p][split] for p in texts}, split, config)
     for split in SPLITS
   }
+  kind = "classification"
   return Task(
-    name="code_packages",
-    kind="classification",
-    labels=labels,
-    metrics=examples.METRICS["classification"],
-    splits=parts,
+    "code_packages", kind, tuple(texts), examples.KINDS[kind].metrics, parts
   )
 
 
@@ -310,7 +277,7 @@ def _texts_by_package(documents, config) -> dict[str, list[list[str]]]:
       continue
     texts = _texts(document.text, package)
     if texts:
-      texts = splits.sample(texts, _TEXTS_PER_FILE, config, document.key)
+      texts = sample(texts, _TEXTS_PER_FILE, config, document.key)
       found.setdefault(package, []).append(texts)
   large = {p: files for p, files in found.items() if len(files) >= MIN_FILES}
   # The richest: those left out differ from one Python to the next.
@@ -329,11 +296,11 @@ def _split_texts(package: str, files: list[list[str]], config):
       parts["dev"] += texts
     else:
       parts["train"] += texts
-  if not parts["train"]:
-    raise ValueError(
-      f"dev_fraction={config.dev_fraction}: leaves no file of {package!r} to "
-      "train on; expected less"
-    )
+  require(
+    bool(parts["train"]),
+    f"dev_fraction={config.dev_fraction}: leaves no file of {package!r} to "
+    "train on; expected less",
+  )
   return parts
 
 
@@ -342,17 +309,17 @@ def _balanced(
 ) -> list[TextExample]:
   """As many snippets of every package: what the least of them has, at most."""
   wanted = config[f"max_{split}"]
-  if wanted is not None and wanted < len(found):
-    raise ValueError(
-      f"max_{split}={wanted}: expected at least one example for each of the "
-      f"{len(found)} packages"
-    )
   count = min(len(texts) for texts in found.values())
   if wanted is not None:
+    require(
+      wanted >= len(found),
+      f"max_{split}={wanted}: expected at least one example for each of the "
+      f"{len(found)} packages",
+    )
     count = min(count, wanted // len(found))
   part = []
   for label, (package, texts) in enumerate(found.items()):
-    chosen = splits.sample(texts, count, config, f"{split}:{package}")
+    chosen = sample(texts, count, config, f"{split}:{package}")
     part += [TextExample(text, None, label) for text in chosen]
   return part
 

@@ -1,6 +1,6 @@
-"""Rows of .tsv, .csv and .jsonl files, and what becomes of malformed ones."""
+"""Rows of .tsv, .csv and .jsonl files, and tasks of any format's rows."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import csv
 import dataclasses
 import io
@@ -9,9 +9,11 @@ import os
 from typing import Any, TypeVar
 
 from gemma_funnel import cli
+from gemma_funnel.checks import require, require_choice
+from gemma_funnel.data import files
+from gemma_funnel.tasks.task import SPLITS, Example, Task
 
 EXTENSIONS = (".tsv", ".csv", ".jsonl")
-ON_BAD = ("error", "skip")
 
 T = TypeVar("T")
 
@@ -31,7 +33,7 @@ class Row:
   fault: str = ""
 
 
-class Bad:
+class RowErrors:
   """Raises what is wrong with a row, or counts the row as left out.
 
   Attributes:
@@ -39,27 +41,30 @@ class Bad:
   """
 
   def __init__(self, on_bad: str):
-    if on_bad not in ON_BAD:
-      raise ValueError(f"on_bad={on_bad!r}: expected one of {list(ON_BAD)}")
+    require_choice("on_bad", on_bad, ("error", "skip"))
     self._skip = on_bad == "skip"
     self.skipped: dict[str, int] = {}
 
   def keep(
-    self, items: Iterable[Any], parse: Callable[[Any], T], split: str
+    self, rows: Iterable[Any], parse: Callable[[Any], T], split: str
   ) -> list[T]:
-    """Parses each item; one whose `parse` raises ValueError is a bad row.
+    """Parses rows that have a `place` and a `fault`.
+
+    A row is malformed if it has a fault or `parse` raises ValueError.
 
     Raises:
-      ValueError: the first bad row's, unless bad rows are skipped.
+      ValueError: of the first malformed row, with its place, unless such rows
+        are skipped.
     """
     kept, first = [], None
-    for item in items:
+    for row in rows:
       try:
-        kept.append(parse(item))
+        require(not row.fault, row.fault)
+        kept.append(parse(row))
       except ValueError as error:
         if not self._skip:
-          raise
-        first = first or error
+          raise ValueError(f"{row.place}: {error}") from error
+        first = first or f"{row.place}: {error}"
         self.skipped[split] = self.skipped.get(split, 0) + 1
     if first:
       count = self.skipped[split]
@@ -67,11 +72,48 @@ class Bad:
     return kept
 
 
-def paths_of(value: str) -> list[str]:
-  """The files of a split: one, or several joined by commas."""
-  if os.path.exists(os.path.expanduser(value)):
-    return [value]  # A comma may be part of its name.
-  return [part.strip() for part in value.split(",") if part.strip()] or [value]
+def make_task(
+  config: Any,
+  kind: str,
+  labels: tuple[str, ...],
+  metrics: tuple[str, ...],
+  rows: Mapping[str, Iterable[Any]],
+  parse: Callable[[Any], Example],
+) -> Task:
+  """A task of rows by split, which `parse` makes examples of.
+
+  Raises:
+    ValueError: a malformed row, unless `config.on_bad` is "skip".
+  """
+  errors = RowErrors(config.on_bad)
+  splits = {split: errors.keep(rows[split], parse, split) for split in rows}
+  return Task(config.name or "", kind, labels, metrics, splits, errors.skipped)
+
+
+def read_splits(
+  config: Any, read: Callable[[str], Sequence[T]]
+) -> dict[str, list[T]]:
+  """The rows that `read` finds in the files of each split that is named.
+
+  A split is one file, or several joined by commas.
+
+  Raises:
+    ValueError: a split without a row.
+  """
+  splits = {}
+  for split in SPLITS:
+    value = config[split]
+    if not value:
+      continue
+    paths = [value]
+    if not os.path.exists(os.path.expanduser(value)):
+      # Otherwise a comma is part of its name.
+      paths = [part.strip() for part in value.split(",") if part.strip()]
+    splits[split] = [row for path in paths or [value] for row in read(path)]
+    require(
+      bool(splits[split]), f"{value}: no rows; expected at least one in {split}"
+    )
+  return splits
 
 
 def read_text(path: str) -> str:
@@ -81,10 +123,7 @@ def read_text(path: str) -> str:
     ValueError: the file cannot be read, or is not UTF-8.
   """
   try:
-    with open(os.path.expanduser(path), "rb") as f:
-      return f.read().decode("utf-8-sig")
-  except OSError as e:
-    raise ValueError(f"{path}: cannot be read: {e.strerror}") from e
+    return files.read_bytes(os.path.expanduser(path)).decode("utf-8-sig")
   except UnicodeDecodeError as e:
     raise ValueError(f"{path}: not UTF-8: {e}; expected UTF-8 text") from e
 
@@ -117,22 +156,17 @@ def read_rows(path: str, columns: Iterable[str], header: bool) -> list[Row]:
     ValueError: the file cannot be read, is of another kind, lacks a wanted
       column or has broken quotes.
   """
-  columns = tuple(columns)
-  text = read_text(path)
-  match os.path.splitext(path)[1]:
-    case ".jsonl":
-      lines = ((n, line) for n, line in lines_of(text) if line.strip())
-      return [_json_row(f"{path}, line {n}", ln, columns) for n, ln in lines]
-    case ".tsv":
-      lines = ((n, line.split("\t")) for n, line in lines_of(text) if line)
-    case ".csv":
-      lines = _csv_lines(path, text)
-    case other:
-      raise ValueError(
-        f"{path}: found the extension {other!r}; expected one of "
-        f"{list(EXTENSIONS)}"
-      )
-  return _table_rows(path, list(lines), columns, header)
+  columns, text = tuple(columns), read_text(path)
+  extension = os.path.splitext(path)[1]
+  require_choice(f"{path}: extension", extension, EXTENSIONS)
+  if extension == ".jsonl":
+    lines = ((n, line) for n, line in lines_of(text) if line.strip())
+    return [_json_row(f"{path}, line {n}", line, columns) for n, line in lines]
+  if extension == ".tsv":
+    lines = [(n, line.split("\t")) for n, line in lines_of(text) if line]
+  else:
+    lines = list(_csv_lines(path, text))
+  return _table_rows(path, lines, columns, header) if lines else []
 
 
 def _csv_lines(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
@@ -148,23 +182,16 @@ def _csv_lines(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
     raise ValueError(f"{path}, line {start}: malformed CSV: {e}") from e
 
 
-def _table_rows(
-  path: str,
-  lines: list[tuple[int, list[str]]],
-  columns: tuple[str, ...],
-  header: bool,
-) -> list[Row]:
-  if not lines:
-    return []
+def _table_rows(path: str, lines, columns, header: bool) -> list[Row]:
   width = len(lines[0][1])
   names = lines[0][1] if header else [str(i) for i in range(width)]
   for column in columns:
-    if names.count(column) != 1:
-      found = "twice the" if column in names else "no"
-      hint = "" if header else " (header=False: columns are numbers from 0)"
-      raise ValueError(
-        f"{path}: {found} column {column!r}; found {names}{hint}"
-      )
+    found = "twice the" if column in names else "no"
+    hint = "" if header else " (header=False: columns are numbers from 0)"
+    require(
+      names.count(column) == 1,
+      f"{path}: {found} column {column!r}; found {names}{hint}",
+    )
   rows = []
   for number, cells in lines[1 if header else 0 :]:
     fault = ""
@@ -183,11 +210,10 @@ def _json_row(place: str, line: str, columns: tuple[str, ...]) -> Row:
   if not isinstance(record, dict):
     found = type(record).__name__
     return Row(place, {}, f"found a JSON {found}; expected an object")
-  for column in columns:
-    if column not in record:
-      return Row(
-        place, {}, f"no key {column!r}; found the keys {sorted(record)}"
-      )
+  missing = [column for column in columns if column not in record]
+  if missing:
+    fault = f"no key {missing[0]!r}; found the keys {sorted(record)}"
+    return Row(place, {}, fault)
   return Row(place, record)
 
 
@@ -199,11 +225,10 @@ def read_labels(path: str) -> tuple[str, ...]:
   """
   names = [line.strip() for _, line in lines_of(read_text(path))]
   names = [name for name in names if name]
-  if not names:
-    raise ValueError(f"{path}: no label; expected a label a line")
+  require(bool(names), f"{path}: no label; expected a label a line")
   for name in names:
-    if names.count(name) > 1:
-      raise ValueError(f"{path}: the label {name!r} occurs more than once")
+    once = names.count(name) == 1
+    require(once, f"{path}: the label {name!r} occurs more than once")
   return tuple(names)
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import random
+from typing import Any
 
 # Kinds that a head is fine-tuned for, and kinds that a language model answers
 # by itself.
@@ -99,3 +101,20 @@ class Task:
   metrics: tuple[str, ...]
   splits: Mapping[str, Sequence[Example]]
   skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def sample(
+  examples: Sequence[Any], count: int | None, config: Any, what: str
+) -> Sequence[Any]:
+  """At most `count` of them, in their order, drawn alike on every machine.
+
+  Args:
+    examples: any items.
+    count: None is all.
+    config: its `split_seed` seeds the draw.
+    what: a name that tells this draw from others.
+  """
+  if count is None or count >= len(examples):
+    return examples
+  rng = random.Random(f"{config.split_seed}:{what}")
+  return [examples[i] for i in sorted(rng.sample(range(len(examples)), count))]
