@@ -100,9 +100,8 @@ def test_a_plot_that_fails_leaves_the_old_one(tmp_path):
     content = f.read()
 
   class Broken:
-    def savefig(self, path, **kwargs):
-      with open(path, "wb") as f:
-        f.write(b"half")
+    def savefig(self, file, **kwargs):
+      file.write(b"half")
       raise OSError("disk full")
 
   with pytest.raises(OSError, match="disk full"):

@@ -198,9 +198,9 @@ def test_progress_says_how_long_it_takes():
 @pytest.mark.parametrize(
   "changes, message",
   [
-    (dict(repeats=0), "repeats: found 0, expected integers >= 1"),
-    (dict(warmup=-1), "warmup: found -1, expected integers >= 0"),
-    (dict(seed=1.5), "seed: found 1.5, expected integers >= 0"),
+    (dict(repeats=0), "repeats=0: expected an integer >= 1"),
+    (dict(warmup=-1), "warmup=-1: expected an integer >= 0"),
+    (dict(seed=1.5), "seed=1.5: expected an integer >= 0"),
   ],
 )
 def test_protocol_errors(changes, message):

@@ -20,6 +20,7 @@ import os
 import statistics
 from typing import Any
 
+from gemma_funnel import atomic
 from gemma_funnel.config import OFF
 from gemma_funnel.evaluation import report
 
@@ -458,7 +459,7 @@ def write(
   os.makedirs(out_dir, exist_ok=True)
   paths = {name: os.path.join(out_dir, name) for name in files}
   for name, data in files.items():
-    report.write_atomically(paths[name], data)
+    atomic.write_bytes(paths[name], data)
   return paths
 
 
