@@ -2,17 +2,20 @@
 
 import functools
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_funnel.attention import api, flash, masks
+from gemma_funnel.attention import api, blocked, flash, masks
 from gemma_funnel.stream import Stream, make_stream
-from gemma_funnel.training import ahead
+from gemma_funnel.training import aot
 
 B, K, G, H = 2, 2, 2, 8
+_BLOCKS = blocked._blocks
 
 
 def _stream(length, segments):
@@ -189,7 +192,8 @@ def _agree(call, queries, keys, causal, window, softcap, width=H, tol=1e-4):
     return fn(*qkv, queries, keys, **kw), jax.grad(loss, (0, 1, 2))(*qkv)
 
   got, want = map(
-    jax.jit(value_and_grads, static_argnums=0), (call, api._reference)
+    jax.jit(value_and_grads, static_argnums=0),
+    (call, blocked.reference_attention),
   )
   for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(x, y, atol=tol, rtol=tol)
@@ -201,7 +205,7 @@ def _agree(call, queries, keys, causal, window, softcap, width=H, tol=1e-4):
 def test_blocked_is_the_reference(
   segments, causal, window, softcap, spacing, monkeypatch
 ):
-  monkeypatch.setattr(api, "_BLOCK", 4)
+  monkeypatch.setattr(blocked, "_BLOCK", 4)
 
   def strided(fn, *args, **kw):
     *qkv, stream, _ = args
@@ -215,11 +219,160 @@ def test_blocked_is_the_reference(
   kw = dict(
     causal=causal, window=window, softcap=softcap, softmax_dtype="float32"
   )
-  got = strided(api._blocked, *qkv, stream, stream, **kw)
-  want = strided(api._reference, *qkv, stream, stream, **kw)
+  got = strided(blocked.blocked_attention, *qkv, stream, stream, **kw)
+  want = strided(blocked.reference_attention, *qkv, stream, stream, **kw)
   np.testing.assert_allclose(got, want, atol=1e-4)
   if spacing == 1 and window != 1 and softcap != 100.0:
-    _agree(api._blocked, stream, stream, causal, window, softcap)
+    _agree(blocked.blocked_attention, stream, stream, causal, window, softcap)
+
+
+def _received(q, k, queries, keys, causal, window, softcap):
+  """Column sums of a dense softmax in numpy, [B, S]."""
+  q, k = (np.asarray(x, np.float64) for x in (q, k))
+  logits = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, G, axis=2))
+  if softcap:
+    logits = softcap * np.tanh(logits / softcap)
+  sees = _sees(queries, keys, causal, window)[:, None]
+  weight = np.exp(logits - logits.max(-1, keepdims=True)) * sees
+  total = weight.sum(-1, keepdims=True)
+  return (weight / np.where(total > 0, total, 1)).sum((1, 2))
+
+
+@pytest.mark.parametrize("segments,causal,window,softcap", CASES)
+def test_attention_received_is_the_column_sums(
+  segments, causal, window, softcap, monkeypatch
+):
+  monkeypatch.setattr(blocked, "_BLOCK", 4)
+  q, k, _ = _qkv(21)
+  stream = _moved(_stream(21, segments))
+  rule = dict(causal=causal, window=window, softcap=softcap)
+  got = blocked.attention_received(q, k, stream, stream, **rule)
+  assert (got.dtype, got.shape) == (jnp.float32, (B, 21))
+  want = _received(q, k, stream, stream, **rule)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  assert np.all(got[stream.segment_BT == 0] == 0)
+  real = jnp.sum(stream.segment_BT != 0, axis=1)
+  np.testing.assert_allclose(got.sum(1), K * G * real, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("who", ["pooled", "short", "same"])
+def test_attention_received_of_pooled_streams(who, causal, monkeypatch):
+  monkeypatch.setattr(blocked, "_BLOCK", 8)
+  rule = dict(causal=causal, window=5, softcap=4.0)
+  for segments, at in itertools.product(
+    ("none", "packed", "padded"), ("last", "mean")
+  ):
+    queries, keys = _streams(who, 3, causal, at, segments)
+    q, k, _ = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
+    got = blocked.attention_received(q, k, queries, keys, **rule)
+    want = _received(q, k, queries, keys, **rule)
+    np.testing.assert_allclose(got, want, atol=1e-4, err_msg=f"{segments} {at}")
+
+
+@pytest.mark.parametrize(
+  "dtype,softmax_dtype", [("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_attention_received_in_low_precision(dtype, softmax_dtype):
+  q, k, _ = _qkv(32, dtype=dtype)
+  stream = _stream(32, "packed")
+  rule = dict(causal=True, window=9, softcap=4.0)
+  got = blocked.attention_received(
+    q, k, stream, stream, **rule, softmax_dtype=softmax_dtype
+  )
+  assert got.dtype == jnp.float32
+  want = _received(q, k, stream, stream, **rule)
+  np.testing.assert_allclose(got, want, rtol=0.05, atol=0.05)
+
+
+def test_attention_received_has_no_gradient():
+  q, k, _ = _qkv(9)
+  stream = _stream(9, "none")
+  loss = lambda q, k: jnp.sum(
+    blocked.attention_received(
+      q, k, stream, stream, causal=True, window=None, softcap=4.0
+    )
+    ** 2
+  )
+  assert all(np.all(g == 0) for g in jax.grad(loss, (0, 1))(q, k))
+
+
+@pytest.mark.parametrize("sequence,tensor", [(4, 1), (2, 2), (2, 4), (1, 4)])
+@pytest.mark.parametrize("who", ["base", "short", "same"])
+def test_attention_received_on_a_mesh(who, sequence, tensor, monkeypatch):
+  """Queries split over `sequence`, heads over `tensor`, rows over `data`."""
+  monkeypatch.setattr(blocked, "_BLOCK", 4)
+  base = _stream(24, "padded")
+  pooled = _pooled(base, 3, True, "mean", room=8)
+  queries, keys = {
+    "base": (base, base),
+    "short": (base, pooled),
+    "same": (pooled, pooled),
+  }[who]
+  q, k, _ = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
+  rule = dict(causal=True, window=5, softcap=4.0)
+  mesh = jax.make_mesh(
+    (8 // sequence // tensor, sequence, tensor),
+    ("data", "sequence", "tensor"),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  )
+  with jax.set_mesh(mesh):
+    got = jax.jit(
+      lambda q, k: blocked.attention_received(q, k, queries, keys, **rule)
+    )(q, k)
+  want = _received(q, k, queries, keys, **rule)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_attention_received_keeps_no_whole_weights_and_skips():
+  """Arrays of the program, and its FLOPs against those of all pairs."""
+  stream = _stream(1024, "none")
+  q, k, _ = _qkv(1024)
+
+  def trace(window, causal=True):
+    call = functools.partial(
+      blocked.attention_received, causal=causal, window=window, softcap=4.0
+    )
+    return jax.jit(lambda q, k: call(q, k, stream, stream)).trace(q, k)
+
+  sizes = [
+    math.prod(shape)
+    for shape in re.findall(r":[a-z]+\d*\[([\d,]+)\]", str(trace(None).jaxpr))
+    for shape in [map(int, shape.split(","))]
+  ]
+  assert max(sizes) == B * K * G * 128 * 1024
+  flops = lambda traced: traced.lower().cost_analysis()["flops"]
+  dense = flops(trace(None, causal=False))
+  assert flops(trace(None)) < 0.65 * dense
+  assert flops(trace(128)) < 0.3 * dense
+
+
+def _heads_in_turn(q_BTNH, kv_heads):
+  """As if query head n read kv head n % K."""
+  batch, length, heads, width = q_BTNH.shape
+  q_BTGKH = q_BTNH.reshape(batch, length, heads // kv_heads, kv_heads, width)
+  return q_BTGKH.transpose(0, 3, 1, 2, 4)
+
+
+@pytest.mark.parametrize(
+  "name,fault",
+  [
+    ("_query_groups", _heads_in_turn),
+    ("_blocks", lambda *args: list(_BLOCKS(*args))[:-1]),
+    (
+      "_blocks",
+      lambda *args: [
+        (t, slice(s.start, s.stop - 1)) for t, s in _BLOCKS(*args)
+      ],
+    ),
+  ],
+)
+def test_faults_of_attention_received_are_seen(name, fault, monkeypatch):
+  monkeypatch.setattr(blocked, name, fault)
+  with pytest.raises(AssertionError):
+    test_attention_received_is_the_column_sums(
+      "packed", True, 5, 4.0, monkeypatch
+    )
 
 
 def _streams(who, stride, causal, rule, segments, length=25):
@@ -248,7 +401,7 @@ def test_blocked_and_reference_of_pooled_streams(
   who, stride, window, softcap, causal, monkeypatch
 ):
   """They are the definition; programs are compiled once for several rules."""
-  monkeypatch.setattr(api, "_BLOCK", 8)
+  monkeypatch.setattr(blocked, "_BLOCK", 8)
   kw = dict(causal=causal, window=window, softcap=softcap)
   for segments, rule in itertools.product(
     ("none", "packed", "padded"), ("last", "first", "mean")
@@ -257,8 +410,8 @@ def test_blocked_and_reference_of_pooled_streams(
     bare = lambda stream: stream.replace(hidden_BTD=None)
     qkv = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
     want = _brute_force(*qkv, queries, keys, **kw)
-    plain = [api._reference] if segments == "packed" else []
-    for fn in (api._blocked, *plain):
+    plain = [blocked.reference_attention] if segments == "packed" else []
+    for fn in (blocked.blocked_attention, *plain):
       got = _jitted(
         fn,
         who == "same",
@@ -276,9 +429,9 @@ def test_blocked_and_reference_of_pooled_streams(
   "who,segments", [("pooled", "packed"), ("short", "none")]
 )
 def test_gradients_of_blocked_unequal_streams(who, segments, monkeypatch):
-  monkeypatch.setattr(api, "_BLOCK", 8)
+  monkeypatch.setattr(blocked, "_BLOCK", 8)
   queries, keys = _streams(who, 2, True, "mean", segments)
-  _agree(api._blocked, queries, keys, True, 5, 4.0)
+  _agree(blocked.blocked_attention, queries, keys, True, 5, 4.0)
 
 
 def test_slots_of_packed_keys_may_stand_in_any_order():
@@ -296,7 +449,7 @@ def test_slots_of_packed_keys_may_stand_in_any_order():
     np.testing.assert_allclose(got, want, atol=1e-4)
   head_major = [x.transpose(0, 2, 1, 3) for x in (k, v)]
   del kw["causal"]  # A cache always is.
-  got = api.attend_cache(q, *head_major, queries, keys, **kw)
+  got = blocked.attend_cache(q, *head_major, queries, keys, **kw)
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -360,12 +513,12 @@ def test_blocked_unequal_skips_the_future_and_what_the_window_hides(who, rule):
     ).lower(*qkv)
     return lowered.cost_analysis()["flops"]
 
-  dense = flops(api._reference, None)
+  dense = flops(blocked.reference_attention, None)
   # Blocks of 128 queries: of 4, or of 8.
-  assert flops(api._blocked, None) < 0.65 * dense
-  assert flops(api._blocked, 128) < 0.4 * dense
-  assert flops(api._blocked, 128, causal=False) < 0.5 * dense
-  assert flops(api._blocked, 128, packed=True) > 0.95 * dense
+  assert flops(blocked.blocked_attention, None) < 0.65 * dense
+  assert flops(blocked.blocked_attention, 128) < 0.4 * dense
+  assert flops(blocked.blocked_attention, 128, causal=False) < 0.5 * dense
+  assert flops(blocked.blocked_attention, 128, packed=True) > 0.95 * dense
 
 
 def test_blocked_skips_the_future_and_what_the_window_hides():
@@ -390,9 +543,9 @@ def test_blocked_skips_the_future_and_what_the_window_hides():
     )
     return compiled.cost_analysis()["flops"]
 
-  dense = flops(api._reference, None)
-  assert flops(api._blocked, None) < 0.6 * dense
-  assert flops(api._blocked, 128) < 0.3 * dense
+  dense = flops(blocked.reference_attention, None)
+  assert flops(blocked.blocked_attention, None) < 0.6 * dense
+  assert flops(blocked.blocked_attention, 128) < 0.3 * dense
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -502,7 +655,7 @@ def test_a_hand_written_kernel_gets_its_own_rows_of_both_streams():
 def test_auto_on_a_tpu_compiles_to_its_kernel():
   """Ahead of time, forward and backward, on a mesh of a described slice."""
   pytest.importorskip("libtpu")
-  devices = ahead.slice_devices("v5e:2x2")
+  devices = aot.slice_devices("v5e:2x2")
   mesh = jax.sharding.Mesh(
     np.array(devices).reshape(2, 1, 2), ("data", "fsdp", "tensor")
   )

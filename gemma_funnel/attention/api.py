@@ -13,20 +13,12 @@ in a funnel.
 
 from collections.abc import Callable
 import dataclasses
-import functools
 import importlib.util
 
 import jax
-import jax.numpy as jnp
 
-from gemma_funnel.attention import flash, masks
+from gemma_funnel.attention import blocked, flash, masks
 from gemma_funnel.stream import Stream
-
-# Logits within +-this can be exponentiated and summed in float32 as they are.
-_MAX_UNSHIFTED_SOFTCAP = 60.0
-# Queries a block, and at most how many blocks a program is unrolled into.
-_BLOCK = 128
-_MAX_BLOCKS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,167 +231,9 @@ def _has_capped_backward() -> bool:
   return float(capability) >= 9.0
 
 
-def _softmax_values(s_BKXS, v_BKSH, see, softcap, softmax_dtype):
-  """Capped, masked softmax of logits s times values; nothing seen gives 0."""
-  if softcap is not None:
-    s_BKXS = softcap * jnp.tanh(s_BKXS / softcap)
-  if softcap is None or softcap > _MAX_UNSHIFTED_SOFTCAP:
-    lowest = jnp.finfo(softmax_dtype).min
-    top = jnp.max(jnp.where(see, s_BKXS, lowest), axis=-1, keepdims=True)
-    s_BKXS = s_BKXS - jax.lax.stop_gradient(top)
-  # Hidden logits are replaced before exp, so that none overflows into a NaN
-  # gradient, and after it.
-  p_BKXS = jnp.where(see, jnp.exp(jnp.where(see, s_BKXS, 0)), 0)
-  total = jnp.sum(p_BKXS, axis=-1, keepdims=True, dtype=jnp.float32)
-  o_BKXH = jnp.einsum(
-    "bkxs,bksh->bkxh",
-    p_BKXS.astype(v_BKSH.dtype),
-    v_BKSH,
-    preferred_element_type=jnp.float32,
-  )
-  return o_BKXH / jnp.where(total > 0, total, 1)
-
-
-def _block(
-  q_BKTGH,
-  k_BKSH,
-  v_BKSH,
-  queries,
-  keys,
-  *,
-  causal,
-  window,
-  softcap,
-  softmax_dtype,
-):
-  """Attention of one block of queries, head-major; the whole of `reference`."""
-  batch, kv_heads, length, group, width = q_BKTGH.shape
-  s_BKXS = jnp.einsum(
-    "bkxh,bksh->bkxs",
-    q_BKTGH.reshape(batch, kv_heads, length * group, width),
-    k_BKSH,
-    preferred_element_type=jnp.dtype(softmax_dtype),
-  )
-  see_BTS = masks.visible(queries, keys, causal=causal, window=window)
-  see_B1XS = jnp.repeat(see_BTS, group, axis=1)[:, None]
-  o_BKXH = _softmax_values(s_BKXS, v_BKSH, see_B1XS, softcap, softmax_dtype)
-  return o_BKXH.reshape(q_BKTGH.shape).astype(q_BKTGH.dtype)
-
-
-def attend_cache(
-  q_BTNH,
-  k_BKSH,
-  v_BKSH,
-  queries,
-  keys,
-  *,
-  window,
-  softcap,
-  softmax_dtype="float32",
-):
-  """Causal attention of a few queries to a cache, in any order of slots.
-
-  As `attend` by "reference", with keys and values that already lie as the
-  product wants them: a step would otherwise copy the whole cache.
-  """
-  batch, length, heads, width = q_BTNH.shape
-  kv_heads = k_BKSH.shape[1]
-  q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
-  o_BKTGH = _block(
-    q_BTKGH.transpose(0, 2, 1, 3, 4),
-    k_BKSH,
-    v_BKSH,
-    queries,
-    keys,
-    causal=True,
-    window=window,
-    softcap=softcap,
-    softmax_dtype=softmax_dtype,
-  )
-  return _token_major(o_BKTGH)
-
-
-def _head_major(q_BTNH, k_BSKH, v_BSKH):
-  batch, length, heads, width = q_BTNH.shape
-  kv_heads = k_BSKH.shape[2]
-  q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, width)
-  return (
-    q_BTKGH.transpose(0, 2, 1, 3, 4),
-    k_BSKH.transpose(0, 2, 1, 3),
-    v_BSKH.transpose(0, 2, 1, 3),
-  )
-
-
-def _token_major(o_BKTGH):
-  batch, kv_heads, length, group, width = o_BKTGH.shape
-  o_BTKGH = o_BKTGH.transpose(0, 2, 1, 3, 4)
-  return o_BTKGH.reshape(batch, length, kv_heads * group, width)
-
-
-def _reference(q_BTNH, k_BSKH, v_BSKH, queries, keys, **kw):
-  """Every query against every key: the definition, and the oracle."""
-  q, k, v = _head_major(q_BTNH, k_BSKH, v_BSKH)
-  return _token_major(_block(q, k, v, queries, keys, **kw))
-
-
-def _blocked(q_BTNH, k_BSKH, v_BSKH, queries, keys, *, causal, window, **kw):
-  """Blocks of queries, each against the keys that it could see at all.
-
-  Which keys those are follows from the order and the spacing of slots, known
-  when the program is traced. A block's weights are never kept for the backward
-  pass.
-  """
-  if masks.parts(queries) > 1:
-    call = functools.partial(_blocked_slots, causal=causal, window=window, **kw)
-    return flash.per_shard(
-      call,
-      q_BTNH,
-      k_BSKH,
-      v_BSKH,
-      masks.slots(queries).replace(packed=True),
-      masks.slots(keys),
-    )
-  return _blocked_slots(
-    q_BTNH, k_BSKH, v_BSKH, queries, keys, causal=causal, window=window, **kw
-  )
-
-
-def _blocked_slots(
-  q_BTNH, k_BSKH, v_BSKH, queries, keys, *, causal, window, **kw
-):
-  q, k, v = _head_major(q_BTNH, k_BSKH, v_BSKH)
-  length = q.shape[2]
-  block = max(_BLOCK, -(-length // (_MAX_BLOCKS * _BLOCK)) * _BLOCK)
-  attend_block = jax.checkpoint(
-    functools.partial(_block, causal=causal, window=window, **kw)
-  )
-
-  # Once more, so that what is kept are not each block's keys.
-  @functools.partial(jax.checkpoint, prevent_cse=False)
-  def attend_all(q, k, v):
-    out = []
-    for lo in range(0, length, block):
-      hi = min(lo + block, length)
-      first, last = masks.key_slots(
-        lo, hi, queries, keys, causal=causal, window=window
-      )
-      out.append(
-        attend_block(
-          q[:, :, lo:hi],
-          k[:, :, first:last],
-          v[:, :, first:last],
-          masks.slots(queries, lo, hi),
-          masks.slots(keys, first, last),
-        )
-      )
-    return jnp.concatenate(out, axis=2)
-
-  return _token_major(attend_all(q, k, v))
-
-
 _KERNELS: dict[str, Callable[..., jax.Array]] = {
-  "reference": _reference,
-  "blocked": _blocked,
+  "reference": blocked.reference_attention,
+  "blocked": blocked.blocked_attention,
   "tokamax": flash.tokamax_attention,
   "splash": flash.splash_attention,
 }
