@@ -261,10 +261,3 @@ def test_other_folders_need_a_tokenizer_and_a_length(tmp_path):
   config.tokenizer = __file__
   with pytest.raises(ValueError, match="length is missing.*is no training"):
     evaluation.run(config)
-
-
-def test_a_key_that_is_missing_is_named(run):
-  config = get_config(checkpoint=str(run[0]))
-  del config.chunk
-  with pytest.raises(ValueError, match=r"lacks \['chunk'\]"):
-    evaluation.run(config)

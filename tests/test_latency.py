@@ -404,7 +404,7 @@ def test_known_names_stand_for_funnels():
     "off": (),
     "start=2": (FunnelConfig(2, 4),),
     several: (FunnelConfig(0, 4), FunnelConfig(2, 4)),
-    "start=3,stride=2,pool=mean,recover=average": (FunnelConfig(3, 4),),
+    "start=3,stride=2,reduce=mean,recover=average": (FunnelConfig(3, 4),),
   }
 
 
@@ -413,7 +413,10 @@ LEARNED = "start=0,stride=3,recover=gate+start=1,pool=attention,recover=attend"
 
 def test_variants_run_with_what_they_learn(model, monkeypatch, capsys):
   learned = model.with_funnel(LEARNED)
-  for part in (learned.funnel[0].gate, learned.funnel[1].attend.attn.out):
+  for part in (
+    learned.funnel[0].recovery.gate,
+    learned.funnel[1].recovery.attend.attn.out,
+  ):
     part[...] = jnp.full(part.shape, 0.1)
   capsys.readouterr()
   device = FakeDevice(monkeypatch, lambda *_: 1.0)

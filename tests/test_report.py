@@ -105,7 +105,9 @@ def test_a_plot_that_fails_leaves_the_old_one(tmp_path):
       raise OSError("disk full")
 
   with pytest.raises(OSError, match="disk full"):
-    report.write(tmp_path, "x", ROWS, COLUMNS, "t", lambda rows: Broken())
+    report.write(tmp_path, "x", ROWS[:1], COLUMNS, "t", lambda rows: Broken())
+  # A plot that fails costs no result.
+  assert json.loads((tmp_path / "x.json").read_text())["rows"] == ROWS[:1]
   with open(old, "rb") as f:
     assert f.read() == content
   assert len(list(tmp_path.iterdir())) == 3

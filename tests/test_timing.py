@@ -58,11 +58,6 @@ def test_summary_of_known_quartiles():
   assert row["reduction_of_medians"] == pytest.approx(1 - 3 / 4)
 
 
-def test_summary_without_baseline_has_no_reduction():
-  row = timing.summarize([1.0], None)
-  assert row["latency_s"] == 1 and row["reduction"] is None
-
-
 def test_a_machine_that_slows_down_does_not_move_the_reduction():
   machine = Machine()
 

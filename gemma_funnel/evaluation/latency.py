@@ -267,7 +267,7 @@ def measure_layer_kinds(
     graphdef = nnx.graphdef(Transformer.abstract(short))
     variants[kind] = _Variant(
       label=f"{kind} layers",
-      about={"kind": kind, "window": short.window_of(0)},
+      about={"kind": kind, "window": short.layers[0].window},
       baseline=_BASE_KIND,
       function=functools.partial(_trunk, graphdef, causal),
       params=params,

@@ -170,12 +170,12 @@ def write(
     "rows": [dict(row) for row in rows],
   }
   encoded = json.dumps(content, indent=1, allow_nan=False)
-  files = {"json": f"{encoded}\n".encode(), "md": f"{text}\n".encode()}
-  if plot_fn:
-    files["png"] = png(plot_fn(rows))
-  paths = {kind: os.path.join(out_dir, f"{name}.{kind}") for kind in files}
-  for kind, data in files.items():
-    atomic.write_bytes(paths[kind], data)
+  extensions = ("json", "md", "png")[: 3 if plot_fn else 2]
+  paths = {e: os.path.join(out_dir, f"{name}.{e}") for e in extensions}
+  atomic.write_text(paths["json"], f"{encoded}\n")
+  atomic.write_text(paths["md"], f"{text}\n")
+  if plot_fn:  # Last: a plot that fails costs no result.
+    atomic.write_bytes(paths["png"], png(plot_fn(rows)))
   print(text, flush=True)
   print(f"\nwritten: {', '.join(paths.values())}\n", flush=True)
   return paths
