@@ -103,8 +103,8 @@ def test_a_failure_is_the_error_of_its_row(model, monkeypatch):
   "changes,message",
   [
     (dict(batch_sizes=()), r"decode.batch_sizes=\(\): expected one value"),
-    (dict(prompts=(0,)), "decode.prompts: found 0"),
-    (dict(new_tokens=-1), "decode.new_tokens: found -1"),
+    (dict(prompts=(0,)), "decode.prompts=0"),
+    (dict(new_tokens=-1), "decode.new_tokens=-1"),
     (dict(prompts=(250,)), "250 tokens and 6 new ones are more than .*=256"),
     (dict(funnels=("start=9",)), "start=9"),
     (dict(funnels=("start=1,recover=none",)), "'none' .*decode.new_tokens=0"),

@@ -12,8 +12,8 @@ import tiny_run
 
 from gemma_funnel import evaluation
 from gemma_funnel.config import format_funnel
-from gemma_funnel.evaluation import finetuned, generative
-from gemma_funnel.evaluation import subject as subject_lib
+from gemma_funnel.evaluation import finetuned, load_for_eval
+from gemma_funnel.evaluation.scoring import Scorer
 from gemma_funnel.tasks.task import Task
 from gemma_funnel.training import step
 
@@ -106,7 +106,7 @@ def eval_config(checkpoint, **changes):
 
 
 def test_the_table_is_of_both_funnels_over_seeds(config, rows):
-  assert [r["funnel"] for r in rows] == ["trained", "off"]
+  assert [r["funnel"] for r in rows] == ["as trained", "off"]
   assert [r["resolved"].split(",")[0] for r in rows] == ["start=1", "off"]
   for row in rows:
     one, two = [r["accuracy"] for r in row["of_seeds"]]
@@ -294,17 +294,15 @@ def test_minimal_pairs_of_a_training_run(pretrained, folder, words):
       pairs[number].reverse()
   rows, records = measure()
   assert rows[0]["accuracy"] == rows[0]["value"] == pytest.approx(4 / 6)
-  assert [r["funnel"] for r in rows] == ["trained", "off"]
+  assert [r["funnel"] for r in rows] == ["as trained", "off"]
   assert rows[0]["num_examples"] == 6 and rows[0]["num_ties"] == 0
   # With the funnel of each row: of the same texts, other likelihoods.
   assert [r["choices"] for r in records] == pairs * 2
   own, off = (r["log_likelihoods"] for r in (records[0], records[6]))
   assert own != off
-  subject = subject_lib.load(config)
-  tokenizer = generative.tokenizer_lib.Tokenizer.load(subject.tokenizer_path)
-  text = tokenizer.encode(pairs[0][0])
+  loaded = load_for_eval.load(config)
+  text = loaded.load_tokenizer().encode(pairs[0][0])
   for funnel, found in ((FUNNEL, own), ("off", off)):
-    [expected] = generative.scoring.rolling(
-      subject.model.with_funnel(funnel), [text], batch_size=6, lengths=(LENGTH,)
-    )
+    model = loaded.model.with_funnel(funnel)
+    [expected] = Scorer(model, None, 6, (LENGTH,)).rolling([text])
     assert found[0] == pytest.approx(expected, rel=1e-4)

@@ -1,44 +1,61 @@
-"""lm-evaluation-harness with our model: its numbers against our own."""
+"""lm-evaluation-harness with our model: its numbers against our own.
+
+Without lm_eval, which is an extra, a stub of what the adapter imports stands in
+for it, and tests that need all of it are skipped.
+"""
 
 import dataclasses
+import importlib
+import importlib.util
 import json
 import os
+import subprocess
 import sys
+import types
 
 import pytest
+from tiny_language_model import make_model, train_tokenizer
 
-# Before lm_eval is imported: nothing here is on a hub.
-for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-  os.environ[name] = "1"
-lm_eval = pytest.importorskip("lm_eval")
-
-from flax import nnx  # noqa: E402
-from lm_eval import utils  # noqa: E402
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from gemma_funnel.config import TransformerConfig  # noqa: E402
-from gemma_funnel.data import sources  # noqa: E402
-from gemma_funnel.data import tokenizer as tokenizer_lib  # noqa: E402
-from gemma_funnel.data.tokenizer import BOS_ID  # noqa: E402
-from gemma_funnel.decode.sampling import GREEDY, Sampling  # noqa: E402
-from gemma_funnel.evaluation import generative, harness, scoring  # noqa: E402
-from gemma_funnel.evaluation import subject as subject_lib  # noqa: E402
-from gemma_funnel.model import Transformer  # noqa: E402
-from gemma_funnel.tasks.task import (  # noqa: E402
+from gemma_funnel.data.tokenizer import BOS_ID
+from gemma_funnel.decode.sampling import GREEDY, Sampling
+from gemma_funnel.evaluation import generative, load_for_eval, scoring
+from gemma_funnel.evaluation.scoring import Limits, Scorer
+from gemma_funnel.tasks.task import (
   ChoiceExample,
   Document,
   GenerationExample,
   Task,
 )
 
+REAL = importlib.util.find_spec("lm_eval") is not None
+needs_lm_eval = pytest.mark.skipif(not REAL, reason="lm_eval is not installed")
 # What lm_eval and its dependencies warn of is not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
-VOCAB = 300
+STUB = {
+  "__init__": "",
+  "__main__": """
+import sys
+from lm_eval.api import registry
+def cli_evaluate():
+  print(*sys.argv, *registry.MODELS)
+""",
+  "api/__init__": "",
+  "api/model": """
+class LM:
+  def __init__(self):
+    self.cache_hook = self
+    self.cached = []
+  def add_partial(self, *entry):
+    self.cached.append(entry)
+""",
+  "api/registry": """
+MODELS = {}
+def register_model(name):
+  assert name not in MODELS, f"{name} is registered twice"
+  return lambda cls: MODELS.setdefault(name, cls)
+""",
+}
 FUNNEL = "start=1,stride=2"
-CONFIG = TransformerConfig.preset(
-  "tiny", num_layers=2, vocab_size=VOCAB, max_length=64
-)
 CHOICES = [
   dict(q="one two", choices=["three", "four five six", "ü"], answer=0),
   dict(q="a cat", choices=["sat", "satsatsat"], answer=1),
@@ -60,28 +77,49 @@ output_type: {kind}
 
 
 @pytest.fixture(scope="module")
+def stub(tmp_path_factory):
+  """The folder of a package lm_eval that only says what it is asked."""
+  folder = tmp_path_factory.mktemp("stub")
+  for name, text in STUB.items():
+    path = folder / "lm_eval" / f"{name}.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(stub):
+  """The module of the adapter, on lm_eval or the stub."""
+  name = "gemma_funnel.evaluation.lm_eval_model"
+  before = set(sys.modules)
+  with pytest.MonkeyPatch.context() as patch:
+    for key in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
+      patch.setenv(key, "1")  # Nothing here is on a hub.
+    if not REAL:
+      patch.syspath_prepend(str(stub))
+    yield importlib.import_module(name)
+  if not REAL:
+    for module in set(sys.modules) - before:
+      if module.startswith("lm_eval") or "gemma_funnel.evaluation" in module:
+        del sys.modules[module]
+
+
+@pytest.fixture(scope="module")
 def model():
-  model = Transformer(CONFIG, rngs=nnx.Rngs(0))
-  for norm in (model.layers.post_attn_norm, model.layers.post_mlp_norm):
-    norm.scale[...] = norm.scale[...] + 6
-  return model
+  return make_model(64)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-  path = tmp_path_factory.mktemp("tokenizer") / "t.model"
-  words = "one two three four five six a cat sat red green blue grey"
-  lines = [f"{w} {v}" for w in words.split() for v in words.split()]
-  documents = [sources.Document(str(n), x) for n, x in enumerate(lines)]
-  return tokenizer_lib.train(documents, VOCAB, path)
+  return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
-def load(model, tokenizer, tmp_path, monkeypatch):
+def load(adapter, model, tokenizer, monkeypatch):
   """Makes an adapter; the checkpoint is the model here."""
-  subject = subject_lib.Subject(model, tokenizer.name)
-  monkeypatch.setattr(subject_lib, "load", lambda *a: subject)
-  return lambda **args: harness.GemmaFunnel("x", **args)
+  loaded = load_for_eval.EvalModel("x", model, tokenizer.name)
+  monkeypatch.setattr(load_for_eval, "load", lambda *a: loaded)
+  return lambda **args: adapter.GemmaFunnel("x", **args)
 
 
 def write_task(folder, name, rows, kind, rest):
@@ -111,20 +149,18 @@ metric_list:
 """
 
 
+@needs_lm_eval
 def test_numbers_of_lm_eval_are_those_of_our_own(
   load, model, tokenizer, tmp_path, monkeypatch
 ):
+  import lm_eval
+  from lm_eval.tasks import TaskManager
+
   monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
   lm = load(funnel=FUNNEL.replace(",", "/"), batch_size=3)
   model = model.with_funnel(FUNNEL)
-  texts = generative.continuations(
-    model,
-    tokenizer,
-    [[BOS_ID, *tokenizer.encode(p)] for p in PROMPTS],
-    stop=(),
-    max_new_tokens=NEW,
-    batch_size=3,
-    longest=64,
+  texts = Scorer(model, tokenizer, 3).generate_until(
+    [[BOS_ID, *tokenizer.encode(p)] for p in PROMPTS], Limits(NEW)
   )
   answers = [texts[0], "no", texts[2]]
   rows = [dict(q=p, answer=a) for p, a in zip(PROMPTS, answers, strict=True)]
@@ -175,11 +211,18 @@ def test_numbers_of_lm_eval_are_those_of_our_own(
     assert sample["filtered_resps"] == [record["text"]]
 
 
-def test_the_pairs_and_windows_are_lm_eval_s(load, tokenizer):
-  lm = load()
+@needs_lm_eval
+def test_the_pairs_and_windows_are_lm_eval_s(tokenizer):
+  from lm_eval import utils
+  from lm_eval.api.model import TemplateLM
+
+  def tok_encode(text, **_):
+    return [BOS_ID, *tokenizer.encode(text)]
+
+  plain = types.SimpleNamespace(tok_encode=tok_encode)
   for context, text in [("one two", " three"), ("a cat  ", "sat"), ("é", "x")]:
-    theirs = harness.TemplateLM._encode_pair(lm, context, text)
-    assert lm._encode_pair(context, text) == theirs
+    theirs = TemplateLM._encode_pair(plain, context, text)
+    assert scoring.encode_pair(tokenizer, context, text) == theirs
   for length in (2, 5, 9):
     for count in range(1, 30):
       ids = list(range(10, 10 + count))
@@ -191,51 +234,87 @@ def test_the_pairs_and_windows_are_lm_eval_s(load, tokenizer):
         assert mine == ([BOS_ID] * (number > 0) + context, rest)
 
 
-def request(kind, *args):
-  return Instance(kind, {}, args, 0)
+def request(*args):
+  return types.SimpleNamespace(args=args)
+
+
+def test_it_answers_as_our_own_tasks_do(load, model, tokenizer):
+  lm = load(funnel=FUNNEL.replace(",", "/"), batch_size="3")
+  model = model.with_funnel(FUNNEL)
+  settings = generative.Settings(batch_size=3, prompt_format="{prompt} ")
+  task = Task(
+    "t",
+    "choice",
+    (),
+    (),
+    {
+      "test": tuple(
+        ChoiceExample(r["q"], tuple(r["choices"]), r["answer"]) for r in CHOICES
+      )
+    },
+  )
+  for row, record in zip(
+    CHOICES, generative.predict(task, model, tokenizer, settings), strict=True
+  ):
+    asked = [request(f"{row['q']} ", choice) for choice in row["choices"]]
+    found = lm.loglikelihood(asked)
+    likelihoods = [likelihood for likelihood, _ in found]
+    assert likelihoods == pytest.approx(record["log_likelihoods"], rel=1e-5)
+  asked = [request(text) for text in TEXTS]
+  assert lm.loglikelihood_rolling(asked) == Scorer(model, None, 3).rolling(
+    [tokenizer.encode(text) for text in TEXTS]
+  )
+  if not REAL:
+    kinds = ["loglikelihood"] * 11 + ["loglikelihood_rolling"] * 3
+    assert [kind for kind, *_ in lm.cached] == kinds
+    assert lm.cached[0][1] == ("one two ", "three")
 
 
 def test_generation_takes_the_task_s_arguments(load):
   lm = load(batch_size="2")
-  whole, short, cut = lm.generate_until(
-    [
-      request("generate_until", "one two", dict(max_gen_toks=10)),
-      request("generate_until", "one two", dict(max_gen_toks=2, until=None)),
-      request(
-        "generate_until", "one two", dict(max_gen_toks=10, until=["q", "w"])
-      ),
-    ]
+  generate = lambda *options: lm.generate_until(
+    [request("one two", given) for given in options]
+  )
+  whole, short, cut = generate(
+    dict(max_gen_toks=10),
+    dict(max_gen_toks=2, until=None),
+    dict(max_gen_toks=10, until=["q", "w"]),
   )
   assert whole.startswith(short) and len(short) < len(whole)
   assert cut == whole.split("q")[0].split("w")[0]
   draw = dict(max_gen_toks=10, do_sample=True, temperature=5.0)
-  one, two = lm.generate_until([request("generate_until", "one", draw)] * 2)
+  one, two = generate(draw, draw)
   assert one != two
+  if not REAL:
+    assert [answer for *_, answer in lm.cached] == [whole, short, cut]
   with pytest.raises(ValueError, match=r"\['num_beams'\] are not known"):
-    lm.generate_until([request("generate_until", "one", dict(num_beams=2))])
+    generate(dict(num_beams=2))
 
 
 @pytest.mark.parametrize(
-  "given, stop, count, sampling",
+  "given, limits",
   [
-    ({}, (), 9, GREEDY),
-    (dict(until="a", max_new_tokens=3), ("a",), 3, GREEDY),
-    (dict(do_sample=False, temperature=0.7, top_p=0.9), (), 9, GREEDY),
-    (dict(temperature=0.7, top_p=0.9), (), 9, Sampling(0.7, top_p=0.9)),
-    (dict(do_sample=True), (), 9, Sampling(1.0)),
-    (dict(do_sample=True, top_k=0), (), 9, Sampling(1.0)),
-    (dict(do_sample=True, temperature=0.0), (), 9, GREEDY),
+    ({}, Limits(9)),
+    (dict(until="a", max_new_tokens=3), Limits(3, ("a",))),
+    (dict(do_sample=False, temperature=0.7, top_p=0.9), Limits(9)),
+    (
+      dict(temperature=0.7, top_p=0.9),
+      Limits(9, sampling=Sampling(0.7, top_p=0.9)),
+    ),
+    (dict(do_sample=True), Limits(9, sampling=Sampling(1.0))),
+    (dict(do_sample=True, top_k=0), Limits(9, sampling=Sampling(1.0))),
+    (dict(do_sample=True, temperature=0.0), Limits(9, (), GREEDY)),
   ],
 )
-def test_arguments_of_generation(given, stop, count, sampling):
-  assert harness._options(given, 9) == (stop, count, sampling)
+def test_arguments_of_generation(adapter, given, limits):
+  assert adapter._limits(given, 9) == limits
 
 
 @pytest.mark.parametrize(
   "args, message",
   [
     (dict(batch_size="auto"), "batch_size='auto': expected an integer >= 1"),
-    (dict(max_length=65), "max_length=65: expected 2 to .*max_length=64"),
+    (dict(max_length=65), "max_length=65: expected an integer from 2 to 64"),
     (dict(max_batch_size=64), "max_batch_size=64: expected none"),
     (dict(funnel="start=1/recover=none"), "recover='none'.*lm_eval"),
     (dict(funnel="half"), "half"),
@@ -246,17 +325,18 @@ def test_mistakes_are_named(load, args, message):
     load(**args)
 
 
-def test_the_command(model, tokenizer, tmp_path, monkeypatch, capsys):
+@needs_lm_eval
+def test_the_command(adapter, model, tokenizer, tmp_path, monkeypatch, capsys):
+  from gemma_funnel.evaluation import harness
+
   monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-  assert harness.main(["--model=hf", "--tasks=x"]) == 2
-  assert "--model: expected none" in capsys.readouterr().err
   seen = []
 
   def read(config, needs, dtype):
     seen.append((config.checkpoint, dtype))
-    return subject_lib.Subject(model, tokenizer.name)
+    return load_for_eval.EvalModel("x", model, tokenizer.name)
 
-  monkeypatch.setattr(subject_lib, "load", read)
+  monkeypatch.setattr(load_for_eval, "load", read)
   write_task(tmp_path, "gf_choice", CHOICES, "multiple_choice", CHOICE_YAML)
   before = list(sys.argv)
   status = harness.main(
@@ -273,6 +353,36 @@ def test_the_command(model, tokenizer, tmp_path, monkeypatch, capsys):
   assert "gf_choice" in out and "acc_bytes" in out
 
 
-def test_a_checkpoint_that_is_not_there(tmp_path):
+@pytest.mark.parametrize(
+  "argv, status, said",
+  [
+    (["--tasks=x"], 0, "run --model=gemma_funnel --tasks=x gemma_funnel"),
+    (["--model=hf"], 2, "error: --model: expected none, it is gemma_funnel"),
+  ],
+)
+def test_the_command_registers_the_model_once(stub, argv, status, said):
+  # The stub refuses a second registration, as lm_eval does.
+  path = os.pathsep.join([str(stub), os.environ.get("PYTHONPATH", "")])
+  done = subprocess.run(
+    [sys.executable, "-m", "gemma_funnel.evaluation.harness", *argv],
+    env={**os.environ, "PYTHONPATH": path},
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, said in done.stdout + done.stderr) == (status, True)
+
+
+@pytest.mark.skipif(REAL, reason="lm_eval is installed")
+def test_the_command_without_lm_eval_is_one_line():
+  done = subprocess.run(
+    [sys.executable, "-m", "gemma_funnel.evaluation.harness"],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1
+  assert done.stderr.startswith("error: lm_eval is missing")
+
+
+def test_a_checkpoint_that_is_not_there(adapter, tmp_path):
   with pytest.raises(ValueError, match="checkpoint=.*nowhere' is not there"):
-    harness.GemmaFunnel(str(tmp_path / "nowhere"))
+    adapter.GemmaFunnel(str(tmp_path / "nowhere"))

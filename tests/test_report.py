@@ -100,13 +100,14 @@ def test_a_plot_that_fails_leaves_the_old_one(tmp_path):
     content = f.read()
 
   class Broken:
-    def savefig(self, path, **kwargs):
-      with open(path, "wb") as f:
-        f.write(b"half")
+    def savefig(self, file, **kwargs):
+      file.write(b"half")
       raise OSError("disk full")
 
   with pytest.raises(OSError, match="disk full"):
-    report.write(tmp_path, "x", ROWS, COLUMNS, "t", lambda rows: Broken())
+    report.write(tmp_path, "x", ROWS[:1], COLUMNS, "t", lambda rows: Broken())
+  # A plot that fails costs no result.
+  assert json.loads((tmp_path / "x.json").read_text())["rows"] == ROWS[:1]
   with open(old, "rb") as f:
     assert f.read() == content
   assert len(list(tmp_path.iterdir())) == 3

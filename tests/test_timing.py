@@ -58,11 +58,6 @@ def test_summary_of_known_quartiles():
   assert row["reduction_of_medians"] == pytest.approx(1 - 3 / 4)
 
 
-def test_summary_without_baseline_has_no_reduction():
-  row = timing.summarize([1.0], None)
-  assert row["latency_s"] == 1 and row["reduction"] is None
-
-
 def test_a_machine_that_slows_down_does_not_move_the_reduction():
   machine = Machine()
 
@@ -198,9 +193,9 @@ def test_progress_says_how_long_it_takes():
 @pytest.mark.parametrize(
   "changes, message",
   [
-    (dict(repeats=0), "repeats: found 0, expected integers >= 1"),
-    (dict(warmup=-1), "warmup: found -1, expected integers >= 0"),
-    (dict(seed=1.5), "seed: found 1.5, expected integers >= 0"),
+    (dict(repeats=0), "repeats=0: expected an integer >= 1"),
+    (dict(warmup=-1), "warmup=-1: expected an integer >= 0"),
+    (dict(seed=1.5), "seed=1.5: expected an integer >= 0"),
   ],
 )
 def test_protocol_errors(changes, message):

@@ -94,7 +94,7 @@ def test_steps_go_on_from_each_other(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
-    (dict(loss_chunks=(-1,)), "loss_chunks: found -1"),
+    (dict(loss_chunks=(-1,)), "loss_chunks=-1"),
     (dict(remats=()), r"remats=\(\)"),
     (dict(memory_limit_gib=-1.0), "memory_limit_gib=-1.0"),
     (dict(funnels=("start=9",)), "funnel"),

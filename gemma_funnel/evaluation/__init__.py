@@ -1,14 +1,22 @@
 """What a funnel costs and saves: `python eval.py --config=configs/eval_*.py`.
 
-`latency` measures time against the same code with the funnel off, `training`
-that of whole training steps, `accuracy` the loss on held-out text, `task` what
-the model answers, by itself or by its head, and `report` writes each as a table,
-JSON and a plot.
+Evaluators: `latency`, times against the same code with the funnel off;
+`training`, those of whole training steps; `accuracy`, the loss on held-out text;
+`task`, answers to a task. Each writes a table, JSON and a plot.
 """
 
+import importlib
 from typing import Any
 
-_EVALUATORS = ("accuracy", "latency", "task", "training")
+from gemma_funnel.checks import require, require_choice
+
+# An evaluator is imported when it is asked for: latency needs no grain.
+_MODULES = {
+  "accuracy": "accuracy",
+  "latency": "latency",
+  "task": "generative",
+  "training": "training",
+}
 
 
 def run(config: Any) -> list[dict[str, Any]]:
@@ -22,20 +30,12 @@ def run(config: Any) -> list[dict[str, Any]]:
     The rows of the evaluator's table.
 
   Raises:
-    ValueError: no evaluator of that name, or a value that it cannot work with.
+    ValueError: no evaluator of that name, a key that is missing, or a value
+      that it cannot work with.
   """
-  # An evaluator is imported when it is wanted: latency needs no grain.
-  match config.get("evaluator"):
-    case "accuracy":
-      from gemma_funnel.evaluation import accuracy as evaluator
-    case "latency":
-      from gemma_funnel.evaluation import latency as evaluator
-    case "task":
-      from gemma_funnel.evaluation import generative as evaluator
-    case "training":
-      from gemma_funnel.evaluation import training as evaluator
-    case other:
-      raise ValueError(
-        f"evaluator={other!r}: expected one of {list(_EVALUATORS)}"
-      )
+  name = config.get("evaluator")
+  require_choice("evaluator", name, list(_MODULES))
+  evaluator = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+  missing = [key for key in evaluator.KEYS if key not in config]
+  require(not missing, f"the configuration lacks {missing}")
   return evaluator.run(config)

@@ -1,8 +1,9 @@
 """How long generation takes with funnels, against the same code without.
 
-The first token's time is that of the prefill: prompts of a batch are of one
-length, so no steps are needed to bring rows to one phase. A token's time is
-that of a step, over all phases of the funnel. Greedy, and no row ends early.
+The first token's time is that of the prefill: prompts of a batch have one
+length, so rows are in one phase without further steps. A token's time is that
+of a step, averaged over all phases of the funnel. Decoding is greedy, and no
+row ends early.
 """
 
 from collections.abc import Sequence
@@ -14,14 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_funnel import flops
-from gemma_funnel.config import (
-  OFF,
-  Funnel,
-  TransformerConfig,
-  check_recovers,
-  format_funnel,
-)
+from gemma_funnel.checks import require, require_int
+from gemma_funnel.config import OFF, Funnel, TransformerConfig, format_funnel
 from gemma_funnel.decode import decoder as decoder_lib
+from gemma_funnel.evaluation import cost as cost_lib
 from gemma_funnel.evaluation import funnels as funnels_lib
 from gemma_funnel.evaluation import report, timing
 from gemma_funnel.model import Transformer
@@ -42,7 +39,7 @@ def measure(
   """Measures generation with each funnel, and with none.
 
   Args:
-    model: whose parameters all variants run with; its own funnel is unused.
+    model: all variants run with its parameters; its own funnel is unused.
     funnels: what to compare with no funnel, as configurations or strings.
     batch_sizes: rows B.
     prompts: tokens of each row's prompt.
@@ -89,17 +86,18 @@ def check(
   """
   timing.require_ints("decode.batch_sizes", batch_sizes, 1)
   timing.require_ints("decode.prompts", prompts, 1)
-  timing.require_ints("decode.new_tokens", (new_tokens,), 1)
-  longest = max(prompts) + new_tokens + 1
-  if longest > config.max_length:
-    raise ValueError(
-      f"decode: a prompt of {max(prompts)} tokens and {new_tokens} new ones "
-      f"are more than model.max_length={config.max_length}"
-    )
-  named = funnels_lib.resolve(funnels, config.num_layers)
-  for stages in named.values():
-    check_recovers(stages, "decoding (decode.new_tokens=0 leaves it out)")
-  return {OFF: ()} | {k: stages for k, stages in named.items() if stages}
+  require_int("decode.new_tokens", new_tokens, 1)
+  require(
+    max(prompts) + new_tokens + 1 <= config.max_length,
+    f"decode: a prompt of {max(prompts)} tokens and {new_tokens} new ones are "
+    f"more than model.max_length={config.max_length}",
+  )
+  named = funnels_lib.resolve(
+    funnels,
+    config.num_layers,
+    recovers="decoding (decode.new_tokens=0 leaves it out)",
+  )
+  return funnels_lib.with_off(named)
 
 
 class _Cell:
@@ -152,95 +150,84 @@ class _Cell:
     for name in self.named:
       row = self._row(name, measured[name, _FIRST], measured[name, _EACH])
       rows.append(row)
-      self.protocol.log(f"  {_result_line(row)}")
-    token_s = rows[0]["token_s"]
-    for row in rows:
-      row["speedup"] = None
-      if token_s and row["token_s"]:
-        row["speedup"] = 1 / (1 - row["reduction"])
+      self.protocol.log(f"  {name}: {_result(row)}")
     return rows
 
   def _row(self, name: str, first: Row, each: Row) -> Row:
-    stages = self.named[name]
-    row = {
-      "batch": self.batch,
+    stages, config, batch = self.named[name], self.config, self.batch
+    # Half of the new tokens are in the cache, on average.
+    context = self.length + self.new_tokens // 2
+    count_bytes = lambda stages: flops.decode_bytes(
+      config, stages, batch, context
+    )
+    count_flops = lambda stages: flops.decode_flops(config, stages, context)
+    ideal_bytes = cost_lib.saved(count_bytes, stages)
+    seconds, reduction = each.get("latency_s"), each.get("reduction")
+    token_s = seconds and seconds / self.new_tokens
+    return {
+      "batch": batch,
       "prompt": self.length,
       "new_tokens": self.new_tokens,
       "funnel": name,
       "resolved": format_funnel(stages),
       "error": first["error"] or each["error"],
-      "cache_bytes": self.cache_bytes.get(name),
-    }
-    seconds = each.get("latency_s")
-    token_s = seconds and seconds / self.new_tokens
-    # Half of the new tokens are in the cache, on average.
-    context = self.length + self.new_tokens // 2
-    cost = lambda count, *args: count(self.config, *args, context)
-    saved = lambda count, *batch: (
-      1 - cost(count, stages, *batch) / cost(count, None, *batch)
-    )
-    least = cost(flops.decode_bytes, stages, self.batch)
-    ideal_bytes = saved(flops.decode_bytes, self.batch)
-    return row | {
       "first_token_s": first.get("latency_s"),
       "first_spread": first.get("spread"),
       "first_reduction": first.get("reduction"),
       "first_ideal": flops.ideal_reduction(
-        self.config, stages, self.batch, self.length, head=False
+        config, stages, batch, self.length, head=False
       ),
       "token_s": token_s,
       "spread": each.get("spread"),
-      "reduction": each.get("reduction"),
-      "ideal_flops": saved(flops.decode_flops),
+      "reduction": reduction,
+      "speedup": None if reduction is None else 1 / (1 - reduction),
+      "ideal_flops": cost_lib.saved(count_flops, stages),
       "ideal_bytes": ideal_bytes,
       "ideal_speedup": 1 / (1 - ideal_bytes),
-      "tokens_per_s": token_s and self.batch / token_s,
-      "bytes_per_s": token_s and least / token_s,
+      "tokens_per_s": token_s and batch / token_s,
+      "bytes_per_s": token_s and count_bytes(stages) / token_s,
+      "cache_bytes": self.cache_bytes.get(name),
       "ideal_cache_bytes": flops.cache_bytes(
-        self.config, stages, self.batch, self.length + self.new_tokens + 1
+        config, stages, batch, self.length + self.new_tokens + 1
       ),
       "times_s": {_FIRST: first.get("times_s"), _EACH: each.get("times_s")},
     }
 
 
-def _result_line(row: Row) -> str:
+def _result(row: Row) -> str:
   if row["error"]:
-    return f"{row['funnel']}: failed: {row['error']}"
-  line = (
-    f"{row['funnel']}: first token {row['first_token_s'] * 1e3:.1f} ms, then "
+    return f"failed: {row['error']}"
+  text = (
+    f"first token {row['first_token_s'] * 1e3:.1f} ms, then "
     f"{row['token_s'] * 1e3:.2f} ms each"
   )
-  if row["funnel"] != OFF:
-    line += (
+  if row["funnel"] != OFF and row["reduction"] is not None:
+    text += (
       f", {row['reduction']:.1%} less (ideal {row['ideal_bytes']:.1%} of bytes,"
       f" {row['ideal_flops']:.1%} of FLOPs)"
     )
-  return line
+  return text
 
 
-def _percent(key: str, header: str) -> report.Column:
-  return report.Column(key, f"{header} %", ".1f", 100)
-
-
-COLUMNS = (
-  report.Column("batch", "batch", "d"),
+COLUMNS = cost_lib.columns(
+  "batch",
   report.Column("prompt", "prompt", "d"),
-  report.Column("funnel", "funnel"),
+  "funnel",
   report.Column("first_token_s", "first token ms", ".2f", 1e3),
-  _percent("first_reduction", "less"),
-  _percent("first_ideal", "ideal"),
+  cost_lib.percent("first_reduction", "latency reduction, measured"),
+  cost_lib.percent("first_ideal", "latency reduction, ideal"),
   report.Column("token_s", "ms a token", ".3f", 1e3),
-  _percent("spread", "spread"),
-  _percent("reduction", "less"),
-  _percent("ideal_flops", "ideal FLOPs"),
-  _percent("ideal_bytes", "ideal bytes"),
+  "spread",
+  "reduction",
+  cost_lib.percent("ideal_flops", "ideal FLOPs"),
+  cost_lib.percent("ideal_bytes", "ideal bytes"),
   report.Column("tokens_per_s", "tokens/s", ",.1f"),
   report.Column("speedup", "speed-up", ".2f"),
   report.Column("ideal_speedup", "ideal", ".2f"),
   report.Column("bytes_per_s", "GB/s", ".1f", 1e-9),
   report.Column("cache_bytes", "cache MiB", ",.2f", 2**-20),
   report.Column("ideal_cache_bytes", "least MiB", ",.2f", 2**-20),
-  report.Column("error", "error"),
+  "error",
 )
 NOTES = (
   "First token: a prompt's prefill; ideal of its FLOPs. A token: a step for all "

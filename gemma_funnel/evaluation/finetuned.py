@@ -1,7 +1,7 @@
-"""Fine-tuned models measured with several funnels; and tuned, of several seeds.
+"""Fine-tuned models measured with several funnels, over several seeds.
 
-`run` is of train.py, which trains them first; `evaluate` is of eval.py, which
-is given what is there.
+train.py calls `run`, which trains them first; eval.py calls `evaluate`, which
+reads them.
 """
 
 from collections.abc import Sequence
@@ -16,37 +16,44 @@ import jax
 import ml_collections
 
 from gemma_funnel import flops, tasks
-from gemma_funnel.config import check_recovers, format_funnel
+from gemma_funnel.checks import require
 from gemma_funnel.data import tokenizer as tokenizer_lib
+from gemma_funnel.evaluation import cost, load_for_eval, plots, report
 from gemma_funnel.evaluation import funnels as funnels_lib
-from gemma_funnel.evaluation import plots, report
-from gemma_funnel.evaluation import subject as subject_lib
-from gemma_funnel.evaluation.asking import Settings
+from gemma_funnel.evaluation.funnels import TRAINED
+from gemma_funnel.evaluation.prompts import Settings
 from gemma_funnel.heads import Encoder
 from gemma_funnel.tasks import encode
 from gemma_funnel.tasks.task import ENCODER_KINDS, Task
 from gemma_funnel.training import finetune, trainer
 
-TRAINED = "trained"
 Row = dict[str, Any]
-# Of configs/eval_task.py: what else than these a head has no use for.
+# The settings of configs/eval_task.py that tasks with a head have.
 _USED = ("batch_size", "split", "max_examples")
 # What the seeds of one table have in common.
-_COMMON = (
-  "task",
-  "length",
-  "long",
-  "causal",
-  "head",
-  "init_from",
-  "tokenizer",
-  "funnel",
-  "funnel_from",
-  "funnel_sampled",
-  "epochs",
-  "batch_size",
-  "optimizer",
-)
+_COMMON = """
+  task length long causal head init_from tokenizer funnel funnel_from
+  funnel_sampled epochs batch_size optimizer
+""".split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """What encoders are measured on.
+
+  Attributes:
+    task: of the encoders' head.
+    split: of the task.
+    rows: of that split, from `encode.encode`.
+    batch_size: rows at a time.
+    length: tokens of a row at most.
+  """
+
+  task: Task
+  split: str
+  rows: Sequence[encode.Row]
+  batch_size: int
+  length: int
 
 
 def run(config: ml_collections.ConfigDict) -> list[Row] | None:
@@ -67,8 +74,10 @@ def run(config: ml_collections.ConfigDict) -> list[Row] | None:
   Raises:
     ValueError, FloatingPointError: see `finetune.resolve` and `trainer.train`.
   """
-  if not config.seeds or isinstance(config.seeds, int):
-    raise ValueError(f"seeds={config.seeds!r}: expected such as (0, 1, 2)")
+  require(
+    bool(config.seeds) and not isinstance(config.seeds, int),
+    f"seeds={config.seeds!r}: expected such as (0, 1, 2)",
+  )
   task = tasks.load(config.task)
   # All that can be wrong of a seed is found before the first is trained.
   specs = [finetune.resolve(of_seed(config, s), task) for s in config.seeds]
@@ -80,28 +89,14 @@ def run(config: ml_collections.ConfigDict) -> list[Row] | None:
     result = trainer.train(spec)
     if not result.finished:
       return None
-    measured.append(
-      measure(
-        result.model,
-        task,
-        "test",
-        spec.task.rows["test"],
-        funnels,
-        batch_size=spec.batch_size,
-        length=spec.length,
-      )
+    examples = Examples(
+      task, "test", spec.task.rows["test"], spec.batch_size, spec.length
     )
+    measured.append(measure(result.model, examples, funnels))
   rows = _over_seeds(task, measured)
   if jax.process_index() == 0:
-    _report(
-      config.workdir,
-      "task",
-      rows,
-      task,
-      f"{task.name}: test split",
-      settings={"config": config.to_dict()},
-      length=specs[0].length,
-    )
+    title, settings = f"{task.name}: test split", {"config": config.to_dict()}
+    _report(config.workdir, "task", rows, examples, title, settings)
   return rows
 
 
@@ -116,25 +111,14 @@ def of_seed(config: ml_collections.ConfigDict, seed: int):
 
 
 def measure(
-  encoder: Encoder,
-  task: Task,
-  split: str,
-  rows: Sequence[encode.Row],
-  funnels: Sequence[str],
-  *,
-  batch_size: int,
-  length: int,
+  encoder: Encoder, examples: Examples, funnels: Sequence[str]
 ) -> list[Row]:
   """Metrics of an encoder on a task, with each of several funnels.
 
   Args:
     encoder: with its own funnel, which "trained" names.
-    task: that its head is of.
-    split: of the task.
-    rows: of that split, from `encode.encode`.
+    examples: of a task of its head.
     funnels: configurations or strings.
-    batch_size: rows at a time.
-    length: tokens of a row at most.
 
   Returns:
     A row for each funnel: the task's metrics, `funnel`, `resolved`,
@@ -145,44 +129,37 @@ def measure(
     ValueError: a funnel that is malformed, does not fit, or does not recover
       under a head that needs it.
   """
-  model = encoder.model
-  named = _resolve(
-    funnels,
-    model.stages,
-    model.config.num_layers,
-    encoder.head.config.per_token,
-  )
-  measured = []
-  for name, stages in named.items():
-    print(f"task {task.name}: {name}", flush=True)
+  task, config = examples.task, encoder.model.config
+
+  def measure_one(stages):
     found = finetune.measure(
       encoder.with_funnel(stages),
       task,
-      split,
-      rows,
-      batch_size=batch_size,
-      length=length,
+      examples.split,
+      examples.rows,
+      batch_size=examples.batch_size,
+      length=examples.length,
     )
-    measured.append(
-      {
-        "funnel": name,
-        "resolved": format_funnel(stages),
-        **found,
-        "num_examples": len(task.splits[split]),
-        "ideal_reduction": flops.ideal_reduction(
-          model.config, stages, 1, length, head=False, causal=encoder.causal
-        ),
-      }
-    )
-  return measured
+    return found | {
+      "num_examples": len(task.splits[examples.split]),
+      "ideal_reduction": flops.ideal_reduction(
+        config, stages, 1, examples.length, head=False, causal=encoder.causal
+      ),
+    }
+
+  named = _resolve_for(encoder, funnels)
+  return funnels_lib.measure_each(f"task {task.name}", named, measure_one)
 
 
 def _resolve(funnels, own, num_layers: int, per_token: bool):
-  named = funnels_lib.resolve(funnels, num_layers, {TRAINED: own})
-  if per_token:
-    for stages in named.values():
-      check_recovers(stages, "a label for every token")
-  return named
+  recovers = "a label for every token" if per_token else None
+  return funnels_lib.resolve(funnels, num_layers, own=own, recovers=recovers)
+
+
+def _resolve_for(encoder: Encoder, funnels):
+  model, head = encoder.model, encoder.head.config
+  depth = model.config.num_layers
+  return _resolve(funnels, model.stages, depth, head.per_token)
 
 
 def _over_seeds(task: Task, measured: Sequence[Sequence[Row]]) -> list[Row]:
@@ -206,34 +183,26 @@ def _report(
   out: str,
   name: str,
   rows: Sequence[Row],
-  task: Task,
+  examples: Examples,
   title: str,
-  *,
   settings: dict[str, Any],
-  length: int,
 ) -> None:
-  columns = [
-    report.Column("funnel", "funnel"),
-    report.Column("resolved", "in full"),
-    *(report.Column(name, f"{name} %", ".2f", 100) for name in task.metrics),
-    report.Column("spread", f"deviation of {task.metrics[0]} %", ".2f", 100),
+  task = examples.task
+  columns = cost.columns(
+    "funnel",
+    "resolved",
+    *(cost.percent(metric, metric, ".2f") for metric in task.metrics),
+    cost.percent("spread", f"deviation of {task.metrics[0]}", ".2f"),
     report.Column("seeds", "seeds", "d"),
-    report.Column("ideal_reduction", "FLOPs saved %", ".1f", 100),
-  ]
+    "ideal_reduction",
+  )
   counts = ", ".join(f"{len(task.splits[s])} {s}" for s in task.splits)
-  skipped = sum(task.skipped.values())
+  note = (
+    f"{counts} examples, {sum(task.skipped.values())} malformed rows left out. "
+    f"FLOPs of the trunk at {examples.length} tokens."
+  )
   report.write(
-    out,
-    name,
-    rows,
-    columns,
-    title,
-    plots.task,
-    settings=settings,
-    notes=[
-      f"{counts} examples, {skipped} malformed rows left out. FLOPs of the "
-      f"trunk at {length} tokens."
-    ],
+    out, name, rows, columns, title, plots.task, settings=settings, notes=[note]
   )
 
 
@@ -259,7 +228,7 @@ def evaluate(config: Any, settings: Settings) -> list[Row]:
 
   Args:
     config: as in configs/eval_task.py.
-    settings: of which `split` and `max_examples` count.
+    settings: only `split` and `max_examples` count.
 
   Returns:
     As `run`.
@@ -269,87 +238,65 @@ def evaluate(config: Any, settings: Settings) -> list[Row]:
       configuration; a task whose labels, or their kind, are not the runs'.
   """
   _check_unused(config, settings)
-  loaded = _load(find_runs(config.checkpoint))
-  first, labels, trained = loaded[0]
-  length = trained.length
-  _resolve(
-    config.funnels,
-    first.model.stages,
-    first.model.config.num_layers,
-    first.head.config.per_token,
-  )
-  task = _read_task(config, trained, settings)
-  _check_labels(task, labels, first.head.config, config.checkpoint)
-  tokenizer = tokenizer_lib.find_tokenizer(
-    trained.tokenizer, "", first.model.config.vocab_size
-  )
-  encoded = encode.encode(
-    task, task.splits[settings.split], tokenizer, length, trained.long
-  )
-  measured = [
-    measure(
-      encoder,
-      task,
-      settings.split,
-      encoded,
-      config.funnels,
-      batch_size=config.batch_size or trained.batch_size,
-      length=length,
-    )
+  folders = find_runs(config.checkpoint)
+  loaded = [finetune.load(folder) for folder in folders]
+  _, labels, trained = loaded[0]
+  for folder, (_, _, other) in zip(folders, loaded, strict=True):
+    _check_same(folders[0], trained, folder, other)
+  on_device = load_for_eval.on_this_device
+  encoders = [
+    Encoder(on_device(encoder.model), encoder.head, causal=encoder.causal)
     for encoder, _, _ in loaded
   ]
-  rows = _over_seeds(task, measured)
-  title = f"{task.name}: {config.checkpoint}, {settings.split} split"
+  _resolve_for(encoders[0], config.funnels)
+  task = _read_task(config, trained, settings)
+  _check_labels(task, labels, encoders[0].head.config, config.checkpoint)
+  tokenizer = tokenizer_lib.find_tokenizer(
+    trained.tokenizer, "", encoders[0].model.config.vocab_size
+  )
+  split, length = settings.split, trained.length
+  rows = encode.encode(
+    task, task.splits[split], tokenizer, length, trained.long
+  )
+  batch_size = config.batch_size or trained.batch_size
+  examples = Examples(task, split, rows, batch_size, length)
+  rows = _over_seeds(
+    task, [measure(encoder, examples, config.funnels) for encoder in encoders]
+  )
   _report(
-    config.out or subject_lib.folder(config.checkpoint),
-    re.sub(r"[^\w.-]", "_", task.name),
+    config.out or load_for_eval.default_out(config.checkpoint),
+    report.file_name(task.name),
     rows,
-    task,
-    title,
-    length=length,
-    settings={"config": config.to_dict(), "trained": trained.to_dict()},
+    examples,
+    f"{task.name}: {config.checkpoint}, {split} split",
+    {"config": config.to_dict(), "trained": trained.to_dict()},
   )
   return rows
 
 
-def _load(folders: Sequence[str]):
-  """What `finetune.load` gives of each of them, all of one configuration."""
-  loaded = []
-  for folder in folders:
-    encoder, labels, trained = finetune.load(folder)
-    loaded.append((_on_this_device(encoder), labels, trained))
-    _check_same(folders[0], loaded[0][2], folder, trained)
-  return loaded
-
-
-def _on_this_device(encoder: Encoder) -> Encoder:
-  model = subject_lib.on_this_device(encoder.model)
-  return Encoder(model, encoder.head, causal=encoder.causal)
-
-
 def _check_unused(config: Any, settings: Settings) -> None:
   for key in ("tokenizer", "dtype"):
-    if config[key] is not None:
-      raise ValueError(
-        f"{key}={config[key]!r}: expected none, {config.checkpoint} is a "
-        "fine-tuned run with its own"
-      )
+    require(
+      config[key] is None,
+      f"{key}={config[key]!r}: expected none, {config.checkpoint} is a "
+      "fine-tuned run with its own",
+    )
   for field in dataclasses.fields(Settings):
     value = getattr(settings, field.name)
-    if field.name not in _USED and value != field.default:
-      raise ValueError(
-        f"{field.name}={value!r}: expected {field.default!r}, it is of tasks "
-        f"without a head, and {config.checkpoint} is a fine-tuned run"
-      )
+    require(
+      field.name in _USED or value == field.default,
+      f"{field.name}={value!r}: expected {field.default!r}, it is of tasks "
+      f"without a head, and {config.checkpoint} is a fine-tuned run",
+    )
 
 
 def _check_same(first: str, one, folder: str, other) -> None:
   for key in _COMMON:
-    if one[key] != other[key]:
-      raise ValueError(
-        f"{folder} has not the {key} of {first}: expected seeds of one "
-        "configuration; name one of the folders instead"
-      )
+    require(
+      one[key] == other[key],
+      f"{folder} has not the {key} of {first}: expected seeds of one "
+      "configuration; name one of the folders instead",
+    )
 
 
 def _read_task(config: Any, trained: Any, settings: Settings) -> Task:
@@ -364,33 +311,29 @@ def _read_task(config: Any, trained: Any, settings: Settings) -> Task:
     )
   task = tasks.load(given if named else trained.task)
   examples = task.splits.get(settings.split)
-  if not examples:
-    raise ValueError(
-      f"task {task.name} has no examples in split={settings.split!r}"
-    )
+  require(
+    bool(examples),
+    f"task {task.name} has no examples in split={settings.split!r}",
+  )
   cut = {settings.split: examples[: settings.max_examples]}
   return dataclasses.replace(task, splits={**task.splits, **cut})
 
 
 def _check_labels(task: Task, labels, head, path: str) -> None:
-  if task.kind not in ENCODER_KINDS or head.per_token != (
-    task.kind == "tagging"
-  ):
-    wanted = "tagging" if head.per_token else "classification or regression"
-    raise ValueError(
-      f"task {task.name} is of kind {task.kind!r}: expected {wanted}, which "
-      f"{path} is fine-tuned for"
-    )
-  if task.labels == labels:
-    return
+  wanted = "tagging" if head.per_token else "classification or regression"
+  fits = head.per_token == (task.kind == "tagging")
+  require(
+    task.kind in ENCODER_KINDS and fits,
+    f"task {task.name} is of kind {task.kind!r}: expected {wanted}, which "
+    f"{path} is fine-tuned for",
+  )
   more = [x for x in task.labels if x not in labels]
   less = [x for x in labels if x not in task.labels]
-  said = (
-    f"has {more} more and lacks {less}"
-    if more or less
-    else (f"has them as {list(task.labels)}")
-  )
-  raise ValueError(
+  said = f"has them as {list(task.labels)}"
+  if more or less:
+    said = f"has {more} more and lacks {less}"
+  require(
+    task.labels == labels,
     f"the labels of task {task.name} are not those of {path}: expected "
-    f"{list(labels)}, it {said}"
+    f"{list(labels)}, it {said}",
   )

@@ -1,67 +1,84 @@
 """Lists of funnels, as evaluations are given them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from gemma_funnel.checks import require
 from gemma_funnel.config import (
+  OFF,
   Funnel,
   FunnelConfig,
+  check_recovers,
   format_funnel,
   parse_funnel,
   resolve_funnel,
 )
 
+# The checkpoint's own funnel, in configurations and in tables.
+TRAINED, AS_TRAINED = "trained", "as trained"
+
+Row = dict[str, Any]
 Stages = tuple[FunnelConfig, ...]
-
-
-def parse(
-  funnels: Sequence[Funnel], known: Mapping[str, Funnel] | None = None
-) -> dict[str, Stages]:
-  """Names funnels.
-
-  Args:
-    funnels: funnels or their strings, such as "start=2,stride=2" or "off".
-    known: other names that may be used, with what they stand for.
-
-  Returns:
-    Stages by the names they were given, in that order; () is off.
-
-  Raises:
-    ValueError: no funnels, or one that is malformed.
-  """
-  if isinstance(funnels, str) or not funnels:
-    raise ValueError(
-      f"funnels={funnels!r}: expected a tuple such as ('start=2,stride=2',)"
-    )
-  named = {}
-  for funnel in funnels:
-    name = funnel.strip() if isinstance(funnel, str) else None
-    try:
-      stages = parse_funnel((known or {}).get(name, funnel))
-    except ValueError as e:
-      raise ValueError(f"funnels: {str(funnel)!r}: {e}") from e
-    named[name or format_funnel(stages)] = stages
-  return named
 
 
 def resolve(
   funnels: Sequence[Funnel],
-  num_layers: int,
-  known: Mapping[str, Funnel] | None = None,
+  num_layers: int | None = None,
+  *,
+  own: Funnel = None,
+  recovers: str | None = None,
 ) -> dict[str, Stages]:
-  """As `parse`, of a model of that depth, and with each funnel once.
+  """Names funnels, each of them once.
+
+  Args:
+    funnels: funnels or their strings, such as "start=2,stride=2" or "off".
+    num_layers: of the model; None checks what needs no model, and leaves the
+      funnels unresolved.
+    own: what "trained" stands for, () being off; None refuses that name.
+    recovers: what needs a state for every token; None is nothing.
 
   Returns:
-    Resolved stages; what is the same as an earlier one is left out.
+    Stages by name, in the order given; () is off. Of equal funnels the first.
 
   Raises:
-    ValueError: no funnels, or one that is malformed or does not fit.
+    ValueError: no funnels, or one that is malformed, does not fit, or does not
+      recover.
   """
+  require(
+    not isinstance(funnels, str) and bool(funnels),
+    f"funnels={funnels!r}: expected a tuple such as ('start=2,stride=2',)",
+  )
   named = {}
-  for name, funnel in parse(funnels, known).items():
+  for funnel in funnels:
+    name = funnel.strip() if isinstance(funnel, str) else None
+    if own is not None and name == TRAINED:
+      name, funnel = AS_TRAINED, own
     try:
-      stages = resolve_funnel(funnel, num_layers)
-    except ValueError as e:
-      raise ValueError(f"funnels: {name!r}: {e}") from e
+      stages = parse_funnel(funnel)
+      name = name or format_funnel(stages)
+      if num_layers is not None:
+        stages = resolve_funnel(stages, num_layers)
+    except ValueError as error:
+      raise ValueError(f"funnels: {name or str(funnel)!r}: {error}") from error
+    if recovers:
+      check_recovers(stages, recovers)
     if stages not in named.values():
       named[name] = stages
   return named
+
+
+def with_off(named: Mapping[str, Stages]) -> dict[str, Stages]:
+  """The funnels, after "off", which they are compared with."""
+  return {OFF: ()} | {name: stages for name, stages in named.items() if stages}
+
+
+def measure_each(
+  what: str, named: Mapping[str, Stages], measure: Callable[[Stages], Row]
+) -> list[Row]:
+  """A row for each funnel: `funnel`, `resolved`, and what `measure` finds."""
+  rows = []
+  for name, stages in named.items():
+    print(f"{what}: {name}", flush=True)
+    about = {"funnel": name, "resolved": format_funnel(stages)}
+    rows.append(about | measure(stages))
+  return rows

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from gemma_funnel.evaluation import report
 
 Row = Mapping[str, Any]
@@ -18,85 +20,76 @@ def latency(rows: Sequence[Row]) -> Any:
   Columns are without and with the head; each batch size has two rows.
   """
   batches, heads = _unique(rows, "batch"), _unique(rows, "head")
-  names = _unique(rows, "funnel")
   figure = report.new_figure(0.8 + 4.6 * len(heads), 0.8 + 5.2 * len(batches))
   grid = figure.subplots(2 * len(batches), len(heads), squeeze=False)
   for i, batch in enumerate(batches):
     for j, h in enumerate(heads):
       part = [r for r in rows if r["batch"] == batch and r["head"] == h]
       where = f"batch {batch}, {'with' if h else 'without'} the head"
-      _plot_reductions(grid[2 * i][j], part, names[1:], where)
-      _plot_times(grid[2 * i + 1][j], part, "funnel", names, where)
+      _plot_reductions(grid[2 * i][j], part, lambda r: r["length"], where)
+      grid[2 * i][j].set_xlabel("length (tokens)")
+      _plot_times(grid[2 * i + 1][j], part, "funnel", where)
+  _legend(figure)
+  return figure
+
+
+def _legend(figure) -> None:
+  """One legend below all axes, each label once."""
   handles = {}
   for axes in figure.axes:
     entries = axes.get_legend_handles_labels()
     for handle, label in zip(*entries, strict=True):
       handles.setdefault(label, handle)
-  figure.legend(
-    handles.values(),
-    handles.keys(),
-    loc="outside lower center",
-    ncols=2,
-    fontsize=8,
+  style = dict(loc="outside lower center", ncols=2, fontsize=8)
+  figure.legend(handles.values(), handles.keys(), **style)
+
+
+def _plot_reductions(
+  axes, rows, place, title, measured="reduction", ideal="ideal_reduction"
+) -> None:
+  """A bar for each funnel but the first, which is off, at each `place`."""
+  names, places = (
+    _unique(rows, "funnel")[1:],
+    [*dict.fromkeys(map(place, rows))],
   )
-  return figure
-
-
-def _plot_reductions(axes, rows, names, title) -> None:
-  lengths = _unique(rows, "length")
   width = 0.8 / max(1, len(names))
   for n, name in enumerate(names):
     at = {
-      lengths.index(r["length"]) + (n + 0.5) * width - 0.4: r
+      places.index(place(r)) + (n + 0.5) * width - 0.4: r
       for r in rows
       if r["funnel"] == name
     }
-    drawn = {x: r for x, r in at.items() if r.get("reduction") is not None}
-    values = [100 * r["reduction"] for r in drawn.values()]
+    drawn = {x: r for x, r in at.items() if r.get(measured) is not None}
+    values = 100 * np.array([r[measured] for r in drawn.values()])
     quartiles = [
-      [
-        100 * abs(r["reduction_quartiles"][side] - r["reduction"])
-        for r in drawn.values()
-      ]
-      for side in (0, 1)
+      r.get(f"{measured}_quartiles", [r[measured]] * 2) for r in drawn.values()
     ]
-    axes.bar(
-      list(drawn),
-      values,
-      0.9 * width,
-      yerr=quartiles,
-      color=f"C{n}",
-      ecolor="0.4",
-      capsize=2,
-      label=f"{name}, measured",
-    )
+    errors = abs(100 * np.reshape(quartiles, (-1, 2)).T - values)
+    style = dict(color=f"C{n}", ecolor="0.4", capsize=2)
+    label = f"{name}, measured"
+    axes.bar([*drawn], values, 0.9 * width, yerr=errors, label=label, **style)
     axes.hlines(
-      [100 * r["ideal_reduction"] for r in at.values()],
+      [100 * r[ideal] for r in at.values()],
       [x - 0.45 * width for x in at],
       [x + 0.45 * width for x in at],
       colors="black",
-      label="ideal (FLOPs)",
+      label="ideal",
     )
   axes.axhline(0, color="0.6", linewidth=0.8)
-  axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-  axes.set(xlabel="length (tokens)", ylabel="reduction of latency (%)")
+  axes.set_xticks(range(len(places)), [str(p) for p in places])
+  axes.set_ylabel("latency reduction (%)")
   axes.set_title(title, fontsize=10)
 
 
-def _plot_times(axes, rows, key, names, title) -> None:
+def _plot_times(axes, rows, key, title) -> None:
   lengths = _unique(rows, "length")
-  for n, name in enumerate(names):
+  for n, name in enumerate(_unique(rows, key)):
     drawn = [r for r in rows if r[key] == name and r.get("latency_s")]
+    x = [r["length"] for r in drawn]
+    y = [1e3 * r["latency_s"] for r in drawn]
     # As bars, in which the first name has none.
     color = "0.3" if n == 0 else f"C{n - 1}"
-    axes.plot(
-      [r["length"] for r in drawn],
-      [1e3 * r["latency_s"] for r in drawn],
-      "o-",
-      color=color,
-      markersize=4,
-      label=name,
-    )
+    axes.plot(x, y, "o-", color=color, markersize=4, label=name)
   if len(lengths) > 1:
     axes.set_xscale("log", base=2)
     # Close enough that the shortest range of two lengths has ticks.
@@ -114,61 +107,17 @@ def _plot_times(axes, rows, key, names, title) -> None:
 def decoding(rows: Sequence[Row]) -> Any:
   """A figure: measured and ideal reductions, of the first token and of each.
 
-  A pair of plots for each batch size and prompt; a bar for each funnel.
+  Ideal is of FLOPs for the first token, and of bytes for each.
   """
-  cells = list(dict.fromkeys((r["batch"], r["prompt"]) for r in rows))
-  names = _unique(rows, "funnel")[1:]
-  height = 1.6 + (1.2 + 0.4 * len(names)) * len(cells)
-  figure = report.new_figure(10, height)
-  grid = figure.subplots(len(cells), 2, squeeze=False, sharex=True)
-  for pair, cell in zip(grid, cells, strict=True):
-    part = [
-      r
-      for r in rows
-      if (r["batch"], r["prompt"]) == cell and r["funnel"] in names
-    ]
-    where = f"batch {cell[0]}, prompt {cell[1]}"
-    for axes, what, measured, ideal in (
-      (pair[0], "first token", "first_reduction", "first_ideal"),
-      (pair[1], "each token", "reduction", "ideal_bytes"),
-    ):
-      _plot_bars(axes, part, names, measured, ideal)
-      axes.set_title(f"{what}: {where}", fontsize=10)
-    pair[1].set_yticklabels([])
-  for axes in grid[-1]:
-    axes.set_xlabel("reduction of time (%)")
-  figure.legend(
-    *grid[0][0].get_legend_handles_labels(),
-    loc="outside lower center",
-    ncols=2,
-    fontsize=8,
-  )
+  cells = len({(r["batch"], r["prompt"]) for r in rows})
+  figure = report.new_figure(2 + 3 * max(2, cells), 4.2)
+  place = lambda r: f"batch {r['batch']}, prompt {r['prompt']}"
+  first, each = figure.subplots(1, 2)
+  keys = "first_reduction", "first_ideal"
+  _plot_reductions(first, rows, place, "first token", *keys)
+  _plot_reductions(each, rows, place, "each token", ideal="ideal_bytes")
+  _legend(figure)
   return figure
-
-
-def _plot_bars(axes, rows, names, measured, ideal) -> None:
-  at = [names.index(r["funnel"]) for r in rows]
-  bars = axes.barh(
-    at,
-    [100 * (r[measured] or 0) for r in rows],
-    0.7,
-    color="C0",
-    label="measured",
-  )
-  axes.bar_label(
-    bars, fmt="{:.0f}", fontsize=8, label_type="center", color="white"
-  )
-  axes.vlines(
-    [100 * r[ideal] for r in rows],
-    [y - 0.4 for y in at],
-    [y + 0.4 for y in at],
-    colors="black",
-    label="ideal (FLOPs of a prompt, bytes of a token)",
-  )
-  axes.axvline(0, color="0.6", linewidth=0.8)
-  axes.margins(x=0.15)
-  axes.set_yticks(range(len(names)), names, fontsize=8)
-  axes.set_ylim(len(names) - 0.4, -0.6)
 
 
 def layer_kinds(rows: Sequence[Row]) -> Any:
@@ -178,10 +127,21 @@ def layer_kinds(rows: Sequence[Row]) -> Any:
   grid = figure.subplots(1, len(batches), squeeze=False)
   for axes, batch in zip(grid[0], batches, strict=True):
     part = [r for r in rows if r["batch"] == batch]
-    _plot_times(axes, part, "kind", _unique(rows, "kind"), f"batch {batch}")
+    _plot_times(axes, part, "kind", f"batch {batch}")
     axes.set_ylabel("latency of a layer (ms)")
     axes.legend(fontsize=8)
   return figure
+
+
+def _rank(axes, rows, values, limit, label, fmt) -> None:
+  """A bar for each row, named by its funnel, from above."""
+  colors = [f"C{i}" for i in range(len(rows))]
+  bars = axes.barh(range(len(rows)), values, 0.7, color=colors)
+  axes.bar_label(bars, fmt=fmt, fontsize=9)
+  axes.set_yticks(range(len(rows)), [row["funnel"] for row in rows], fontsize=9)
+  axes.invert_yaxis()
+  axes.set_xlim(0, 1.15 * limit or 1)
+  axes.set_xlabel(label)
 
 
 def accuracy(rows: Sequence[Row]) -> Any:
@@ -190,22 +150,10 @@ def accuracy(rows: Sequence[Row]) -> Any:
   axes = figure.subplots()
   values = [row["bits_per_byte"] for row in rows]
   unigram = rows[0]["unigram_bits_per_byte"]
-  bars = axes.barh(
-    range(len(rows)), values, 0.7, color=[f"C{i}" for i in range(len(rows))]
-  )
-  axes.bar_label(bars, fmt=" {:.3f}", fontsize=9)
-  axes.axvline(
-    unigram,
-    color="black",
-    linestyle="--",
-    linewidth=1,
-    label=f"unigram, {unigram:.3f}",
-  )
-  names = [row["funnel"] for row in rows]
-  axes.set_yticks(range(len(rows)), names, fontsize=9)
-  axes.invert_yaxis()
-  axes.set_xlim(0, 1.15 * max(*values, unigram))
-  axes.set_xlabel("bits per byte of held-out text (less is better)")
+  style = dict(color="black", linestyle="--", linewidth=1)
+  axes.axvline(unigram, label=f"unigram, {unigram:.3f}", **style)
+  label = "bits per byte of held-out text (less is better)"
+  _rank(axes, rows, values, max(*values, unigram), label, " {:.3f}")
   figure.legend(loc="outside upper right", fontsize=8)
   return figure
 
@@ -213,16 +161,9 @@ def accuracy(rows: Sequence[Row]) -> Any:
 def task(rows: Sequence[Row]) -> Any:
   """A figure: the main metric of a task with each funnel."""
   figure = report.new_figure(7.5, 1.4 + 0.45 * len(rows))
-  axes = figure.subplots()
-  drawn = [row["value"] or 0 for row in rows]
-  bars = axes.barh(
-    range(len(rows)), drawn, 0.7, color=[f"C{i}" for i in range(len(rows))]
-  )
-  axes.bar_label(bars, fmt=" {:.4g}", fontsize=9)
-  axes.set_yticks(range(len(rows)), [row["funnel"] for row in rows], fontsize=9)
-  axes.invert_yaxis()
-  axes.set_xlim(0, 1.15 * max(drawn) or 1)
-  axes.set_xlabel(f"{rows[0]['metric']} ({rows[0]['num_examples']} examples)")
+  values = [row["value"] or 0 for row in rows]
+  label = f"{rows[0]['metric']} ({rows[0]['num_examples']} examples)"
+  _rank(figure.subplots(), rows, values, max(values), label, " {:.4g}")
   return figure
 
 

@@ -1,16 +1,18 @@
 """Results as three files: JSON for machines, a Markdown table, and a plot."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import io
 import json
 import os
 import platform
+import re
 import subprocess
 from typing import Any
-import uuid
 
 import jax
+
+from gemma_funnel import atomic
 
 Row = Mapping[str, Any]
 
@@ -22,11 +24,10 @@ class Column:
   """A column of a table.
 
   Attributes:
-    key: what rows call the value.
-    header: what the table calls it, its unit included.
+    key: of the value in a row.
+    header: in the table, unit included.
     format: a format specification, such as ".2f"; "" is `str`.
-    scale: numbers are multiplied by it, such as 1e3 for ms out of s; None
-      leaves them as they are.
+    scale: factor of numbers, such as 1e3 from s to ms; None is 1.
   """
 
   key: str
@@ -133,8 +134,8 @@ def write(
 ) -> dict[str, str]:
   """Writes a result and prints its table.
 
-  Each file is whole or not there. JSON holds all of each row, with or without
-  a column.
+  Each file is whole or not there. JSON holds every value of a row, whether or
+  not the table has a column for it.
 
   Args:
     out_dir: the folder; it is made if need be.
@@ -168,18 +169,21 @@ def write(
     "notes": list(notes),
     "rows": [dict(row) for row in rows],
   }
-  paths = {
-    extension: os.path.join(out_dir, f"{name}.{extension}")
-    for extension in ("json", "md", "png")[: 3 if plot_fn else 2]
-  }
-  encoded = json.dumps(content, indent=1, allow_nan=False) + "\n"
-  write_atomically(paths["json"], encoded.encode())
-  write_atomically(paths["md"], (text + "\n").encode())
-  if plot_fn:
-    _write_figure(paths["png"], plot_fn(rows))
+  encoded = json.dumps(content, indent=1, allow_nan=False)
+  extensions = ("json", "md", "png")[: 3 if plot_fn else 2]
+  paths = {e: os.path.join(out_dir, f"{name}.{e}") for e in extensions}
+  atomic.write_text(paths["json"], f"{encoded}\n")
+  atomic.write_text(paths["md"], f"{text}\n")
+  if plot_fn:  # Last: a plot that fails costs no result.
+    atomic.write_bytes(paths["png"], png(plot_fn(rows)))
   print(text, flush=True)
   print(f"\nwritten: {', '.join(paths.values())}\n", flush=True)
   return paths
+
+
+def file_name(name: str) -> str:
+  """The name, with "_" for what a file name should not have."""
+  return re.sub(r"[^\w.-]", "_", name)
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -192,24 +196,8 @@ def new_figure(width: float, height: float) -> Any:
   return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def _write_figure(path: str, figure: Any) -> None:
-  with _temporary(path) as temporary:
-    figure.savefig(temporary, format="png")
-
-
-def write_atomically(path: str, content: bytes) -> None:
-  with _temporary(path) as temporary:
-    with open(temporary, "wb") as f:
-      f.write(content)
-
-
-@contextlib.contextmanager
-def _temporary(path: str) -> Iterator[str]:
-  """A name beside `path` that becomes `path` if nothing goes wrong."""
-  temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-  try:
-    yield temporary
-    os.replace(temporary, path)
-  finally:
-    if os.path.exists(temporary):
-      os.remove(temporary)
+def png(figure: Any) -> bytes:
+  """The PNG of a matplotlib Figure."""
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png")
+  return buffer.getvalue()

@@ -1,7 +1,8 @@
-"""Log-likelihoods of continuations, and of texts longer than a model reads.
+"""Scores and continuations of texts by a language model: one way for all tasks.
 
-One forward pass a request, with the model's own funnel. BOS comes first in all
-of them: a Gemma without it is at chance.
+`Scorer` serves our own tasks (`generative`) and lm-evaluation-harness
+(`lm_eval_model`) alike. BOS comes first in every text: a Gemma without it is at
+chance.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,16 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_funnel import generate
+from gemma_funnel.checks import require, require_int
 from gemma_funnel.config import check_recovers
-from gemma_funnel.data.tokenizer import BOS_ID, Tokenizer
+from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from gemma_funnel.decode import decoder as decoder_lib
+from gemma_funnel.decode.sampling import GREEDY, Sampling
 from gemma_funnel.model import Transformer
 
 # (context, continuation), token ids.
-Request = tuple[Sequence[int], Sequence[int]]
+Pair = tuple[Sequence[int], Sequence[int]]
 
 _SMALLEST_LENGTH = 32
 # Positions of a batch whose logits are in memory at one time.
 _LOGITS = 256
+# Tokens between looks for a stop string.
+_CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +48,21 @@ class Score:
   num_tokens: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """How a text is continued.
+
+  Attributes:
+    max_new_tokens: at most.
+    stop: strings that end a text, and are no part of it; so does EOS.
+    sampling: how tokens are drawn.
+  """
+
+  max_new_tokens: int
+  stop: tuple[str, ...] = ()
+  sampling: Sampling = GREEDY
+
+
 def bucket_lengths(longest: int) -> tuple[int, ...]:
   """Powers of two below `longest`, and `longest`: what to pad requests to."""
   powers = []
@@ -56,10 +78,10 @@ def encode_pair(
 ) -> tuple[list[int], list[int]]:
   """Token ids of a context, BOS first, and of what follows it.
 
-  Spaces at the end of the context go with the continuation, and the two are
-  encoded as one text that is cut after as many tokens as the context alone has:
-  as lm_eval's `TemplateLM`, so that numbers compare. Where that leaves nothing,
-  the continuation is what differs from the context alone.
+  As lm_eval's `TemplateLM`, so that numbers compare: spaces at the end of the
+  context go with the continuation, and the two are encoded as one text, cut
+  after as many tokens as the context alone has. Where that leaves no
+  continuation, the cut is at the first token that the context alone has not.
 
   Raises:
     ValueError: a continuation without tokens.
@@ -76,20 +98,20 @@ def encode_pair(
       at = same.index(False) if False in same else len(whole)
       first = whole[:at]
     rest = whole[at:]
-  if not rest:
-    raise ValueError(
-      f"the continuation {continuation!r} has no tokens after "
-      f"{context[-40:]!r}: expected one at least"
-    )
+  require(
+    bool(rest),
+    f"the continuation {continuation!r} has no tokens after "
+    f"{context[-40:]!r}: expected one at least",
+  )
   return first, rest
 
 
-def windows(ids: Sequence[int], length: int) -> Iterator[Request]:
-  """Requests that predict each token of a long text once.
+def windows(ids: Sequence[int], length: int) -> Iterator[Pair]:
+  """Pairs that predict each token of a long text once.
 
   As lm_eval's `get_rolling_token_windows` of length - 1 with context_len=1:
   windows overlap by one token, the last one by as many as there is room for.
-  Unlike there, BOS is before those after the first too.
+  Unlike there, every window begins with BOS.
 
   Args:
     ids: of the text, without BOS.
@@ -98,10 +120,9 @@ def windows(ids: Sequence[int], length: int) -> Iterator[Request]:
   Raises:
     ValueError: `length` out of range.
   """
-  if length < 2:
-    raise ValueError(
-      f"length={length}: expected 2 or more, of which one is BOS"
-    )
+  require(
+    length >= 2, f"length={length}: expected 2 or more, of which one is BOS"
+  )
   size = length - 1
   for start in range(0, len(ids), size):
     end = min(start + size, len(ids))
@@ -109,126 +130,184 @@ def windows(ids: Sequence[int], length: int) -> Iterator[Request]:
     yield [BOS_ID, *before], ids[start:end]
 
 
-def rolling(
-  model: Transformer,
-  texts: Sequence[Sequence[int]],
-  *,
-  batch_size: int,
-  lengths: Sequence[int] | None = None,
-) -> list[float]:
-  """Log-likelihoods of whole texts, in nats; 0 for an empty one.
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """A language model that scores and continues texts, given as token ids.
 
-  Args:
+  Attributes:
     model: with the funnel to run it with.
-    texts: token ids of each, without BOS, of any length.
-    batch_size, lengths: as `log_likelihoods`.
-
-  Raises:
-    ValueError: as `log_likelihoods` and `windows`.
-  """
-  lengths = _check_lengths(model, lengths)
-  requests, owners = [], []
-  for number, ids in enumerate(texts):
-    for request in windows(ids, lengths[-1]):
-      requests.append(request)
-      owners.append(number)
-  totals = [0.0] * len(texts)
-  scores = log_likelihoods(
-    model, requests, batch_size=batch_size, lengths=lengths
-  )
-  for number, score in zip(owners, scores, strict=True):
-    totals[number] += score.log_likelihood
-  return totals
-
-
-def log_likelihoods(
-  model: Transformer,
-  requests: Sequence[Request],
-  *,
-  batch_size: int,
-  lengths: Sequence[int] | None = None,
-) -> list[Score]:
-  """Scores continuations.
-
-  Requests that are equal are run once, and so have equal scores.
-
-  Args:
-    model: with the funnel to run it with.
-    requests: (context, continuation) each. BOS is put before a context that
-      does not begin with it. Of a context too long the beginning is cut, BOS
-      kept.
+    tokenizer: the model's; only `generate_until` needs it.
     batch_size: rows of a pass, >= 1.
-    lengths: rising; requests are padded to the least that holds them, and the
-      last one is the most tokens that are fed (the continuation's last token
-      is not). None is `bucket_lengths` of the model's max_length.
-
-  Returns:
-    A score for each request, in their order.
+    lengths: rising; passes are padded to the least that holds them, and the
+      last one is the most tokens that a pass is given. None is `bucket_lengths`
+      of the model's max_length.
+    seed: of what is drawn.
 
   Raises:
-    ValueError: an argument out of range; a continuation that is empty or longer
-      than the last of `lengths`; a token id outside the vocabulary; a funnel
-      that does not recover.
-    FloatingPointError: a score that is not finite.
+    ValueError: an attribute out of range, or a funnel that does not recover.
   """
-  check_recovers(model.stages, "log-likelihoods")
-  if isinstance(batch_size, bool) or not (
-    isinstance(batch_size, int) and batch_size >= 1
-  ):
-    raise ValueError(f"batch_size={batch_size!r}: expected an integer >= 1")
-  lengths = _check_lengths(model, lengths)
-  fitted = [
-    _fit(number, request, lengths[-1], model.config.vocab_size)
-    for number, request in enumerate(requests)
-  ]
-  # The longest first: what does not fit into memory is known at once.
-  unique = sorted(set(fitted), key=lambda r: (-_fed(r), r))
-  graphdef, params = nnx.split(model)
-  scores = {}
-  while unique:
-    length = min(n for n in lengths if n >= _fed(unique[0]))
-    batch, unique = unique[:batch_size], unique[batch_size:]
-    inputs = _arrays(batch, batch_size, length)
-    found = jax.device_get(_batch_scores(graphdef, params, inputs))
-    for row, request in enumerate(batch):
-      scores[request] = _score(found, row, len(request[1]))
-  return [scores[request] for request in fitted]
 
+  model: Transformer
+  tokenizer: Tokenizer | None = None
+  batch_size: int = 8
+  lengths: Sequence[int] | None = None
+  seed: int = 0
 
-def _check_lengths(model, lengths) -> tuple[int, ...]:
-  longest = model.config.max_length
-  if lengths is None:
-    return bucket_lengths(longest)
-  lengths = tuple(lengths)
-  rising = all(a < b for a, b in zip(lengths, lengths[1:], strict=False))
-  if not lengths or not rising or lengths[0] < 1 or lengths[-1] > longest:
-    raise ValueError(
+  def __post_init__(self):
+    check_recovers(self.model.stages, "log-likelihoods")
+    require_int("batch_size", self.batch_size, 1)
+    longest = self.model.config.max_length
+    lengths = self.lengths
+    lengths = bucket_lengths(longest) if lengths is None else tuple(lengths)
+    rising = all(a < b for a, b in zip(lengths, lengths[1:], strict=False))
+    require(
+      bool(lengths) and rising and 1 <= lengths[0] and lengths[-1] <= longest,
       f"lengths={lengths}: expected rising integers from 1 to "
-      f"model.max_length={longest}"
+      f"model.max_length={longest}",
     )
-  return lengths
+    object.__setattr__(self, "lengths", lengths)
+
+  @property
+  def max_length(self) -> int:
+    """Tokens that a pass, or a prompt with its continuation, has at most."""
+    return self.lengths[-1]
+
+  def loglikelihood(self, pairs: Sequence[Pair]) -> list[Score]:
+    """Scores continuations; equal pairs are run once.
+
+    Args:
+      pairs: (context, continuation) each. BOS is put before a context that does
+        not begin with it. A context too long loses its beginning, but BOS. The
+        continuation's last token is not fed.
+
+    Returns:
+      A score for each pair, in their order.
+
+    Raises:
+      ValueError: a continuation that is empty or longer than `max_length`; a
+        token id outside the vocabulary.
+      FloatingPointError: a score that is not finite.
+    """
+    vocab_size = self.model.config.vocab_size
+    fitted = [
+      _fit(number, pair, self.max_length, vocab_size)
+      for number, pair in enumerate(pairs)
+    ]
+    # The longest first: what does not fit into memory is known at once.
+    unique = sorted(set(fitted), key=lambda pair: (-_num_fed(pair), pair))
+    graphdef, params = nnx.split(self.model)
+    scores = {}
+    while unique:
+      length = min(n for n in self.lengths if n >= _num_fed(unique[0]))
+      batch, unique = unique[: self.batch_size], unique[self.batch_size :]
+      inputs = _arrays(batch, self.batch_size, length)
+      log_p_B, hits_B = jax.device_get(_batch_scores(graphdef, params, inputs))
+      for pair, log_p, hits in zip(batch, log_p_B, hits_B, strict=False):
+        if not math.isfinite(log_p):
+          raise FloatingPointError(f"a log-likelihood is {log_p}")
+        count = len(pair[1])
+        scores[pair] = Score(float(log_p), int(hits) == count, count)
+    return [scores[pair] for pair in fitted]
+
+  def rolling(self, texts: Sequence[Sequence[int]]) -> list[float]:
+    """Log-likelihoods of whole texts by windows, in nats; 0 for an empty one.
+
+    Args:
+      texts: token ids of each, without BOS, of any length.
+
+    Raises:
+      ValueError, FloatingPointError: as `loglikelihood`.
+    """
+    pairs = [list(windows(ids, self.max_length)) for ids in texts]
+    scores = iter(self.loglikelihood([pair for text in pairs for pair in text]))
+    return [
+      float(sum(next(scores).log_likelihood for _ in text)) for text in pairs
+    ]
+
+  def generate_until(
+    self, prompts: Sequence[Sequence[int]], limits: Limits
+  ) -> list[str]:
+    """Texts that go on from prompts, up to EOS or the first stop string.
+
+    Args:
+      prompts: token ids, BOS first. One too long loses tokens after BOS.
+      limits: of all continuations.
+
+    Raises:
+      ValueError: no room for a prompt beside `max_new_tokens`, or see `Decoder`.
+    """
+    room = self.prompt_room(limits.max_new_tokens)
+    if not prompts:
+      return []
+    cut = lambda ids: [*ids[:1], *ids[1:][max(0, len(ids) - room) :]]
+    prompts = [cut(list(ids)) for ids in prompts]
+    order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+    decoder = decoder_lib.Decoder(
+      self.model, len(prompts[order[0]]) + limits.max_new_tokens
+    )
+    texts = [""] * len(prompts)
+    size = min(self.batch_size, len(prompts))
+    for start in range(0, len(order), size):
+      batch = order[start : start + size]
+      # A batch that is not full would be compiled for anew.
+      full = batch + batch[-1:] * (size - len(batch))
+      found = self._generate(decoder, [prompts[n] for n in full], limits, start)
+      for number, text in zip(batch, found, strict=False):
+        ends = [text.find(s) for s in limits.stop if s in text]
+        texts[number] = text[: min(ends, default=len(text))]
+    return texts
+
+  def prompt_room(self, max_new_tokens: int) -> int:
+    """Tokens that a prompt has at most beside its continuation.
+
+    Raises:
+      ValueError: there is no room.
+    """
+    require(
+      max_new_tokens < self.max_length,
+      f"max_new_tokens={max_new_tokens}: expected less than the "
+      f"{self.max_length} tokens that a prompt and its continuation may have",
+    )
+    return self.max_length - max_new_tokens
+
+  def _generate(self, decoder, prompts, limits: Limits, first_row: int):
+    """Whole texts of a batch, until each has ended."""
+    for results in decoder.stream(
+      prompts,
+      max_new_tokens=limits.max_new_tokens,
+      sampling=limits.sampling,
+      stop_ids=[EOS_ID],
+      seed=self.seed,
+      first_row=first_row,
+      chunk=_CHUNK,
+    ):
+      texts = [generate.decode(self.tokenizer, r.tokens) for r in results]
+      if all(
+        result.stopped or any(s in text for s in limits.stop)
+        for result, text in zip(results, texts, strict=True)
+      ):
+        break
+    return texts
 
 
-def _fed(request: Request) -> int:
+def _num_fed(pair: Pair) -> int:
   """How many tokens a pass is given; nothing follows the last one."""
-  return len(request[0]) + len(request[1]) - 1
+  return len(pair[0]) + len(pair[1]) - 1
 
 
-def _fit(number, request, longest, vocab_size):
-  """The request as tuples that begin with BOS and fit."""
-  context, continuation = (tuple(map(int, ids)) for ids in request)
-  if not continuation:
-    raise ValueError(f"request {number} has an empty continuation")
-  if len(continuation) > longest:
-    raise ValueError(
-      f"request {number} has a continuation of {len(continuation)} tokens: "
-      f"expected at most {longest}, which a pass is given"
-    )
+def _fit(number: int, pair: Pair, longest: int, vocab_size: int) -> Pair:
+  """The pair as tuples that begin with BOS and fit."""
+  context, continuation = (tuple(map(int, ids)) for ids in pair)
+  require(
+    1 <= len(continuation) <= longest,
+    f"request {number} has a continuation of {len(continuation)} tokens: "
+    f"expected 1 to {longest}, which a pass is given",
+  )
   for i in (*context, *continuation):
-    if not 0 <= i < vocab_size:
-      raise ValueError(
-        f"request {number} has the token id {i}: expected 0 to {vocab_size - 1}"
-      )
+    require(
+      0 <= i < vocab_size,
+      f"request {number} has the token id {i}: expected 0 to {vocab_size - 1}",
+    )
   if context[:1] == (BOS_ID,):
     context = context[1:]
   room = longest - len(continuation)
@@ -236,7 +315,7 @@ def _fit(number, request, longest, vocab_size):
 
 
 def _arrays(batch, batch_size, length) -> dict[str, np.ndarray]:
-  """Requests, padded; rows that are none have no tokens to be scored."""
+  """Pairs, padded to `batch_size` rows of `length` tokens."""
   shape = batch_size, length
   tokens_BT, target_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
   segment_BT = np.zeros(shape, np.int32)
@@ -302,10 +381,3 @@ def _batch_scores(graphdef, params, inputs):
   pieces = (jnp.max(inputs["count_B"]) + size - 1) // size
   zeros = jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32)
   return jax.lax.fori_loop(0, pieces, piece, zeros)
-
-
-def _score(found, row: int, count: int) -> Score:
-  log_likelihood = float(found[0][row])
-  if not math.isfinite(log_likelihood):
-    raise FloatingPointError(f"a log-likelihood is {log_likelihood}")
-  return Score(log_likelihood, int(found[1][row]) == count, count)

@@ -1,9 +1,9 @@
-"""Times of programs that are to be compared with each other.
+"""Times of programs that are compared with each other.
 
-All are compiled first; then come rounds in which each of them runs once, in an
-order drawn anew. A machine that slows down meanwhile slows down all of them,
-and the ratio of two times of one round does not see it: the measured reduction
-is 1 less the median of those ratios.
+All are compiled first. Then come rounds in which each program runs once, in a
+new random order. A machine that slows down meanwhile slows down all of them, so
+ratios of two times of one round do not change: the measured reduction is 1 minus
+the median of these ratios.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -15,23 +15,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from gemma_funnel.checks import require, require_int
+
 Row = dict[str, Any]
-Log = Callable[[str], None]
 Clock = Callable[[], float]
-
-
-def _log(line: str) -> None:
-  print(line, flush=True)
 
 
 def require_ints(name: str, values: Any, least: int) -> None:
   """Checks each of `values`, a sequence that is not empty."""
-  if not isinstance(values, (tuple, list)) or not values:
-    raise ValueError(f"{name}={values!r}: expected one value at least")
+  require(
+    isinstance(values, (tuple, list)) and bool(values),
+    f"{name}={values!r}: expected one value at least",
+  )
   for value in values:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    if not is_int or value < least:
-      raise ValueError(f"{name}: found {value!r}, expected integers >= {least}")
+    require_int(name, value, least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +47,12 @@ class Protocol:
   warmup: int = 2
   seed: int = 0
   clock: Clock = time.perf_counter
-  log: Log = _log
+  log: Callable[[str], None] = functools.partial(print, flush=True)
 
   def __post_init__(self):
-    require_ints("repeats", (self.repeats,), 1)
-    require_ints("warmup", (self.warmup,), 0)
-    require_ints("seed", (self.seed,), 0)
+    require_int("repeats", self.repeats, 1)
+    require_int("warmup", self.warmup)
+    require_int("seed", self.seed)
 
 
 DEFAULT_PROTOCOL = Protocol()
@@ -90,16 +87,21 @@ def compile_program(
   start = clock()
   compiled = jax.jit(function).lower(*args).compile()
   compile_s = clock() - start
+  call = functools.partial(compiled, *args)
+  return Program(call, compile_s, peak_bytes(compiled))
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int | None:
+  """Bytes of arguments, results and temporaries; None where not known."""
   memory = compiled.memory_analysis()
-  peak_bytes = None
-  if memory is not None:
-    peak_bytes = (
-      memory.argument_size_in_bytes
-      + memory.output_size_in_bytes
-      + memory.temp_size_in_bytes
-      - memory.alias_size_in_bytes
-    )
-  return Program(functools.partial(compiled, *args), compile_s, peak_bytes)
+  if memory is None:
+    return None
+  return (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
 
 
 def time_interleaved(

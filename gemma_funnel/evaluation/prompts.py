@@ -5,6 +5,7 @@ import dataclasses
 import re
 from typing import Any
 
+from gemma_funnel.checks import require, require_choice, require_int
 from gemma_funnel.tasks.task import GENERATIVE_KINDS, SPLITS, Task
 
 # The first is the main one of a task that names none.
@@ -22,17 +23,18 @@ class Settings:
   Attributes:
     batch_size: rows of a pass.
     max_length: tokens that a pass is given at most; None is the model's
-      max_length. Of a prompt too long the beginning is cut, BOS kept.
-    split: what results are of.
-    max_examples: the first so many; None is all.
+      max_length. A prompt too long loses its beginning, but BOS.
+    split: the split that is measured.
+    max_examples: only the first so many of it; None is all.
     few_shot: examples put before each prompt, the first of the train split.
-    shot_format: each of them, of {prompt} and {answer}, the first right one.
-    prompt_format: the prompt itself.
-    max_new_tokens: of an answer that is generated.
+    shot_format: of each of them, with {prompt} and {answer}, the first right
+      one.
+    prompt_format: of the prompt itself, with {prompt}.
+    max_new_tokens: of a generated answer.
     stop: strings that end it, and are no part of it; so does EOS.
     answer_pattern: a regular expression whose first group (or match, without
       one) is the answer within what was generated. Commas between digits and a
-      full stop at its end are dropped. None is all of it.
+      full stop at its end are dropped. None takes all that was generated.
     lower_case: whether answers are compared without regard to case.
   """
 
@@ -49,23 +51,18 @@ class Settings:
   lower_case: bool = False
 
   def __post_init__(self):
-    for name, least in (
-      ("batch_size", 1),
-      ("max_new_tokens", 1),
-      ("few_shot", 0),
-    ):
-      _require_int(name, getattr(self, name), least)
+    require_int("batch_size", self.batch_size, 1)
+    require_int("max_new_tokens", self.max_new_tokens, 1)
+    require_int("few_shot", self.few_shot)
     for name, least in (("max_length", 2), ("max_examples", 1)):
       if getattr(self, name) is not None:
-        _require_int(name, getattr(self, name), least)
-    if self.split not in SPLITS:
-      raise ValueError(f"split={self.split!r}: expected one of {list(SPLITS)}")
-    if isinstance(self.stop, str) or not all(
-      isinstance(s, str) and s for s in self.stop
-    ):
-      raise ValueError(
-        f"stop={self.stop!r}: expected a tuple of texts, none of them empty"
-      )
+        require_int(name, getattr(self, name), least)
+    require_choice("split", self.split, SPLITS)
+    require(
+      not isinstance(self.stop, str)
+      and all(isinstance(s, str) and s for s in self.stop),
+      f"stop={self.stop!r}: expected a tuple of texts, none of them empty",
+    )
     _check_format("prompt_format", self.prompt_format, ("prompt",))
     _check_format("shot_format", self.shot_format, ("prompt", "answer"))
     if self.answer_pattern is not None:
@@ -78,27 +75,16 @@ class Settings:
         ) from error
 
 
-def _require_int(name: str, value: Any, least: int) -> None:
-  is_int = isinstance(value, int) and not isinstance(value, bool)
-  if not is_int or value < least:
-    raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
-
-
 def _check_format(name: str, text: str, fields: Sequence[str]) -> None:
+  expected = f"expected a text with {{{'} and {'.join(fields)}}}"
   marks = {field: f"\0{field}\0" for field in fields}
   try:
     made = text.format(**marks)
   except (KeyError, IndexError, ValueError, AttributeError) as error:
-    raise ValueError(
-      f"{name}={text!r}: expected a text with {_braced(fields)} ({error!r})"
-    ) from error
-  missing = [field for field, mark in marks.items() if mark not in made]
-  if missing:
-    raise ValueError(f"{name}={text!r}: expected {_braced(missing)} in it")
-
-
-def _braced(fields: Sequence[str]) -> str:
-  return " and ".join(f"{{{field}}}" for field in fields)
+    raise ValueError(f"{name}={text!r}: {expected} ({error!r})") from error
+  require(
+    all(mark in made for mark in marks.values()), f"{name}={text!r}: {expected}"
+  )
 
 
 def check(task: Task, settings: Settings) -> None:
@@ -107,30 +93,32 @@ def check(task: Task, settings: Settings) -> None:
   Raises:
     ValueError: see `generative.evaluate`.
   """
-  if task.kind not in GENERATIVE_KINDS:
-    raise ValueError(
-      f"task {task.name} is of kind {task.kind!r}, which a head is fine-tuned "
-      f"for: expected one of {list(GENERATIVE_KINDS)}, or as checkpoint a "
-      "fine-tuned run (train.py --config=configs/finetune.py)"
-    )
-  if not task.splits.get(settings.split):
-    raise ValueError(
-      f"task {task.name} has no examples in split={settings.split!r}: those "
-      f"with some are {sorted(k for k, v in task.splits.items() if v)}"
-    )
-  if settings.few_shot and task.kind == "perplexity":
-    raise ValueError(f"few_shot={settings.few_shot}: perplexity has no prompts")
-  there = len(task.splits.get("train", ()))
-  if settings.few_shot > there:
-    raise ValueError(
-      f"few_shot={settings.few_shot}: task {task.name} has {there} examples in "
-      "its train split"
-    )
-  if settings.few_shot and settings.split == "train":
-    raise ValueError(
-      f"few_shot={settings.few_shot} with split='train' would show answers: "
-      "expected another split"
-    )
+  require(
+    task.kind in GENERATIVE_KINDS,
+    f"task {task.name} is of kind {task.kind!r}, which a head is fine-tuned "
+    f"for: expected one of {list(GENERATIVE_KINDS)}, or as checkpoint a "
+    "fine-tuned run (train.py --config=configs/finetune.py)",
+  )
+  require(
+    bool(task.splits.get(settings.split)),
+    f"task {task.name} has no examples in split={settings.split!r}: those "
+    f"with some are {sorted(k for k, v in task.splits.items() if v)}",
+  )
+  few_shot, there = settings.few_shot, len(task.splits.get("train", ()))
+  require(
+    not few_shot or task.kind != "perplexity",
+    f"few_shot={few_shot}: perplexity has no prompts",
+  )
+  require(
+    few_shot <= there,
+    f"few_shot={few_shot}: task {task.name} has {there} examples in its train "
+    "split",
+  )
+  require(
+    not few_shot or settings.split != "train",
+    f"few_shot={few_shot} with split='train' would show answers: expected "
+    "another split",
+  )
   main_metric(task)
 
 
@@ -153,10 +141,10 @@ def main_metric(task: Task) -> str:
 def prompt_maker(
   task: Task, settings: Settings, answer_of: Callable[[Any], str]
 ) -> Callable[[Any], str]:
-  """What makes an example's prompt: few-shot examples, and its own.
+  """A function that makes an example's prompt, few-shot examples first.
 
   Args:
-    task: whose train split the examples put first are of.
+    task: the few-shot examples are the first of its train split.
     settings: how many they are, and the formats.
     answer_of: the right answer of an example.
   """
