@@ -72,7 +72,7 @@ def _gemma2(**changes):
 
 
 def _gemma1(**changes):
-  return transformers.TransformerConfig(
+  return transformers.GemmaConfig(
     **_common(num_hidden_layers=3) | changes
   )
 
@@ -349,7 +349,7 @@ def test_parameter_counts_are_those_of_transformers(name):
   kind = (
     transformers.Gemma2Config
     if config.post_norms
-    else (transformers.TransformerConfig)
+    else (transformers.GemmaConfig)
   )
   with torch.device("meta"):
     model = transformers.AutoModelForCausalLM.from_config(
