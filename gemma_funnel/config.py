@@ -16,14 +16,17 @@ from gemma_funnel.checks import (
   require_int,
   require_positive,
 )
+from gemma_funnel.registry import RECOVERIES, REDUCERS
 
 ATTENTION_KINDS = ("local", "global")
-POOLS = ("mean", "max", "first", "last", "attention", "every")
-RECOVERIES = ("average", "add", "repeat", "gate", "attend", "none")
 POSITIONS = ("last", "first", "mean")
 KERNELS = ("auto", "reference", "blocked", "tokamax", "splash")
 REMATS = ("none", "dots", "offload", "block")
 DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("gelu", "silu")
+ROPE_SCALINGS = ("linear", "llama3")
+# Fields of a stage that every reducer goes by.
+_ALWAYS_SET = ("start", "stop", "reduce", "recover")
 
 
 def _from_mapping(cls, values: Mapping[str, Any]):
@@ -39,9 +42,8 @@ def _from_mapping(cls, values: Mapping[str, Any]):
 class FunnelConfig:
   """One stage `[start, stop)` of layers that sees a shortened sequence.
 
-  Layers before `start` and from `stop` on see the sequence as it came; the
-  layers between see one vector for every `stride` of its slots. Written and
-  read as the string "start=2,stop=8,stride=2,pool=mean,recover=average", in
+  Layers before `start` and from `stop` on see the sequence as it came. The
+  string form is "start=2,stop=8,stride=2,reduce=mean,recover=average", in
   which all but `start` may be left out.
 
   Attributes:
@@ -49,28 +51,23 @@ class FunnelConfig:
     stop: the first layer after it; None is the model's depth (recover after
       the last block, before the final norm).
     stride: slots a group, >= 1.
-    pool: how a group becomes one vector: "mean", "max", "first" or "last" of
-      its slots; "attention", weighted by a learned query that starts as the
-      mean; "every" selects each stride-th slot, and the others bypass the stage
-      (as in token dropping, Hou et al. 2022).
-    recover: how the full length returns from the deep state u of a group and
-      the state h from before: "average" (u+h)/2; "add" u+h; "repeat" u; "gate"
-      s*u + (1-s)*h with a learned s that starts at 1/2; "attend" the average
-      and a learned attention of h to the deep states, which starts at zero;
-      "none" leaves the sequence short, for heads that read a whole sequence.
+    reduce: the reducer, a name of `registry.REDUCERS`; `reducers.py` defines
+      ours.
+    recover: how the full length returns, a name of `registry.RECOVERIES`;
+      `funnel.py` defines ours. None is the reducer's own default.
     pool_query_only: the first layer of the stage has pooled queries, and the
       keys and values of the sequence before pooling (Dai et al. 2020).
     keep_first: the first slot (BOS, CLS) is a group of its own. In a causal
       model it always is.
-    position: that of a group is its "last" slot's, its "first" one's or their
-      "mean".
+    position: a group's position is that of its "last" slot, of its "first", or
+      their "mean".
   """
 
   start: int
   stop: int | None = None
   stride: int = 2
-  pool: str = "mean"
-  recover: str = "average"
+  reduce: str = "mean"
+  recover: str | None = None
   pool_query_only: bool = False
   keep_first: bool = False
   position: str = "last"
@@ -84,23 +81,29 @@ class FunnelConfig:
         f"funnel.start={self.start} must be below funnel.stop={self.stop}",
       )
     require_int("funnel.stride", self.stride, 1)
-    require_choice("funnel.pool", self.pool, POOLS)
-    require_choice("funnel.recover", self.recover, RECOVERIES)
+    kind = REDUCERS.find(self.reduce)
+    if self.recover is None:
+      object.__setattr__(self, "recover", kind.recover)
+    RECOVERIES.find(self.recover)
     require_choice("funnel.position", self.position, POSITIONS)
     for name in ("pool_query_only", "keep_first"):
       require_bool(f"funnel.{name}", getattr(self, name))
-    require(
-      self.pool != "every" or self.position == "last",
-      f"funnel.position={self.position!r} has no effect with pool='every', "
-      "whose slots keep their own positions",
-    )
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      require(
+        field.name in (*_ALWAYS_SET, *kind.options) or value == field.default,
+        f"funnel.{field.name}={value!r} has no effect with funnel.reduce="
+        f"{self.reduce!r}, whose options are {list(kind.options)}",
+      )
 
   def __str__(self) -> str:
-    always = ("start", "stop", "stride", "pool", "recover")
+    options = REDUCERS[self.reduce].options
     shown = {
       f.name: getattr(self, f.name)
       for f in dataclasses.fields(self)
-      if f.name in always or getattr(self, f.name) != f.default
+      if f.name in _ALWAYS_SET
+      or (f.name == "stride" and f.name in options)
+      or getattr(self, f.name) != f.default
     }
     text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
     return ",".join(f"{k}={text(v)}" for k, v in shown.items() if v is not None)
@@ -120,8 +123,11 @@ class FunnelConfig:
         f"funnel {text!r}: {item!r} is not key=value; expected 'off' or "
         "e.g. 'start=2,stride=2,recover=average'",
       )
+      value = _from_text(value)
+      if key == "pool":  # The name of `reduce` in version 0.1.
+        key, value = "reduce", {"every": "strided"}.get(value, value)
       require(key not in values, f"funnel {text!r}: {key} is given twice")
-      values[key] = _from_text(value)
+      values[key] = value
     require("start" in values, f"funnel {text!r}: start is missing")
     return _from_mapping(cls, values)
 
@@ -202,6 +208,12 @@ def resolve_funnel(funnel: Funnel, num_layers: int) -> tuple[FunnelConfig, ...]:
         f"funnel stages [{outer.start}, {outer.stop}) and [{inner.start}, "
         f"{inner.stop}) cross: expected one within the other, or apart",
       )
+    kind = REDUCERS[inner.reduce]
+    require(
+      inner.start > 0 or not kind.needs,
+      f"funnel.reduce={inner.reduce!r} needs {list(kind.needs)} of the layer "
+      "before the stage: expected funnel.start >= 1",
+    )
     if inner.recover == "none":
       require(
         inner.stop == num_layers,
@@ -224,9 +236,30 @@ def check_recovers(stages: Sequence[FunnelConfig], what: str) -> None:
   """
   for stage in stages:
     require(
-      stage.recover != "none",
-      f"funnel.recover='none' leaves the sequence short, but {what} needs a "
-      "state for every token: expected another recovery",
+      RECOVERIES[stage.recover].restores,
+      f"funnel.recover={stage.recover!r} leaves the sequence short, but {what} "
+      "needs a state for every token: expected another recovery",
+    )
+
+
+def check_reducers(stages: Sequence[FunnelConfig], can: str, what: str) -> None:
+  """Checks that reducers can do what is asked of them.
+
+  Args:
+    stages: of a funnel.
+    can: an attribute of `reducers.Reducer`: "decodes", "trains", "packs" or
+      "bidirectional".
+    what: for the error, such as "decoding".
+
+  Raises:
+    ValueError: one cannot; it names it, and those that can.
+  """
+  for stage in stages:
+    able = [name for name, kind in REDUCERS.items() if getattr(kind, can)]
+    require(
+      stage.reduce in able,
+      f"funnel.reduce={stage.reduce!r} cannot be used for {what} "
+      f"({can}=False); expected one of {able}",
     )
 
 
@@ -240,19 +273,72 @@ def total_stride(stages: Sequence[FunnelConfig]) -> int:
 
   Segments of packed rows start at multiples of it. Stages are resolved.
   """
-  strides = [1]
+  periods = [1]
   for stage in stages:
     around = [s for s in stages if s.start <= stage.start < s.stop]
-    strides.append(math.prod(s.stride for s in around))
-  return math.lcm(*strides)
+    periods.append(math.prod(REDUCERS[s.reduce](s).period for s in around))
+  return math.lcm(*periods)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched for texts longer than pretraining's.
+
+  Attributes:
+    kind: "linear" divides all frequencies by `factor` (arXiv 2306.15595);
+      "llama3" divides those of wavelengths above original_max_length /
+      low_freq_factor, leaves those below original_max_length /
+      high_freq_factor, and goes smoothly between (Llama 3.1).
+    factor: > 0.
+    low_freq_factor, high_freq_factor, original_max_length: of "llama3".
+  """
+
+  kind: str
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_length: int = 8192
+
+  def __post_init__(self):
+    require_choice("model.rope_scaling.kind", self.kind, ROPE_SCALINGS)
+    for name in ("factor", "low_freq_factor", "high_freq_factor"):
+      require_positive(f"model.rope_scaling.{name}", getattr(self, name))
+    require_int(
+      "model.rope_scaling.original_max_length", self.original_max_length, 1
+    )
+    require(
+      self.low_freq_factor < self.high_freq_factor,
+      f"model.rope_scaling.low_freq_factor={self.low_freq_factor} must be "
+      f"below high_freq_factor={self.high_freq_factor}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+  """What sets one layer apart from its neighbours.
+
+  Attributes:
+    window: tokens that it sees, itself included; None is all.
+    rope_base: the base of its rotary frequencies.
+    rope_scaling: their scaling; None is none.
+  """
+
+  window: int | None
+  rope_base: float
+  rope_scaling: RopeScaling | None = None
+
+  @property
+  def rope(self) -> tuple[float, RopeScaling | None]:
+    """Layers with the same value share their angles."""
+    return self.rope_base, self.rope_scaling
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-  """A Gemma 1 or 2, by numbers. Defaults are those common to Gemma 2.
+  """A decoder-only transformer by numbers, with the defaults of Gemma 2.
 
   Attributes:
-    vocab_size: rows of the tied embedding.
+    vocab_size: rows of the embedding.
     num_layers: depth L.
     embed_dim: width D of the residual stream.
     mlp_dim: hidden width F of each of the gate and the up projection.
@@ -267,7 +353,15 @@ class TransformerConfig:
       on vocabulary logits; None is no cap.
     post_norms: RMSNorm after attention and after the MLP too (Gemma 2).
     rope_base: the base of the rotary frequencies.
+    local_rope_base: that of local layers; None is the same (Gemma 3 has two).
+    rope_scaling: of global layers; None is none.
     norm_eps: epsilon within RMSNorm.
+    norm_offset: RMSNorm multiplies by norm_offset + w: 1 (Gemma) or 0 (Llama).
+    activation: of the gated MLP: "gelu" (tanh approximation) or "silu".
+    embed_scale: embeddings are multiplied by it; None is sqrt(embed_dim).
+    tied: the head is the embedding; else it is a matrix of its own.
+    qk_norm: RMSNorm of each query and key head before the rotation (Gemma 3).
+    attention_bias: biases of queries, keys and values (Qwen2).
     max_length: the longest sequence, in tokens.
     param_dtype: what parameters are stored in.
     dtype: what matrices are multiplied in; norms, softmax statistics and
@@ -295,7 +389,15 @@ class TransformerConfig:
   final_softcap: float | None = 30.0
   post_norms: bool = True
   rope_base: float = 10_000.0
+  local_rope_base: float | None = None
+  rope_scaling: RopeScaling | None = None
   norm_eps: float = 1e-6
+  norm_offset: float = 1.0
+  activation: str = "gelu"
+  embed_scale: float | None = None
+  tied: bool = True
+  qk_norm: bool = False
+  attention_bias: bool = False
   max_length: int = 8192
   param_dtype: str = "float32"
   dtype: str = "float32"
@@ -328,11 +430,28 @@ class TransformerConfig:
     )
     for name in ("query_pre_attn_scalar", "rope_base", "norm_eps"):
       require_positive(f"model.{name}", getattr(self, name))
-    for name in ("attn_softcap", "final_softcap"):
+    for name, none in (
+      ("attn_softcap", "no cap"),
+      ("final_softcap", "no cap"),
+      ("local_rope_base", "model.rope_base"),
+      ("embed_scale", "sqrt(embed_dim)"),
+    ):
       value = getattr(self, name)
       if value is not None:
-        require_positive(f"model.{name}", value, ", or None for no cap")
-    for name in ("post_norms", "scan_layers"):
+        require_positive(f"model.{name}", value, f", or None for {none}")
+    require_choice("model.norm_offset", self.norm_offset, (0.0, 1.0))
+    require_choice("model.activation", self.activation, ACTIVATIONS)
+    require(
+      self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling),
+      f"model.rope_scaling={self.rope_scaling!r}: expected a RopeScaling",
+    )
+    for name in (
+      "post_norms",
+      "scan_layers",
+      "tied",
+      "qk_norm",
+      "attention_bias",
+    ):
       require_bool(f"model.{name}", getattr(self, name))
     require(
       isinstance(self.attention_pattern, tuple),
@@ -357,9 +476,14 @@ class TransformerConfig:
     """What queries are multiplied by."""
     return 1.0 / math.sqrt(self.query_pre_attn_scalar)
 
-  def window_of(self, layer: int) -> int | None:
-    """The window of `layer` in tokens; None where it is global."""
-    return self.window if self.attention_kinds[layer] == "local" else None
+  @property
+  def layers(self) -> tuple[LayerSpec, ...]:
+    """The specification of each of the L layers."""
+    local = LayerSpec(self.window, self.local_rope_base or self.rope_base)
+    whole = LayerSpec(None, self.rope_base, self.rope_scaling)
+    return tuple(
+      local if kind == "local" else whole for kind in self.attention_kinds
+    )
 
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -371,6 +495,9 @@ class TransformerConfig:
     Raises:
       ValueError: an unknown field, or a value out of range.
     """
+    scaling = values.get("rope_scaling")
+    if isinstance(scaling, Mapping):
+      values = {**values, "rope_scaling": _from_mapping(RopeScaling, scaling)}
     return _from_mapping(cls, values)
 
   @classmethod
@@ -381,7 +508,7 @@ class TransformerConfig:
       ValueError: no preset of that name, or a value out of range.
     """
     require_choice("preset", name, tuple(PRESETS))
-    return _from_mapping(cls, {**PRESETS[name], **changes})
+    return cls.from_dict({**PRESETS[name], **changes})
 
 
 def _gemma1(**sizes) -> dict[str, Any]:
@@ -410,66 +537,43 @@ def _gemma2(head_dim=256, query_pre_attn_scalar=256.0, **sizes):
 # Hugging Face's configurations. Two are often got wrong: 9B scales queries by
 # 256 (= head_dim) and not 224 (= D/N), 27B by 144 (= D/N) and not 128.
 PRESETS: dict[str, dict[str, Any]] = {
-  "gemma1_2b": _gemma1(
-    num_layers=18, embed_dim=2048, mlp_dim=16_384, num_heads=8, num_kv_heads=1
-  ),
-  "gemma1_7b": _gemma1(
-    num_layers=28, embed_dim=3072, mlp_dim=24_576, num_heads=16, num_kv_heads=16
-  ),
-  "gemma2_2b": _gemma2(
-    num_layers=26, embed_dim=2304, mlp_dim=9216, num_heads=8, num_kv_heads=4
-  ),
-  "gemma2_9b": _gemma2(
-    num_layers=42, embed_dim=3584, mlp_dim=14_336, num_heads=16, num_kv_heads=8
-  ),
-  "gemma2_27b": _gemma2(
-    num_layers=46,
-    embed_dim=4608,
-    mlp_dim=36_864,
-    num_heads=32,
-    num_kv_heads=16,
-    head_dim=128,
-    query_pre_attn_scalar=144.0,
-  ),
-  # The shape that latency is compared on with other implementations.
-  "bench": dict(
-    vocab_size=32_768,
-    num_layers=12,
-    embed_dim=768,
-    mlp_dim=3072,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=96,
-    query_pre_attn_scalar=96.0,
-    window=512,
-  ),
-  # Learns something in minutes on two CPU cores.
-  "quickstart": dict(
-    vocab_size=4096,
-    num_layers=8,
-    embed_dim=192,
-    mlp_dim=768,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=48,
-    query_pre_attn_scalar=48.0,
-    window=128,
-    max_length=4096,
-  ),
-  # For tests. No constant is neutral: the query scale is not head_dim,
-  # head_dim is not D/N, the window is short and both caps are low.
-  "tiny": dict(
-    vocab_size=97,
-    num_layers=4,
-    embed_dim=32,
-    mlp_dim=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    query_pre_attn_scalar=11.0,
-    window=8,
-    attn_softcap=2.0,
-    final_softcap=3.0,
-    max_length=256,
-  ),
-}
+    "gemma1_2b": _gemma1(
+        num_layers=18, embed_dim=2048, mlp_dim=16_384, num_heads=8,
+        num_kv_heads=1,
+    ),
+    "gemma1_7b": _gemma1(
+        num_layers=28, embed_dim=3072, mlp_dim=24_576, num_heads=16,
+        num_kv_heads=16,
+    ),
+    "gemma2_2b": _gemma2(
+        num_layers=26, embed_dim=2304, mlp_dim=9216, num_heads=8,
+        num_kv_heads=4,
+    ),
+    "gemma2_9b": _gemma2(
+        num_layers=42, embed_dim=3584, mlp_dim=14_336, num_heads=16,
+        num_kv_heads=8,
+    ),
+    "gemma2_27b": _gemma2(
+        num_layers=46, embed_dim=4608, mlp_dim=36_864, num_heads=32,
+        num_kv_heads=16, head_dim=128, query_pre_attn_scalar=144.0,
+    ),
+    # The shape that latency is compared on with other implementations.
+    "bench": dict(
+        vocab_size=32_768, num_layers=12, embed_dim=768, mlp_dim=3072,
+        num_heads=8, num_kv_heads=4, head_dim=96, query_pre_attn_scalar=96.0,
+        window=512,
+    ),
+    # Learns something in minutes on two CPU cores.
+    "quickstart": dict(
+        vocab_size=4096, num_layers=8, embed_dim=192, mlp_dim=768, num_heads=4,
+        num_kv_heads=2, head_dim=48, query_pre_attn_scalar=48.0, window=128,
+        max_length=4096,
+    ),
+    # For tests. No constant is neutral: the query scale is not head_dim,
+    # head_dim is not D/N, the window is short and both caps are low.
+    "tiny": dict(
+        vocab_size=97, num_layers=4, embed_dim=32, mlp_dim=48, num_heads=4,
+        num_kv_heads=2, head_dim=6, query_pre_attn_scalar=11.0, window=8,
+        attn_softcap=2.0, final_softcap=3.0, max_length=256,
+    ),
+}  # fmt: skip

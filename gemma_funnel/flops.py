@@ -11,34 +11,43 @@ averages over the tokens that make up a group: a layer that runs on one slot
 in s tokens costs 1/s of a run.
 """
 
-from collections.abc import Sequence
 import dataclasses
+import functools
 
+from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gemma_funnel import funnel as funnel_lib
+from gemma_funnel import params
 from gemma_funnel.config import (
   Funnel,
   FunnelConfig,
   TransformerConfig,
   check_recovers,
+  check_reducers,
   resolve_funnel,
 )
+from gemma_funnel.stream import Stream, make_stream
+
+# A model that reducers are run for, to see which slots they leave.
+_NARROW = TransformerConfig.preset("tiny", embed_dim=8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-  """Parameter counts by kind; the head is the embedding, counted once."""
+  """Parameter counts by kind; a tied head is the embedding, counted once."""
 
   embedding: int
   layers: int
   final_norm: int
   funnel: int = 0
+  unembedding: int = 0
 
   @property
   def total(self) -> int:
-    return self.embedding + self.layers + self.final_norm + self.funnel
+    return sum(dataclasses.astuple(self))
 
 
 def parameters(config: TransformerConfig, funnel: Funnel = None) -> Parameters:
@@ -47,76 +56,69 @@ def parameters(config: TransformerConfig, funnel: Funnel = None) -> Parameters:
   Raises:
     ValueError: the funnel does not fit the model.
   """
-  D = config.embed_dim
-  query_weights, key_weights = _attention_weights(config)
-  attention = query_weights + key_weights
-  norms = (4 if config.post_norms else 2) * D
-  learned = 0
-  for stage in resolve_funnel(funnel, config.num_layers):
-    learned += D * (stage.pool == "attention") + D * (stage.recover == "gate")
-    learned += (attention + 2 * D) * (stage.recover == "attend")
-  return Parameters(
-    embedding=config.vocab_size * D,
-    layers=config.num_layers * (attention + 3 * D * config.mlp_dim + norms),
-    final_norm=D,
-    funnel=learned,
-  )
+  sizes = params.sizes_of(config)
+  counts = dict.fromkeys((f.name for f in dataclasses.fields(Parameters)), 0)
+  for row in params.rows_of(config, resolve_funnel(funnel, config.num_layers)):
+    counts[row.path.partition("/")[0]] += row.size(sizes)
+  return Parameters(**counts)
 
 
 def _attention_weights(config: TransformerConfig) -> tuple[int, int]:
-  """Weights that queries go through (q, o), and keys do (k, v)."""
-  per_head = 2 * config.embed_dim * config.head_dim
-  return per_head * config.num_heads, per_head * config.num_kv_heads
+  """Weights of a layer that queries go through (q, o), and keys do (k, v)."""
+  sizes = params.sizes_of(config)
+  count = {"N": 0, "K": 0}
+  for row in params.rows_of(config):
+    if row.role == "attention" and row.outputs:
+      heads = "K" if "K" in row.dims else "N"
+      count[heads] += row.size(sizes) // config.num_layers
+  return count["N"], count["K"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Slots:
-  """A full row of a `Stream`: where its slots stand, as far as costs go."""
+  """One full row of a stream, as far as costs go.
 
-  position: np.ndarray
-  end: np.ndarray
-  spacing: int = 1
-  even: bool = True
+  Attributes:
+    stream: [1, T], of a narrow model.
+    rate: its slots for each token, in the long run.
+  """
+
+  stream: Stream
+  rate: float = 1.0
 
   def __len__(self) -> int:
-    return len(self.end)
-
-  def reduce(self, stage: FunnelConfig, causal: bool) -> "_Slots":
-    """As `funnel.Stage.reduce`."""
-    stride, length = stage.stride, len(self)
-    alone = stage.keep_first and not causal
-    anchor = np.arange(0, length, stride)
-    if alone:
-      anchor = np.concatenate([[0], np.arange(1, length, stride)])
-    first = np.maximum(anchor - stride + 1, 0) if causal else anchor
-    last = anchor if causal else anchor + stride - 1
-    if alone:
-      last[0] = 0
-    beyond = np.maximum(last - (length - 1), 0)  # Of a group cut short.
-    last = last - beyond
-    even = self.even and stage.position == "last"
-    if stage.pool == "every":
-      position, even = self.position[anchor], even and not alone
-    elif stage.position == "last":
-      position = self.position[last] + even * beyond * self.spacing
-    elif stage.position == "first":
-      position = self.position[first]
-    else:
-      sums = np.concatenate([[0], np.cumsum(self.position)])
-      position = (sums[last + 1] - sums[first]) / (last + 1 - first)
-    return _Slots(position, self.end[anchor], self.spacing * stride, even)
+    return self.stream.segment_BT.shape[1]
 
   def num_visible(
     self, keys: "_Slots", window: int | None, causal: bool
   ) -> np.ndarray:
-    """How many of `keys` each slot sees, as `visibility.visible`."""
-    low, high = np.zeros(len(self), int), np.full(len(self), len(keys))
+    """How many of `keys` each slot sees, as `masks.visible`; none if padding."""
+    (position, end), (at, ends) = self._stands(), keys._stands()
+    low, high = np.zeros(len(end), int), np.full(len(end), len(ends))
     if window is not None:
-      low = np.searchsorted(keys.position, self.position - window, "right")
-      high = np.searchsorted(keys.position, self.position + window, "left")
+      low = np.searchsorted(at, position - window, "right")
+      high = np.searchsorted(at, position + window, "left")
     if causal:
-      high = np.minimum(high, np.searchsorted(keys.end, self.end, "right"))
+      high = np.minimum(high, np.searchsorted(ends, end, "right"))
     return np.maximum(high - low, 0)
+
+  def _stands(self) -> tuple[np.ndarray, np.ndarray]:
+    """(positions, ends) of the slots that are no padding."""
+    real = np.asarray(self.stream.segment_BT[0]) != 0
+    where = self.stream.position_BT[0], self.stream.end_BT[0]
+    return tuple(np.asarray(x)[real] for x in where)
+
+
+def _row(length: int, context_length: int) -> _Slots:
+  """A row of tokens, with the span that a reducer may drop after the first."""
+  slot_1T = np.arange(length)[None]
+  hidden = np.random.default_rng(0).normal(size=(1, length, _NARROW.embed_dim))
+  stream = make_stream(
+    hidden.astype(np.float32),
+    context_BT=(slot_1T > 0) & (slot_1T <= context_length),
+    context_length=context_length,
+  )
+  return _Slots(stream)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,7 @@ class _Part:
     query_weights, key_weights: of the matrices that each goes through.
     vectors: weights that are in no matrix.
     visible: how many keys each query sees; None where nothing attends.
+    passes: how often its logits are made.
   """
 
   queries: _Slots
@@ -136,23 +139,41 @@ class _Part:
   key_weights: int = 0
   vectors: int = 0
   visible: np.ndarray | None = None
+  passes: int = 1
+
+  def pair_flops(self, config: TransformerConfig, pairs: int) -> int:
+    """Of the logit of each (query, key) pair, and of its weighted value."""
+    return 2 * (self.passes + 1) * config.num_heads * config.head_dim * pairs
 
 
+@functools.lru_cache(maxsize=512)
 def _parts(
   config: TransformerConfig,
-  stages: Sequence[FunnelConfig],
+  stages: tuple[FunnelConfig, ...],
   length: int,
   causal: bool,
-) -> list[_Part]:
-  """All that runs between the embedding and the final norm, in order."""
+  context_length: int = 0,
+) -> tuple[_Part, ...]:
+  """All that runs between the embedding and the final norm, in order.
+
+  Reducers themselves say which slots remain: they reduce a row of a narrow
+  model's noise, with a value for each of what they need.
+  """
+  # Reducers run as they are, also where the caller is being traced.
+  with jax.ensure_compile_time_eval():
+    return tuple(_make_parts(config, stages, length, causal, context_length))
+
+
+def _make_parts(config, stages, length, causal, context_length):
   D, parts = config.embed_dim, []
   query_weights, key_weights = _attention_weights(config)
   norms = (4 if config.post_norms else 2) * D
+  made = [funnel_lib.Stage(_NARROW, stage, nnx.Rngs(0)) for stage in stages]
 
   def run(step, slots, keys):
     keys = keys or slots
     for layer in range(step.start, step.stop):
-      visible = slots.num_visible(keys, config.window_of(layer), causal)
+      visible = slots.num_visible(keys, config.layers[layer].window, causal)
       parts.append(
         _Part(
           slots,
@@ -161,29 +182,35 @@ def _parts(
           key_weights,
           norms,
           visible,
+          passes=1 + ("attention_received" in step.needs),
         )
       )
-    return slots
+    return slots, {need: jnp.ones((1, len(keys))) for need in step.needs}
 
-  def reduce(stage, slots):
-    if stages[stage].pool == "attention":
-      parts.append(_Part(slots, slots, query_weights=D))
-    return slots.reduce(stages[stage], causal), None
+  def reduce(number, slots, aux):
+    reducer = made[number].reducer
+    if reducer.weights:
+      # Those of a narrow model grow with the width.
+      weights = reducer.weights * D // _NARROW.embed_dim
+      parts.append(_Part(slots, slots, query_weights=weights))
+    short, _ = reducer.reduce(slots.stream, aux, causal)
+    return _Slots(short, slots.rate * reducer.rate), None
 
-  def restore(stage, deep, before, _):
-    match stages[stage].recover:
-      case "gate":
-        parts.append(_Part(before, before, vectors=D))
-      case "attend":
-        visible = before.num_visible(deep, None, causal)
-        parts.append(
-          _Part(before, deep, query_weights, key_weights, 2 * D, visible)
-        )
+  def restore(number, deep, short, before, _):
+    recovery = made[number].recovery
+    if recovery.vectors:
+      vectors = recovery.vectors * D // _NARROW.embed_dim
+      parts.append(_Part(before, before, vectors=vectors))
+    if recovery.attends:
+      visible = before.num_visible(deep, None, causal)
+      parts.append(
+        _Part(before, deep, query_weights, key_weights, 2 * D, visible)
+      )
     return before
 
-  token = np.arange(length)
-  steps = funnel_lib.schedule(stages, config.num_layers)
-  funnel_lib.walk(steps, _Slots(token, token), run, reduce, restore)
+  steps = funnel_lib.layer_plan(stages, config.num_layers)
+  row = _row(length, context_length)
+  funnel_lib.run_trunk(steps, row, run, reduce, restore)
   return parts
 
 
@@ -194,6 +221,7 @@ def forward(
   length: int,
   head: bool = True,
   causal: bool = True,
+  context_length: int = 0,
 ) -> int:
   """FLOPs of one forward pass.
 
@@ -204,6 +232,7 @@ def forward(
     length: tokens T in each.
     head: whether the vocabulary head runs, on all T positions.
     causal: whether attention is causal or bidirectional.
+    context_length: tokens, after the first, of a span that a reducer may drop.
 
   Returns:
     FLOPs, 2 for a multiply-add.
@@ -214,11 +243,11 @@ def forward(
   """
   stages = _check(config, funnel, head)
   total = head * 2 * length * config.embed_dim * config.vocab_size
-  for part in _parts(config, stages, length, causal):
+  for part in _parts(config, stages, length, causal, context_length):
     total += 2 * len(part.queries) * part.query_weights
     total += 2 * len(part.keys) * part.key_weights
     if part.visible is not None:
-      total += _flops_of_pairs(config, int(part.visible.sum()))
+      total += part.pair_flops(config, int(part.visible.sum()))
   return batch * total
 
 
@@ -245,14 +274,13 @@ def train_step(
   total = forward(config, funnel, batch, length, causal=causal)
   if matrices:
     return 3 * total
+  stages = resolve_funnel(funnel, config.num_layers)
   pairs = sum(
-    int(part.visible.sum())
-    for part in _parts(
-      config, resolve_funnel(funnel, config.num_layers), length, causal
-    )
+    part.pair_flops(config, int(part.visible.sum()))
+    for part in _parts(config, stages, length, causal)
     if part.visible is not None
   )
-  return 2 * total + batch * _flops_of_pairs(config, pairs)
+  return 2 * total + batch * pairs
 
 
 def _check(config: TransformerConfig, funnel: Funnel, head: bool):
@@ -263,11 +291,6 @@ def _check(config: TransformerConfig, funnel: Funnel, head: bool):
   return stages
 
 
-def _flops_of_pairs(config: TransformerConfig, pairs: int) -> int:
-  """Of the logit of each (query, key) pair, and of its weighted value."""
-  return 4 * config.num_heads * config.head_dim * pairs
-
-
 def forward_bytes(
   config: TransformerConfig,
   funnel: Funnel,
@@ -275,6 +298,7 @@ def forward_bytes(
   length: int,
   head: bool = True,
   causal: bool = True,
+  context_length: int = 0,
 ) -> int:
   """Least bytes that a forward pass moves to and from memory.
 
@@ -289,7 +313,7 @@ def forward_bytes(
   stages = _check(config, funnel, head)
   count = parameters(config, stages)
   numbers = length * config.embed_dim  # embedding rows
-  for part in _parts(config, stages, length, causal):
+  for part in _parts(config, stages, length, causal, context_length):
     if part.visible is not None:
       numbers += 2 * len(part.queries) * config.embed_dim
       numbers += 2 * len(part.keys) * _key_width(config)
@@ -313,6 +337,7 @@ def ideal_reduction(
   length: int,
   head: bool = True,
   causal: bool = True,
+  context_length: int = 0,
 ) -> float:
   """The part of the plain forward's FLOPs that the funnel saves, below 1.
 
@@ -322,20 +347,30 @@ def ideal_reduction(
     ValueError: see `forward`.
   """
   plain = forward(config, None, batch, length, head, causal)
-  return 1 - forward(config, funnel, batch, length, head, causal) / plain
+  funnelled = forward(
+    config, funnel, batch, length, head, causal, context_length
+  )
+  return 1 - funnelled / plain
 
 
-def _decoding_parts(config: TransformerConfig, funnel: Funnel, context: int):
+def _decoding_parts(
+  config: TransformerConfig, funnel: Funnel, context: int, context_length: int
+):
   """The parts of a decoder, by a cache of `context` tokens."""
   stages = resolve_funnel(funnel, config.num_layers)
   check_recovers(stages, "decoding")
+  check_reducers(stages, "decodes", "decoding")
   if context < 1:
     raise ValueError(f"{context} tokens: expected at least 1")
-  return _parts(config, stages, context, causal=True)
+  return _parts(config, stages, context, True, context_length)
 
 
 def decode_flops(
-  config: TransformerConfig, funnel: Funnel, context: int, head: bool = True
+  config: TransformerConfig,
+  funnel: Funnel,
+  context: int,
+  head: bool = True,
+  context_length: int = 0,
 ) -> float:
   """FLOPs of one row for one generated token, on average.
 
@@ -344,18 +379,19 @@ def decode_flops(
     funnel: one, or none.
     context: tokens that the cache holds, the new one's included.
     head: whether the vocabulary head runs.
+    context_length: as for `forward`.
 
   Raises:
     ValueError: the funnel does not fit the model, or does not recover; no
       tokens.
   """
   total = 0.0
-  for part in _decoding_parts(config, funnel, context):
-    total += 2 * part.key_weights / part.keys.spacing
+  for part in _decoding_parts(config, funnel, context, context_length):
+    total += 2 * part.key_weights * part.keys.rate
     per_run = 2 * part.query_weights
     if part.visible is not None:
-      per_run += _flops_of_pairs(config, int(part.visible[-1]))
-    total += per_run / part.queries.spacing
+      per_run += part.pair_flops(config, int(part.visible[-1]))
+    total += per_run * part.queries.rate
   return total + 2 * head * config.embed_dim * config.vocab_size
 
 
@@ -365,6 +401,7 @@ def decode_bytes(
   batch: int,
   context: int,
   head: bool = True,
+  context_length: int = 0,
 ) -> float:
   """Least bytes that a step of decoding moves, on average.
 
@@ -379,13 +416,14 @@ def decode_bytes(
     batch: rows B.
     context: tokens that the cache holds, the new one's included.
     head: whether the vocabulary head runs.
+    context_length: as for `forward`.
 
   Raises:
     ValueError: see `decode_flops`.
   """
   numbers = batch * config.embed_dim  # embedding rows
-  for part in _decoding_parts(config, funnel, context):
-    often, key_often = 1 / part.queries.spacing, 1 / part.keys.spacing
+  for part in _decoding_parts(config, funnel, context, context_length):
+    often, key_often = part.queries.rate, part.keys.rate
     numbers += often * (part.query_weights + part.vectors)
     numbers += key_often * part.key_weights
     if part.visible is not None:
@@ -397,7 +435,11 @@ def decode_bytes(
 
 
 def cache_bytes(
-  config: TransformerConfig, funnel: Funnel, batch: int, length: int
+  config: TransformerConfig,
+  funnel: Funnel,
+  batch: int,
+  length: int,
+  context_length: int = 0,
 ) -> int:
   """The least that keys and values of `length` tokens take, compute dtype.
 
@@ -409,7 +451,7 @@ def cache_bytes(
   """
   entries = sum(
     int(part.visible.max())
-    for part in _decoding_parts(config, funnel, length)
+    for part in _decoding_parts(config, funnel, length, context_length)
     if part.visible is not None
   )
   size = jnp.dtype(config.dtype).itemsize

@@ -1,21 +1,10 @@
 """The funnel: make a sequence short, run layers on it, make it long again.
 
-`Stage.reduce` turns a stream into a short one, together with the short slot
-that each token reads back; `Stage.restore` undoes it with that one index.
-`walk` strings layers and stages together. Blocks and attention know of streams
-only, never of funnels.
-
-Grouping, with `rank` the place of a slot within its segment and k the stride:
-slots with rank % k == 0 are anchors, one a group, and slot t reads back the
-group of the newest anchor at or before it. A causal group holds the anchor and
-the k-1 slots before it, so that no token reads its own future (the shifted
-pooling of Hourglass, arXiv 2110.13711); a bidirectional group holds the anchor
-and the k-1 slots after it (Funnel-Transformer, arXiv 2006.03236). A segment's
-first slot is an anchor: in a causal funnel it is alone in its group, elsewhere
-where `keep_first` says so (anchors are then rank 0, 1, k+1, 2k+1, ...).
-
-A reduction of another kind needs a name in `config.POOLS` and a case in
-`Stage.reduce`: if it chooses slots, `select` does the rest.
+A `Stage` has a reducer (`reducers.py`), which turns a stream into a short one
+together with the short slot that each token reads back, and a recovery, which
+makes the full length again from that one index. `layer_plan` and `run_trunk`
+string layers and stages together. Blocks and attention know of streams only,
+never of funnels.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,32 +15,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_funnel.config import FunnelConfig, TransformerConfig
+from gemma_funnel import params
+from gemma_funnel.config import FunnelConfig, LayerSpec, TransformerConfig
 from gemma_funnel.layers import (
   Attention,
-  Look,
+  AttentionFn,
   RMSNorm,
-  make_look,
-  normalize,
+  make_attention_fn,
   rope_angles,
 )
-from gemma_funnel.stream import Stream, rank, take
+from gemma_funnel.reducers import BYPASS
+from gemma_funnel.registry import RECOVERIES, REDUCERS
+from gemma_funnel.stream import Stream, take
 
-# What a slot reads back that has no deep state: itself, as it was before.
-BYPASS = -1
+Aux = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LayerRun:
   """Layers [start, stop), on the stream of the open `stages`.
 
-  `query_only`: on the stream's queries, and keys from before its reduction.
+  Attributes:
+    query_only: on the stream's queries, and keys from before its reduction.
+    needs: what the last of them is asked for, of `reducers.NEEDS`.
   """
 
   start: int
   stop: int
   stages: tuple[int, ...] = ()
   query_only: bool = False
+  needs: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,35 +61,38 @@ class Restore:
   stage: int
 
 
-def schedule(
+def layer_plan(
   stages: Sequence[FunnelConfig], num_layers: int
-) -> list[Run | Reduce | Restore]:
+) -> list[LayerRun | Reduce | Restore]:
   """What a model with these (resolved) stages does, in order.
 
   A stage that is never restored has no `Restore`.
   """
   steps, open_stages, at = [], [], 0
 
-  def run_to(layer):
+  def run(layer, **options):
     nonlocal at
+    if at < layer:
+      steps.append(LayerRun(at, layer, tuple(open_stages), **options))
+      at = layer
+
+  def run_to(layer, needs=()):
     if at < layer and steps and isinstance(steps[-1], Reduce):
       if stages[steps[-1].stage].pool_query_only:
-        steps.append(Run(at, at + 1, tuple(open_stages), query_only=True))
-        at += 1
-    if at < layer:
-      steps.append(Run(at, layer, tuple(open_stages)))
-      at = layer
+        run(at + 1, query_only=True)
+    run(layer - bool(needs))
+    run(layer, needs=needs)
 
   def close_to(layer):
     while open_stages and stages[open_stages[-1]].stop <= layer:
       run_to(stages[open_stages[-1]].stop)
       stage = open_stages.pop()
-      if stages[stage].recover != "none":
+      if RECOVERIES[stages[stage].recover].restores:
         steps.append(Restore(stage))
 
   for number, stage in enumerate(stages):
     close_to(stage.start)
-    run_to(stage.start)
+    run_to(stage.start, REDUCERS[stage.reduce].needs)
     steps.append(Reduce(number))
     open_stages.append(number)
   close_to(num_layers)
@@ -104,260 +100,233 @@ def schedule(
   return steps
 
 
-def walk(
-  steps: Sequence[Run | Reduce | Restore],
+def run_trunk(
+  steps: Sequence[LayerRun | Reduce | Restore],
   stream: Stream,
-  run: Callable[[Run, Stream, Stream | None], Stream],
-  reduce: Callable[[int, Stream], tuple[Stream, jax.Array]],
-  restore: Callable[[int, Stream, Stream, jax.Array], Stream],
+  run: Callable[[LayerRun, Stream, Stream | None], tuple[Stream, Aux]],
+  reduce: Callable[[int, Stream, Aux], tuple[Stream, jax.Array]],
+  restore: Callable[[int, Stream, Stream, Stream, jax.Array], Stream],
 ) -> Stream:
-  """The trunk, for whatever runs it: layers, and what the stages do between.
+  """Layers, and what the stages do between, for whoever computes them.
 
   Args:
-    steps: from `schedule`.
+    steps: from `layer_plan`.
     stream: what enters the first layer.
-    run: (which layers, stream, keys) -> stream; keys are the stream from before
-      the reduction for a query-only run, and None otherwise.
-    reduce: (stage, stream) -> (short stream, read_BT).
-    restore: (stage, deep stream, stream from before, read_BT) -> stream.
+    run: (which layers, stream, keys) -> (stream, what was needed); keys are
+      the stream from before the reduction for a query-only run, else None.
+    reduce: (stage, stream, what it needs) -> (short stream, read_BT).
+    restore: (stage, deep stream, short stream before its layers, stream before
+      the reduction, read_BT) -> stream.
   """
-  before = []
+  before, aux = [], {}
   for step in steps:
     match step:
-      case Run():
-        keys = before[-1][0] if step.query_only else None
-        stream = run(step, stream, keys)
+      case LayerRun():
+        keys = before[-1][1] if step.query_only else None
+        stream, aux = run(step, stream, keys)
       case Reduce(stage):
-        short, read_BT = reduce(stage, stream)
-        before.append((stream, read_BT))
+        short, read_BT = reduce(stage, stream, aux)
+        before.append((short, stream, read_BT))
         stream = short
       case Restore(stage):
         stream = restore(stage, stream, *before.pop())
   return stream
 
 
-class Stage(nnx.Module):
-  """One stage's reduction and recovery, with what they learn.
+class Recovery(nnx.Module):
+  """How every token gets a state back; a base class.
+
+  Notation: h is a token's own state from before the reduction, p the short slot
+  that it reads back as the reducer made it, u the same slot after the stage.
 
   Attributes:
-    funnel: its configuration.
-    pool_query: [D], of pool "attention"; zero at first, which is the mean.
-    gate: [D], of recover "gate"; zero at first, which is the average.
-    attend: of recover "attend"; at first it adds nothing to the average.
+    restores: whether the full length returns at all.
+    attends: whether `attend` is called.
+    rows: the parameters that it learns.
+  """
+
+  restores: bool = True
+  attends: bool = False
+  rows: tuple[params.Row, ...] = ()
+
+  def learn(self, config: TransformerConfig, rngs: nnx.Rngs) -> None:
+    """Makes the parameters of `rows`."""
+    for row in self.rows:
+      value = params.init(f"funnel/*/recovery/{row.path}", config, rngs)
+      setattr(self, row.path, nnx.Param(value))
+
+  def hold(self, u_BRD: jax.Array, p_BRD: jax.Array) -> jax.Array:
+    """What tokens read of each short slot; decoding holds the newest."""
+    del p_BRD
+    return u_BRD
+
+  def combine(
+    self, held_BTD: jax.Array, h_BTD: jax.Array, attended_BTD: jax.Array | None
+  ) -> jax.Array:
+    """[B, T, D] of what is held and of h, in the dtype of h."""
+    raise NotImplementedError
+
+  @property
+  def vectors(self) -> int:
+    """How many numbers its learned vectors have."""
+    rows = [row for row in self.rows if not (row.outputs or self.attends)]
+    return sum(getattr(self, row.path).size for row in rows)
+
+
+@RECOVERIES.register("average")
+class Average(Recovery):
+  """(u + h) / 2"""
+
+  def combine(self, held_BTD, h_BTD, attended_BTD):
+    return (held_BTD + h_BTD) * 0.5
+
+
+@RECOVERIES.register("add")
+class Add(Recovery):
+  """u + h"""
+
+  def combine(self, held_BTD, h_BTD, attended_BTD):
+    return held_BTD + h_BTD
+
+
+@RECOVERIES.register("repeat")
+class Repeat(Recovery):
+  """u"""
+
+  def combine(self, held_BTD, h_BTD, attended_BTD):
+    return held_BTD
+
+
+@RECOVERIES.register("delta")
+class Delta(Recovery):
+  """h + (u - p): the token's own state, and the stage's change of its slot
+
+  At stride 1, where p is h, it is the plain model; "average" and "add" halve
+  what the stage adds, against the token's own state. In float32.
+  """
+
+  def hold(self, u_BRD, p_BRD):
+    return u_BRD.astype(jnp.float32) - p_BRD.astype(jnp.float32)
+
+  def combine(self, held_BTD, h_BTD, attended_BTD):
+    return (h_BTD.astype(jnp.float32) + held_BTD).astype(h_BTD.dtype)
+
+
+@RECOVERIES.register("scaled_delta")
+class ScaledDelta(Delta):
+  """h + s (u - p), with a learned s a channel that starts at 1
+
+  Attributes:
+    scale: [D], s - 1.
+  """
+
+  rows = (params.vector("scale", "D", "funnel"),)
+
+  def combine(self, held_BTD, h_BTD, attended_BTD):
+    s_11D = 1 + self.scale[...].astype(jnp.float32)[None, None]
+    return super().combine(s_11D * held_BTD, h_BTD, attended_BTD)
+
+
+@RECOVERIES.register("gate")
+class Gate(Recovery):
+  """s u + (1 - s) h, with a learned s a channel that starts at 1/2
+
+  Attributes:
+    gate: [D], zero at first; s is its sigmoid.
+  """
+
+  rows = (params.vector("gate", "D", "funnel"),)
+
+  def combine(self, held_BTD, h_BTD, attended_BTD):
+    s_D = jax.nn.sigmoid(self.gate[...].astype(jnp.float32))
+    s_11D = s_D[None, None].astype(h_BTD.dtype)
+    return s_11D * held_BTD + (1 - s_11D) * h_BTD
+
+
+@RECOVERIES.register("attend")
+class Attend(Recovery):
+  """the average, and a learned attention of h to the deep states it may see,
+  which starts at zero
+
+  Attributes:
+    attend: the attention.
+  """
+
+  attends = True
+  rows = (
+    *params.attention("attend/attn", "", "funnel", params.zeros),
+    params.vector("attend/query_norm/scale", "D", "funnel"),
+    params.vector("attend/key_norm/scale", "D", "funnel"),
+  )
+
+  def learn(self, config, rngs):
+    self.attend = CrossAttention(config, rngs)
+
+  def combine(self, held_BTD, h_BTD, attended_BTD):
+    return (held_BTD + h_BTD) * 0.5 + attended_BTD
+
+
+@RECOVERIES.register("none")
+class Nothing(Recovery):
+  """the sequence stays short: for heads that read a whole sequence"""
+
+  restores = False
+
+
+class Stage(nnx.Module):
+  """One stage: a reducer and a recovery.
+
+  Attributes:
+    stage: its configuration.
+    reducer, recovery: of the classes that it names.
   """
 
   def __init__(
-    self, config: TransformerConfig, funnel: FunnelConfig, rngs: nnx.Rngs
+    self, config: TransformerConfig, stage: FunnelConfig, rngs: nnx.Rngs
   ):
     self.config = config
-    self.funnel = funnel
-    zeros_D = jnp.zeros(config.embed_dim, jnp.dtype(config.param_dtype))
-    if funnel.pool == "attention":
-      self.pool_query = nnx.Param(zeros_D)
-    if funnel.recover == "gate":
-      self.gate = nnx.Param(zeros_D)
-    if funnel.recover == "attend":
-      self.attend = CrossAttention(config, rngs)
-
-  @property
-  def selects(self) -> bool:
-    """Whether slots are chosen, and not pooled: the others bypass the stage."""
-    return self.funnel.pool == "every"
-
-  def reduce(self, stream: Stream, causal: bool) -> tuple[Stream, jax.Array]:
-    """Makes a stream short.
-
-    Rows have R = `num_groups` slots. That holds every group of rows that hold
-    a single segment, wherever it starts, and of rows in which each segment has
-    room for as many groups as it needs (`check_segments`).
-
-    Args:
-      stream: the sequence, T slots.
-      causal: whether groups end or begin at their anchor.
-
-    Returns:
-      The short stream, and int32 read_BT: the short slot each slot reads back,
-      or BYPASS. A group has the segment of its anchor, and pools the slots of
-      that segment alone.
-    """
-    anchor_BR, read_BT = self._anchors(stream, causal)
-    if self.selects:
-      return self._select(stream, anchor_BR, causal)
-    return self.pool(stream, anchor_BR, causal), read_BT
-
-  def _select(self, stream: Stream, keep_BR: jax.Array, causal: bool):
-    return select(
-      stream,
-      keep_BR,
-      spacing=stream.spacing * self.funnel.stride,
-      even=stream.even and not self._keeps_first_apart(causal),
-      packed=stream.packed,
-    )
-
-  def _keeps_first_apart(self, causal: bool) -> bool:
-    return self.funnel.keep_first and not causal
-
-  def _anchors(self, stream: Stream, causal: bool):
-    """(anchor_BR, read_BT): anchors' slots in order, and who reads which group.
-
-    T, past the end, is the anchor of a group that does not exist.
-    """
-    stride, length = self.funnel.stride, stream.segment_BT.shape[1]
-    slot_1T = jnp.arange(length, dtype=jnp.int32)[None]
-    rank_BT = rank(stream.segment_BT)
-    if self._keeps_first_apart(causal):
-      starts_BT = (rank_BT == 0) | ((rank_BT - 1) % stride == 0)
-    else:
-      starts_BT = rank_BT % stride == 0
-    is_anchor_BT = starts_BT & (stream.segment_BT != 0)
-    read_BT = jnp.maximum(jnp.cumsum(is_anchor_BT, axis=1) - 1, 0)
-    anchor_BT = jnp.sort(jnp.where(is_anchor_BT, slot_1T, length), axis=1)
-    return anchor_BT[:, : num_groups(length, self.funnel, causal)], read_BT
-
-  def pool(self, stream: Stream, anchor_BR: jax.Array, causal: bool) -> Stream:
-    """One slot for each anchor's group, pooled as the configuration says."""
-    stride, length = self.funnel.stride, stream.segment_BT.shape[1]
-    offset_k = jnp.arange(stride) - (stride - 1 if causal else 0)
-    slot_BRk = anchor_BR[..., None] + offset_k[None, None]
-    of_group = lambda x_BT: take(
-      x_BT, slot_BRk.reshape(len(slot_BRk), -1)
-    ).reshape(*slot_BRk.shape, *x_BT.shape[2:])
-    segment_BR = jnp.where(
-      anchor_BR < length, take(stream.segment_BT, anchor_BR), 0
-    )
-    counts_BRk = (
-      (slot_BRk >= 0)
-      & (slot_BRk < length)
-      & (of_group(stream.segment_BT) == segment_BR[..., None])
-      & (segment_BR != 0)[..., None]
-    )
-    if self._keeps_first_apart(causal):
-      alone_BR = take(rank(stream.segment_BT), anchor_BR) == 0
-      counts_BRk &= ~alone_BR[..., None] | (offset_k == 0)[None, None]
-    hidden_BRkD = of_group(stream.hidden_BTD)
-    position_BR, even = self._position(
-      stream, anchor_BR, of_group(stream.position_BT), counts_BRk, causal
-    )
-    return stream.replace(
-      hidden_BTD=self._pool_group(hidden_BRkD, counts_BRk),
-      position_BT=position_BR,
-      end_BT=take(stream.end_BT, anchor_BR),
-      segment_BT=segment_BR,
-      spacing=stream.spacing * stride,
-      even=even,
-    )
-
-  def newest(self, window: Stream) -> Stream:
-    """The causal group that ends with the last of `stride` slots."""
-    batch, length = window.segment_BT.shape
-    anchor_B1 = jnp.full((batch, 1), length - 1, jnp.int32)
-    if self.selects:
-      return self._select(window, anchor_B1, causal=True)[0]
-    return self.pool(window, anchor_B1, causal=True)
-
-  def _pool_group(self, x_BRkD: jax.Array, counts_BRk: jax.Array) -> jax.Array:
-    """[B, R, D] of the k slots of each group that count; none give 0."""
-    weight_BRk = counts_BRk.astype(jnp.float32)
-    index_k = jnp.arange(counts_BRk.shape[2])[None, None]
-    match self.funnel.pool:
-      case "max":
-        lowest = jnp.finfo(x_BRkD.dtype).min
-        top_BRD = jnp.max(
-          jnp.where(counts_BRk[..., None], x_BRkD, lowest), axis=2
-        )
-        return jnp.where(jnp.any(counts_BRk, axis=2)[..., None], top_BRD, 0)
-      case "first":
-        chosen_BR1 = jnp.argmax(counts_BRk, axis=2, keepdims=True)
-        weight_BRk *= index_k == chosen_BR1
-      case "last":
-        last_BR1 = jnp.max(
-          jnp.where(counts_BRk, index_k, 0), axis=2, keepdims=True
-        )
-        weight_BRk *= index_k == last_BR1
-      case "attention":
-        logit_BRk = jnp.einsum(
-          "BRkD,D->BRk",
-          normalize(x_BRkD, self.config.norm_eps),
-          self.pool_query[...].astype(jnp.float32),
-        )
-        top_BR1 = jnp.max(
-          jnp.where(counts_BRk, logit_BRk, -jnp.inf), axis=2, keepdims=True
-        )
-        shifted_BRk = logit_BRk - jax.lax.stop_gradient(top_BR1)
-        weight_BRk *= jnp.exp(jnp.where(counts_BRk, shifted_BRk, 0))
-    total_BR1 = jnp.sum(weight_BRk, axis=2)[..., None]
-    sum_BRD = jnp.sum(
-      weight_BRk[..., None] * jnp.where(counts_BRk[..., None], x_BRkD, 0),
-      axis=2,
-    )
-    return (sum_BRD / jnp.where(total_BR1 > 0, total_BR1, 1)).astype(
-      x_BRkD.dtype
-    )
-
-  def _position(self, stream, anchor_BR, position_BRk, counts_BRk, causal):
-    """(position_BR, whether they are even) of groups.
-
-    By the rule "last", a bidirectional group that is cut short by the end of
-    its segment has the position its last slot would have: groups are then
-    evenly spaced, which all kernels can use.
-    """
-    rule = self.funnel.position
-    position_BR = take(stream.position_BT, anchor_BR)
-    if rule == "last" and causal:
-      return position_BR, stream.even
-    if rule == "last" and stream.even:
-      last_BR = position_BR + (self.funnel.stride - 1) * stream.spacing
-      if self._keeps_first_apart(causal):
-        first_BR = take(rank(stream.segment_BT), anchor_BR) == 0
-        last_BR = jnp.where(first_BR, position_BR, last_BR)
-      return last_BR, True
-    masked = lambda other: jnp.where(counts_BRk, position_BRk, other)
-    if rule == "last":
-      return jnp.max(masked(position_BR[..., None]), axis=2), False
-    if rule == "first":
-      return jnp.min(masked(position_BR[..., None]), axis=2), False
-    count_BR = jnp.maximum(jnp.sum(counts_BRk, axis=2), 1)
-    return jnp.sum(masked(0), axis=2) / count_BR.astype(jnp.float32), False
+    self.stage = stage
+    self.reducer = REDUCERS[stage.reduce](stage)
+    self.reducer.learn(config, rngs)
+    self.recovery = RECOVERIES[stage.recover]()
+    self.recovery.learn(config, rngs)
 
   def restore(
-    self, deep: Stream, before: Stream, read_BT: jax.Array, causal: bool
+    self,
+    deep: Stream,
+    short: Stream,
+    before: Stream,
+    read_BT: jax.Array,
+    causal: bool,
   ) -> Stream:
     """Gives every slot its group's deep state back.
 
     Args:
       deep: the short stream after the stage's layers.
+      short: the short stream before them.
       before: the stream that was reduced.
-      read_BT: the short slot each slot reads, from `reduce`.
-      causal: whether the attention of "attend" is.
+      read_BT: the short slot each slot reads, from the reducer.
+      causal: whether a recovery's attention is.
 
     Returns:
       A stream like `before`, with the recovered hidden states.
     """
-    u_BTD = take(deep.hidden_BTD, jnp.maximum(read_BT, 0))
-    extra_BTD = None
-    if self.funnel.recover == "attend":
-      see = make_look(self.config, before, deep, causal)
-      extra_BTD = self.attend(before, self.attend.keys_values(deep), see)
-    return self.recover(u_BTD, before, read_BT == BYPASS, extra_BTD)
+    held_BRD = self.recovery.hold(deep.hidden_BTD, short.hidden_BTD)
+    held_BTD = take(held_BRD, jnp.maximum(read_BT, 0))
+    attended_BTD = None
+    if self.recovery.attends:
+      attention_fn = make_attention_fn(self.config, before, deep, causal)
+      attend = self.recovery.attend
+      attended_BTD = attend(before, attend.keys_values(deep), attention_fn)
+    return self.combine(held_BTD, before, read_BT == BYPASS, attended_BTD)
 
-  def recover(self, u_BTD, before: Stream, bypass_BT, extra_BTD) -> Stream:
-    """`before` with its states h and deep states u made one."""
+  def combine(self, held_BTD, before: Stream, bypass_BT, attended_BTD):
+    """`before`, with its states and what is held made one."""
     h_BTD = before.hidden_BTD
-    match self.funnel.recover:
-      case "average":
-        hidden_BTD = (u_BTD + h_BTD) * 0.5
-      case "add":
-        hidden_BTD = u_BTD + h_BTD
-      case "repeat":
-        hidden_BTD = u_BTD
-      case "gate":
-        s_D = jax.nn.sigmoid(self.gate[...].astype(jnp.float32))
-        s_11D = s_D[None, None].astype(h_BTD.dtype)
-        hidden_BTD = s_11D * u_BTD + (1 - s_11D) * h_BTD
-      case "attend":
-        hidden_BTD = (u_BTD + h_BTD) * 0.5 + extra_BTD
-    hidden_BTD = jnp.where(bypass_BT[..., None], h_BTD, hidden_BTD)
-    return before.replace(hidden_BTD=hidden_BTD)
+    hidden_BTD = self.recovery.combine(held_BTD, h_BTD, attended_BTD)
+    return before.replace(
+      hidden_BTD=jnp.where(bypass_BT[..., None], h_BTD, hidden_BTD)
+    )
 
 
 class CrossAttention(nnx.Module):
@@ -368,65 +337,27 @@ class CrossAttention(nnx.Module):
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
     self.config = config
-    self.query_norm = RMSNorm(config)
-    self.key_norm = RMSNorm(config)
-    self.attn = Attention(config, rngs, starts_at_zero=True)
+    self.query_norm = RMSNorm(config, "funnel/*/recovery/attend/query_norm")
+    self.key_norm = RMSNorm(config, "funnel/*/recovery/attend/key_norm")
+    self.attn = Attention(config, rngs, "funnel/*/recovery/attend/attn")
+
+  @property
+  def _spec(self) -> LayerSpec:
+    return LayerSpec(None, self.config.rope_base, self.config.rope_scaling)
 
   def keys_values(self, deep: Stream) -> tuple[jax.Array, jax.Array]:
     """(k_BRKH, v_BRKH) of the deep states."""
-    rope = rope_angles(deep.position_BT, self.config)
+    rope = rope_angles(deep.position_BT, self.config, self._spec)
     return self.attn.keys_values(self.key_norm(deep.hidden_BTD), rope)
 
-  def __call__(self, before: Stream, keys_values, see: Look) -> jax.Array:
-    """[B, T, D] for `before`; `see` is as for a block."""
-    rope = rope_angles(before.position_BT, self.config)
+  def __call__(
+    self, before: Stream, keys_values, attention_fn: AttentionFn
+  ) -> jax.Array:
+    """[B, T, D] for `before`; `attention_fn` is as for a block."""
+    rope = rope_angles(before.position_BT, self.config, self._spec)
     q_BTNH = self.attn.queries(self.query_norm(before.hidden_BTD), rope)
-    return self.attn.output(see(q_BTNH, *keys_values))
-
-
-def select(
-  stream: Stream,
-  keep_BR: jax.Array,
-  *,
-  spacing: int = 1,
-  even: bool = False,
-  packed: bool = True,
-) -> tuple[Stream, jax.Array]:
-  """Shortens a stream to some of its slots; the others bypass the stage.
-
-  Args:
-    stream: the sequence, T slots.
-    keep_BR: int32, the kept slots of each row in order; T and above for none.
-    spacing, even, packed: of the kept slots, as in `Stream`.
-
-  Returns:
-    (short stream, read_BT), as `Stage.reduce`.
-  """
-  length = stream.segment_BT.shape[1]
-  exists_BR = keep_BR < length
-  short = stream.replace(
-    hidden_BTD=take(stream.hidden_BTD, keep_BR),
-    position_BT=take(stream.position_BT, keep_BR),
-    end_BT=take(stream.end_BT, keep_BR),
-    segment_BT=jnp.where(exists_BR, take(stream.segment_BT, keep_BR), 0),
-    spacing=spacing,
-    even=even,
-    packed=packed,
-  )
-  row_B1 = jnp.arange(len(keep_BR))[:, None]
-  slot_1R = jnp.arange(keep_BR.shape[1], dtype=jnp.int32)[None]
-  nothing_BT = jnp.full(stream.segment_BT.shape, BYPASS, jnp.int32)
-  read_BT = nothing_BT.at[row_B1, keep_BR].set(
-    jnp.broadcast_to(slot_1R, keep_BR.shape), mode="drop"
-  )
-  return short, read_BT
-
-
-def num_groups(length: int, funnel: FunnelConfig, causal: bool) -> int:
-  """Slots that a row of `length` slots is reduced to."""
-  if funnel.keep_first and not causal:
-    return 1 + -(-(length - 1) // funnel.stride)
-  return -(-length // funnel.stride)
+    o_BTNH, _ = attention_fn(q_BTNH, *keys_values)
+    return self.attn.output(o_BTNH)
 
 
 def short_lengths(
@@ -438,7 +369,7 @@ def short_lengths(
     slots = length
     around = [s for s in stages[:number] if funnel.start < s.stop]
     for stage in (*around, funnel):
-      slots = num_groups(slots, stage, causal)
+      slots = REDUCERS[stage.reduce](stage).length(slots, causal)
     found.append(slots)
   return found
 
@@ -465,8 +396,9 @@ def check_segments(
       slots, lengths = len(segment_T), [len(run) for run in runs]
       around = [s for s in stages[:number] if funnel.start < s.stop]
       for stage in (*around, funnel):
-        slots = num_groups(slots, stage, causal)
-        lengths = [num_groups(n, stage, causal) for n in lengths]
+        length = REDUCERS[stage.reduce](stage).length
+        slots = length(slots, causal)
+        lengths = [length(n, causal) for n in lengths]
         if sum(lengths) > slots:
           apart = stage.keep_first and not causal
           raise ValueError(

@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from gemma_funnel import params
 from gemma_funnel.config import check_recovers
 from gemma_funnel.layers import normalize
 from gemma_funnel.model import Transformer
@@ -62,15 +63,16 @@ class Head(nnx.Module):
 
   def __init__(self, width: int, config: HeadConfig, *, rngs: nnx.Rngs):
     self.config = config
+    sizes = dict(D=width, E=config.hidden or width, C=config.outputs)
+    init = lambda name: params.init_array(
+      f"head/{name}", sizes, "float32", rngs
+    )
     if config.pool == "attention" and not config.per_token:
-      self.pool_query = nnx.Param(jnp.zeros(width, jnp.float32))
+      self.pool_query = nnx.Param(init("pool_query"))
     if config.hidden:
-      self.hidden = nnx.Param(
-        nnx.initializers.lecun_normal()(rngs.params(), (width, config.hidden))
-      )
-      width = config.hidden
-    self.out = nnx.Param(jnp.zeros((width, config.outputs), jnp.float32))
-    self.bias = nnx.Param(jnp.zeros(config.outputs, jnp.float32))
+      self.hidden = nnx.Param(init("hidden"))
+    self.out = nnx.Param(init("out"))
+    self.bias = nnx.Param(init("bias"))
 
   def __call__(
     self,

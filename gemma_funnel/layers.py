@@ -1,7 +1,7 @@
-"""The parts of a Gemma block: norm, rotary embeddings, attention, MLP.
+"""The parts of a block: norm, rotary embeddings, attention, MLP.
 
-Blocks know no funnel, no mask and no cache: whoever runs one passes `look`, a
-function of queries, keys and values that says what they see of each other.
+Blocks know no funnel, no mask and no cache: whoever runs one passes an
+`AttentionFn` of queries, keys and values, and the rotary angles of its slots.
 
 Dimensions, as suffixes of names: B batch, T tokens (queries), S keys, D model
 width, F MLP width, N query heads, K key/value heads, H head width.
@@ -17,8 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_funnel import params
 from gemma_funnel.attention.api import attend
-from gemma_funnel.config import TransformerConfig
+from gemma_funnel.attention.blocked import attention_received
+from gemma_funnel.config import LayerSpec, RopeScaling, TransformerConfig
+from gemma_funnel.numerics import normalize
 from gemma_funnel.parallel import mesh as mesh_lib
 from gemma_funnel.stream import Stream
 
@@ -27,74 +30,96 @@ PRODUCT = "product"
 
 # (cos, sin) of rotary angles, each [B, T, 1, H/2].
 Rope = tuple[jax.Array, jax.Array]
-# (q_BTNH, k_BSKH, v_BSKH) -> o_BTNH; queries are scaled, both are rotated.
-Look = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# What a layer was asked for, by name; see `reducers.NEEDS`.
+Aux = dict[str, jax.Array]
+# (q_BTNH, k_BSKH, v_BSKH) -> (o_BTNH, aux); queries are scaled, both rotated.
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Aux]]
 
 
-def make_look(
+def make_attention_fn(
   config: TransformerConfig,
   queries: Stream,
   keys: Stream,
   causal: bool,
   window: int | None = None,
-) -> Look:
-  """What queries see of keys that are all at hand; see `attention.attend`."""
-  return functools.partial(
-    attend,
-    queries=queries,
-    keys=keys,
+  needs: tuple[str, ...] = (),
+) -> AttentionFn:
+  """Attention to keys that are all at hand; see `attention.api.attend`.
+
+  Args:
+    config: of the model.
+    queries, keys: where they stand.
+    causal, window: what queries may see.
+    needs: what it gives besides; "attention_received" is float32 [B, S], the
+      attention that each key gets, summed over heads and queries.
+  """
+  rules = dict(
+    queries=queries.slots(),
+    keys=keys.slots(),
     causal=causal,
     window=window,
     softcap=config.attn_softcap,
     softmax_dtype=config.softmax_dtype,
-    kernel=config.kernel,
   )
+  if queries is keys:
+    rules["keys"] = rules["queries"]
 
+  def attention_fn(q_BTNH, k_BSKH, v_BSKH):
+    aux = {}
+    if "attention_received" in needs:
+      aux["attention_received"] = attention_received(q_BTNH, k_BSKH, **rules)
+    o_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, kernel=config.kernel, **rules)
+    return o_BTNH, aux
 
-def _projection(fan_in_axes, out_axes, scale=1.0):
-  """LeCun's rule: truncated normal of variance scale / fan-in (Efficient
-  BackProp, 1998; the default of flax, nanodo and MaxText)."""
-  return nnx.initializers.variance_scaling(
-    scale, "fan_in", "truncated_normal", in_axis=fan_in_axes, out_axis=out_axes
-  )
+  return attention_fn
 
 
 class RMSNorm(nnx.Module):
-  """x / rms(x) * (1 + scale), in float32 and cast once, at the end."""
+  """x / rms(x) * (offset + scale), in float32 and cast once, at the end."""
 
-  def __init__(self, config: TransformerConfig):
-    self.epsilon = config.norm_eps
-    self.scale = nnx.Param(
-      jnp.zeros(config.embed_dim, jnp.dtype(config.param_dtype))
-    )
+  def __init__(self, config: TransformerConfig, path: str):
+    self.epsilon, self.offset = config.norm_eps, config.norm_offset
+    scale = params.init(f"{path}/scale", config)
+    self.scale = nnx.Param(scale + (1 - config.norm_offset))
 
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    return _rms_norm(x_BTD, self.scale[...], self.epsilon)
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return _rms_norm(x, self.scale[...], self.epsilon, self.offset)
 
 
 # All that the backward pass has of it is x.
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def _rms_norm(x_BTD, scale_D, epsilon: float) -> jax.Array:
-  scale_D = 1.0 + scale_D.astype(jnp.float32)
-  x = normalize(x_BTD, epsilon)
-  return (x * scale_D[None, None]).astype(x_BTD.dtype)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
+def _rms_norm(x, scale_D, epsilon: float, offset: float) -> jax.Array:
+  scale_D = offset + scale_D.astype(jnp.float32)
+  normal = normalize(x, epsilon)
+  scale = jnp.expand_dims(scale_D, range(x.ndim - 1))
+  return (normal * scale).astype(x.dtype)
 
 
-def normalize(x: jax.Array, epsilon: float) -> jax.Array:
-  """x / rms(x) over the last axis, float32."""
-  x = x.astype(jnp.float32)
-  mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(mean_square + epsilon)
-
-
-def rope_angles(position_BT: jax.Array, config: TransformerConfig) -> Rope:
+def rope_angles(
+  position_BT: jax.Array, config: TransformerConfig, spec: LayerSpec
+) -> Rope:
   """Cosines and sines [B, T, 1, H/2], float32, of arXiv 2104.09864."""
-  exponent = np.arange(0, config.head_dim, 2) / config.head_dim
   frequency_111h = jnp.asarray(
-    config.rope_base ** -exponent[None, None, None], jnp.float32
+    _frequencies(config.head_dim, *spec.rope)[None, None, None], jnp.float32
   )
   angle = position_BT.astype(jnp.float32)[..., None, None] * frequency_111h
   return jnp.cos(angle), jnp.sin(angle)
+
+
+def _frequencies(
+  head_dim: int, base: float, scaling: RopeScaling | None
+) -> np.ndarray:
+  """Radians a token of each of the H/2 pairs, float64."""
+  frequency_h = base ** -(np.arange(0, head_dim, 2) / head_dim)
+  if scaling is None:
+    return frequency_h
+  if scaling.kind == "linear":
+    return frequency_h / scaling.factor
+  # llama3: how many times a frequency turns within the original length.
+  turns_h = scaling.original_max_length * frequency_h / (2 * np.pi)
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  kept_h = np.clip((turns_h - low) / (high - low), 0, 1)
+  return frequency_h * (kept_h + (1 - kept_h) / scaling.factor)
 
 
 def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
@@ -111,50 +136,52 @@ class Attention(nnx.Module):
   """Grouped-query attention with RoPE: its projections."""
 
   def __init__(
-    self,
-    config: TransformerConfig,
-    rngs: nnx.Rngs,
-    starts_at_zero: bool = False,
+    self, config: TransformerConfig, rngs: nnx.Rngs, path: str = "layers/attn"
   ):
     self.config = config
-    D, N, K, H = (
-      config.embed_dim,
-      config.num_heads,
-      config.num_kv_heads,
-      config.head_dim,
-    )
-    dtype = jnp.dtype(config.param_dtype)
-    # Branches into the residual stream start smaller by the root of their
-    # number (GPT-2's rule); Gemma 2's post norms undo it, Gemma 1 needs it.
-    project, back = (
-      _projection((0,), (1, 2)),
-      _projection((0, 1), (2,), 1 / (2 * config.num_layers)),
-    )
-    if starts_at_zero:
-      back = nnx.initializers.zeros
-    self.query = nnx.Param(project(rngs.params(), (D, N, H), dtype))
-    self.key = nnx.Param(project(rngs.params(), (D, K, H), dtype))
-    self.value = nnx.Param(project(rngs.params(), (D, K, H), dtype))
-    self.out = nnx.Param(back(rngs.params(), (N, H, D), dtype))
+    new = lambda name: nnx.Param(params.init(f"{path}/{name}", config, rngs))
+    self.query, self.key = new("query"), new("key")
+    self.value, self.out = new("value"), new("out")
+    if config.attention_bias:
+      self.query_bias, self.key_bias = new("query_bias"), new("key_bias")
+      self.value_bias = new("value_bias")
+    if config.qk_norm:
+      self.query_norm = RMSNorm(config, f"{path}/query_norm")
+      self.key_norm = RMSNorm(config, f"{path}/key_norm")
 
   def __call__(
-    self, x_BTD, rope: Rope, look: Look, keys_BSD=None, keys_rope=None
-  ) -> jax.Array:
-    """Attention of x to `keys_BSD`; None is x itself."""
+    self,
+    x_BTD,
+    rope: Rope,
+    attention_fn: AttentionFn,
+    keys_BSD=None,
+    keys_rope=None,
+  ) -> tuple[jax.Array, Aux]:
+    """(attention of x to `keys_BSD`, aux); None is x itself."""
     if keys_BSD is None:
       keys_BSD, keys_rope = x_BTD, rope
     q_BTNH = self.queries(x_BTD, rope)
-    return self.output(look(q_BTNH, *self.keys_values(keys_BSD, keys_rope)))
+    o_BTNH, aux = attention_fn(q_BTNH, *self.keys_values(keys_BSD, keys_rope))
+    return self.output(o_BTNH), aux
 
   def queries(self, x_BTD, rope: Rope) -> jax.Array:
     """q_BTNH, rotated and scaled."""
     q_BTNH = _einsum("BTD,DNH->BTNH", x_BTD, self.query)
+    if self.config.attention_bias:
+      q_BTNH = _add_bias(q_BTNH, self.query_bias)
+    if self.config.qk_norm:
+      q_BTNH = self.query_norm(q_BTNH)
     return rotate(q_BTNH, rope) * self.config.query_scale
 
   def keys_values(self, x_BSD, rope: Rope) -> tuple[jax.Array, jax.Array]:
     """(k_BSKH, v_BSKH); keys are rotated."""
     k_BSKH = _einsum("BSD,DKH->BSKH", x_BSD, self.key)
     v_BSKH = _einsum("BSD,DKH->BSKH", x_BSD, self.value)
+    if self.config.attention_bias:
+      k_BSKH = _add_bias(k_BSKH, self.key_bias)
+      v_BSKH = _add_bias(v_BSKH, self.value_bias)
+    if self.config.qk_norm:
+      k_BSKH = self.key_norm(k_BSKH)
     return rotate(k_BSKH, rope), v_BSKH
 
   def output(self, o_BTNH) -> jax.Array:
@@ -162,54 +189,62 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-  """GeGLU with the tanh approximation of GELU."""
+  """A gated MLP: GeGLU (tanh approximation of GELU) or SwiGLU."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-    D, F = config.embed_dim, config.mlp_dim
-    dtype = jnp.dtype(config.param_dtype)
-    project, back = (
-      _projection((0,), (1,)),
-      _projection((0,), (1,), 1 / (2 * config.num_layers)),
-    )
-    self.gate = nnx.Param(project(rngs.params(), (D, F), dtype))
-    self.up = nnx.Param(project(rngs.params(), (D, F), dtype))
-    self.down = nnx.Param(back(rngs.params(), (F, D), dtype))
+    self.activation = config.activation
+    self.gate = nnx.Param(params.init("layers/mlp/gate", config, rngs))
+    self.up = nnx.Param(params.init("layers/mlp/up", config, rngs))
+    self.down = nnx.Param(params.init("layers/mlp/down", config, rngs))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     gate_BTF = _einsum("BTD,DF->BTF", x_BTD, self.gate)
     up_BTF = _einsum("BTD,DF->BTF", x_BTD, self.up)
-    out_BTD = _gated_back(gate_BTF, up_BTF, self.down.get_value())
+    down_FD = self.down.get_value()
+    out_BTD = _gated_back(gate_BTF, up_BTF, down_FD, self.activation)
     return checkpoint_name(out_BTD, PRODUCT)
 
 
-# For the backward pass GELU is made again, which takes less than keeping it.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _gated_back(gate_BTF: jax.Array, up_BTF: jax.Array, down) -> jax.Array:
-  hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
-  return _product("BTF,FD->BTD", hidden_BTF, down)
+# The activation is made again in the backward pass, which takes less time than
+# keeping it.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
+def _gated_back(gate_BTF, up_BTF, down_FD, activation: str) -> jax.Array:
+  if activation == "silu":
+    hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
+  else:
+    hidden_BTF = jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
+  return _product("BTF,FD->BTD", hidden_BTF, down_FD)
 
 
 class Block(nnx.Module):
   """One layer: attention and MLP, each with a residual."""
 
   def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-    self.pre_attn_norm = RMSNorm(config)
+    self.pre_attn_norm = RMSNorm(config, "layers/pre_attn_norm")
     self.attn = Attention(config, rngs)
-    self.pre_mlp_norm = RMSNorm(config)
+    self.pre_mlp_norm = RMSNorm(config, "layers/pre_mlp_norm")
     self.mlp = MLP(config, rngs)
     self.post_norms = config.post_norms
     if config.post_norms:
-      self.post_attn_norm = RMSNorm(config)
-      self.post_mlp_norm = RMSNorm(config)
+      self.post_attn_norm = RMSNorm(config, "layers/post_attn_norm")
+      self.post_mlp_norm = RMSNorm(config, "layers/post_mlp_norm")
 
   def __call__(
-    self, x_BTD, rope: Rope, look: Look, keys_BSD=None, keys_rope=None
-  ) -> jax.Array:
-    """x after the layer; it attends to `keys_BSD`, None being x itself."""
+    self,
+    x_BTD,
+    rope: Rope,
+    attention_fn: AttentionFn,
+    keys_BSD=None,
+    keys_rope=None,
+  ) -> tuple[jax.Array, Aux]:
+    """(x after the layer, aux); it attends to `keys_BSD`, None is x itself.
+
+    `aux` is that of `attention_fn`.
+    """
     if keys_BSD is not None:
       keys_BSD = self.pre_attn_norm(keys_BSD)
-    branch_BTD = self.attn(
-      self.pre_attn_norm(x_BTD), rope, look, keys_BSD, keys_rope
+    branch_BTD, aux = self.attn(
+      self.pre_attn_norm(x_BTD), rope, attention_fn, keys_BSD, keys_rope
     )
     if self.post_norms:
       branch_BTD = self.post_attn_norm(branch_BTD)
@@ -217,7 +252,11 @@ class Block(nnx.Module):
     branch_BTD = self.mlp(self.pre_mlp_norm(x_BTD))
     if self.post_norms:
       branch_BTD = self.post_mlp_norm(branch_BTD)
-    return x_BTD + branch_BTD
+    return x_BTD + branch_BTD, aux
+
+
+def _add_bias(x_BTNH: jax.Array, bias: nnx.Param) -> jax.Array:
+  return x_BTNH + bias[...].astype(x_BTNH.dtype)[None, None]
 
 
 def _einsum(subscripts: str, x: jax.Array, param: nnx.Param) -> jax.Array:

@@ -21,6 +21,7 @@ import re
 from typing import Any
 
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -28,8 +29,17 @@ from jax.sharding import PartitionSpec as P
 import ml_collections
 from ml_collections import config_dict
 
+from gemma_funnel import params as params_lib
+from gemma_funnel.checks import (
+  require,
+  require_choice,
+  require_int,
+  require_positive,
+)
 from gemma_funnel.parallel import sharding
-from gemma_funnel.training.transforms import matrix_axes, path_of
+from gemma_funnel.params import path_of
+
+Params = dict[str, Any]
 
 BASE_DTYPES = ("int8", "int4", "nf4")
 # Entries that share a scale in 4 bits (QLoRA's).
@@ -74,20 +84,14 @@ def make_config(config: ml_collections.ConfigDict) -> LoraConfig | None:
   Raises:
     ValueError: a value that cannot be, named, or qwix is not installed.
   """
-  if config.rank < 0:
-    raise ValueError(f"lora.rank={config.rank}: expected >= 0, 0 for no LoRA")
-  if config.base_dtype not in (None, *BASE_DTYPES):
-    raise ValueError(
-      f"lora.base_dtype={config.base_dtype!r}: expected one of "
-      f"{list(BASE_DTYPES)}, or unset"
-    )
-  if config.rank == 0 and config.base_dtype is not None:
-    raise ValueError(
-      f"lora.base_dtype={config.base_dtype!r} with lora.rank=0: parameters that "
-      "are trained themselves cannot be quantised; set lora.rank"
-    )
-  if not 0 < config.alpha < math.inf:  # A NaN neither.
-    raise ValueError(f"lora.alpha={config.alpha}: expected > 0")
+  require_int("lora.rank", config.rank, 0)
+  require_choice("lora.base_dtype", config.base_dtype, (*BASE_DTYPES, None))
+  require(
+    config.rank > 0 or config.base_dtype is None,
+    f"lora.base_dtype={config.base_dtype!r} with lora.rank=0: parameters that "
+    "are trained themselves cannot be quantised; set lora.rank",
+  )
+  require_positive("lora.alpha", config.alpha)
   try:
     re.compile(config.target)
   except re.error as error:
@@ -179,54 +183,47 @@ def _dense(base) -> jax.Array:
   return qwix.dequantize(base)
 
 
-def freeze(params: dict[str, Any], lora: LoraConfig) -> dict[str, Any]:
+def freeze(params: Params, lora: LoraConfig) -> Params:
   """A model's parameters that are not trained, quantised as `lora` says.
 
-  What the funnel learns is among them, to start from; `attach` uses what has
-  become of it.
+  What the funnel learns is among them, as its initial value; `attach` uses the
+  trained one.
 
-  Scales are of the parameters' dtype: one for each output of a matrix in 8
-  bits, one for each 64 inputs of an output in 4. Peak memory is both trees'.
-
-  Args:
-    params: of a model.
-    lora: how.
+  Scales have the parameters' dtype: one for each output of a matrix in 8 bits,
+  one for each 64 inputs of an output in 4. Peak memory is both trees'.
   """
   if lora.base_dtype is None:
     return params
 
   def quantise(path, x):
-    axes = _axes(path)
-    return x if axes is None else _quantise(axes, lora.base_dtype, x)
+    row = _row(path)
+    return _quantise(row.input_axes, lora.base_dtype, x) if row else x
 
   return jax.tree_util.tree_map_with_path(quantise, params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _quantise(axes, base_dtype: str, x_L: jax.Array):
+def _quantise(input_axes, base_dtype: str, x_L: jax.Array):
   qwix = _qwix(base_dtype)
-  reads = [x_L.ndim - 1 + axis for axis in axes.reduction_axis]
-  tiled = {}
+  inputs = [x_L.ndim - 1 + axis for axis in input_axes]
+  tiled, shared = {}, inputs
   if base_dtype != "int8":
-    last = reads[-1]
-    tiled = {last: math.gcd(_BLOCK, x_L.shape[1 + last])}
-  shared = reads if base_dtype == "int8" else list(tiled)
-  each = [axis for axis in range(x_L.ndim - 1) if axis not in shared]
+    shared = inputs[-1:]
+    tiled = {i: math.gcd(_BLOCK, x_L.shape[1 + i]) for i in shared}
+  channels = [axis for axis in range(x_L.ndim - 1) if axis not in shared]
   # A layer at a time: four bits are found by comparing with 16 values.
   return jax.lax.map(
     lambda x: qwix.quantize(
       x,
       "nf4" if base_dtype == "nf4" else jnp.dtype(base_dtype),
-      channelwise_axes=each,
+      channelwise_axes=channels,
       tiled_axes=tiled,
     ),
     x_L,
   )
 
 
-def init(
-  params: dict[str, Any], lora: LoraConfig, key: jax.Array
-) -> dict[str, Any]:
+def init(params: Params, lora: LoraConfig, key: jax.Array) -> Params:
   """What is trained: factors, float32, and what the funnel learns.
 
   A is He's uniform and B zero (qwix's), so that nothing changes at first.
@@ -242,70 +239,57 @@ def init(
   """
   found, adapters = [], {}
   for path, x in jax.tree_util.tree_leaves_with_path(params):
-    axes, name = _axes(path), path_of(path)
-    if axes is None:
+    row, name = _row(path), path_of(path)
+    if row is None:
       continue
     found.append("params/" + name)
     if not re.search(lora.target, found[-1]):
       continue
-    first = x.ndim - len(axes.output_axis)
-    reads, gives = x.shape[1:first], x.shape[first:]
-    if lora.rank > min(math.prod(reads), math.prod(gives)):
-      raise ValueError(
-        f"lora.rank={lora.rank} is more than {name} has: {math.prod(reads)} x "
-        f"{math.prod(gives)}"
-      )
+    sizes = dict(zip(row.dims.split(), x.shape, strict=True), r=lora.rank)
+    shape_a, shape_b = (f.shape(sizes) for f in params_lib.factors(row))
+    inputs, outputs = math.prod(shape_a[1:-1]), math.prod(shape_b[2:])
+    require(
+      lora.rank <= min(inputs, outputs),
+      f"lora.rank={lora.rank} is more than {name} has: {inputs} x {outputs}",
+    )
     he_uniform = nnx.initializers.he_uniform(
-      in_axis=range(1, first), out_axis=-1, batch_axis=(0,)
+      in_axis=range(1, len(shape_a) - 1), out_axis=-1, batch_axis=(0,)
     )
-    shape = (len(x), *reads, lora.rank)
-    _put(
-      adapters,
-      path,
-      {
-        "a": he_uniform(
-          jax.random.fold_in(key, len(found)), shape, jnp.float32
-        ),
-        "b": jnp.zeros((len(x), lora.rank, *gives), jnp.float32),
-      },
+    keys = tuple(part.key for part in path)
+    adapters[*keys, "a"] = he_uniform(
+      jax.random.fold_in(key, len(found)), shape_a, jnp.float32
     )
-  if not adapters:
-    raise ValueError(
-      f"lora.target={lora.target!r} is found in none of the layers' matrices: "
-      f"{', '.join(found)}"
-    )
+    adapters[*keys, "b"] = jnp.zeros(shape_b, jnp.float32)
+  require(
+    bool(adapters),
+    f"lora.target={lora.target!r} is found in none of the layers' matrices: "
+    f"{', '.join(found)}",
+  )
+  adapters = unflatten_dict(adapters)
   if "funnel" in params:
     adapters["funnel"] = params["funnel"]
   return adapters
 
 
-def attach(
-  base: dict[str, Any], adapters: dict[str, Any], lora: LoraConfig
-) -> dict[str, Any]:
+def attach(base: Params, adapters: Params, lora: LoraConfig) -> Params:
   """Parameters for a model to run with; each layer's matrix is an `Adapted`.
 
   Differentiable with respect to `adapters`; `base` has no gradient.
   """
 
-  def adapt(path, x):
-    if _axes(path) is None:
-      return x
-    factors = _at(adapters, path)
+  def adapt(x, factors):
     return Adapted(x, factors.get("a"), factors.get("b"), lora.scale)
 
   return _joined(adapt, jax.lax.stop_gradient(base), adapters)
 
 
-def merge(
-  base: dict[str, Any], adapters: dict[str, Any], lora: LoraConfig
-) -> dict[str, Any]:
+def merge(base: Params, adapters: Params, lora: LoraConfig) -> Params:
   """Parameters of a model without factors, in the dtypes it was frozen from.
 
   Products are added in float32; what was quantised stays as coarse as it is.
   """
 
-  def fold(path, x):
-    factors = _at(adapters, path) if _axes(path) else {}
+  def fold(x, factors):
     dense = _dense(x)
     if not factors:
       return dense
@@ -321,7 +305,7 @@ def merge(
   return _joined(fold, base, adapters)
 
 
-def shardings(tree: dict[str, Any], mesh: jax.sharding.Mesh):
+def shardings(tree: Params, mesh: jax.sharding.Mesh):
   """NamedShardings of a tree that `freeze` gives.
 
   Quantised values lie as their parameter would, and scales along with them, or
@@ -344,28 +328,24 @@ def shardings(tree: dict[str, Any], mesh: jax.sharding.Mesh):
   return jax.tree_util.tree_map_with_path(place, tree, is_leaf=_is_quantised)
 
 
-def _joined(function, base, adapters) -> dict[str, Any]:
-  params = jax.tree_util.tree_map_with_path(
-    function, base, is_leaf=_is_quantised
-  )
+def _joined(function, base: Params, adapters: Params) -> Params:
+  """`base` with `function` of each matrix and its factors, {} where it has none."""
+
+  def join(path, x):
+    if _row(path) is None:
+      return x
+    factors = adapters
+    for part in path:
+      factors = factors.get(part.key, {})
+    return function(x, factors)
+
+  params = jax.tree_util.tree_map_with_path(join, base, is_leaf=_is_quantised)
   if "funnel" in adapters:
     params["funnel"] = adapters["funnel"]
   return params
 
 
-def _axes(path: tuple):
-  """Of a layer's matrix by its path within a model's parameters, or None."""
-  name = path_of(path)
-  return matrix_axes(name) if name.startswith("layers/") else None
-
-
-def _at(tree: dict[str, Any], path: tuple) -> dict[str, Any]:
-  for key in path:
-    tree = tree.get(key.key, {})
-  return tree
-
-
-def _put(tree: dict[str, Any], path: tuple, value) -> None:
-  for key in path[:-1]:
-    tree = tree.setdefault(key.key, {})
-  tree[path[-1].key] = value
+def _row(path: tuple) -> params_lib.Row | None:
+  """Of a stacked matrix, which may have factors; None if it is none."""
+  row = params_lib.layer_matrix(path_of(path))
+  return row if row and row.stacked else None

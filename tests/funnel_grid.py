@@ -14,9 +14,7 @@ from flax import nnx
 import jax
 
 from gemma_funnel.config import (
-  POOLS,
   POSITIONS,
-  RECOVERIES,
   FunnelConfig,
   TransformerConfig,
   format_funnel,
@@ -24,6 +22,7 @@ from gemma_funnel.config import (
   total_stride,
 )
 from gemma_funnel.model import Transformer
+from gemma_funnel.registry import RECOVERIES, REDUCERS
 
 # Total strides are 2, 3, 4, 6, 8, 9 and 12: of 37 tokens, the last ends a group
 # by nearly all. The window is shorter than the row, and longer than any stride:
@@ -34,8 +33,8 @@ CONFIG = TransformerConfig.preset(
 )
 
 OF_A_STAGE = dict(
-  pool=POOLS,
-  recover=RECOVERIES,
+  reduce=tuple(n for n in REDUCERS if REDUCERS[n].trains),
+  recover=tuple(RECOVERIES),
   stride=(2, 3, 4),
   pool_query_only=(False, True),
   keep_first=(False, True),
@@ -79,7 +78,7 @@ def _spans(span, second, recover, recover2):
 def _possible(case: dict) -> bool:
   """Whether what is chosen so far can be made a configuration."""
   for end in ("", "2"):
-    if case.get(f"pool{end}") == "every":
+    if case.get(f"reduce{end}") == "strided":
       if case.get(f"position{end}", "last") != "last":
         return False
   values = {

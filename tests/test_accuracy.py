@@ -56,7 +56,7 @@ def run(tmp_path_factory):
     model=TransformerConfig.preset("tiny", vocab_size=VOCAB).to_dict(),
     data=data,
   )
-  workdir.claim(config)
+  workdir.init_workdir(config)
   corpus = pipeline.load_corpus(data, VOCAB, folder)
   batches = pipeline.train_iterator(
     corpus.train, corpus.tokenizer, batch_size=4, length=LENGTH, align=2, seed=0

@@ -15,7 +15,7 @@ from gemma_funnel import config
 from gemma_funnel.attention import api, blocked, flash, masks
 from gemma_funnel.attention.masks import AttentionSpec
 from gemma_funnel.stream import Stream, make_stream
-from gemma_funnel.training import ahead
+from gemma_funnel.training import aot
 
 B, K, G, H = 2, 2, 2, 8
 _BLOCKS = blocked._blocks
@@ -541,7 +541,7 @@ def test_a_hand_written_kernel_gets_its_own_rows_of_both_streams(tokamax_xla):
 def test_auto_on_a_tpu_compiles_to_its_kernel():
   """Ahead of time, forward and backward, on a mesh of a described slice."""
   pytest.importorskip("libtpu")
-  devices = ahead.slice_devices("v5e:2x2")
+  devices = aot.slice_devices("v5e:2x2")
   mesh = jax.sharding.Mesh(
     np.array(devices).reshape(2, 1, 2), ("data", "fsdp", "tensor")
   )

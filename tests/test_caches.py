@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_funnel import reducers
 from gemma_funnel.config import format_funnel, resolve_funnel, total_stride
 from gemma_funnel.decode import caches as caches_lib
 from gemma_funnel.decode import decoder as decoder_lib
@@ -43,30 +44,26 @@ def _prefill(graphdef, params, lengths_B, phase, begin_BP):
 _compiled_prefill = jax.jit(_prefill, static_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _steps(graphdef, stride, fault, params, tokens_BT, carry, late):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _steps(graphdef, fault, params, tokens_BT, carry):
   """(hidden states of a token at a time, caches, stages).
 
-  A new `fault` is a new program: one may have been planted since. All think
-  that they are in a phase `late` tokens ago.
+  A new `fault` is a new program: one may have been planted since.
   """
   del fault
   model = nnx.merge(graphdef, params)
 
   def one(carry, _):
-    rank_B, phase, caches, stages = carry
-    phase = (phase + 1) % stride
+    rank_B, caches, stages = carry
     token_B1 = jnp.take_along_axis(tokens_BT, rank_B[:, None], 1, mode="clip")
     stream = make_stream(
       model.embed(token_B1), jnp.ones_like(token_B1), rank_B[:, None]
     )
-    stream, caches, stages = caches_lib.step(
-      model, stream, phase - late, caches, stages
-    )
-    return (rank_B + 1, phase, caches, stages), stream.hidden_BTD[:, 0]
+    stream, caches, stages = caches_lib.step(model, stream, caches, stages)
+    return (rank_B + 1, caches, stages), stream.hidden_BTD[:, 0]
 
   carry, steps_SBD = jax.lax.scan(one, carry, length=TOKENS - 1)
-  return steps_SBD, carry[2], carry[3]
+  return steps_SBD, carry[1], carry[2]
 
 
 def _inputs(model: Transformer, lengths, width: int):
@@ -95,18 +92,16 @@ def _compare(
   fault="",
   late=0,
 ) -> tuple[float, list]:
-  """(the largest relative difference to the one pass, caches at the end)."""
+  """(the largest relative difference to the one pass, caches at the end).
+
+  Stages think that they are in a phase `late` tokens ago.
+  """
   tokens, lengths, phase, begin = _inputs(model, lengths, width)
+  phase = (phase - late) % total_stride(model.stages)
   graphdef, params = nnx.split(decoder_lib.unstacked(model))
   stream, caches, stages = prefill(graphdef, params, lengths, phase, begin)
   steps, caches, stages = _steps(
-    graphdef,
-    total_stride(model.stages),
-    fault,
-    params,
-    tokens,
-    (lengths, phase, caches, stages),
-    late,
+    graphdef, fault, params, tokens, (lengths, caches, stages)
   )
   prefilled_B1D, steps_SBD = stream.hidden_BTD[:, -1:], np.asarray(steps)
   stream = make_stream(model.embed(tokens))
@@ -182,7 +177,7 @@ def test_local_layers_keep_their_window_only():
   assert sizes == [[window], [groups, in_window, groups], [window]]
 
 
-FAULTY = "start=1,stop=4,stride=3,pool=attention"
+FAULTY = "start=1,stop=4,stride=3,reduce=attention"
 
 
 @pytest.mark.parametrize("late", [1, -1])
@@ -195,19 +190,19 @@ def test_a_stage_a_token_late_or_early_is_seen(late):
 @pytest.mark.parametrize("fault", ["ring", "pending"])
 def test_planted_faults_are_seen(fault, monkeypatch):
   """A ring too short by one, a lost slot."""
-  size, put = caches_lib._ring_size, caches_lib._join
+  size, window = caches_lib._ring_size, reducers.Groups.window
   if fault == "ring":
     monkeypatch.setattr(
       caches_lib, "_ring_size", lambda *args: max(1, size(*args) - 1)
     )
   else:
-    monkeypatch.setattr(
-      caches_lib,
-      "_join",
-      lambda pending, new: put(
-        jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), pending), new
-      ),
-    )
+
+    def rolled(self, state, stream):
+      roll = lambda x: jnp.roll(x, 1, axis=1)
+      slots = jax.tree.map(roll, state.slots)
+      return window(self, dataclasses.replace(state, slots=slots), stream)
+
+    monkeypatch.setattr(reducers.Groups, "window", rolled)
   worst, _ = _compare(_model(FAULTY), [4] * 3, fault=fault)
   assert worst > 1e-3
 

@@ -411,10 +411,10 @@ def _config(workdir, **changes):
 
 def test_a_workdir_is_claimed_once(tmp_path):
   config = _config(tmp_path / "run")
-  workdir.claim(config)
+  workdir.init_workdir(config)
   written = json.loads((tmp_path / "run" / "config.json").read_text())
   assert written == json.loads(config.to_json())
-  workdir.claim(config)
+  workdir.init_workdir(config)
   assert os.listdir(tmp_path / "run") == ["config.json"]
 
 
@@ -436,18 +436,18 @@ def test_a_workdir_is_claimed_once(tmp_path):
   ids=str,
 )
 def test_a_workdir_of_another_run_is_refused(changes, tmp_path):
-  workdir.claim(_config(tmp_path))
+  workdir.init_workdir(_config(tmp_path))
   (tmp_path / "tokenizer.model").write_text("")
   config = _config(tmp_path, **changes)
   with pytest.raises(ValueError) as error:
-    workdir.claim(config)
+    workdir.init_workdir(config)
   (key,) = changes
   text = str(error.value)
   assert f"{key}: " in text and text.count(" / ") == 2 and "\n" not in text
 
 
 def test_what_changes_rounding_at_most_may_change(tmp_path):
-  workdir.claim(_config(tmp_path / "run"))
+  workdir.init_workdir(_config(tmp_path / "run"))
   (tmp_path / "run" / "checkpoints").mkdir()
   changes = {
     "log_every": 7,
@@ -467,37 +467,37 @@ def test_what_changes_rounding_at_most_may_change(tmp_path):
     "keep_best": 1,
     "rollback.factor": 2.0,
   }
-  workdir.claim(_config(tmp_path / "run", **changes))
+  workdir.init_workdir(_config(tmp_path / "run", **changes))
   moved = (tmp_path / "run").rename(tmp_path / "moved")
-  workdir.claim(_config(moved))
+  workdir.init_workdir(_config(moved))
   # Of data whose place is a number of rows.
   with pytest.raises(ValueError, match="batch_size"):
-    workdir.claim(_config(moved, batch_size=16))
-  workdir.claim(_config(moved, batch_size=16), free=("batch_size",))
+    workdir.init_workdir(_config(moved, batch_size=16))
+  workdir.init_workdir(_config(moved, batch_size=16), free=("batch_size",))
 
 
 def test_workdirs_that_cannot_be_claimed(tmp_path):
   file = tmp_path / "file"
   file.write_text("")
   with pytest.raises(ValueError, match="is a file"):
-    workdir.claim(_config(file))
+    workdir.init_workdir(_config(file))
   with pytest.raises(ValueError, match="cannot be written to: Not a dir"):
-    workdir.claim(_config(file / "run"))
+    workdir.init_workdir(_config(file / "run"))
   for content in ("{", "\0\0", "[]"):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json is no"):
-      workdir.claim(_config(tmp_path))
+      workdir.init_workdir(_config(tmp_path))
   (tmp_path / "config.json").unlink()
   for name in ("checkpoints", "tokenizer.model"):
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=r"but no config\.json"):
-      workdir.claim(_config(tmp_path))
+      workdir.init_workdir(_config(tmp_path))
     (tmp_path / name).rmdir()
 
 
 def test_a_call_that_failed_early_may_be_corrected(tmp_path):
-  workdir.claim(_config(tmp_path, **{"data.source": "wrong"}))
-  workdir.claim(_config(tmp_path))
+  workdir.init_workdir(_config(tmp_path, **{"data.source": "wrong"}))
+  workdir.init_workdir(_config(tmp_path))
   written = json.loads((tmp_path / "config.json").read_text())
   assert written["data"]["source"] == "corpus.txt"
 

@@ -161,7 +161,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(run_main, source, tmp_path):
 def test_a_workdir_of_another_run(run_main, source, tmp_path):
   from gemma_funnel.training import workdir
 
-  workdir.claim(tiny_run.make_config(tmp_path / "run", source))
+  workdir.init_workdir(tiny_run.make_config(tmp_path / "run", source))
   (tmp_path / "run" / "checkpoints").mkdir()
   args = tiny_run.command(tmp_path / "run", source, "--config.seed=7")[2:]
   _assert_refused(run_main(experiment.run, *args), "seed: 0 / 7")

@@ -29,13 +29,16 @@ from gemma_funnel.config import (
     (dict(start=1, stop=2.5), r"funnel.stop=2.5: expected an integer >= 0"),
     (dict(start=1, stride=0), r"funnel.stride=0: expected an integer >= 1"),
     (dict(start=1, stride=True), r"funnel.stride=True"),
-    (dict(start=1, pool="median"), r"funnel.pool='median': expected one of"),
+    (dict(start=1, reduce="median"), r"funnel.pool='median': expected one of"),
     (dict(start=1, recover="avg"), r"funnel.recover='avg': expected one of"),
     (dict(start=1, position="end"), r"funnel.position='end': expected one of"),
     (dict(start=1, pool_query_only=1), r"funnel.pool_query_only=1: .* a bool"),
     (dict(start=1, keep_first="no"), r"funnel.keep_first='no': .* a bool"),
-    (dict(start=1, pool="every", position="first"), r"'first' has no effect"),
-    (dict(start=1, pool="every", position="mean"), r"'mean' has no effect"),
+    (
+      dict(start=1, reduce="strided", position="first"),
+      r"'first' has no effect",
+    ),
+    (dict(start=1, reduce="strided", position="mean"), r"'mean' has no effect"),
   ],
 )
 def test_funnel_fields(fields, message):
@@ -117,7 +120,7 @@ STAGES = [
   FunnelConfig(1, 7, 3, "max", "add"),
   FunnelConfig(0, None, 2, "attention", "gate", True, True, "mean"),
   FunnelConfig(3, 9, 1, "every", "attend", keep_first=True),
-  FunnelConfig(3, pool="first", recover="none", position="first"),
+  FunnelConfig(3, reduce="first", recover="none", position="first"),
 ]
 
 
@@ -138,10 +141,10 @@ def test_funnels_round_trip(count):
 
 def test_strings_say_what_differs_from_the_defaults():
   assert str(FunnelConfig(2, 8)) == (
-    "start=2,stop=8,stride=2,pool=mean,recover=average"
+    "start=2,stop=8,stride=2,reduce=mean,recover=average"
   )
   assert str(FunnelConfig(2, pool_query_only=True)) == (
-    "start=2,stride=2,pool=mean,recover=average,pool_query_only=true"
+    "start=2,stride=2,reduce=mean,recover=average,pool_query_only=true"
   )
   spaced = " start = 2 , keep_first = true + start=3 "
   assert parse_funnel(spaced) == (
@@ -168,7 +171,7 @@ def test_off_is_no_funnel(funnel):
     ("start=one", "funnel.start='one': expected an integer"),
     ("start=1,keep_first=yes", "funnel.keep_first='yes': expected a bool"),
     ("start=1,stride=true", "funnel.stride=True: expected an integer"),
-    ("start=1,pool=1", "funnel.pool=1: expected one of"),
+    ("start=1,reduce=1", "funnel.pool=1: expected one of"),
     ("start=1+", "'' is not key=value"),
     ("start=1+off", "'off' is not key=value"),
     ("start=1+stride=2", "'stride=2': start is missing"),
@@ -266,8 +269,8 @@ def test_presets_round_trip(name):
 def test_local_layers_come_first():
   config = TransformerConfig.preset("gemma2_2b")
   assert config.attention_kinds == ("local", "global") * 13
-  assert config.window_of(0) == 4096
-  assert config.window_of(1) is None
+  assert config.layers[0].window == 4096
+  assert config.layers[1].window is None
   assert set(TransformerConfig.preset("gemma1_7b").attention_kinds) == {
     "global"
   }

@@ -233,7 +233,7 @@ def test_what_a_new_funnel_learns_is_where_the_model_is():
   config = dataclasses.replace(funnel_grid.CONFIG, vocab_size=98)
   model = Transformer(config, rngs=nnx.Rngs(0))
   tokens = np.asarray(_prompts(9))
-  new = "start=1,stride=2,pool=attention,recover=attend"
+  new = "start=1,stride=2,reduce=attention,recover=attend"
   call = jax.jit(
     lambda graphdef, params: nnx.merge(graphdef, params)(tokens),
     static_argnums=0,

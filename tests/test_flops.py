@@ -80,7 +80,7 @@ def test_forward_is_the_compiler_s_count(funnel, head):
 
 LEARNED = (
   "start=0,stop=1,stride=4,recover=gate"
-  "+start=1,stride=2,pool=attention,recover=attend"
+  "+start=1,stride=2,reduce=attention,recover=attend"
 )
 
 
@@ -88,9 +88,9 @@ LEARNED = (
   "funnel",
   [
     "start=1",
-    "start=1,pool=attention",
+    "start=1,reduce=attention",
     "start=1,recover=attend",
-    "start=0,pool=attention,recover=gate",
+    "start=0,reduce=attention,recover=gate",
     LEARNED,
   ],
 )
@@ -134,15 +134,15 @@ def by_hand(config, funnel, length, causal):
   def run(step, stream, keys):
     assert step.query_only == (keys is not None)
     for layer in range(step.start, step.stop):
-      add("layer", stream, keys or stream, config.window_of(layer))
-    return stream
+      add("layer", stream, keys or stream, config.layers[layer].window)
+    return stream, {}
 
-  def reduce(stage, stream):
-    if stages[stage].pool == "attention":
+  def reduce(stage, stream, aux):
+    if stages[stage].reduce == "attention":
       found.append(("pool", stream, stream, None))
-    return made[stage].reduce(stream, causal)
+    return made[stage].reducer.reduce(stream, aux, causal)
 
-  def restore(stage, deep, before, _):
+  def restore(stage, deep, short, before, _):
     if stages[stage].recover == "attend":
       add("attend", before, deep, None)
     if stages[stage].recover == "gate":
@@ -150,8 +150,8 @@ def by_hand(config, funnel, length, causal):
     return before
 
   stream = make_stream(jnp.zeros((1, length, config.embed_dim)))
-  steps = funnel_lib.schedule(stages, config.num_layers)
-  funnel_lib.walk(steps, stream, run, reduce, restore)
+  steps = funnel_lib.layer_plan(stages, config.num_layers)
+  funnel_lib.run_trunk(steps, stream, run, reduce, restore)
   return found
 
 
@@ -172,7 +172,7 @@ GRID = [
   )
   for stride, pool, query_only, keep_first, position in itertools.product(
     (2, 3),
-    ("mean", "attention", "every"),
+    ("mean", "attention", "strided"),
     (False, True),
     (False, True),
     ("last", "first", "mean"),
@@ -186,7 +186,7 @@ NESTED = [
 ] + [
   (FunnelConfig(0, 2, 3), FunnelConfig(3, 6, 2, pool_query_only=True)),
   (FunnelConfig(0, 6, 2), FunnelConfig(1, 5, 2), FunnelConfig(4, 5, 2)),
-  (FunnelConfig(1, stride=40), FunnelConfig(2, 4, 3, "every")),
+  (FunnelConfig(1, stride=40), FunnelConfig(2, 4, 3, "strided")),
 ]
 FUNNELS = [None, *GRID[::5], *NESTED[::5], *NESTED[-3:]]
 ENCODER = FunnelConfig(1, stride=4, recover="none")

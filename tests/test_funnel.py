@@ -13,18 +13,19 @@ import pytest
 
 from gemma_funnel import funnel as funnel_lib
 from gemma_funnel.config import (
-  POOLS,
   POSITIONS,
-  RECOVERIES,
   FunnelConfig,
   TransformerConfig,
   resolve_funnel,
 )
-from gemma_funnel.funnel import BYPASS, Reduce, Restore, Run, Stage
+from gemma_funnel.funnel import LayerRun, Reduce, Restore, Stage
+from gemma_funnel.reducers import BYPASS, Groups, Pending, select
+from gemma_funnel.registry import RECOVERIES, REDUCERS
 from gemma_funnel.stream import Stream, make_stream
 
 CONFIG = TransformerConfig.preset("tiny", kernel="reference")
 LENGTH = 29
+POOLS = tuple(n for n, kind in REDUCERS.items() if issubclass(kind, Groups))
 
 
 def _stage(funnel: FunnelConfig, seed=0) -> Stage:
@@ -80,28 +81,28 @@ def _groups(size: int, funnel: FunnelConfig, causal: bool):
 
 
 def _pooled(x_kD: np.ndarray, stage: Stage) -> np.ndarray:
-  match stage.funnel.pool:
+  match stage.stage.reduce:
     case "mean":
       return x_kD.mean(axis=0)
     case "max":
       return x_kD.max(axis=0)
-    case "first" | "every":  # `every` has one member.
+    case "first" | "strided":  # `strided` has one member.
       return x_kD[0]
     case "last":
       return x_kD[-1]
   rms_k1 = np.sqrt(np.square(x_kD).mean(axis=1, keepdims=True) + 1e-6)
-  weight_k = np.exp((x_kD / rms_k1) @ np.asarray(stage.pool_query[...]))
+  weight_k = np.exp((x_kD / rms_k1) @ np.asarray(stage.reducer.pool_query[...]))
   return (weight_k / weight_k.sum()) @ x_kD
 
 
 def _position(position_k, anchor, stream: Stream, stage: Stage, causal: bool):
-  funnel = stage.funnel
+  funnel = stage.stage
   match funnel.position:
     case "first":
       return position_k[0]
     case "mean":
       return np.mean(position_k)
-  whole = stream.even and not (causal or funnel.pool == "every")
+  whole = stream.even and not (causal or funnel.reduce == "strided")
   if whole and not (funnel.keep_first and anchor == 0):
     return position_k[0] + (funnel.stride - 1) * stream.spacing
   return position_k[-1]
@@ -109,15 +110,15 @@ def _position(position_k, anchor, stream: Stream, stage: Stage, causal: bool):
 
 def _check_reduction(stage: Stage, stream: Stream, causal: bool):
   """That `stage` reduces as defined; what it made, for another to reduce."""
-  result, read_BT = stage.reduce(stream, causal)
+  result, read_BT = stage.reducer.reduce(stream, {}, causal)
   stream, short, read_BT = _host((stream, result, read_BT))
-  every = stage.funnel.pool == "every"
+  every = stage.stage.reduce == "strided"
   for row, segment_T in enumerate(stream.segment_BT):
     at = lambda x_BT, slots: x_BT[row][list(slots)]
     made = 0
     for segment in dict.fromkeys(segment_T[segment_T != 0]):
       (slots,) = np.nonzero(segment_T == segment)
-      groups = _groups(len(slots), stage.funnel, causal)
+      groups = _groups(len(slots), stage.stage, causal)
       for g, (anchor, members) in enumerate(groups):
         members = slots[[anchor]] if every else slots[list(members)]
         np.testing.assert_allclose(
@@ -161,9 +162,9 @@ def _check_promises(stream: Stream):
 def _rules(stride, pool):
   """Funnels of that stride and pool with every other choice of reduction."""
   for keep_first, position in itertools.product((False, True), POSITIONS):
-    if pool != "every" or position == "last":
+    if pool != "strided" or position == "last":
       yield FunnelConfig(
-        0, stride=stride, pool=pool, keep_first=keep_first, position=position
+        0, stride=stride, reduce=pool, keep_first=keep_first, position=position
       )
 
 
@@ -183,8 +184,8 @@ def test_reduce_is_the_definition(stride, pool, causal):
     room = stride if funnel.keep_first and not causal else 0
     stream = _stream(_segments(stride + room))
     short = _check_reduction(_stage(funnel), stream, causal)
-    assert short.hidden_BTD.shape[1] == funnel_lib.num_groups(
-      LENGTH, funnel, causal
+    assert short.hidden_BTD.shape[1] == REDUCERS[funnel.reduce](funnel).length(
+      LENGTH, causal
     )
     assert short.spacing == stride
     stream = _stream(_segments(2 * stride * (2 if not causal else 1)))
@@ -195,17 +196,20 @@ def test_reduce_is_the_definition(stride, pool, causal):
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_newest_is_the_group_that_reduce_would_make(pool):
+def test_a_step_makes_the_group_that_reduce_would_make(pool):
   """From its own slots alone, as decoding has them; at first that is one."""
   stream = _stream([[1] * 13])
   two = lambda x: jnp.zeros((1, 2, *x.shape[2:]), x.dtype)
   padded = jax.tree.map(lambda x: jnp.concatenate([two(x), x], axis=1), stream)
   for stage in map(_stage, _rules(3, pool)):
-    made = _host(stage.reduce(stream, causal=True)[0])
+    made = _host(stage.reducer.reduce(stream, {}, causal=True)[0])
     for g in range(5):
       slots = slice(3 * g, 3 * g + 3)
       window = jax.tree.map(lambda x: x[:, slots], padded)  # noqa: B023
-      newest = stage.newest(window)
+      state = Pending(jax.tree.map(lambda x: x[:, :2], window), jnp.int32(1))
+      step = stage.reducer.step(state, jax.tree.map(lambda x: x[:, 2:], window))
+      newest = step.short
+      assert not step.due and int(step.state.count) == 2
       for name in ("hidden_BTD", "position_BT", "end_BT", "segment_BT"):
         got, want = getattr(newest, name)[:, 0], getattr(made, name)[:, g]
         np.testing.assert_allclose(got, want, atol=1e-5, err_msg=f"{g} {name}")
@@ -218,8 +222,8 @@ def test_what_is_even_stays_so_by_default(pool, causal):
   """Kernels skip least where it is not known."""
   stream = _stream([[1] * LENGTH])
   for stride in (2, 3):
-    stage = Stage(CONFIG, FunnelConfig(0, stride=stride, pool=pool), None)
-    reduce = lambda stream: stage.reduce(stream, causal)[0]  # noqa: B023
+    stage = Stage(CONFIG, FunnelConfig(0, stride=stride, reduce=pool), None)
+    reduce = lambda stream: stage.reducer.reduce(stream, {}, causal)[0]  # noqa: B023
     stream = jax.eval_shape(reduce, stream)
     assert stream.even
 
@@ -229,17 +233,17 @@ def test_means_are_summed_in_float32():
   stage = Stage(CONFIG, FunnelConfig(0, stride=4), None)
   x_4 = jnp.asarray([256, 1, 1, 1], jnp.bfloat16)
   hidden_BTD = jnp.broadcast_to(x_4[None, :, None], (1, 4, 32))
-  short, _ = stage.reduce(make_stream(hidden_BTD), causal=False)
+  short, _ = stage.reducer.reduce(make_stream(hidden_BTD), {}, causal=False)
   assert short.hidden_BTD.dtype == jnp.bfloat16
   assert np.all(short.hidden_BTD == jnp.bfloat16(259 / 4))
 
 
 def test_max_of_negative_states_is_negative():
   """What does not count is not a zero among them."""
-  stage = Stage(CONFIG, FunnelConfig(0, stride=3, pool="max"), None)
+  stage = Stage(CONFIG, FunnelConfig(0, stride=3, reduce="max"), None)
   stream = make_stream(jnp.full((1, 5, 32), -2.0))
   for causal in (True, False):
-    assert np.all(stage.reduce(stream, causal)[0].hidden_BTD == -2)
+    assert np.all(stage.reducer.reduce(stream, {}, causal)[0].hidden_BTD == -2)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -247,8 +251,8 @@ def test_attention_pooling_starts_as_the_mean(causal):
   rngs = nnx.Rngs(0)
   stream = _stream(_segments(6))
   mean, learned = (
-    Stage(CONFIG, FunnelConfig(0, stride=3, pool=pool), rngs).reduce(
-      stream, causal
+    Stage(CONFIG, FunnelConfig(0, stride=3, reduce=pool), rngs).reducer.reduce(
+      stream, {}, causal
     )[0]
     for pool in ("mean", "attention")
   )
@@ -262,7 +266,7 @@ def _attention(
   stage: Stage, before: Stream, deep: Stream, causal
 ) -> np.ndarray:
   """[B, T, D] of the recovery "attend", one query and head at a time."""
-  learned = stage.attend
+  learned = stage.recovery.attend
   norm = lambda x, scale: (
     x
     / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + CONFIG.norm_eps)
@@ -305,23 +309,30 @@ def _attention(
 def _before_and_deep(funnel: FunnelConfig, causal: bool):
   before = _stream(_segments(4))
   before = before.replace(hidden_BTD=jnp.nan_to_num(before.hidden_BTD))
-  short, read_BT = _stage(funnel).reduce(before, causal)
+  short, read_BT = _stage(funnel).reducer.reduce(before, {}, causal)
   states = jax.random.normal(jax.random.key(5), short.hidden_BTD.shape)
-  return before, short.replace(hidden_BTD=states), read_BT
+  return before, short, short.replace(hidden_BTD=states), read_BT
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("pool", ["mean", "every"])
-@pytest.mark.parametrize("recover", RECOVERIES[:-1])
+@pytest.mark.parametrize("pool", ["mean", "strided"])
+@pytest.mark.parametrize(
+  "recover", [name for name in RECOVERIES if RECOVERIES[name].restores]
+)
 def test_restore_is_the_definition(recover, pool, causal):
-  funnel = FunnelConfig(0, stride=2, pool=pool, recover=recover)
+  funnel = FunnelConfig(0, stride=2, reduce=pool, recover=recover)
   stage = _stage(funnel)
-  before, deep, read_BT = _before_and_deep(funnel, causal)
-  got = _host(stage.restore(deep, before, read_BT, causal))
-  before, deep, read_BT = _host((before, deep, read_BT))
+  before, short, deep, read_BT = _before_and_deep(funnel, causal)
+  got = _host(stage.restore(deep, short, before, read_BT, causal))
+  before, short, deep, read_BT = _host((before, short, deep, read_BT))
   h = before.hidden_BTD
   u = np.stack([x[r] for x, r in zip(deep.hidden_BTD, read_BT, strict=True)])
+  p = np.stack([x[r] for x, r in zip(short.hidden_BTD, read_BT, strict=True)])
   match recover:
+    case "delta":
+      want = h + (u - p)
+    case "scaled_delta":
+      want = h + (1 + np.asarray(stage.recovery.scale[...])) * (u - p)
     case "average":
       want = (u + h) / 2
     case "add":
@@ -329,7 +340,7 @@ def test_restore_is_the_definition(recover, pool, causal):
     case "repeat":
       want = u
     case "gate":
-      s = 1 / (1 + np.exp(-np.asarray(stage.gate[...])))
+      s = 1 / (1 + np.exp(-np.asarray(stage.recovery.gate[...])))
       want = s * u + (1 - s) * h
     case "attend":
       want = (u + h) / 2 + _attention(stage, before, deep, causal)
@@ -343,21 +354,26 @@ def test_restore_is_the_definition(recover, pool, causal):
 
 
 @pytest.mark.parametrize(
-  "recover,learned", [("gate", "gate"), ("attend", "attend/attn/out")]
+  "recover,start,learned",
+  [
+    ("gate", "average", "gate"),
+    ("attend", "average", "attend/attn/out"),
+    ("scaled_delta", "delta", "scale"),
+  ],
 )
-def test_learned_recoveries_start_as_the_average(recover, learned):
+def test_learned_recoveries_start_as_what_they_replace(recover, start, learned):
   funnel = FunnelConfig(0, stride=2, recover=recover)
-  before, deep, read_BT = _before_and_deep(funnel, True)
+  before, short, deep, read_BT = _before_and_deep(funnel, True)
   fresh = Stage(CONFIG, funnel, nnx.Rngs(0))
-  plain = Stage(CONFIG, FunnelConfig(0, stride=2), None)
-  want = plain.restore(deep, before, read_BT, True).hidden_BTD
-  got = fresh.restore(deep, before, read_BT, True).hidden_BTD
+  plain = Stage(CONFIG, FunnelConfig(0, stride=2, recover=start), None)
+  want = plain.restore(deep, short, before, read_BT, True).hidden_BTD
+  got = fresh.restore(deep, short, before, read_BT, True).hidden_BTD
   np.testing.assert_array_equal(got, want)
-  value = fresh
+  value = fresh.recovery
   for name in learned.split("/"):
     value = getattr(value, name)
   value[...] += 1.0
-  other = fresh.restore(deep, before, read_BT, True).hidden_BTD
+  other = fresh.restore(deep, short, before, read_BT, True).hidden_BTD
   assert np.abs(other - want).max() > 1e-2
 
 
@@ -371,8 +387,8 @@ def test_select_leaves_the_others_as_they_were():
 
   @jax.jit
   def there_and_back(before, keep_BR):
-    short, read_BT = funnel_lib.select(before, keep_BR)
-    return short, read_BT, stage.restore(short, before, read_BT, True)
+    short, read_BT = select(before, keep_BR)
+    return short, read_BT, stage.restore(short, short, before, read_BT, True)
 
   kept = [[1, 2, 5], [3, 4, 6]]  # 6 is past the end.
   done = there_and_back(before, jnp.asarray(kept, jnp.int32))
@@ -398,45 +414,51 @@ def test_select_leaves_the_others_as_they_were():
 @pytest.mark.parametrize(
   "funnel,steps",
   [
-    ("off", [Run(0, 6)]),
-    ("start=2", [Run(0, 2), Reduce(0), Run(2, 6, (0,)), Restore(0)]),
-    ("start=0,recover=none", [Reduce(0), Run(0, 6, (0,))]),
+    ("off", [LayerRun(0, 6)]),
+    ("start=2", [LayerRun(0, 2), Reduce(0), LayerRun(2, 6, (0,)), Restore(0)]),
+    ("start=0,recover=none", [Reduce(0), LayerRun(0, 6, (0,))]),
     (
       "start=1,stop=4,pool_query_only=true",
       [
-        Run(0, 1),
+        LayerRun(0, 1),
         Reduce(0),
-        Run(1, 2, (0,), True),
-        Run(2, 4, (0,)),
+        LayerRun(1, 2, (0,), True),
+        LayerRun(2, 4, (0,)),
         Restore(0),
-        Run(4, 6),
+        LayerRun(4, 6),
       ],
     ),
     (
       "start=3,stop=4,pool_query_only=true",
-      [Run(0, 3), Reduce(0), Run(3, 4, (0,), True), Restore(0), Run(4, 6)],
+      [
+        LayerRun(0, 3),
+        Reduce(0),
+        LayerRun(3, 4, (0,), True),
+        Restore(0),
+        LayerRun(4, 6),
+      ],
     ),
     (
       "start=0,stop=5+start=2,stop=4,pool_query_only=true",
       [
         Reduce(0),
-        Run(0, 2, (0,)),
+        LayerRun(0, 2, (0,)),
         Reduce(1),
-        Run(2, 3, (0, 1), True),
-        Run(3, 4, (0, 1)),
+        LayerRun(2, 3, (0, 1), True),
+        LayerRun(3, 4, (0, 1)),
         Restore(1),
-        Run(4, 5, (0,)),
+        LayerRun(4, 5, (0,)),
         Restore(0),
-        Run(5, 6),
+        LayerRun(5, 6),
       ],
     ),
     (
       "start=0,pool_query_only=true+start=1",
       [
         Reduce(0),
-        Run(0, 1, (0,), True),
+        LayerRun(0, 1, (0,), True),
         Reduce(1),
-        Run(1, 6, (0, 1)),
+        LayerRun(1, 6, (0, 1)),
         Restore(1),
         Restore(0),
       ],
@@ -445,46 +467,60 @@ def test_select_leaves_the_others_as_they_were():
       "start=0,stop=2+start=2,stop=3+start=4",
       [
         Reduce(0),
-        Run(0, 2, (0,)),
+        LayerRun(0, 2, (0,)),
         Restore(0),
         Reduce(1),
-        Run(2, 3, (1,)),
+        LayerRun(2, 3, (1,)),
         Restore(1),
-        Run(3, 4),
+        LayerRun(3, 4),
         Reduce(2),
-        Run(4, 6, (2,)),
+        LayerRun(4, 6, (2,)),
         Restore(2),
       ],
     ),
     (
       "start=0,recover=none+start=2,recover=none",
-      [Reduce(0), Run(0, 2, (0,)), Reduce(1), Run(2, 6, (0, 1))],
+      [Reduce(0), LayerRun(0, 2, (0,)), Reduce(1), LayerRun(2, 6, (0, 1))],
     ),
     (
       "start=0,recover=none+start=2",
-      [Reduce(0), Run(0, 2, (0,)), Reduce(1), Run(2, 6, (0, 1)), Restore(1)],
+      [
+        Reduce(0),
+        LayerRun(0, 2, (0,)),
+        Reduce(1),
+        LayerRun(2, 6, (0, 1)),
+        Restore(1),
+      ],
     ),
   ],
 )
-def test_schedule(funnel, steps):
-  assert funnel_lib.schedule(resolve_funnel(funnel, 6), 6) == steps
+def test_layer_plan(funnel, steps):
+  assert funnel_lib.layer_plan(resolve_funnel(funnel, 6), 6) == steps
 
 
-def test_walk_hands_each_what_it_needs():
+def test_run_trunk_hands_each_what_it_needs(monkeypatch):
   """Streams as strings: what was done, in order."""
-  funnel = "start=1,stop=5,pool_query_only=true+start=2,stop=4,recover=add"
-  end = funnel_lib.walk(
-    funnel_lib.schedule(resolve_funnel(funnel, 6), 6),
+  kind = type("Asks", (REDUCERS["mean"],), {"needs": ("received",)})
+  monkeypatch.setitem(REDUCERS, "asks", kind)
+  funnel = (
+    "start=1,stop=5,pool_query_only=true+start=3,stop=4,recover=add,reduce=asks"
+  )
+  end = funnel_lib.run_trunk(
+    funnel_lib.layer_plan(resolve_funnel(funnel, 6), 6),
     "x",
     lambda step, x, keys: (
-      f"{x}>{step.start}{step.stop}" + (f"[{keys}]" if keys else "")
+      f"{x}>{step.start}{step.stop}" + (f"[{keys}]" if keys else ""),
+      {need: f"{need}{step.start}" for need in step.needs},
     ),
-    lambda stage, x: (f"({x})/{stage}", f"r{stage}"),
-    lambda stage, deep, before, read: f"{deep}*{before}*{read}",
+    lambda stage, x, aux: (f"({x})/{stage}{[*aux.values()]}", f"r{stage}"),
+    lambda stage, deep, short, before, read: f"{deep}*{short}*{before}*{read}",
   )
-  first, outer = "x>01", "(x>01)/0>12[x>01]"
-  inner = f"({outer})/1>24*{outer}*r1"
-  assert end == f"{inner}>45*{first}*r0>56"
+  first = "x>01"
+  outer_short = f"({first})/0[]"
+  outer = f"{outer_short}>12[{first}]>23"
+  inner_short = f"({outer})/1['received2']"
+  inner = f"{inner_short}>34*{inner_short}*{outer}*r1"
+  assert end == f"{inner}>45*{outer_short}*{first}*r0>56"
 
 
 # --- Segments -------------------------------------------------------------

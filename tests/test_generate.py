@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
     folder, data.source, funnel=TRAINED, model__vocab_size=VOCAB
   )
   config.model.update(CONFIG.to_dict())
-  workdir.claim(config)
+  workdir.init_workdir(config)
   corpus = pipeline.load_corpus(data, VOCAB, folder)
   batches = pipeline.train_iterator(
     corpus.train, corpus.tokenizer, batch_size=4, length=32, align=2, seed=0

@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_funnel import funnel as funnel_lib
 from gemma_funnel.config import POSITIONS, resolve_funnel
 from gemma_funnel.model import Transformer
+from gemma_funnel.reducers import Groups
+from gemma_funnel.registry import REDUCERS
 from gemma_funnel.stream import make_stream
 
 PLAIN = [Case((), True), Case((), False)]
@@ -59,8 +60,8 @@ def test_the_grid_covers_every_pair(size, cases):
     )
     if frozenset(values) not in met
   ]
-  never = [  # Each stage of "every" has the positions of its slots.
-    ((("pool", n), "every"), (("position", n), position))
+  never = [  # Each stage of "strided" has the positions of its slots.
+    ((("reduce", n), "strided"), (("position", n), position))
     for n in (0, 1)
     for position in POSITIONS[1:]
   ]
@@ -138,7 +139,7 @@ def _slots(segment_T, case: Case):
       begins = rank == 0 or (rank - apart) % stage.stride == 0
       if segment and begins:
         groups.append((segment, t))
-    size = funnel_lib.num_groups(len(slots), stage, case.causal)
+    size = REDUCERS[stage.reduce](stage).length(len(slots), case.causal)
     slots = groups + [(0, LENGTH)] * (size - len(groups))
   return map(np.array, zip(*slots, strict=True))
 
@@ -290,7 +291,7 @@ def test_by_jacobian(case):
 
 
 def test_rows_of_padding_alone_give_no_nan():
-  model = make_model(resolve_funnel("start=1,stop=4,pool=attention", 5))
+  model = make_model(resolve_funnel("start=1,stop=4,reduce=attention", 5))
   graphdef, params = nnx.split(model)
   segments = np.array([[1] * 6, [0] * 6])
 
@@ -327,26 +328,26 @@ def _future_leak(model: Transformer) -> float:
   return change_ST[np.tril(np.ones((length, length), bool), -1)].max()
 
 
-def _aligned(reduce, stage, stream):
+def _aligned(reduce, reducer, stream):
   """Groups of tokens to come, read back by the first of them."""
-  return reduce(stage, stream, False)
+  return reduce(reducer, stream, {}, False)
 
 
-def _reads_ahead(reduce, stage, stream):
-  short, read_BT = reduce(stage, stream, True)
+def _reads_ahead(reduce, reducer, stream):
+  short, read_BT = reduce(reducer, stream, {}, True)
   return short, read_BT + 1
 
 
-def _sees_its_block(reduce, stage, stream):
+def _sees_its_block(reduce, reducer, stream):
   """Pooled queries that see keys to the end of the block they begin."""
-  short, read_BT = reduce(stage, stream, True)
-  return short.replace(end_BT=short.end_BT + stage.funnel.stride - 1), read_BT
+  short, read_BT = reduce(reducer, stream, {}, True)
+  return short.replace(end_BT=short.end_BT + reducer.stage.stride - 1), read_BT
 
 
-def _ends_early(reduce, stage, stream):
+def _ends_early(reduce, reducer, stream):
   """Deep states that are seen from the first token of their group on."""
-  short, read_BT = reduce(stage, stream, True)
-  return short.replace(end_BT=short.end_BT - stage.funnel.stride + 1), read_BT
+  short, read_BT = reduce(reducer, stream, {}, True)
+  return short.replace(end_BT=short.end_BT - reducer.stage.stride + 1), read_BT
 
 
 @pytest.mark.parametrize(
@@ -361,73 +362,10 @@ def _ends_early(reduce, stage, stream):
 def test_perturbation_sees_a_planted_leak(funnel, fault, monkeypatch):
   model = make_model(resolve_funnel(funnel, CONFIG.num_layers))
   assert _future_leak(model) < 1e-5
-  reduce = funnel_lib.Stage.reduce
+  reduce = Groups.reduce
   monkeypatch.setattr(
-    funnel_lib.Stage,
+    Groups,
     "reduce",
-    lambda stage, stream, causal: fault(reduce, stage, stream),
+    lambda reducer, stream, aux, causal: fault(reduce, reducer, stream),
   )
   assert _future_leak(model) > 1e-3
-
-
-# --- A reduction from outside ---------------------------------------------
-
-
-class Loudest(funnel_lib.Stage):
-  """Keeps the slots of largest norm: a choice that knows the whole row."""
-
-  def reduce(self, stream, causal):
-    length = stream.segment_BT.shape[1]
-    size = funnel_lib.num_groups(length, self.funnel, causal)
-    norm_BT = jnp.linalg.norm(stream.hidden_BTD, axis=2)
-    return funnel_lib.select(stream, self.choose(norm_BT, size))
-
-  def choose(self, norm_BT, size):
-    return jnp.sort(jnp.argsort(-norm_BT, axis=1)[:, :size], axis=1)
-
-
-class FirstLoud(Loudest):
-  """Keeps the first slots that are loud enough: each decides for itself."""
-
-  def choose(self, norm_BT, size):
-    length = norm_BT.shape[1]
-    slot_1T = jnp.arange(length)[None]
-    loud_BT = jnp.where(norm_BT > 5.3, slot_1T, length)
-    return jnp.sort(loud_BT, axis=1)[:, :size]
-
-
-def _with_stage(kind, funnel) -> Transformer:
-  """A model of which a stage is of another kind; no more is needed."""
-  model = make_model(resolve_funnel(funnel, CONFIG.num_layers))
-  graphdef, params = nnx.split(model)
-  model = nnx.merge(graphdef, params)
-  model.funnel[0] = kind(CONFIG, model.stages[0], nnx.Rngs(0))
-  return model
-
-
-@pytest.mark.parametrize("kind", [Loudest, FirstLoud])
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_stage_that_chooses_needs_no_other_model(kind, causal):
-  """Tokens it keeps are a text of their own; the others stay as they were."""
-  tokens = _tokens(2, 13)
-  model = _with_stage(kind, "start=0,stride=3,recover=repeat")
-  got = model.encode(tokens, causal=causal)
-  short, read_BT = model.funnel[0].reduce(
-    make_stream(model.embed(tokens)), causal
-  )
-  kept_BR = np.stack([np.flatnonzero(r >= 0) for r in np.asarray(read_BT)])
-  assert kept_BR.shape == (2, 5) and not np.array_equal(*kept_BR)
-  at_kept = functools.partial(np.take_along_axis, axis=1)
-  want = np.array(model.final_norm(model.embed(tokens)))
-  alone = make_model().encode(
-    at_kept(tokens, kept_BR), None, kept_BR, causal=causal
-  )
-  np.put_along_axis(want, kept_BR[..., None], np.asarray(alone), axis=1)
-  np.testing.assert_allclose(got, want, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind,leaks", [(FirstLoud, False), (Loudest, True)])
-def test_perturbation_sees_what_a_choice_knows(kind, leaks):
-  """No gradient tells that a choice looked at the future."""
-  model = _with_stage(kind, "start=0,stop=4,stride=3")
-  assert (_future_leak(model) > 1e-3) == leaks

@@ -34,7 +34,7 @@ def _rope(length=5):
 
 def test_norm_works_in_float32_and_adds_one():
   config = dataclasses.replace(CONFIG, embed_dim=4)
-  norm = RMSNorm(config)
+  norm = RMSNorm(config, "final_norm")
   norm.scale[...] = jnp.asarray([0.0, 1.0, -1.0, 0.5])
   x = jnp.asarray([[[1e-3, 2e-3, 3e-3, 4e-3]]])
   want = (
@@ -104,7 +104,7 @@ def test_attention_scales_and_rotates_queries_and_rotates_keys():
 
 def test_attention_that_starts_at_zero_adds_nothing():
   look = lambda q, k, v: q
-  zero = Attention(CONFIG, nnx.Rngs(0), starts_at_zero=True)
+  zero = Attention(CONFIG, nnx.Rngs(0), "funnel/*/attend/attn")
   assert np.all(zero(_states(), _rope(), look) == 0)
   assert np.abs(Attention(CONFIG, nnx.Rngs(0))(_states(), _rope(), look)).max()
 

@@ -15,8 +15,8 @@ from gemma_funnel import lora as lora_lib
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import sharding
+from gemma_funnel.params import path_of
 from gemma_funnel.training import optimizer
-from gemma_funnel.training.transforms import path_of
 
 CONFIG = dataclasses.replace(
   TransformerConfig.preset("tiny"),
@@ -385,8 +385,8 @@ def test_config():
 @pytest.mark.parametrize(
   "changes, text",
   [
-    (dict(rank=-1), "lora.rank=-1: expected >= 0"),
-    (dict(alpha=0.0), "lora.alpha=0.0: expected > 0"),
+    (dict(rank=-1), "lora.rank=-1: expected an integer >= 0"),
+    (dict(alpha=0.0), "lora.alpha=0.0: expected"),
     (dict(alpha=float("nan")), "lora.alpha=nan"),
     (dict(target="("), r"lora.target='\(' is no regular expression"),
     (dict(base_dtype="int2"), r"lora.base_dtype='int2'.*int8.*nf4"),

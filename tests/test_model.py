@@ -11,7 +11,7 @@ import pytest
 
 from gemma_funnel.config import TransformerConfig, format_funnel
 from gemma_funnel.funnel import num_groups
-from gemma_funnel.layers import make_look, rope_angles
+from gemma_funnel.layers import make_attention_fn, rope_angles
 from gemma_funnel.model import Transformer
 from gemma_funnel.stream import make_stream
 
@@ -19,8 +19,8 @@ CONFIG = TransformerConfig.preset("tiny", num_layers=5)
 FUNNEL = "start=1,stop=4,stride=3"
 # Everything that a funnel may learn, and positions that are not integers.
 NESTED = (
-  "start=1,stop=4,pool=attention,recover=attend,pool_query_only=true+"
-  "start=2,stop=3,pool=max,recover=gate,position=mean"
+  "start=1,stop=4,reduce=attention,recover=attend,pool_query_only=true+"
+  "start=2,stop=3,reduce=max,recover=gate,position=mean"
 )
 
 
@@ -156,22 +156,22 @@ def test_embedding_scale_is_rounded_to_the_compute_dtype():
 def test_pooled_queries_see_the_keys_from_before(causal):
   """A model of one such layer, against a call of its block."""
   config = dataclasses.replace(CONFIG, num_layers=1, kernel="reference")
-  funnel = "start=0,stride=3,pool=max,recover=none,pool_query_only=true"
+  funnel = "start=0,stride=3,reduce=max,recover=none,pool_query_only=true"
   model = Transformer(config, funnel, rngs=nnx.Rngs(0))
   stream = make_stream(model.embed(_tokens()))
-  short, _ = model.funnel[0].reduce(stream, causal)
+  short, _ = model.funnel[0].reducer.reduce(stream, {}, causal)
   graphdef, params = nnx.split(model.layers)
   block = nnx.merge(graphdef, jax.tree.map(lambda p: p[0], params))
-  want = block(
+  want, _ = block(
     short.hidden_BTD,
-    rope_angles(short.position_BT, config),
-    make_look(config, short, stream, causal, config.window_of(0)),
+    rope_angles(short.position_BT, config, config.layers[0]),
+    make_attention_fn(config, short, stream, causal, config.layers[0].window),
     stream.hidden_BTD,
-    rope_angles(stream.position_BT, config),
+    rope_angles(stream.position_BT, config, config.layers[0]),
   )
   got = model.encode(_tokens(), causal=causal)
   np.testing.assert_allclose(got, model.final_norm(want), atol=1e-5)
-  pooled = model.with_funnel("start=0,stride=3,pool=max,recover=none")
+  pooled = model.with_funnel("start=0,stride=3,reduce=max,recover=none")
   assert np.abs(pooled.encode(_tokens(), causal=causal) - got).max() > 1e-2
 
 
@@ -241,29 +241,29 @@ def test_with_funnel_keeps_makes_and_drops_what_is_learned(capsys):
   plain.with_funnel(FUNNEL)
   assert capsys.readouterr().out == ""
   gated = plain.with_funnel("start=1,recover=gate")
-  assert capsys.readouterr().out == fresh(0, "gate")
-  gated.funnel[0].gate[...] += 3.0
+  assert capsys.readouterr().out == fresh(0, "recovery/gate")
+  gated.funnel[0].recovery.gate[...] += 3.0
   # The gate stays, whatever else of its stage changes.
-  other = gated.with_funnel("start=2,stride=3,recover=gate,pool=attention")
-  assert capsys.readouterr().out == fresh(0, "pool_query")
-  assert np.all(other.funnel[0].gate[...] == 3)
-  assert np.all(other.funnel[0].pool_query[...] == 0)
+  other = gated.with_funnel("start=2,stride=3,recover=gate,reduce=attention")
+  assert capsys.readouterr().out == fresh(0, "reducer/pool_query")
+  assert np.all(other.funnel[0].recovery.gate[...] == 3)
+  assert np.all(other.funnel[0].reducer.pool_query[...] == 0)
   # It is a copy: models train apart.
-  other.funnel[0].gate[...] += 1.0
-  assert np.all(gated.funnel[0].gate[...] == 3)
+  other.funnel[0].recovery.gate[...] += 1.0
+  assert np.all(gated.funnel[0].recovery.gate[...] == 3)
   # A second stage has one of its own.
   two = gated.with_funnel("start=0,stop=2,recover=gate+start=3,recover=gate")
-  assert capsys.readouterr().out == fresh(1, "gate")
+  assert capsys.readouterr().out == fresh(1, "recovery/gate")
   gates = _paths(two, "funnel")
-  assert np.all(gates["funnel/0/gate"] == 3)
-  assert np.all(gates["funnel/1/gate"] == 0)
+  assert np.all(gates["funnel/0/recovery/gate"] == 3)
+  assert np.all(gates["funnel/1/recovery/gate"] == 0)
   # What the funnel has no use for is gone, and is fresh when it comes back.
   dropped = two.with_funnel(FUNNEL)
   assert capsys.readouterr().out == ""
   assert _paths(dropped, "funnel") == {}
   again = dropped.with_funnel("start=1,recover=gate")
-  assert capsys.readouterr().out == fresh(0, "gate")
-  assert np.all(again.funnel[0].gate[...] == 0)
+  assert capsys.readouterr().out == fresh(0, "recovery/gate")
+  assert np.all(again.funnel[0].recovery.gate[...] == 0)
 
 
 def test_with_funnel_makes_an_attention_that_adds_nothing(capsys):
@@ -271,10 +271,10 @@ def test_with_funnel_makes_an_attention_that_adds_nothing(capsys):
   attending = plain.with_funnel("start=1,stop=4,stride=3,recover=attend")
   (line,) = capsys.readouterr().out.splitlines()
   for name in ("query", "key", "value", "out"):
-    assert f" attend/attn/{name}" in line
+    assert f" recovery/attend/attn/{name}" in line
   parts = _paths(attending, "funnel")
-  assert np.all(parts["funnel/0/attend/attn/out"] == 0)
-  assert np.std(parts["funnel/0/attend/attn/key"]) > 0.1
+  assert np.all(parts["funnel/0/recovery/attend/attn/out"] == 0)
+  assert np.std(parts["funnel/0/recovery/attend/attn/key"]) > 0.1
   # And as a model made with that funnel does.
   made = Transformer(
     CONFIG, "start=1,stop=4,stride=3,recover=attend", rngs=nnx.Rngs(0)
@@ -285,7 +285,7 @@ def test_with_funnel_makes_an_attention_that_adds_nothing(capsys):
 @pytest.mark.parametrize(
   "learned,plain",
   [
-    ("pool=attention", "pool=mean"),
+    ("reduce=attention", "reduce=mean"),
     ("recover=gate", "recover=average"),
     ("recover=attend", "recover=average"),
   ],

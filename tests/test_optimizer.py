@@ -12,6 +12,7 @@ import tiny_run
 
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.model import Transformer
+from gemma_funnel.params import path_of
 from gemma_funnel.training import optimizer as optimizer_lib
 
 
@@ -101,7 +102,7 @@ def test_weight_decay_leaves_scales_and_a_funnel_s_vectors_alone():
   )
   kept = []
   for path, update in jax.tree_util.tree_leaves_with_path(updates):
-    name = optimizer_lib.path_of(path)
+    name = path_of(path)
     if not jnp.any(update):
       kept.append(name)
     else:
@@ -125,8 +126,11 @@ def test_first_step_is_adamw_of_the_clipped_gradient():
   # An epsilon that matters: else the first step is but the gradient's sign.
   config = _config(warmup_steps=0, eps=1.0, weight_decay=0.1, clip_norm=0.5)
   optimizer, _ = optimizer_lib.make_optimizer(config, 100)
-  params = {"kernel": jnp.asarray([1.0, -2.0]), "scale": jnp.asarray([3.0])}
-  grads = {"kernel": jnp.asarray([3.0, 0.0]), "scale": jnp.asarray([4.0])}
+  tree = lambda kernel, scale: {
+    "kernel": jnp.asarray(kernel),
+    "final_norm": {"scale": jnp.asarray(scale)},
+  }
+  params, grads = tree([1.0, -2.0], [3.0]), tree([3.0, 0.0], [4.0])
   updates, _ = optimizer.update(grads, optimizer.init(params), params)
   clipped = {"kernel": np.asarray([0.3, 0.0]), "scale": np.asarray([0.4])}
   adam = {k: g / (np.abs(g) + 1.0) for k, g in clipped.items()}
@@ -135,7 +139,9 @@ def test_first_step_is_adamw_of_the_clipped_gradient():
     -0.01 * (adam["kernel"] + 0.1 * np.asarray([1.0, -2.0])),
     rtol=1e-5,
   )
-  np.testing.assert_allclose(updates["scale"], -0.01 * adam["scale"], rtol=1e-5)
+  np.testing.assert_allclose(
+    updates["final_norm"]["scale"], -0.01 * adam["scale"], rtol=1e-5
+  )
 
 
 def test_small_gradients_are_not_clipped():
@@ -166,7 +172,7 @@ NAMES = list(optimizer_lib.OPTIONS)
 SHAPES = {
   "params/embedding": (160, 130),
   "params/layers/attn/query": (2, 130, 4, 40),
-  "params/layers/norm/scale": (2, 130),
+  "params/layers/pre_mlp_norm/scale": (2, 130),
   "head/out": (130, 3),
 }
 
@@ -185,9 +191,7 @@ def _draw(seed, dtype=jnp.float32):
 
 def _flat(tree):
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    optimizer_lib.path_of(path): np.asarray(leaf) for path, leaf in leaves
-  }
+  return {path_of(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _assert_equal(got, want):
@@ -234,7 +238,7 @@ def _by_hand(core, decayed=True):
     optax.add_decayed_weights(
       0.1,
       lambda tree: jax.tree_util.tree_map_with_path(
-        lambda path, _: not optimizer_lib.path_of(path).endswith("scale"), tree
+        lambda path, _: not path_of(path).endswith("scale"), tree
       ),
     ),
     optax.scale_by_schedule(
@@ -271,7 +275,7 @@ def test_adamw_is_optax_adamw(clip_norm):
       1e-8,
       weight_decay=0.1,
       mask=lambda tree: jax.tree_util.tree_map_with_path(
-        lambda path, _: not optimizer_lib.path_of(path).endswith("scale"), tree
+        lambda path, _: not path_of(path).endswith("scale"), tree
       ),
     ),
   )
@@ -347,7 +351,7 @@ def test_state_s_paths_end_in_the_parameters_own(name):
 
 def _flat_shapes(tree):
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {optimizer_lib.path_of(path): leaf for path, leaf in leaves}
+  return {path_of(path): leaf for path, leaf in leaves}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -219,7 +219,7 @@ def test_hosts_that_differ_are_named(change, said, monkeypatch):
   monkeypatch.setattr(processes, "gather", gather)
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   with pytest.raises(ValueError, match=f"process 1 .other. .*{said}"):
-    processes.agree(ml_collections.ConfigDict({"seed": 1}))
+    processes.assert_same_config(ml_collections.ConfigDict({"seed": 1}))
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,9 @@ def test_options_that_do_not_go_together(options, said):
 
 def test_alone_a_process_agrees_with_itself():
   processes.join("off")
-  processes.agree(ml_collections.ConfigDict({"seed": 1}))
-  assert processes.gather({"x": 1}) == [{"x": 1}] and processes.first(3) == 3
+  processes.assert_same_config(ml_collections.ConfigDict({"seed": 1}))
+  assert (
+    processes.gather({"x": 1}) == [{"x": 1}]
+    and processes.broadcast_from_host0(3) == 3
+  )
   assert json.dumps(processes.gather("é")) == json.dumps(["é"])

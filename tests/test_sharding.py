@@ -10,8 +10,8 @@ import tiny_run
 
 from gemma_funnel.parallel import sharding
 from gemma_funnel.parallel.mesh import AXES, WIDTH
+from gemma_funnel.params import path_of
 from gemma_funnel.training import pretrain, start
-from gemma_funnel.training.optimizer import path_of
 from gemma_funnel.training.step import make_train_step
 
 MESHES = (

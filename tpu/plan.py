@@ -23,7 +23,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 from absl import flags  # noqa: E402
 
 from gemma_funnel import cli  # noqa: E402
-from gemma_funnel.training import ahead  # noqa: E402
+from gemma_funnel.training import aot  # noqa: E402
 
 flags.DEFINE_string("topology", None, "Such as v5p:4x4x4, v5e:16x16, v6e:8x8.")
 flags.DEFINE_integer("slices", 1, "Slices of it (mesh.slice).")
@@ -43,7 +43,7 @@ def run(config) -> None:
   """Prints the plan, or those of a search."""
   values = flags.FLAGS
   config.mesh.slice = values.slices
-  devices = ahead.slice_devices(values.topology, values.slices)
+  devices = aot.slice_devices(values.topology, values.slices)
   kind = devices[0].device_kind
   what = f"{len(devices)} x {kind} ({values.topology}" + (
     f", {values.slices} slices)" if values.slices > 1 else ")"
@@ -53,9 +53,9 @@ def run(config) -> None:
   print("\n".join(lines), flush=True)
   found = []
   plans = (
-    ahead.search(config, devices, most=values.most)
+    aot.search(config, devices, most=values.most)
     if values.search
-    else [ahead.plan(config, devices)]
+    else [aot.plan(config, devices)]
   )
   for plan in plans:
     found.append(plan)
@@ -73,13 +73,13 @@ def run(config) -> None:
       device=kind,
       devices=len(devices),
       config=json.loads(config.to_json()),
-      plans=[ahead.as_row(plan) for plan in found],
+      plans=[plan.as_row() for plan in found],
     )
     (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _line(plan: ahead.Plan) -> str:
-  row = ahead.as_row(plan)
+def _line(plan: aot.Plan) -> str:
+  row = plan.as_row()
   if plan.error is not None:
     return (
       f"| {row['mesh']} | {row['remat']} | {row['accumulate']} | no "
@@ -100,7 +100,7 @@ def _line(plan: ahead.Plan) -> str:
   )
 
 
-def _verdict(found: list[ahead.Plan], count: int) -> str:
+def _verdict(found: list[aot.Plan], count: int) -> str:
   fitting = [plan for plan in found if plan.fits]
   if not found:
     return "No mesh divides the model, the batch and the devices."

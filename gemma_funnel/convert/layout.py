@@ -14,6 +14,7 @@ import math
 from flax import nnx
 import numpy as np
 
+from gemma_funnel import params
 from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.convert.store import Index
 from gemma_funnel.model import Transformer
@@ -21,48 +22,12 @@ from gemma_funnel.model import Transformer
 # In our tree, such as ("layers", "attn", "query").
 Path = tuple[str, ...]
 
-_AXES = {
-  "embedding": "V D",
-  "query": "D N H",
-  "key": "D K H",
-  "value": "D K H",
-  "out": "N H D",
-  "gate": "D F",
-  "up": "D F",
-  "down": "F D",
-  "scale": "D",
-}
-
-_CUT = {
-  "embedding": "V",
-  "query": "N",
-  "key": "K",
-  "value": "K",
-  "out": "D",
-  "gate": "F",
-  "up": "F",
-  "down": "D",
-}
+sizes_of = params.sizes_of
 
 
 def axes_of(path: Path) -> str:
   """Of our parameter at `path`, without the layers it may be stacked over."""
-  # A funnel stage's `gate` and `pool_query` are vectors.
-  vector = path[0] == "funnel" and "attend" not in path
-  return "D" if vector else _AXES[path[-1]]
-
-
-def sizes_of(config: TransformerConfig) -> dict[str, int]:
-  """The size of each letter."""
-  return dict(
-    V=config.vocab_size,
-    D=config.embed_dim,
-    F=config.mlp_dim,
-    N=config.num_heads,
-    K=config.num_kv_heads,
-    H=config.head_dim,
-    L=config.num_layers,
-  )
+  return params.row_of("/".join(path)).layer_dims
 
 
 def shape_of(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -208,10 +173,11 @@ def blocks_of(
   The letter is the outermost one of Hugging Face's matrices, so that blocks
   are consecutive there; within ours they are chunks.
   """
-  letter = _CUT.get(part.path[-1])
-  if letter is None or part.path[0] == "funnel":
+  row = params.row_of("/".join(part.path))
+  if not row.outputs or row.role == "funnel":
     yield {}
     return
+  letter = "V" if "V" in row.dims else row.outputs[0]
   size = sizes[letter]
   nbytes = math.prod(shape_of(part.axes, sizes)) * itemsize
   step = max(1, min(size, size * most // nbytes))

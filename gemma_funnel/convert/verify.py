@@ -18,7 +18,7 @@ from gemma_funnel.convert import layout
 from gemma_funnel.convert.source import BLOCK_BYTES, Source
 from gemma_funnel.convert.transfer import Progress
 from gemma_funnel.data.tokenizer import BOS_ID
-from gemma_funnel.layers import Block, make_look, normalize, rope_angles
+from gemma_funnel.layers import Block, make_attention_fn, normalize, rope_angles
 from gemma_funnel.stream import make_stream
 
 _PROMPT_LENGTH = 24
@@ -125,12 +125,7 @@ def plain_logits(
   for layer in range(config.num_layers):
     params = [read(("layers", *path), layer, {}) for path in paths]
     hidden_BTD = _run_layer(
-      graphdef,
-      config,
-      config.window_of(layer),
-      tuple(paths),
-      params,
-      hidden_BTD,
+      graphdef, config, config.layers[layer], tuple(paths), params, hidden_BTD
     )
   scale = 1 + read(("final_norm", "scale"), None, {})
   hidden_TD = normalize(hidden_BTD[0], config.norm_eps) * scale[None]
@@ -145,12 +140,11 @@ def plain_logits(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run_layer(
-  graphdef, config: TransformerConfig, window, paths, params, hidden_BTD
+  graphdef, config: TransformerConfig, spec, paths, params, hidden_BTD
 ):
   stream = make_stream(hidden_BTD)
   flat = {p: nnx.Param(v) for p, v in zip(paths, params, strict=True)}
   block = nnx.merge(graphdef, nnx.from_flat_state(flat))
-  rope = rope_angles(stream.position_BT, config)
-  return block(
-    hidden_BTD, rope, make_look(config, stream, stream, True, window)
-  )
+  attention_fn = make_attention_fn(config, stream, stream, True, spec.window)
+  rope = rope_angles(stream.position_BT, config, spec)
+  return block(hidden_BTD, rope, attention_fn)[0]

@@ -2,12 +2,12 @@
 
 A prompt runs through the model once. Then each token runs alone, against what
 is kept: keys and values of all layers (local layers keep only what their window
-can see, in a ring), and for each stage of a funnel the last slots that wait to
-be pooled and the deep state that tokens read meanwhile. A stage of stride k
-runs once in k tokens, and its layers keep one entry a group.
+can see, in a ring), and for each stage of a funnel what its reducer waits with
+and the deep state that tokens read meanwhile. A stage runs when its reducer
+says that it is due, and its layers keep one entry for each of those slots.
 
-All rows are in one phase (tokens since a group ended), so that a stage is due
-for all of them at once, or for none; `decode` sees to it.
+All rows are in one phase, so that a stage is due for all of them at once, or
+for none; `decoder` sees to it.
 
 Every cache is a ring: slot s of a stream lies at s % size, and rows are aligned
 so that the newest slot is the same one in all. A full cache is a ring that does
@@ -18,7 +18,7 @@ segment, as everywhere else.
 from collections.abc import Sequence
 import dataclasses
 import functools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,10 @@ import jax.numpy as jnp
 from gemma_funnel import funnel as funnel_lib
 from gemma_funnel.attention.blocked import attend_cache
 from gemma_funnel.config import TransformerConfig
-from gemma_funnel.funnel import Run, Stage
-from gemma_funnel.layers import make_look, rope_angles
+from gemma_funnel.funnel import LayerRun, Stage
+from gemma_funnel.layers import Aux, make_attention_fn, rope_angles
 from gemma_funnel.model import Transformer
-from gemma_funnel.stream import Stream, take
+from gemma_funnel.stream import Stream, last_slot, take, take_slots
 
 
 def pytree(cls):
@@ -63,12 +63,12 @@ class StageState:
   """What a stage waits with.
 
   Attributes:
-    pending: the last stride - 1 slots of the stream that it reduces.
-    held_B1D: the newest group's deep state.
-    deep: keys and values of deep states, for the recovery "attend".
+    reducer: its reducer's own state.
+    held_B1D: what tokens read of the newest short slot (`Recovery.hold`).
+    deep: keys and values of deep states, for a recovery that attends.
   """
 
-  pending: Stream
+  reducer: Any
   held_B1D: jax.Array
   deep: Cache | None
 
@@ -77,27 +77,11 @@ def _ring_size(
   config: TransformerConfig, layer: int, keys: Stream, most: int, extra
 ):
   """Entries that `layer` can ever see of its keys, `most` at most."""
-  window = config.window_of(layer)
+  window = config.layers[layer].window
   if window is None:
     return most
   uneven = 0 if keys.even else 2  # See `Stream.even`.
   return min(most, (window - 1) // keys.spacing + 1 + uneven + extra)
-
-
-def _last_slot(stream: Stream) -> jax.Array:
-  """int32 [B]: each row's last slot that is no padding."""
-  slot_1T = jnp.arange(stream.segment_BT.shape[1], dtype=jnp.int32)[None]
-  return jnp.max(jnp.where(stream.segment_BT != 0, slot_1T, -1), axis=1)
-
-
-def _bare(stream: Stream) -> Stream:
-  return stream.replace(hidden_BTD=None)
-
-
-def _take_slots(stream: Stream, index_BS: jax.Array) -> Stream:
-  """The stream at `index_BS`; below 0 is padding."""
-  at = jax.tree.map(lambda x_BT: take(x_BT, jnp.maximum(index_BS, 0)), stream)
-  return at.replace(segment_BT=jnp.where(index_BS >= 0, at.segment_BT, 0))
 
 
 def _ring_index(keys: Stream, size: int) -> jax.Array:
@@ -105,7 +89,7 @@ def _ring_index(keys: Stream, size: int) -> jax.Array:
   last = keys.segment_BT.shape[1] - 1
   entry_S = jnp.arange(size, dtype=jnp.int32)
   aligned_S = last - (last - entry_S) % size
-  index_BS = aligned_S[None] - (last - _last_slot(keys))[:, None]
+  index_BS = aligned_S[None] - (last - last_slot(keys))[:, None]
   return jnp.where((aligned_S >= 0)[None], index_BS, -1)
 
 
@@ -120,7 +104,7 @@ def _fill(keys_values, keys: Stream, sizes: Sequence[int], start) -> Cache:
       (ring(k, size), ring(v, size))
       for (k, v), size in zip(keys_values, sizes, strict=True)
     ],
-    {size: _take_slots(_bare(keys), i) for size, i in index.items()},
+    {size: take_slots(keys.slots(), i) for size, i in index.items()},
     start,
     jnp.int32(0),
   )
@@ -141,7 +125,7 @@ def _put_slots(cache: Cache, keys: Stream) -> Cache:
   """The cache, with the places of `keys` noted; their values follow."""
   put = lambda ring, new: _put(ring, new, cache.next, 1)
   slots = {
-    size: jax.tree.map(put, slots, _bare(keys))
+    size: jax.tree.map(put, slots, keys.slots())
     for size, slots in cache.slots.items()
   }
   return dataclasses.replace(cache, slots=slots)
@@ -165,120 +149,135 @@ def prefill(model: Transformer, stream: Stream, phase, cache_length: int):
   return stream, walker.caches, walker.stages
 
 
-def step(model: Transformer, stream: Stream, phase, caches, stages):
+def step(model: Transformer, stream: Stream, caches, stages):
   """Runs one more token of each row.
 
   Args:
     model: its layers are a list of blocks.
     stream: [B, 1, D], with each row's position.
-    phase: int32 scalar, the tokens' ranks modulo the total stride.
     caches, stages: as `prefill` or the last step left them.
 
   Returns:
     What `prefill` returns, a token later.
   """
-  walker = _Step(model, phase, caches, stages)
+  walker = _Step(model, caches, stages)
   stream = _walk(model, walker, stream)
   return stream, walker.caches, walker.stages
 
 
 def _walk(model: Transformer, walker, stream: Stream) -> Stream:
-  steps = funnel_lib.schedule(model.stages, model.config.num_layers)
-  return funnel_lib.walk(
+  steps = funnel_lib.layer_plan(model.stages, model.config.num_layers)
+  return funnel_lib.run_trunk(
     steps, stream, walker.run, walker.reduce, walker.restore
   )
 
 
 def _layer(
-  model: Transformer, layer: int, stream: Stream, keys: Stream | None, see
-):
-  """The stream after a layer whose queries see `see`."""
-  rope = rope_angles(stream.position_BT, model.config)
-  of_keys = ()
-  if keys is not None:
-    of_keys = keys.hidden_BTD, rope_angles(keys.position_BT, model.config)
-  hidden_BTD = model.layers[layer](stream.hidden_BTD, rope, see, *of_keys)
-  return stream.replace(hidden_BTD=hidden_BTD)
+  model: Transformer,
+  layer: int,
+  stream: Stream,
+  keys: Stream | None,
+  attention_fn,
+) -> tuple[Stream, Aux]:
+  """(the stream after a layer, what the layer was asked for)."""
+  angles = lambda x: rope_angles(
+    x.position_BT, model.config, model.config.layers[layer]
+  )
+  of_keys = () if keys is None else (keys.hidden_BTD, angles(keys))
+  hidden_BTD, aux = model.layers[layer](
+    stream.hidden_BTD, angles(stream), attention_fn, *of_keys
+  )
+  return stream.replace(hidden_BTD=hidden_BTD), aux
 
 
 class _Prefill:
-  """What `walk` calls for whole prompts: the trunk, and a note of its states."""
+  """What `run_trunk` calls for prompts: the trunk, and a note of its states."""
 
   def __init__(self, model: Transformer, phase, cache_length: int):
-    self._model, self._phase, self._length = model, phase, cache_length
+    self._model, self._phase = model, phase
+    # Slots that the open streams may come to have, the innermost last.
+    self._lengths = [cache_length]
     self.caches: list[Cache] = []
     self.stages: list[StageState] = []
 
-  def run(self, run: Run, stream: Stream, keys: Stream | None) -> Stream:
+  def run(self, run: LayerRun, stream: Stream, keys: Stream | None):
     keys_values = []
 
-    def stash(see, q_BTNH, *kv):
+    def stash(attention_fn, q_BTNH, *kv):
       keys_values.append(kv)
-      return see(q_BTNH, *kv)
+      return attention_fn(q_BTNH, *kv)
 
     config = self._model.config
     for layer in range(run.start, run.stop):
-      window = config.window_of(layer)
-      see = make_look(config, stream, keys or stream, True, window)
-      see = functools.partial(stash, see)
-      stream = _layer(self._model, layer, stream, keys, see)
+      attention_fn = make_attention_fn(
+        config,
+        stream,
+        keys or stream,
+        True,
+        config.layers[layer].window,
+        run.needs if layer == run.stop - 1 else (),
+      )
+      stream, aux = _layer(
+        self._model, layer, stream, keys, functools.partial(stash, attention_fn)
+      )
     self.caches.append(self._cache(run, keys_values, keys or stream))
-    return stream
+    return stream, aux
 
-  def _cache(self, run: Run, keys_values, keys: Stream) -> Cache:
-    most = -(-self._length // keys.spacing)
-    start, extra = jnp.int32(keys.segment_BT.shape[1]), 0
+  def _cache(self, run: LayerRun, keys_values, keys: Stream) -> Cache:
+    most, extra = self._lengths[-1 - run.query_only], 0
+    start = jnp.int32(keys.segment_BT.shape[1])
     if run.query_only:
       # Slots since the newest group ended are written again with their group.
-      stride = self._model.stages[run.stages[-1]].stride
-      start, extra = start - self._phase // keys.spacing % stride, stride
+      number = run.stages[-1]
+      extra = self._model.funnel[number].reducer.period
+      start = start - self.stages[number].reducer.count
     sizes = [
       _ring_size(self._model.config, layer, keys, most, extra)
       for layer in range(run.start, run.stop)
     ]
     return _fill(keys_values, keys, sizes, start)
 
-  def reduce(self, number: int, stream: Stream):
-    stage = self._model.funnel[number]
-    stride = stage.funnel.stride
-    back_k = jnp.arange(stride - 1, dtype=jnp.int32) - (stride - 2)
-    pending = _take_slots(stream, _last_slot(stream)[:, None] + back_k[None])
-    self.stages.append(StageState(pending, None, None))
-    return stage.reduce(stream, causal=True)
+  def reduce(self, number: int, stream: Stream, aux: Aux):
+    reducer = self._model.funnel[number].reducer
+    state = reducer.init_state(stream, self._phase)
+    self.stages.append(StageState(state, None, None))
+    most = reducer.length(self._lengths[-1], True, stream.context_length)
+    self._lengths.append(most)
+    return reducer.reduce(stream, aux, True)
 
-  def restore(self, number: int, deep: Stream, before: Stream, read_BT):
+  def restore(
+    self, number: int, deep: Stream, short: Stream, before: Stream, read_BT
+  ) -> Stream:
     stage, cache = self._model.funnel[number], None
-    if stage.funnel.recover == "attend":
-      size = -(-self._length // deep.spacing)
+    most = self._lengths.pop()
+    if stage.recovery.attends:
       start = jnp.int32(deep.segment_BT.shape[1])
-      cache = _fill([stage.attend.keys_values(deep)], deep, [size], start)
-    held_B1D = take(deep.hidden_BTD, _last_slot(deep)[:, None])
+      keys_values = stage.recovery.attend.keys_values(deep)
+      cache = _fill([keys_values], deep, [most], start)
+    held_BRD = stage.recovery.hold(deep.hidden_BTD, short.hidden_BTD)
     self.stages[number] = dataclasses.replace(
-      self.stages[number], held_B1D=held_B1D, deep=cache
+      self.stages[number],
+      held_B1D=take(held_BRD, last_slot(deep)[:, None]),
+      deep=cache,
     )
-    return stage.restore(deep, before, read_BT, causal=True)
+    return stage.restore(deep, short, before, read_BT, True)
 
 
 class _Step:
-  """What `walk` calls for one token a row."""
+  """What `run_trunk` calls for one token a row."""
 
-  def __init__(self, model: Transformer, phase, caches, stages):
-    self._model, self._phase = model, phase
+  def __init__(self, model: Transformer, caches, stages):
+    self._model = model
     self._old_caches = iter(caches)
+    # Of the open stages: the query-only layer's keys, whether the stage is due
+    # (None is always), and whether others bypass it.
     self._windows: dict[int, Stream] = {}
-    self._open: list[int] = []
+    self._dues: list[jax.Array | None] = [None]
+    self._bypasses: list[bool] = []
     self.caches: list[Cache] = []
     self.stages: list[StageState] = list(stages)
 
-  def _due(self) -> jax.Array | None:
-    """Whether this token ends a group of the open stages; None is always."""
-    if not self._open:
-      return None
-    stages = self._model.stages
-    stride = math.prod(stages[number].stride for number in self._open)
-    return self._phase % stride == 0
-
-  def run(self, run: Run, stream: Stream, keys: Stream | None) -> Stream:
+  def run(self, run: LayerRun, stream: Stream, keys: Stream | None):
     if run.query_only:
       keys = self._windows[run.stages[-1]]
 
@@ -289,32 +288,32 @@ class _Step:
       )
 
     hidden_BTD, cache = _if_due(
-      self._due(), layers, (stream.hidden_BTD, next(self._old_caches))
+      self._dues[-1], layers, (stream.hidden_BTD, next(self._old_caches))
     )
     self.caches.append(cache)
-    return stream.replace(hidden_BTD=hidden_BTD)
+    return stream.replace(hidden_BTD=hidden_BTD), {}
 
-  def _layers(self, run: Run, stream: Stream, keys: Stream | None, cache):
+  def _layers(self, run: LayerRun, stream: Stream, keys: Stream | None, cache):
     """(hidden_BTD, cache) after a run of layers, which adds to its cache."""
     cache = _put_slots(cache, keys or stream)
     rings = []
     for n, layer in enumerate(range(run.start, run.stop)):
 
-      def see(q_BTNH, *kv, n=n, layer=layer):
+      def attention_fn(q_BTNH, *kv, n=n, layer=layer):
         rings.append(_put_values(cache, n, kv))
-        window = self._model.config.window_of(layer)
-        return self._see(cache.slots, rings[n], stream, window, q_BTNH)
+        window = self._model.config.layers[layer].window
+        return self._attend(cache.slots, rings[n], stream, window, q_BTNH)
 
-      stream = _layer(self._model, layer, stream, keys, see)
+      stream, _ = _layer(self._model, layer, stream, keys, attention_fn)
     added = (keys or stream).segment_BT.shape[1]
     return stream.hidden_BTD, Cache(
       rings, cache.slots, cache.next + added, cache.runs + 1
     )
 
-  def _see(self, slots, keys_values, queries: Stream, window, q_BTNH, *_):
-    """What queries make of one layer's keys and values."""
+  def _attend(self, slots, keys_values, queries: Stream, window, q_BTNH, *_):
+    """(attention to one layer's cached keys and values, no aux)."""
     config = self._model.config
-    return attend_cache(
+    o_BTNH = attend_cache(
       q_BTNH,
       *keys_values,
       queries,
@@ -323,32 +322,40 @@ class _Step:
       softcap=config.attn_softcap,
       softmax_dtype=config.softmax_dtype,
     )
+    return o_BTNH, {}
 
-  def reduce(self, number: int, stream: Stream):
-    state = self.stages[number]
-    window = _join(state.pending, stream)
-    moved = jax.tree.map(lambda x_BT: x_BT[:, 1:], window)
-    pending = _where(self._due(), moved, state.pending)
-    self.stages[number] = dataclasses.replace(state, pending=pending)
-    self._windows[number] = window
-    self._open.append(number)
-    return self._model.funnel[number].newest(window), None
+  def reduce(self, number: int, stream: Stream, aux: Aux):
+    reducer, state = self._model.funnel[number].reducer, self.stages[number]
+    if reducer.stage.pool_query_only:
+      self._windows[number] = reducer.window(state.reducer, stream)
+    step = reducer.step(state.reducer, stream)
+    around = self._dues[-1]
+    self.stages[number] = dataclasses.replace(
+      state, reducer=_where(around, step.state, state.reducer)
+    )
+    both = [due for due in (around, step.due) if due is not None]
+    self._dues.append(functools.reduce(jnp.logical_and, both) if both else None)
+    self._bypasses.append(step.bypasses)
+    return step.short, None
 
-  def restore(self, number: int, deep: Stream, before: Stream, _) -> Stream:
+  def restore(
+    self, number: int, deep: Stream, short: Stream, before: Stream, _
+  ) -> Stream:
     stage, state = self._model.funnel[number], self.stages[number]
-    due = self._due()
-    held_B1D = _where(due, deep.hidden_BTD, state.held_B1D)
-    cache, extra_BTD = state.deep, None
+    due, bypasses = self._dues.pop(), self._bypasses.pop()
+    held_B1D = stage.recovery.hold(deep.hidden_BTD, short.hidden_BTD)
+    held_B1D = _where(due, held_B1D, state.held_B1D)
+    cache, attended_BTD = state.deep, None
     if cache is not None:
       cache = _if_due(due, functools.partial(_put_deep, stage, deep), cache)
-      see = functools.partial(
-        self._see, cache.slots, cache.keys_values[0], before, None
+      attention_fn = functools.partial(
+        self._attend, cache.slots, cache.keys_values[0], before, None
       )
-      extra_BTD = stage.attend(before, (None, None), see)
-    self.stages[number] = StageState(state.pending, held_B1D, cache)
-    self._open.pop()
-    bypass_BT = jnp.broadcast_to(stage.selects & ~due, before.segment_BT.shape)
-    return stage.recover(held_B1D, before, bypass_BT, extra_BTD)
+      attended_BTD = stage.recovery.attend(before, (None, None), attention_fn)
+    self.stages[number] = StageState(state.reducer, held_B1D, cache)
+    misses = jnp.bool_(False) if due is None else ~due & bypasses
+    bypass_BT = jnp.broadcast_to(misses, before.segment_BT.shape)
+    return stage.combine(held_B1D, before, bypass_BT, attended_BTD)
 
 
 def _put_values(cache: Cache, n: int, keys_values):
@@ -361,13 +368,8 @@ def _put_values(cache: Cache, n: int, keys_values):
 
 def _put_deep(stage: Stage, deep: Stream, cache: Cache) -> Cache:
   cache = _put_slots(cache, deep)
-  rings = [_put_values(cache, 0, stage.attend.keys_values(deep))]
+  rings = [_put_values(cache, 0, stage.recovery.attend.keys_values(deep))]
   return Cache(rings, cache.slots, cache.next + 1, cache.runs + 1)
-
-
-def _join(pending: Stream, stream: Stream) -> Stream:
-  join = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=1)
-  return jax.tree.map(join, pending, stream)
 
 
 def _where(due: jax.Array | None, new, old):

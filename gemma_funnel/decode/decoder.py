@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_funnel import config as config_lib
+from gemma_funnel.checks import require_int
 from gemma_funnel.decode import caches as caches_lib
 from gemma_funnel.decode import sampling as sampling_lib
 from gemma_funnel.decode.caches import Cache, StageState, pytree
 from gemma_funnel.decode.sampling import Sampling
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel.sharding import cache_sharding
-from gemma_funnel.stream import Stream, make_stream
+from gemma_funnel.stream import Stream, make_stream, round_span
 
 # Prompts are padded to one of this many lengths between powers of two.
 _BUCKETS_PER_OCTAVE = 4
@@ -153,6 +154,7 @@ class Decoder:
     """
     config = model.config
     config_lib.check_recovers(model.stages, "decoding")
+    config_lib.check_reducers(model.stages, "decodes", "decoding")
     if not 1 < cache_length <= config.max_length:
       raise ValueError(
         f"cache_length={cache_length}: expected 2 to model.max_length="
@@ -165,14 +167,21 @@ class Decoder:
     one_device = sharding.num_devices == 1
     self._mesh = None if one_device else sharding.mesh
     self._graphdef, self._params = nnx.split(unstacked(model))
-    self._prefill = jax.jit(self._make_prefill, static_argnums=(0, 1))
+    self._prefill = jax.jit(self._make_prefill, static_argnums=(0, 1, 2))
     self._advance = jax.jit(
       self._make_advance, static_argnums=0, donate_argnums=2
     )
 
-  def _make_prefill(self, sampling, samples, params, inputs) -> State:
+  def _make_prefill(
+    self, sampling, samples, context_length, params, inputs
+  ) -> State:
     model, segment_BT = nnx.merge(self._graphdef, params), inputs["segment_BT"]
-    stream = make_stream(model.embed(inputs["tokens_BT"]), segment_BT)
+    stream = make_stream(
+      model.embed(inputs["tokens_BT"]),
+      segment_BT,
+      context_BT=inputs["context_BT"],
+      context_length=context_length,
+    )
     stream, caches, stages = caches_lib.prefill(
       model, stream, inputs["phase"], self.cache_length
     )
@@ -246,7 +255,7 @@ class Decoder:
         state.rank_B[:, None],
       )
       stream, caches, stages = caches_lib.step(
-        model, stream, phase, state.caches, state.stages
+        model, stream, state.caches, state.stages
       )
       state = dataclasses.replace(
         state,
@@ -271,15 +280,19 @@ class Decoder:
     seed: int = 0,
     num_samples: int = 1,
     first_row: int = 0,
+    context_lengths: Sequence[int] | None = None,
   ) -> State:
     """Runs prompts, as far as they have a common phase; see `generate`."""
     inputs = self._inputs(prompts, max_new_tokens, stop_ids, sampling)
-    _require_count("num_samples", num_samples)
-    _require_count("seed", seed, 0, 2**32 - 1)
-    _require_count("first_row", first_row, 0, 2**31 - 1 - len(prompts))
+    context_length = self._mark_context(inputs, prompts, context_lengths)
+    require_int("num_samples", num_samples, 1)
+    require_int("seed", seed, 0, 2**32 - 1)
+    require_int("first_row", first_row, 0, 2**31 - 1 - len(prompts))
     row_B = np.arange(first_row, first_row + len(prompts), dtype=np.int32)
     inputs |= {"seed": np.uint32(seed), "row_B": row_B}
-    return self._prefill(sampling, num_samples, self._params, inputs)
+    return self._prefill(
+      sampling, num_samples, context_length, self._params, inputs
+    )
 
   def advance(
     self, state: State, until: int, sampling: Sampling = sampling_lib.GREEDY
@@ -303,7 +316,7 @@ class Decoder:
 
     Args and errors are those of `generate`; they are checked at once.
     """
-    _require_count("chunk", chunk)
+    require_int("chunk", chunk, 1)
     state = self.prefill(
       prompts, max_new_tokens=max_new_tokens, sampling=sampling, **options
     )
@@ -331,6 +344,7 @@ class Decoder:
     seed: int = 0,
     num_samples: int = 1,
     first_row: int = 0,
+    context_lengths: Sequence[int] | None = None,
   ) -> list[Generation]:
     """Goes on from prompts.
 
@@ -346,6 +360,8 @@ class Decoder:
       seed: of what is drawn, >= 0.
       num_samples: continuations of each prompt.
       first_row: the first prompt's number, where these are not the first ones.
+      context_lengths: tokens after BOS, of each prompt, that a reducer may
+        drop, such as demonstrations (`Stream.context_BT`).
 
     Returns:
       Prompt by prompt, the samples of each.
@@ -362,13 +378,14 @@ class Decoder:
       seed=seed,
       num_samples=num_samples,
       first_row=first_row,
+      context_lengths=context_lengths,
       chunk=self.cache_length,
     )
     return last
 
   def _inputs(self, prompts, max_new_tokens, stop_ids, sampling):
     """Checked arguments of the prefill."""
-    _require_count("max_new_tokens", max_new_tokens)
+    require_int("max_new_tokens", max_new_tokens, 1)
     if len(prompts) == 0:
       raise ValueError("there are no prompts: expected one at least")
     prompts = [np.asarray(prompt, np.int64).reshape(-1) for prompt in prompts]
@@ -395,6 +412,27 @@ class Decoder:
       "seen_BV": self._seen(prompts) if sampling.needs_seen else None,
     }
 
+  def _mark_context(self, inputs, prompts, lengths) -> int:
+    """Adds `context_BT` to the inputs; how many of it each row has at least."""
+    inputs["context_BT"] = None
+    if lengths is None:
+      return 0
+    if len(lengths) != len(prompts):
+      raise ValueError(
+        f"context_lengths has {len(lengths)} values: expected one for each of "
+        f"the {len(prompts)} prompts"
+      )
+    segment_BT = inputs["segment_BT"]
+    rank_BT = np.cumsum(segment_BT, axis=1) - 1
+    for number, (length, run) in enumerate(
+      zip(lengths, segment_BT.sum(axis=1).tolist(), strict=True)
+    ):
+      # BOS and the last token are of no span.
+      require_int(f"context_lengths[{number}]", length, 0, max(run - 2, 0))
+    lengths_B1 = np.asarray(lengths)[:, None]
+    inputs["context_BT"] = (rank_BT >= 1) & (rank_BT <= lengths_B1)
+    return round_span(min(lengths), segment_BT.shape[1])
+
   def _require_ids(self, what: str, ids: np.ndarray) -> None:
     bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
     if bad.size:
@@ -408,16 +446,6 @@ class Decoder:
     for row, prompt in enumerate(prompts):
       seen_BV[row, prompt] = True
     return seen_BV
-
-
-def _require_count(
-  name: str, value: int, least: int = 1, most: int = 2**31 - 1
-) -> None:
-  is_int = isinstance(value, int) and not isinstance(value, bool)
-  if not is_int or not least <= value <= most:
-    raise ValueError(
-      f"{name}={value!r}: expected an integer from {least} to {most}"
-    )
 
 
 def _arrays(prompts, beginnings, stride) -> dict[str, np.ndarray]:

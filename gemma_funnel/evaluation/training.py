@@ -1,8 +1,7 @@
-"""How long a training step takes and what memory it needs, with funnels and not.
+"""Time and memory of whole training steps: forward, backward, optimizer.
 
-Whole steps: forward, backward, optimizer. Variants are funnels, chunks of the
-loss and remats; each is compared with the first of its kind, all else being as
-the configuration says, in the same rounds.
+Variants are funnels, chunks of the loss and remats; each is compared with the
+first of its kind in the same rounds, all else as the configuration says.
 """
 
 import dataclasses
@@ -14,6 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from gemma_funnel.checks import require, require_positive
 from gemma_funnel.config import OFF
 from gemma_funnel.evaluation import plots, report, timing
 from gemma_funnel.parallel import sharding
@@ -47,14 +47,15 @@ class Variant:
 def _variants(config: ml_collections.ConfigDict) -> dict[Variant, Variant]:
   """All variants, and what each is compared with."""
   base = Variant(OFF, config.loss_chunks[0], config.remats[0])
-  found = {base: base}
-  for name in config.funnels:
-    found.setdefault(dataclasses.replace(base, funnel=name), base)
-  for chunk in config.loss_chunks:
-    found.setdefault(dataclasses.replace(base, chunk=chunk), base)
-  for remat in config.remats:
-    found.setdefault(dataclasses.replace(base, remat=remat), base)
-  return found
+  changes = dict(
+    funnel=config.funnels, chunk=config.loss_chunks, remat=config.remats
+  )
+  others = [
+    dataclasses.replace(base, **{name: value})
+    for name, values in changes.items()
+    for value in values
+  ]
+  return dict.fromkeys([base, *others], base)
 
 
 def _setup(config: ml_collections.ConfigDict, variant: Variant):
@@ -95,12 +96,9 @@ class _Steps:
       compiled = step.lower(setup.stages, *args).compile()
     compile_s = self.protocol.clock() - began
     memory = compiled.memory_analysis()
-    peak = (
-      memory.argument_size_in_bytes
-      + memory.output_size_in_bytes
-      + memory.temp_size_in_bytes
-      - memory.alias_size_in_bytes
-    )
+    kinds = ("argument", "output", "temp")
+    peak = sum(getattr(memory, f"{kind}_size_in_bytes") for kind in kinds)
+    peak -= memory.alias_size_in_bytes
     call = functools.partial(self._call, compiled, frozen, batch, key)
     if peak > self.limit:
       call = functools.partial(_too_large, peak, self.limit)
@@ -122,7 +120,7 @@ def _too_large(peak: int, limit: float):
 
 
 def _memory_limit(config: ml_collections.ConfigDict) -> float:
-  """Bytes that a step may need on a device."""
+  """Bytes of a device that a step may use."""
   if config.memory_limit_gib is not None:
     return config.memory_limit_gib * 2**30
   stats = jax.devices()[0].memory_stats() or {}
@@ -206,14 +204,14 @@ def _row(variant: Variant, measured: Row, setup: pretrain.Setup) -> Row:
 
 def _check(config: ml_collections.ConfigDict) -> None:
   missing = [key for key in KEYS if key not in config]
-  if missing:
-    raise ValueError(f"the configuration lacks {missing}")
+  require(not missing, f"the configuration lacks {missing}")
   timing.require_ints("loss_chunks", tuple(config.loss_chunks), 0)
-  if not config.remats:
-    raise ValueError("remats=(): expected one at least, such as ('none',)")
-  limit = config.memory_limit_gib
-  if limit is not None and not limit > 0:
-    raise ValueError(f"memory_limit_gib={limit}: expected > 0")
+  require(
+    len(config.remats) > 0,
+    "remats=(): expected one at least, such as ('none',)",
+  )
+  if config.memory_limit_gib is not None:
+    require_positive("memory_limit_gib", config.memory_limit_gib)
 
 
 def _name(variant: Variant) -> str:

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they meet, agree and tell each other."""
+"""Several processes as one run: joining, gathering values, the same config."""
 
 from collections.abc import Callable
 import hashlib
@@ -11,13 +11,16 @@ import threading
 import time
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 import jax
 from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
-# The host's clocks may be so many seconds apart: what is told of times, and
-# when to save, goes by them.
+from gemma_funnel.checks import require, require_choice
+
+# Seconds that the hosts' clocks may differ by: times in metrics, and of
+# checkpoints, are theirs.
 _CLOCKS_APART = 60.0
 _PACKAGE = pathlib.Path(__file__).parents[1]
 
@@ -29,42 +32,41 @@ def join(
   process_id: int | None = None,
   timeout_s: float = 50.0,
 ) -> None:
-  """Joins the other processes of a run; to be called before jax is used.
+  """Joins the other processes of a run, before jax is used.
 
-  A process that does not meet all others within the time ends, with a line that
-  says what it waited for: jax itself would abort.
+  The process exits with a line that names what it waited for if it does not
+  meet all others in time; jax itself would abort.
 
   Args:
-    how: "off", one process; or "auto", what jax finds of the cluster (Cloud TPU,
+    how: "off", one process; or "auto", the cluster that jax detects (Cloud TPU,
       GKE, SLURM, Open MPI).
-    coordinator: HOST:PORT of process 0, where jax cannot find it.
-    num_processes: how many there are, with `coordinator`.
-    process_id: which this is, with `coordinator`.
+    coordinator: HOST:PORT of process 0, where jax cannot detect it.
+    num_processes, process_id: their number and this one's, with `coordinator`.
     timeout_s: for all of them to meet.
 
   Raises:
     ValueError: options that do not go together.
   """
   explicit = (coordinator, num_processes, process_id)
-  if how not in ("off", "auto"):
-    raise ValueError(f"--distributed={how!r}: expected 'off' or 'auto'")
+  require_choice("--distributed", how, ("off", "auto"))
   if any(x is not None for x in explicit):
-    if any(x is None for x in explicit):
-      raise ValueError(
-        "--coordinator, --num_processes and --process_id go together; found "
-        f"{coordinator!r}, {num_processes}, {process_id}"
-      )
-    if not 0 <= process_id < num_processes:
-      raise ValueError(
-        f"--process_id={process_id}: expected 0 to {num_processes - 1}"
-      )
+    require(
+      None not in explicit,
+      "--coordinator, --num_processes and --process_id go together; found "
+      f"{coordinator!r}, {num_processes}, {process_id}",
+    )
+    require(
+      0 <= process_id < num_processes,
+      f"--process_id={process_id}: expected 0 to {num_processes - 1}",
+    )
     _address(coordinator)
   elif how == "off":
     return
   what = "all processes that jax finds of this cluster"
   if coordinator:
     what = f"{num_processes} processes at {coordinator}"
-  give_up = threading.Timer(timeout_s, _give_up, (what, timeout_s, *explicit))
+  peer = coordinator if process_id else None
+  give_up = threading.Timer(timeout_s, _give_up, (what, timeout_s, peer))
   give_up.daemon = True
   give_up.start()
   try:
@@ -80,15 +82,16 @@ def join(
 
 def _address(coordinator: str) -> tuple[str, int]:
   host, _, port = coordinator.rpartition(":")
-  if not host or not port.isdecimal():
-    raise ValueError(f"--coordinator={coordinator!r}: expected HOST:PORT")
+  require(
+    bool(host) and port.isdecimal(),
+    f"--coordinator={coordinator!r}: expected HOST:PORT",
+  )
   return host, int(port)
 
 
-def _give_up(what, timeout_s, coordinator, num_processes, process_id) -> None:
-  del num_processes
+def _give_up(what: str, timeout_s: float, coordinator: str | None) -> None:
   why = "some of them have not come"
-  if coordinator and process_id:
+  if coordinator:
     try:
       socket.create_connection(_address(coordinator), timeout=2).close()
       why = "it answers, so other processes have not come"
@@ -103,10 +106,7 @@ def _give_up(what, timeout_s, coordinator, num_processes, process_id) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-  """What each process has for `value`, which JSON can hold, in their order.
-
-  Each process has to call it at the same point.
-  """
+  """Every process's JSON value, in their order; all of them call it."""
   if jax.process_count() == 1:
     return [value]
   own = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -119,13 +119,13 @@ def gather(value: Any) -> list[Any]:
   ]
 
 
-def first(value: Any) -> Any:
-  """What process 0 has for `value`."""
+def broadcast_from_host0(value: Any) -> Any:
+  """Process 0's JSON value; all processes call it."""
   return gather(value if jax.process_index() == 0 else None)[0]
 
 
 def result_of(function: Callable[[], Any]) -> dict[str, Any]:
-  """What a function gives, or the mistake it names, to be told of."""
+  """A function's value, or its ValueError's text, to be sent elsewhere."""
   try:
     return {"value": function()}
   except ValueError as error:
@@ -133,18 +133,14 @@ def result_of(function: Callable[[], Any]) -> dict[str, Any]:
 
 
 def value_of(result: dict[str, Any]) -> Any:
-  """What `result_of` is of, of this process or another.
-
-  Raises:
-    ValueError: the mistake.
-  """
+  """The value in a `result_of`; raises its ValueError."""
   if "error" in result:
     raise ValueError(result["error"])
   return result["value"]
 
 
-def agree(config: ml_collections.ConfigDict) -> None:
-  """Checks that all processes are about to do the same.
+def assert_same_config(config: ml_collections.ConfigDict) -> None:
+  """Checks that all processes have the same configuration.
 
   Raises:
     ValueError: configurations, versions of the code or of jax, numbers of
@@ -152,14 +148,13 @@ def agree(config: ml_collections.ConfigDict) -> None:
   """
   if jax.process_count() == 1:
     return
-  flat = _flat(json.loads(config.to_json()))
   own = {
     "time": time.time(),
     "host": socket.gethostname(),
     "code": _code_digest(),
     "jax": jax.__version__,
     "local devices": jax.local_device_count(),
-    "config": flat,
+    "config": flatten_dict(json.loads(config.to_json()), sep="."),
   }
   everyone = gather(own)
   lead = everyone[0]
@@ -168,29 +163,16 @@ def agree(config: ml_collections.ConfigDict) -> None:
     keys = sorted(lead["config"].keys() | other["config"].keys())
     for key in keys:
       a, b = other["config"].get(key), lead["config"].get(key)
-      if a != b:
-        raise ValueError(f"{who} differ in config.{key}: {a!r} and {b!r}")
+      require(a == b, f"{who} differ in config.{key}: {a!r} and {b!r}")
     for name in ("code", "jax", "local devices"):
-      if other[name] != lead[name]:
-        raise ValueError(
-          f"{who} differ in {name}: {other[name]} and {lead[name]}"
-        )
+      a, b = other[name], lead[name]
+      require(a == b, f"{who} differ in {name}: {a} and {b}")
     apart = other["time"] - lead["time"]
-    if abs(apart) > _CLOCKS_APART:
-      raise ValueError(
-        f"{who} have clocks that are {apart:+.0f} s apart: expected at most "
-        f"{_CLOCKS_APART:.0f}"
-      )
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flat(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = value
-  return flat
+    require(
+      abs(apart) <= _CLOCKS_APART,
+      f"{who} have clocks that are {apart:+.0f} s apart: expected at most "
+      f"{_CLOCKS_APART:.0f}",
+    )
 
 
 def _code_digest() -> str:

@@ -1,4 +1,4 @@
-"""Where things live: a mesh, and a table of (parameter path, spec) rules."""
+"""Where arrays live: a mesh, and the shardings of parameters and batches."""
 
 from collections.abc import Sequence
 import functools
@@ -12,33 +12,14 @@ from jax.sharding import PartitionSpec as P
 import ml_collections
 import numpy as np
 
-from gemma_funnel.parallel.mesh import AXES, HEADS, ROWS, TOKENS, WIDTH
-from gemma_funnel.training.optimizer import path_of
+from gemma_funnel import params
+from gemma_funnel.checks import require
+from gemma_funnel.parallel.mesh import AXES, HEADS, ROWS, TOKENS
 
 # Of rows of tokens, and all else that a batch has for each token.
 BATCH = P(ROWS, TOKENS)
-
-# The first rule whose pattern is found in a path applies, to the parameter and
-# to the optimizer's moments of it. Heads, the MLP's width and the vocabulary
-# are split over "tensor"; the model width over "fsdp" and "sequence", whose
-# devices all work with the whole of it: they gather it layer by layer. The
-# leading axis of layers is the depth; what a funnel learns has none.
-RULES: tuple[tuple[str, P], ...] = (
-  # LoRA's factors are small.
-  (r"(^|/)lora/.*/(a|b)$", P()),
-  (r"funnel/\d+/attend/attn/(query|key|value)$", P(WIDTH, HEADS, None)),
-  (r"funnel/\d+/attend/attn/out$", P(HEADS, None, WIDTH)),
-  (r"funnel/\d+/(pool_query|gate)$", P()),
-  (r"embedding$", P(HEADS, WIDTH)),
-  (r"attn/(query|key|value)$", P(None, WIDTH, HEADS, None)),
-  (r"attn/out$", P(None, HEADS, None, WIDTH)),
-  (r"mlp/(gate|up)$", P(None, WIDTH, HEADS)),
-  (r"mlp/down$", P(None, HEADS, WIDTH)),
-  (r"scale$", P()),
-  # What is trained on top of a model is small.
-  (r"head/\w+$", P()),
-  (r"(count|step|value|waited|ns_coeffs)$", P()),
-)
+# Arrays of an optimizer's state that are of no parameter.
+_WHOLE = re.compile(r"(^|/)ns_coeffs$")
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -66,11 +47,11 @@ def make_mesh(
   devices = jax.devices() if devices is None else devices
   sizes = _axis_sizes(config, len(devices))
   slices = len({getattr(d, "slice_index", 0) for d in devices})
-  if slices > 1 and sizes["slice"] != slices:
-    raise ValueError(
-      f"mesh.slice={sizes['slice']}: the {len(devices)} devices are of "
-      f"{slices} slices; expected slice={slices}"
-    )
+  require(
+    slices == 1 or sizes["slice"] == slices,
+    f"mesh.slice={sizes['slice']}: the {len(devices)} devices are of "
+    f"{slices} slices; expected slice={slices}",
+  )
   if slices > 1:
     within = (1, *list(sizes.values())[1:])
     across = (slices, *[1] * (len(AXES) - 1))
@@ -86,19 +67,23 @@ def make_mesh(
 def _axis_sizes(
   config: ml_collections.ConfigDict, count: int
 ) -> dict[str, int]:
-  if not set(config) <= set(AXES):
-    raise ValueError(f"mesh has the axes {list(config)}: expected {list(AXES)}")
+  require(
+    set(config) <= set(AXES),
+    f"mesh has the axes {list(config)}: expected {list(AXES)}",
+  )
   sizes = {axis: config.get(axis, 1) for axis in AXES}
   free = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
-  if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
-    raise ValueError(
-      f"mesh {sizes}: expected sizes >= 1, and -1 for one axis at most"
-    )
+  require(
+    all(size >= 1 or size == -1 for size in sizes.values()) and len(free) <= 1,
+    f"mesh {sizes}: expected sizes >= 1, and -1 for one axis at most",
+  )
   if free and count % known == 0:
     sizes[free[0]] = count // known
-  if math.prod(sizes.values()) != count:
-    raise ValueError(f"mesh {sizes} does not divide {count} devices")
+  require(
+    math.prod(sizes.values()) == count,
+    f"mesh {sizes} does not divide {count} devices",
+  )
   return sizes
 
 
@@ -109,18 +94,14 @@ def describe(mesh: jax.sharding.Mesh) -> str:
 
 
 def check_host_memory(mesh: jax.sharding.Mesh) -> None:
-  """Checks that devices can keep arrays in their host's memory.
-
-  Raises:
-    ValueError: they cannot.
-  """
+  """Raises ValueError unless devices can keep arrays in their host's memory."""
   device = mesh.devices.flat[0]
   kinds = [memory.kind for memory in device.addressable_memories()]
-  if "pinned_host" not in kinds:
-    raise ValueError(
-      f"model.remat='offload': {device.platform} has the memories {kinds}; "
-      "expected pinned_host. Choose 'dots' or 'block'"
-    )
+  require(
+    "pinned_host" in kinds,
+    f"model.remat='offload': {device.platform} has the memories {kinds}; "
+    "expected pinned_host. Choose 'dots' or 'block'",
+  )
 
 
 def parts(spec: P, mesh: jax.sharding.Mesh) -> list[int]:
@@ -130,27 +111,29 @@ def parts(spec: P, mesh: jax.sharding.Mesh) -> list[int]:
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
-  """The spec of the parameter (or moment) at `path`.
+  """The spec of the parameter at `path`, or of a moment of it.
 
   Key and value heads fewer than the "tensor" axis are kept whole (MQA), and so
-  is a dimension of size 1.
+  is a dimension of size 1, such as that of a mean over it (Adafactor's).
 
   Raises:
-    ValueError: no rule, or a dimension that the mesh does not divide.
+    ValueError: no such parameter, or a dimension that the mesh does not divide.
   """
-  spec = next((spec for rule, spec in RULES if re.search(rule, path)), None)
-  if spec is None:
+  if not shape or _WHOLE.search(path):
+    return P(*[None] * len(shape))
+  row = params.row_of(path)
+  if row is None:
     raise ValueError(f"no sharding rule for parameter {path!r}")
-  spec = P(*spec, *[None] * (len(shape) - len(spec)))
-  if re.search(r"attn/(key|value)$", path) and shape[-2] % mesh.shape[HEADS]:
-    spec = P(*spec[:-2], None, None)
-  # Of a mean over some of the axes of a parameter (Adafactor's), or one of one.
-  spec = P(
-    *[a if size > 1 else None for a, size in zip(spec, shape, strict=True)]
-  )
-  for size, axes, count in zip(shape, spec, parts(spec, mesh), strict=True):
+  axes = [
+    None if n == 1 or (letter == "K" and n % mesh.shape[HEADS]) else axis
+    for n, letter, axis in zip(
+      shape, row.dims.split(), row.mesh_axes, strict=True
+    )
+  ]
+  spec = P(*axes)
+  for size, names, count in zip(shape, axes, parts(spec, mesh), strict=True):
     if size % count:
-      names = (axes,) if isinstance(axes, str) else axes
+      names = (names,) if isinstance(names, str) else names
       along = [f"{a}={mesh.shape[a]}" for a in names if mesh.shape[a] > 1]
       raise ValueError(
         f"mesh axis {' x '.join(along)} does not divide {size}, a dimension of "
@@ -173,7 +156,7 @@ def shardings_of(tree, mesh: jax.sharding.Mesh | None):
   def of(path, leaf):
     if mesh is None:
       return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return NamedSharding(mesh, spec_of(path_of(path), leaf.shape, mesh))
+    return NamedSharding(mesh, spec_of(params.path_of(path), leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(of, tree)
 
@@ -195,9 +178,9 @@ def with_shardings(tree, shardings):
 def cache_sharding(
   mesh: jax.sharding.Mesh, rows: int, kv_heads: int
 ) -> NamedSharding:
-  """Of keys and values [rows, kv_heads, slots, width] that are kept.
+  """Of cached keys and values [rows, kv_heads, slots, width], as in training.
 
-  Rows and heads lie as in training, where the mesh divides them.
+  Rows or heads that the mesh does not divide are kept whole.
   """
   by_row, by_head = parts(P(ROWS, HEADS), mesh)
   return NamedSharding(
@@ -208,7 +191,7 @@ def cache_sharding(
 
 @functools.lru_cache(maxsize=8)
 def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-  """(index, count): which of as many equal parts of a batch is this process's.
+  """(index, count): this process's of the equal parts of a batch.
 
   Processes whose devices differ in other axes alone have the same rows.
 
@@ -222,12 +205,12 @@ def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     start = part.start or 0
     shares.setdefault(device.process_index, set()).add(start)
   different = sorted({tuple(sorted(share)) for share in shares.values()})
-  if sum(map(len, different)) != count or len({*map(len, different)}) > 1:
-    raise ValueError(
-      f"mesh {dict(mesh.shape)} gives the {len(shares)} processes rows that "
-      "overlap: expected the axes that split rows "
-      f"({', '.join(ROWS)}), or the others, to make up whole processes"
-    )
+  require(
+    sum(map(len, different)) == count and len({*map(len, different)}) == 1,
+    f"mesh {dict(mesh.shape)} gives the {len(shares)} processes rows that "
+    "overlap: expected the axes that split rows "
+    f"({', '.join(ROWS)}), or the others, to make up whole processes",
+  )
   own = tuple(sorted(shares[jax.process_index()]))
   return different.index(own), len(different)
 
@@ -235,7 +218,7 @@ def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
 def put_batch(
   batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
-  """Makes this process's share of the rows its part of the global batch.
+  """The global batch, of each process's share of the rows.
 
   Args:
     batch: arrays [rows, ..] of `row_share(mesh)`; those of [rows, T, ..] are

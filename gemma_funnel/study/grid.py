@@ -20,7 +20,7 @@ from gemma_funnel.config import (
   resolve_funnel,
 )
 from gemma_funnel.tasks.task import GENERATIVE_KINDS, Task
-from gemma_funnel.training import finetune, optimizer, pretrain, progress
+from gemma_funnel.training import finetune, metric_writer, optimizer, pretrain
 
 # Without a funnel; with the cell's own, from the first step or from a later
 # one; with any of the study's, drawn for each step; and without, and then
@@ -500,7 +500,7 @@ class Plan:
       lines.append(
         f"  {pretraining.model} {pretraining.kind} {pretraining.funnel}: "
         f"{len(left)} fine-tunings, {len(_left(own, done))} cells, about "
-        f"{progress.duration(seconds)}"
+        f"{metric_writer.duration(seconds)}"
       )
     left = len(_left(self.cells, done))
     return "\n".join(
@@ -508,7 +508,7 @@ class Plan:
         f"{len(self.cells)} cells, {left} to be measured, from "
         f"{len(self.pretrainings)} pretrainings:",
         *lines,
-        f"in all about {progress.duration(total)}, by {rate:.2g} FLOP/s here",
+        f"in all about {metric_writer.duration(total)}, by {rate:.2g} FLOP/s here",
       ]
     )
 

@@ -31,7 +31,7 @@ from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.evaluation import generative, latency, report, timing
 from gemma_funnel.study import analysis, grid, layer_similarity
 from gemma_funnel.study.grid import Cell, Pretraining, Tuning
-from gemma_funnel.training import finetune, pretrain, progress, workdir
+from gemma_funnel.training import finetune, metric_writer, pretrain, workdir
 
 RESULTS = "results.jsonl"
 # What a stage may fail with, and the study go on without it.
@@ -174,7 +174,7 @@ class Runner:
   def _say(self, total: float) -> None:
     spent = time.monotonic() - self._start
     share = 1 - self._plan.work(self.done, self._trained) / total
-    eta = progress.duration(spent * (1 - share) / share) if share else "?"
+    eta = metric_writer.duration(spent * (1 - share) / share) if share else "?"
     print(f"study: {share:.0%} of the training done, ETA {eta}", flush=True)
 
   def _guarded(self, cells: list[Cell], function, *args):
@@ -219,7 +219,7 @@ class Runner:
     if not kept.exists():
       kept.parent.mkdir(parents=True, exist_ok=True)
       pipeline.load_corpus(config.data, vocab_size, kept.parent)
-    workdir.claim(pretrain.make_setup(config).config)
+    workdir.init_workdir(pretrain.make_setup(config).config)
     own = pathlib.Path(config.workdir) / workdir.TOKENIZER
     if not own.exists():
       shutil.copyfile(kept, own)

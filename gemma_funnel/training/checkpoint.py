@@ -236,7 +236,7 @@ class Checkpoints:
       if "value" in found and found["value"][1] and not self._read_only:
         for broken in found["value"][1]:
           _set_aside(self._folder / str(broken))
-    step, damaged = processes.value_of(processes.first(found))
+    step, damaged = processes.value_of(processes.broadcast_from_host0(found))
     if damaged and not self._read_only:
       self._manager.reload()
     return step

@@ -274,10 +274,10 @@ def train(setup: Setup) -> Result:
     FloatingPointError: see `loop.run`.
   """
   config, task = setup.config, setup.task
-  processes.agree(config)
+  processes.assert_same_config(config)
   init, abstract = _make_init(setup)
   loss = _make_loss(setup)
-  workdir.claim(config)
+  workdir.init_workdir(config)
   if jax.process_index() == 0:
     _write_files(setup)
   model = Transformer.abstract(setup.model_config, setup.funnels.funnel)

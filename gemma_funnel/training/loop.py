@@ -17,10 +17,10 @@ import optax
 
 from gemma_funnel.parallel import processes, sharding
 from gemma_funnel.training import checkpoint as checkpoint_lib
-from gemma_funnel.training import health
 from gemma_funnel.training import optimizer as optimizer_lib
 from gemma_funnel.training import step as step_lib
-from gemma_funnel.training.progress import Metrics
+from gemma_funnel.training import watchdog as watchdog_lib
+from gemma_funnel.training.metric_writer import MetricWriter
 
 # Trees of parameters by the name that a checkpoint has them under: "params" of
 # the model, and "head" of what is fine-tuned on it.
@@ -212,8 +212,8 @@ def run(job: Job) -> Result:
     checkpoint_lib.Checkpoints(
       config.workdir, config.keep, config.keep_best, config.keep_period
     ) as checkpoints,
-    health.Watchdog(config.watchdog_minutes) as watchdog,
-    health.Termination() as termination,
+    watchdog_lib.Watchdog(config.watchdog_minutes) as watchdog,
+    watchdog_lib.Termination() as termination,
   ):
     loop = _Loop(job, checkpoints, watchdog)
     loop.run(termination)
@@ -236,21 +236,23 @@ class _Loop:
     self,
     job: Job,
     checkpoints: checkpoint_lib.Checkpoints,
-    watchdog: health.Watchdog,
+    watchdog: watchdog_lib.Watchdog,
   ):
     self.job, self.checkpoints, self.watchdog = job, checkpoints, watchdog
     config = job.config
     self.train_step = step_lib.make_train_step(
       job.loss, job.optimizer, job.abstract, job.mesh, config
     )
-    self.spikes = health.Spikes(config.rollback.factor, config.rollback.window)
+    self.spikes = watchdog_lib.Spikes(
+      config.rollback.factor, config.rollback.window
+    )
     # Handed to the step: runs that differ by a seed alone share a program.
     self.key = jax.random.key(config.seed)
     self.counts, self.clock = _Counts(), {}
     self.heldout_loss = None
     self.saved_at = time.monotonic()
     watchdog.heard("starting or restoring the run")
-    if processes.first(checkpoints.latest()) is not None:
+    if processes.broadcast_from_host0(checkpoints.latest()) is not None:
       progress = self._restore()
       self.job.data.set_state(progress["data"])
       self.counts = _Counts(**progress["counts"])
@@ -269,7 +271,7 @@ class _Loop:
     patience = self.job.stopping and self.job.stopping.patience
     return bool(patience) and int(self.best["waited"]) >= patience
 
-  def save(self, metrics: Metrics) -> None:
+  def save(self, metrics: MetricWriter) -> None:
     trees = {**self.weights, "opt_state": self.opt_state}
     if self.best is not None:
       trees["best"] = self.best
@@ -298,13 +300,15 @@ class _Loop:
     self.weights = {name: trees[name] for name in weights}
     return progress
 
-  def run(self, termination: health.Termination) -> None:
+  def run(self, termination: watchdog_lib.Termination) -> None:
     job, config = self.job, self.job.config
     # Metrics of a step are read when the next one is under way, so that the
     # device never waits for the host. A checkpoint is written only of steps
     # whose metrics have been read and are finite.
     pending = None
-    with Metrics(config, self.step, job.steps, job.mesh, self.clock) as metrics:
+    with MetricWriter(
+      config, self.step, job.steps, job.mesh, self.clock
+    ) as metrics:
       while not self.finished and not termination.by(self.step):
         self.watchdog.heard(f"step {self.step + 1}")
         metrics.trace(self.step + 1)
@@ -364,7 +368,7 @@ class _Loop:
     if config.checkpoint_minutes is None or self.step % config.log_every:
       return False
     minutes = (time.monotonic() - self.saved_at) / 60
-    return processes.first(minutes >= config.checkpoint_minutes)
+    return processes.broadcast_from_host0(minutes >= config.checkpoint_minutes)
 
   def _shown(self) -> Weights:
     """The weights that are measured: averages, where the optimizer has them."""
@@ -374,7 +378,7 @@ class _Loop:
   def _result(self) -> Weights:
     return self._shown() if self.best is None else self.best["weights"]
 
-  def _evaluate(self, metrics: Metrics) -> None:
+  def _evaluate(self, metrics: MetricWriter) -> None:
     self.watchdog.heard(f"the evaluation after step {self.step}")
     values = self.job.evaluate(self._shown())
     metrics.evaluated(self.step, values)
@@ -397,7 +401,7 @@ class _Loop:
     else:
       self.best |= {"waited": waited}
 
-  def _read(self, metrics: Metrics, pending) -> bool:
+  def _read(self, metrics: MetricWriter, pending) -> bool:
     """Takes the metrics of a step; returns whether the run has gone back."""
     if pending is None:
       return False
@@ -431,9 +435,9 @@ class _Loop:
       f"checkpoint is {'none' if good is None else f'of step {good}'}"
     )
 
-  def _go_back(self, metrics: Metrics, step: int, loss: float) -> bool:
+  def _go_back(self, metrics: MetricWriter, step: int, loss: float) -> bool:
     self.checkpoints.wait()
-    if processes.first(self.checkpoints.latest()) is None:
+    if processes.broadcast_from_host0(self.checkpoints.latest()) is None:
       return False  # A run that has just begun has nothing to go back to.
     self.counts.rollbacks += 1
     most = self.job.config.rollback.most

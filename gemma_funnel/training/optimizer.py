@@ -14,14 +14,12 @@ import ml_collections
 from ml_collections import config_dict
 import optax
 
-from gemma_funnel.training.transforms import (
-  by_path,
-  matrix_axes,
-  path_of,
-  scale_by,
-)
+from gemma_funnel import params as params_lib
+from gemma_funnel.checks import require, require_choice
+from gemma_funnel.params import by_path, path_of
+from gemma_funnel.training.transforms import scale_by
 
-# Options that not every optimizer has, and what they are where unset.
+# Options of each optimizer, and what they are where unset.
 OPTIONS: dict[str, dict[str, Any]] = {
   "adamw": {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "moment_dtype": None},
   # As in arXiv 2106.04560: b2 is the most that the decay rises to. Without b1
@@ -39,10 +37,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 SCHEDULES = ("cosine", "linear", "wsd", "wsd_sqrt", "constant")
 MOMENT_DTYPES = ("float32", "bfloat16")
-
-# Parameters that weight decay leaves alone: norm scales are offsets from one,
-# a funnel's and a head's vectors from a mean or from no preference.
-_UNDECAYED = r"scale$|funnel/\d+/(pool_query|gate)$|head/(pool_query|bias)$"
 
 # So that rounding is no other random choice's of the same key.
 _SALT = 0x726F756E
@@ -111,21 +105,15 @@ def schedule_of(
   _check(config)
   peak, warmup = config.learning_rate, config.warmup_steps
   end = peak * config.final_fraction
-  if not 0 <= warmup < steps:
-    raise ValueError(
-      f"optimizer.warmup_steps={warmup}: expected at least 0 "
-      f"and below steps={steps}"
-    )
+  require(
+    0 <= warmup < steps,
+    f"optimizer.warmup_steps={warmup}: expected at least 0 "
+    f"and below steps={steps}",
+  )
   decay = _decay_steps(config, steps)
   match config.schedule:
     case "cosine":
-      return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=peak,
-        warmup_steps=warmup,
-        decay_steps=steps,
-        end_value=end,
-      )
+      return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end)
     case "constant" | "linear":
       after = optax.linear_schedule(peak, end, steps - warmup)
     case "wsd":
@@ -145,28 +133,28 @@ def schedule_of(
 def _decay_steps(config: ml_collections.ConfigDict, steps: int) -> int | None:
   fraction, schedule = config.decay_fraction, config.schedule
   if not schedule.startswith("wsd"):
-    if fraction is not None:
-      raise ValueError(
-        f"optimizer.decay_fraction={fraction}: schedule={schedule!r} has none; "
-        "leave it unset, or choose 'wsd'"
-      )
-    if schedule == "constant" and config.final_fraction != 1:
-      raise ValueError(
-        f"optimizer.final_fraction={config.final_fraction}: expected 1 with "
-        "schedule='constant', which ends where it began"
-      )
+    require(
+      fraction is None,
+      f"optimizer.decay_fraction={fraction}: schedule={schedule!r} has none; "
+      "leave it unset, or choose 'wsd'",
+    )
+    require(
+      schedule != "constant" or config.final_fraction == 1,
+      f"optimizer.final_fraction={config.final_fraction}: expected 1 with "
+      "schedule='constant', which ends where it began",
+    )
     return None
-  if fraction is None or not 0 < fraction <= 1:
-    raise ValueError(
-      f"optimizer.decay_fraction={fraction}: expected a number above 0 and up "
-      f"to 1, such as 0.2, with schedule={schedule!r}"
-    )
+  require(
+    fraction is not None and 0 < fraction <= 1,
+    f"optimizer.decay_fraction={fraction}: expected a number above 0 and up "
+    f"to 1, such as 0.2, with schedule={schedule!r}",
+  )
   decay = max(1, round(fraction * steps))
-  if decay + config.warmup_steps > steps:
-    raise ValueError(
-      f"optimizer.decay_fraction={fraction} is {decay} steps and "
-      f"optimizer.warmup_steps={config.warmup_steps}: more than steps={steps}"
-    )
+  require(
+    decay + config.warmup_steps <= steps,
+    f"optimizer.decay_fraction={fraction} is {decay} steps and "
+    f"optimizer.warmup_steps={config.warmup_steps}: more than steps={steps}",
+  )
   return decay
 
 
@@ -178,41 +166,41 @@ def _check(config: ml_collections.ConfigDict) -> None:
     ("weight_decay final_fraction", lambda x: 0 <= x < math.inf, ">= 0"),
     ("b1 b2 momentum", lambda x: 0 <= x < 1, ">= 0 and < 1"),
     ("ema_decay", lambda x: 0 < x < 1, "> 0 and < 1"),
-    ("name", lambda x: x in OPTIONS, f"one of {list(OPTIONS)}"),
-    ("schedule", lambda x: x in SCHEDULES, f"one of {list(SCHEDULES)}"),
-    (
-      "moment_dtype",
-      lambda x: x in MOMENT_DTYPES,
-      f"one of {list(MOMENT_DTYPES)}, or unset for that of the parameters",
-    ),
   )
   for names, fits, expected in ranges:
     for name in names.split():
-      if config[name] is not None and not fits(config[name]):
-        raise ValueError(
-          f"optimizer.{name}={config[name]!r}: expected {expected}"
-        )
+      value = config[name]
+      require(
+        value is None or fits(value),
+        f"optimizer.{name}={value!r}: expected {expected}",
+      )
+  require_choice("optimizer.name", config.name, OPTIONS)
+  require_choice("optimizer.schedule", config.schedule, SCHEDULES)
+  require_choice(
+    "optimizer.moment_dtype", config.moment_dtype, (*MOMENT_DTYPES, None)
+  )
 
 
 def _options(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The values of the options that the optimizer has."""
   known = OPTIONS[config.name]
   for option in sorted({name for have in OPTIONS.values() for name in have}):
-    if option not in known and config[option] is not None:
-      raise ValueError(
-        f"optimizer.{option}={config[option]!r}: {config.name} has none; "
-        "leave it unset"
-      )
+    require(
+      option in known or config[option] is None,
+      f"optimizer.{option}={config[option]!r}: {config.name} has none; "
+      "leave it unset",
+    )
   options = {
     name: default if config[name] is None else config[name]
     for name, default in known.items()
   }
-  if config.name == "adafactor" and not options["b1"]:
-    if options["moment_dtype"] is not None:
-      raise ValueError(
-        f"optimizer.moment_dtype={options['moment_dtype']!r}: adafactor has "
-        "no first moment unless b1 is set"
-      )
+  require(
+    config.name != "adafactor"
+    or options["b1"]
+    or options["moment_dtype"] is None,
+    f"optimizer.moment_dtype={options['moment_dtype']!r}: adafactor has "
+    "no first moment unless b1 is set",
+  )
   return options
 
 
@@ -238,19 +226,24 @@ def make_optimizer(
   moment_dtype = options.pop("moment_dtype")
   undecayed = _expression(config, "decay_exclude")
   freeze = _expression(config, "freeze")
-  if undecayed is not None and not config.weight_decay:
-    raise ValueError(
-      f"optimizer.decay_exclude={undecayed.pattern!r}: nothing decays, "
-      "optimizer.weight_decay=0"
-    )
-  excluded = undecayed or re.compile(_UNDECAYED)
+  require(
+    undecayed is None or bool(config.weight_decay),
+    f"optimizer.decay_exclude={config.decay_exclude!r}: nothing decays, "
+    "optimizer.weight_decay=0",
+  )
+
+  def decays(path: str) -> bool:
+    if undecayed is not None:
+      return not undecayed.search(path)
+    row = params_lib.row_of(path)
+    return row is None or row.decays
+
   chain = optax.chain(
     _clip(config.clip_norm),
     optax.chain(
       scale_by(config.name, options),
       optax.add_decayed_weights(
-        config.weight_decay,
-        lambda tree: by_path(lambda path: not excluded.search(path), tree),
+        config.weight_decay, lambda tree: by_path(decays, tree)
       ),
       optax.scale_by_learning_rate(schedule),
     ),
@@ -276,24 +269,23 @@ def make_optimizer(
 def _check_trained(config: ml_collections.ConfigDict, trained) -> None:
   """Raises where there is nothing to train, or not what an option is for."""
   leaves = jax.tree_util.tree_leaves_with_path(trained)
-  if not leaves:
-    raise ValueError(
-      f"optimizer.freeze={config.freeze!r} matches every parameter: nothing is "
-      "left to train"
-    )
-  if config.name == "muon" and not any(
-    matrix_axes(path_of(path)) for path, _ in leaves
-  ):
-    raise ValueError(
-      "optimizer.name='muon': none of the trained parameters is a matrix of a "
-      "layer; choose 'adamw'"
-    )
+  require(
+    bool(leaves),
+    f"optimizer.freeze={config.freeze!r} matches every parameter: nothing is "
+    "left to train",
+  )
+  require(
+    config.name != "muon"
+    or any(params_lib.layer_matrix(path_of(path)) for path, _ in leaves),
+    "optimizer.name='muon': none of the trained parameters is a matrix of a "
+    "layer; choose 'adamw'",
+  )
   dtypes = sorted({str(x.dtype) for _, x in leaves})
-  if config.stochastic_rounding and "bfloat16" not in dtypes:
-    raise ValueError(
-      "optimizer.stochastic_rounding=True: expected trained parameters of "
-      f"bfloat16, found {', '.join(dtypes)}"
-    )
+  require(
+    not config.stochastic_rounding or "bfloat16" in dtypes,
+    "optimizer.stochastic_rounding=True: expected trained parameters of "
+    f"bfloat16, found {', '.join(dtypes)}",
+  )
 
 
 def trained(config: ml_collections.ConfigDict, tree):

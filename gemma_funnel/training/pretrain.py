@@ -368,14 +368,14 @@ def train(
     ValueError: a mistake in the configuration, the data or the folder.
     FloatingPointError: see `loop.run`.
   """
-  processes.agree(config)
+  processes.assert_same_config(config)
   setup = make_setup(config)
   config = setup.config
   loss = make_loss(setup)
   # Fails if the mesh does not fit.
   init, abstract = start.make_init(setup)
   # Where data are is a number of rows, whatever the batch.
-  workdir.claim(config, free=("batch_size",))
+  workdir.init_workdir(config, free=("batch_size",))
   corpus = pipeline.load_corpus(
     config.data, setup.model_config.vocab_size, config.workdir
   )

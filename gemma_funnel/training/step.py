@@ -1,6 +1,5 @@
 """One step of training: gradients, perhaps of parts of the batch; an update."""
 
-import re
 from typing import Any
 
 import jax
@@ -8,18 +7,8 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from gemma_funnel import params
 from gemma_funnel.training import optimizer as optimizer_lib
-from gemma_funnel.training.optimizer import path_of
-
-# Parameters whose norms are told of together, by the first that is found.
-_GROUPS = (
-  ("funnel", r"funnel/"),
-  ("head", r"(^|/)head/"),
-  ("embedding", r"embedding$"),
-  ("norm", r"scale$"),
-  ("attention", r"attn/"),
-  ("mlp", r"mlp/"),
-)
 
 
 def make_train_step(
@@ -118,12 +107,11 @@ def _accumulated(gradients, batch, key: jax.Array, parts: int):
 
 
 def _norms(name: str, tree: Any) -> dict[str, jax.Array]:
-  """Norms of groups of parameters, float32."""
+  """Norms of the parameters of each role, float32."""
   squares: dict[str, jax.Array] = {}
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
-    group = next(
-      (g for g, rule in _GROUPS if re.search(rule, path_of(path))), "other"
-    )
+    row = params.row_of(params.path_of(path))
+    role = row.role if row else "other"
     square = jnp.sum(jnp.square(x.astype(jnp.float32)))
-    squares[group] = squares.get(group, 0) + square
-  return {f"{name}/{g}": jnp.sqrt(x) for g, x in squares.items()}
+    squares[role] = squares.get(role, 0) + square
+  return {f"{name}/{role}": jnp.sqrt(x) for role, x in squares.items()}

@@ -4,9 +4,8 @@ Layers are stacked, [L, ..], and their matrices have heads as an axis; here each
 layer's matrix is one for itself, with heads and their width as one axis.
 """
 
-from collections.abc import Callable
+import functools
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -14,41 +13,14 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-# The axes of a matrix: of what it reads, and of what it gives, heads and their
-# width together. Those before them are the depth.
-_LAYER_MATRICES = (
-  (r"attn/(query|key|value)$", MuonDimensionNumbers((-3,), (-2, -1))),
-  (r"attn/out$", MuonDimensionNumbers((-3, -2), (-1,))),
-  (r"mlp/(gate|up|down)$", MuonDimensionNumbers((-2,), (-1,))),
-)
-_MATRICES = (
-  *_LAYER_MATRICES,
-  (r"embedding$|head/(hidden|out)$", MuonDimensionNumbers((-2,), (-1,))),
-)
-_STACKED = r"(^|/)layers/"
+from gemma_funnel import params
+
 # Smaller matrices have second moments of their own for each entry (the default
 # of optax and t5x).
 _FACTOR_FROM = 128
 # What Adam's updates are in size, so that Muon goes by the same learning rate
 # (arXiv 2502.16982).
 _MUON_RMS = 0.2
-
-
-def path_of(key_path: tuple) -> str:
-  """A parameter's path as text, such as "layers/attn/query"."""
-  return jax.tree_util.keystr(key_path, simple=True, separator="/")
-
-
-def by_path(function: Callable[[str], Any], tree):
-  """A tree of a function's values at the parameters' paths."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: function(path_of(path)), tree
-  )
-
-
-def matrix_axes(path: str) -> MuonDimensionNumbers | None:
-  """The axes of a layer's matrix, counted from the last; None if it is none."""
-  return _axes(path, _LAYER_MATRICES)
 
 
 def scale_by(
@@ -84,15 +56,17 @@ def _scale_by_muon(momentum, b1, b2, eps) -> optax.GradientTransformation:
   Each layer's matrix is orthogonalised by itself, and scaled as in arXiv
   2502.16982.
   """
-  numbers = lambda tree: by_path(matrix_axes, tree)
-  kinds = lambda tree: by_path(
-    lambda path: "muon" if matrix_axes(path) else "adam", tree
-  )
 
-  def scale(updates, state, params=None):
+  def numbers(path: str) -> MuonDimensionNumbers | None:
+    row = params.layer_matrix(path)
+    return row and MuonDimensionNumbers(row.input_axes, row.output_axes)
+
+  kind = lambda path: "muon" if params.layer_matrix(path) else "adam"
+
+  def scale(updates, state, _=None):
     def scaled(path, update):
-      reads, gives = matrix_axes(path_of(path))
-      width = max(_size(update, reads), _size(update, gives))
+      row = params.layer_matrix(params.path_of(path))
+      width = max(_size(update, row.input_axes), _size(update, row.output_axes))
       return _MUON_RMS * math.sqrt(width) * update
 
     return jax.tree_util.tree_map_with_path(scaled, updates), state
@@ -100,12 +74,15 @@ def _scale_by_muon(momentum, b1, b2, eps) -> optax.GradientTransformation:
   return optax.partition(
     {
       "muon": optax.chain(
-        scale_by_muon(beta=momentum, weight_dimension_numbers=numbers),
+        scale_by_muon(
+          beta=momentum,
+          weight_dimension_numbers=functools.partial(params.by_path, numbers),
+        ),
         optax.GradientTransformation(lambda _: optax.EmptyState(), scale),
       ),
       "adam": optax.scale_by_adam(b1, b2, eps, nesterov=True),
     },
-    kinds,
+    functools.partial(params.by_path, kind),
   )
 
 
@@ -131,37 +108,36 @@ def _scale_by_factored_rms(b2, eps) -> optax.GradientTransformation:
   """
   masked = optax.MaskedNode()
 
-  def init(params):
+  def init(weights):
     def moments(path, param):
-      axes = _factored_axes(path, param)
-      if axes is None:
+      row = _factored_row(path, param)
+      if row is None:
         return masked, masked, jnp.zeros_like(param)
       mean = lambda over: jnp.zeros(
         [1 if i - param.ndim in over else n for i, n in enumerate(param.shape)],
         param.dtype,
       )
-      return mean(axes.output_axis), mean(axes.reduction_axis), masked
+      return mean(row.output_axes), mean(row.input_axes), masked
 
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(weights)
     parts = zip(*[moments(*leaf) for leaf in leaves], strict=True)
     return FactoredState(jnp.zeros([], jnp.int32), *map(tree.unflatten, parts))
 
-  def update(updates, state, params=None):
-    del params
+  def update(updates, state, _=None):
     time = (state.count + 1).astype(jnp.float32)
     decay = jnp.minimum(b2, 1.0 - time**-0.8)
     mix = lambda old, new: decay * old + (1.0 - decay) * new
 
     def one(path, grad, v_row, v_col, v):
-      square, axes = jnp.square(grad) + eps, _factored_axes(path, grad)
-      if axes is None:
+      square, row = jnp.square(grad) + eps, _factored_row(path, grad)
+      if row is None:
         v = mix(v, square)
         return grad * jax.lax.rsqrt(v), masked, masked, v
       mean = lambda x, over: jnp.mean(x, axis=over, keepdims=True)
-      v_row = mix(v_row, mean(square, axes.output_axis))
-      v_col = mix(v_col, mean(square, axes.reduction_axis))
-      row = jax.lax.rsqrt(v_row / mean(v_row, axes.reduction_axis))
-      return grad * row * jax.lax.rsqrt(v_col), v_row, v_col, masked
+      v_row = mix(v_row, mean(square, row.output_axes))
+      v_col = mix(v_col, mean(square, row.input_axes))
+      scale = jax.lax.rsqrt(v_row / mean(v_row, row.input_axes))
+      return grad * scale * jax.lax.rsqrt(v_col), v_row, v_col, masked
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
     moments = [tree.flatten_up_to(part) for part in state[1:]]
@@ -179,7 +155,8 @@ def _clip_by_rms() -> optax.GradientTransformation:
   """Adafactor's: no layer's update of a parameter has an RMS above one."""
 
   def clip(path, update):
-    first = 1 if re.search(_STACKED, path_of(path)) else 0
+    row = params.row_of(params.path_of(path))
+    first = 1 if row and row.stacked else 0
     mean = jnp.mean(
       jnp.square(update), axis=range(first, update.ndim), keepdims=True
     )
@@ -190,17 +167,13 @@ def _clip_by_rms() -> optax.GradientTransformation:
   )
 
 
-def _axes(path: str, rules) -> MuonDimensionNumbers | None:
-  """A matrix's axes, counted from the last; None if it is no matrix."""
-  return next((axes for rule, axes in rules if re.search(rule, path)), None)
-
-
-def _factored_axes(path: tuple, x: jax.Array) -> MuonDimensionNumbers | None:
-  """As `_axes`; None too for a matrix that is too small to be factored."""
-  axes = _axes(path_of(path), _MATRICES)
-  if axes is None or min(_size(x, over) for over in axes) < _FACTOR_FROM:
+def _factored_row(path: tuple, x: jax.Array) -> params.Row | None:
+  """Of a matrix; None of any other, and of one too small to be factored."""
+  row = params.row_of(params.path_of(path))
+  if row is None or not row.outputs:
     return None
-  return axes
+  sides = (row.input_axes, row.output_axes)
+  return row if min(_size(x, axes) for axes in sides) >= _FACTOR_FROM else None
 
 
 def _size(x: jax.Array, axes: tuple[int, ...]) -> int:

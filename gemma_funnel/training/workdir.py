@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what may change while it goes on."""
+"""The folder of a run: its configuration, and which keys may change."""
 
 from collections.abc import Sequence
 import json
@@ -6,17 +6,19 @@ import os
 from typing import Any
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 import jax
 import ml_collections
 
+from gemma_funnel import atomic
 from gemma_funnel.parallel import processes
 
 FOLDER = "checkpoints"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 
-# What may differ between the calls that make up one run: where it lies, how it
-# is spread over devices, and how often it reports or saves.
+# Keys that may differ between the calls of one run: its place, its devices, how
+# often it reports and saves.
 _FREE_KEYS = (
   "workdir",
   "log_every",
@@ -53,18 +55,19 @@ _FREE_KEYS = (
 
 
 def path_of(path: str | os.PathLike) -> epath.Path:
-  """A folder here, made absolute, or on a bucket."""
+  """An absolute local path, or a bucket's."""
   text = os.fspath(path)
   return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
-def claim(config: ml_collections.ConfigDict, free: Sequence[str] = ()) -> None:
+def init_workdir(
+  config: ml_collections.ConfigDict, free: Sequence[str] = ()
+) -> None:
   """Makes `config.workdir` the folder of the run that `config` describes.
 
   Args:
     config: with `workdir`.
-    free: keys that may differ from those of the run that is there, besides how
-      it reports and is spread over devices.
+    free: further keys that may differ from those of the run that is there.
 
   Raises:
     ValueError: it holds a run of another configuration, or other files; it
@@ -72,8 +75,10 @@ def claim(config: ml_collections.ConfigDict, free: Sequence[str] = ()) -> None:
   """
   result = None
   if jax.process_index() == 0:
-    result = processes.result_of(lambda: _claim(config, (*_FREE_KEYS, *free)))
-  processes.value_of(processes.first(result))
+    result = processes.result_of(
+      lambda: _init_workdir(config, (*_FREE_KEYS, *free))
+    )
+  processes.value_of(processes.broadcast_from_host0(result))
   seen = processes.gather((path_of(config.workdir) / CONFIG).exists())
   if not all(seen):
     raise ValueError(
@@ -83,7 +88,9 @@ def claim(config: ml_collections.ConfigDict, free: Sequence[str] = ()) -> None:
     )
 
 
-def _claim(config: ml_collections.ConfigDict, free: Sequence[str]) -> None:
+def _init_workdir(
+  config: ml_collections.ConfigDict, free: Sequence[str]
+) -> None:
   folder = path_of(config.workdir)
   path = folder / CONFIG
   if folder.exists() and not folder.is_dir():
@@ -110,23 +117,12 @@ def _claim(config: ml_collections.ConfigDict, free: Sequence[str]) -> None:
     )
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, config.to_json(indent=2) + "\n")
+    atomic.write_text(path, config.to_json(indent=2) + "\n")
   except Exception as error:  # Each kind of bucket raises its own.
     raise ValueError(
       f"workdir={config.workdir} cannot be written to: "
       f"{getattr(error, 'strerror', None) or error}"
     ) from error
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-  """Writes a file that is either whole or as it was."""
-  # Buckets show a file when it is complete, and know no rename.
-  if "://" in os.fspath(path):
-    path.write_text(text)
-    return
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(text)
-  temporary.replace(path)
 
 
 def read_config(path: epath.Path) -> dict[str, Any]:
@@ -144,16 +140,9 @@ def read_config(path: epath.Path) -> dict[str, Any]:
 def _differences(
   there: dict, here: dict, free: Sequence[str]
 ) -> list[tuple[str, Any, Any]]:
-  def flat(tree, prefix=""):
-    for key, value in tree.items():
-      if isinstance(value, dict):
-        yield from flat(value, f"{prefix}{key}.")
-      elif prefix + key not in free:
-        yield prefix + key, value
-
-  there, here = dict(flat(there)), dict(flat(here))
+  there, here = (flatten_dict(x, sep=".") for x in (there, here))
   return [
     (key, there.get(key), here.get(key))
-    for key in sorted(there.keys() | here.keys())
+    for key in sorted((there.keys() | here.keys()) - set(free))
     if there.get(key) != here.get(key)
   ]

@@ -8,12 +8,12 @@ import time
 
 import tiny_run
 
-from gemma_funnel.training import health
+from gemma_funnel.training import watchdog as watchdog_lib
 
 
 def test_a_signal_is_seen_at_the_next_step():
   before = signal.getsignal(signal.SIGTERM)
-  with health.Termination() as termination:
+  with watchdog_lib.Termination() as termination:
     assert not termination.by(1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert termination.by(2)
@@ -22,10 +22,10 @@ def test_a_signal_is_seen_at_the_next_step():
 
 HANG = """
 import sys, time
-from gemma_funnel.training import health
+from gemma_funnel.training import watchdog as watchdog_lib
 def a_step_that_hangs():
   time.sleep(60)
-with health.Watchdog(0.02) as watchdog:
+with watchdog_lib.Watchdog(0.02) as watchdog:
   for step in range(3):
     watchdog.heard(f"step {step}")
     time.sleep(0.1)
@@ -44,7 +44,7 @@ def test_a_hang_ends_with_stacks():
     timeout=60,
     check=False,
   )
-  assert done.returncode == health.HUNG == 75
+  assert done.returncode == watchdog_lib.HUNG == 75
   assert time.monotonic() - start < 40
   assert done.stdout == "alive\n"
   assert "error: step 2 has taken" in done.stderr
@@ -53,17 +53,17 @@ def test_a_hang_ends_with_stacks():
 
 
 def test_a_watchdog_of_no_time_never_ends_anything():
-  with health.Watchdog(None) as watchdog:
+  with watchdog_lib.Watchdog(None) as watchdog:
     watchdog.heard("a step")
     time.sleep(0.01)
 
 
 def test_a_spike_is_far_above_the_median():
-  spikes = health.Spikes(2.0, 4)
+  spikes = watchdog_lib.Spikes(2.0, 4)
   # Too few to say.
   assert not any(spikes.is_spike(x) for x in (9.0, 1.0, 1.2, 1.1))
   assert not spikes.is_spike(2.2)  # The median is 1.15.
   assert spikes.is_spike(3.0)
   assert spikes.is_spike(3.0)  # It has not become one of the last.
-  never = health.Spikes(None, 1)
+  never = watchdog_lib.Spikes(None, 1)
   assert not any(never.is_spike(x) for x in (1.0, 100.0))

@@ -7,12 +7,13 @@ import re
 import sys
 import types
 
+from etils import epath
 import jax
 import ml_collections
 import pytest
 
 from gemma_funnel.parallel import hardware, sharding
-from gemma_funnel.training import progress
+from gemma_funnel.training import metric_writer
 
 VALUES = {"loss": 2.5, "learning_rate": 1e-3, "grad_norm": 0.5}
 
@@ -32,7 +33,7 @@ def _config(folder, **changes):
 
 def _metrics(config, step, steps, clock={}):  # noqa: B006
   mesh = sharding.make_mesh(sharding.default_config(), jax.devices()[:1])
-  return progress.Metrics(config, step, steps, mesh, clock)
+  return metric_writer.MetricWriter(config, step, steps, mesh, clock)
 
 
 def test_lines_of_steps_to_be_taken_again_are_dropped(tmp_path):
@@ -40,11 +41,11 @@ def test_lines_of_steps_to_be_taken_again_are_dropped(tmp_path):
   line = lambda step, kind="train": json.dumps({"step": step, "kind": kind})
   kept = [line(1), line(2), line(2, "heldout")]
   path.write_text("\n".join([*kept, line(3), line(4), '{"step": 2, "ki']))
-  progress._keep_until(path, 2)
+  metric_writer._Lines(epath.Path(tmp_path), 2)
   assert path.read_text() == "\n".join(kept) + "\n"
-  progress._keep_until(path, 0)
+  metric_writer._Lines(epath.Path(tmp_path), 0)
   assert path.read_text() == ""
-  progress._keep_until(tmp_path / "none", 3)
+  metric_writer._Lines(epath.Path(tmp_path / "none"), 3)
   assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
@@ -58,8 +59,8 @@ def _lines(folder, *kinds):
 def clock(monkeypatch):
   """Seconds that pass when they are added to."""
   now = [100.0]
-  monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-  monkeypatch.setattr(progress.time, "time", lambda: 5000 + now[0])
+  monkeypatch.setattr(metric_writer.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(metric_writer.time, "time", lambda: 5000 + now[0])
   return now
 
 
@@ -157,7 +158,7 @@ def test_utilisation_is_of_a_known_device_s_peak(tmp_path, clock, monkeypatch):
 
   assert "mfu" not in run((1, 2))
   monkeypatch.setattr(
-    progress, "chip_of", lambda device: hardware.Chip(5e12, 1, 1, 1)
+    metric_writer, "chip_of", lambda device: hardware.Chip(5e12, 1, 1, 1)
   )
   assert run((1, 2, 3, 4))["mfu"] == pytest.approx(0.3)
 
@@ -215,4 +216,4 @@ def test_duration():
     3600: "1h00m",
     7384: "2h03m",
   }
-  assert {s: progress.duration(s) for s in shown} == shown
+  assert {s: metric_writer.duration(s) for s in shown} == shown

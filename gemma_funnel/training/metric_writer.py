@@ -1,4 +1,4 @@
-"""What a run tells while it goes: lines, metrics.jsonl, TensorBoard, W&B."""
+"""Metrics of a run: lines, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -13,11 +13,12 @@ from etils import epath
 import jax
 import ml_collections
 
+from gemma_funnel import atomic
 from gemma_funnel.parallel.hardware import chip_of
 from gemma_funnel.training import workdir
 
 
-class Metrics:
+class MetricWriter:
   """Progress on the terminal; metrics as JSON lines and for dashboards.
 
   metrics.jsonl has a line for each step ("kind": "train"), one for each line of
@@ -43,12 +44,11 @@ class Metrics:
       clock: of an earlier call, that the run goes on from.
     """
     self._config, self._num_steps = config, num_steps
-    self._first = self._last = None
-    self._slots, self._flops = 0, 0.0
+    self._last: tuple[int, float] | None = None
+    self._slots, self._flops, self._away = 0, 0.0, 0.0
     # Seconds, all in all, of steps that are part of the run.
     self._productive = clock.get("productive_s", 0.0)
     self._started = clock.get("started", time.time())
-    self._away, self._away_since_said = 0.0, 0.0
     self._devices = list(mesh.devices.flat)
     self._leads = jax.process_index() == 0
     self._board = self._wandb = None
@@ -76,12 +76,12 @@ class Metrics:
       # The same run goes on under the same name.
       self._wandb = wandb.init(
         project=config.wandb,
-        id=_run_id(config.workdir),
+        id=config.workdir.strip("/").replace("/", "-").replace(":", ""),
         resume="allow",
         config=json.loads(config.to_json()),
       )
 
-  def __enter__(self) -> "Metrics":
+  def __enter__(self) -> "MetricWriter":
     return self
 
   def __exit__(self, *_) -> None:
@@ -95,7 +95,7 @@ class Metrics:
       self._wandb.finish()
 
   def clock(self) -> dict[str, float]:
-    """What a later call needs to go on counting."""
+    """Seconds to go on counting from in a later call."""
     if self._leads:
       self._lines.flush()
     return {"started": self._started, "productive_s": self._productive}
@@ -109,14 +109,14 @@ class Metrics:
       folder = os.path.join(self._config.workdir, "profile")
       jax.profiler.start_trace(folder)
       self._tracing = True
-      self._say(step, f"tracing to step {traced[1]}, into {folder}")
+      self._print(step, f"tracing to step {traced[1]}, into {folder}")
     elif self._tracing and step > traced[1]:
       jax.profiler.stop_trace()
       self._tracing = False
 
   @contextlib.contextmanager
   def elsewhere(self) -> Iterator[None]:
-    """Of what is no training: an evaluation, a checkpoint."""
+    """Leaves the block's seconds out of rates: an evaluation, a checkpoint."""
     start = time.monotonic()
     yield
     self._away += time.monotonic() - start
@@ -128,7 +128,7 @@ class Metrics:
     slots: int,
     flops: float | None = None,
   ) -> None:
-    """Takes the metrics of a step; tells of every `log_every`-th.
+    """Writes the metrics of a step, and prints every `log_every`-th.
 
     Args:
       step: its number, from 1.
@@ -138,23 +138,25 @@ class Metrics:
     """
     self._write(step, "train", values)
     now = time.monotonic()
-    if self._first is None:
-      # A first step compiles: what it took says nothing of the next ones.
-      self._first = self._last = (step, now)
-      self._away = 0.0
+    if self._last is None:
+      self._restart(step, now)  # A first step compiles.
     else:
       self._slots += slots
       self._flops += flops if flops is not None else math.nan
     if step % self._config.log_every and step != self._num_steps:
       return
-    said = f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-    said += f"grad {values['grad_norm']:.2f}"
+    line = f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+    line += f"grad {values['grad_norm']:.2f}"
     if step > self._last[0]:
-      said += self._speed(step, now)
-    self._say(step, said)
+      line += self._speed(step, now)
+    self._print(step, line)
+
+  def _restart(self, step: int, now: float) -> None:
+    self._last, self._slots, self._flops = (step, now), 0, 0.0
+    self._away = 0.0
 
   def _speed(self, step: int, now: float) -> str:
-    """Counts and tells of the steps since the last time."""
+    """Writes and formats the rates since the last line."""
     seconds = max(now - self._last[1] - self._away, 1e-9)
     self._productive += seconds
     values = {
@@ -162,40 +164,38 @@ class Metrics:
       "step_s": seconds / (step - self._last[0]),
       "goodput": self._productive / max(time.time() - self._started, 1e-9),
     }
-    said = f"  {values['tokens_per_s']:,.0f} tokens/s"
+    line = f"  {values['tokens_per_s']:,.0f} tokens/s"
     chip = chip_of(self._devices[0])
     if chip and math.isfinite(self._flops):
       peak = chip.flops * len(self._devices)
       values["mfu"] = self._flops / seconds / peak
-      said += f"  MFU {values['mfu']:.1%}"
+      line += f"  MFU {values['mfu']:.1%}"
     stats = self._devices[0].memory_stats() if chip else None
     if stats and "peak_bytes_in_use" in stats:
       values["peak_bytes"] = stats["peak_bytes_in_use"]
-      said += f"  {values['peak_bytes'] / 2**30:.1f} GiB"
+      line += f"  {values['peak_bytes'] / 2**30:.1f} GiB"
     self._write(step, "speed", values)
     left = (self._num_steps - step) * values["step_s"]
-    self._last, self._slots, self._flops = (step, now), 0, 0.0
-    self._away = 0.0
-    return said + f"  ETA {duration(left)}"
+    self._restart(step, now)
+    return line + f"  ETA {duration(left)}"
 
   def rewind(self, step: int) -> None:
     """Drops what was written of steps after `step`."""
     if self._leads:
       self._lines.keep_until(step)
-    self._last, self._slots, self._flops = (step, time.monotonic()), 0, 0.0
-    self._away = 0.0
+    self._restart(step, time.monotonic())
 
   def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-    """Takes held-out metrics, and tells of them."""
+    """Writes and prints held-out metrics."""
     self._write(step, "heldout", values)
-    told = "  ".join(
+    metrics = "  ".join(
       f"{name.replace('_', ' ')} {value:.4f}"
       for name, value in values.items()
       if isinstance(value, float)
     )
-    self._say(step, f"held out: {told}")
+    self._print(step, f"held out: {metrics}")
 
-  def _say(self, step: int, text: str) -> None:
+  def _print(self, step: int, text: str) -> None:
     if self._leads:
       print(f"step {step}/{self._num_steps}  {text}", flush=True)
 
@@ -212,10 +212,6 @@ class Metrics:
       self._wandb.log(named, step=step)
 
 
-def _run_id(folder: str) -> str:
-  return folder.strip("/").replace("/", "-").replace(":", "")
-
-
 class _Lines:
   """metrics.jsonl of a run's folder.
 
@@ -224,8 +220,7 @@ class _Lines:
   """
 
   def __init__(self, folder: epath.Path, step: int):
-    self._path = folder / "metrics.jsonl"
-    self._remote = None
+    self._path, self._remote = folder / "metrics.jsonl", None
     if "://" in os.fspath(folder):
       self._remote = self._path
       temporary = tempfile.mkdtemp(prefix="gemma_funnel_")
@@ -246,21 +241,15 @@ class _Lines:
       self._remote.write_text(self._path.read_text())
 
   def keep_until(self, step: int) -> None:
-    _keep_until(self._path, step)
-
-
-def _keep_until(path: epath.Path, step: int) -> None:
-  """Drops the lines of steps that are about to be taken again."""
-  if not path.exists():
-    return
-  kept = []
-  for line in path.read_text().splitlines():
-    try:
-      if json.loads(line)["step"] <= step:
-        kept.append(line + "\n")
-    except json.JSONDecodeError:
-      continue  # A line cut short by a kill.
-  workdir.write_atomically(path, "".join(kept))
+    """Drops the lines of later steps, and one cut short by a kill."""
+    if not self._path.exists():
+      return
+    kept = []
+    for line in self._path.read_text().splitlines():
+      with contextlib.suppress(json.JSONDecodeError):
+        if json.loads(line)["step"] <= step:
+          kept.append(line + "\n")
+    atomic.write_text(self._path, "".join(kept))
 
 
 def duration(seconds: float) -> str:

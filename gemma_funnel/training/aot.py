@@ -1,12 +1,13 @@
-"""What a training step takes on devices that are not at hand.
+"""A training step compiled for TPUs that are not at hand: memory, bytes sent, time.
 
-The real step is compiled ahead of time for a described slice of TPUs; the
-compiler says what memory it needs and what is sent, `flops` what has to be
-computed, and `hardware` what a chip can do at best.
+The compiler says what memory the step needs and what its chips send, `flops`
+what has to be computed, and `hardware` what a chip can do at best.
 """
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
+import itertools
 import math
 import os
 import pathlib
@@ -20,16 +21,16 @@ import ml_collections
 
 from gemma_funnel import flops
 from gemma_funnel.parallel import sharding
-from gemma_funnel.parallel.hardware import Chip, chip_of
+from gemma_funnel.parallel.hardware import chip_of
 from gemma_funnel.parallel.mesh import AXES, HEADS, ROWS, TOKENS
 from gemma_funnel.training import collectives, pretrain, start
 from gemma_funnel.training import step as step_lib
 
 # XLA keeps some of a chip's memory for itself and for programs.
 _USABLE = 0.95
-# What the backward pass computes once more, as a share of a forward pass of
-# the layers.
+# Share of the layers' forward pass that the backward pass computes again.
 _RECOMPUTED = {"none": 0.0, "dots": 0.1, "offload": 0.1, "block": 1.0}
+_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,14 @@ class Plan:
     mesh: sizes of its axes.
     remat: what the backward pass recomputes.
     accumulate: parts of the batch, one after the other.
-    parameters, optimizer: that are kept.
+    parameters, optimizer: bytes of the training state.
     activations: kept from the forward pass for the backward pass, about.
     temporaries: all else that the program needs at its peak.
     memory: of a chip.
     model_flops: of a step on all chips (`flops.train_step`).
     sent: by each chip, by axes of the mesh.
     compute_s, send_s, memory_s: least times of a step.
+    model_s: least time of `model_flops`.
     compile_s: what compiling took here.
     error: why it does not compile; None if it does.
   """
@@ -87,6 +89,25 @@ class Plan:
   def mfu_bound(self) -> float:
     """Model FLOPs utilisation at the roofline."""
     return self.model_s / self.step_s
+
+  def as_row(self) -> dict[str, object]:
+    """What a table shows; bytes in GiB."""
+    axes = [f"{axis} {n}" for axis, n in self.mesh.items() if n > 1]
+    kinds = ("parameters", "optimizer", "activations", "temporaries", "total")
+    times = ("compute_s", "send_s", "memory_s", "step_s", "mfu_bound")
+    return {
+      "mesh": ", ".join(axes) or "1 device",
+      "remat": self.remat,
+      "accumulate": self.accumulate,
+      "fits": "yes" if self.fits else "no",
+      **{name: getattr(self, name) / _GIB for name in kinds},
+      "of": self.memory / _GIB,
+      "flops": self.model_flops,
+      "sent": {axes: size / _GIB for axes, size in self.sent.items()},
+      **{name: getattr(self, name) for name in times},
+      "compile_s": self.compile_s,
+      "error": self.error,
+    }
 
 
 def slice_devices(topology: str, slices: int = 1) -> list[jax.Device]:
@@ -220,43 +241,99 @@ def _residuals(setup: pretrain.Setup, loss, weights, batch, key) -> float:
 
 def _bounds(setup: pretrain.Setup, sent: dict[str, float]) -> dict[str, object]:
   """FLOPs, bytes, and the least times that they take."""
-  config, mesh = setup.config, setup.mesh
-  chip = chip_of(mesh.devices.flat[0])
-  if chip is None:
-    raise ValueError(
-      f"the peaks of {mesh.devices.flat[0].device_kind!r} are not known"
-    )
-  model_flops = pretrain.step_flops(setup, setup.stages)
-  layers = flops.forward(
-    setup.model_config,
-    setup.stages,
-    config.batch_size,
-    config.length,
-    head=False,
-    causal=setup.causal,
-  )
-  again = _RECOMPUTED[setup.model_config.remat] * layers
-  peak = chip.flops * mesh.size
+  mesh, work = setup.mesh, _Work(setup)
+  peak = work.chip.flops * mesh.size
+  # Weights are read in both passes, and updated.
+  gathered = work.count / mesh.shape[HEADS]
+  own = gathered / mesh.shape["fsdp"] / mesh.shape[TOKENS]
+  traffic = 2 * work.itemsize * gathered * setup.config.accumulate + 24 * own
   return dict(
-    memory=chip.memory,
-    model_flops=float(model_flops),
+    memory=work.chip.memory,
+    model_flops=float(work.step),
     sent=sent,
-    compute_s=(model_flops + again) / peak,
-    model_s=model_flops / peak,
-    send_s=sum(sent.values()) / chip.link,
-    memory_s=_weight_traffic(setup) / chip.bandwidth,
+    compute_s=work.flops(setup.model_config.remat) / peak,
+    model_s=work.step / peak,
+    send_s=sum(sent.values()) / work.chip.link,
+    memory_s=traffic / work.chip.bandwidth,
   )
 
 
-def _weight_traffic(setup: pretrain.Setup) -> float:
-  """Least bytes a chip moves for weights: read in both passes, and updated."""
-  size = jnp.dtype(setup.model_config.dtype).itemsize
-  count = flops.parameters(setup.model_config, setup.stages).total
-  gathered = count / setup.mesh.shape["tensor"]
-  own = count / math.prod(
-    setup.mesh.shape[axis] for axis in ("fsdp", "sequence", "tensor")
-  )
-  return 2 * size * gathered * setup.config.accumulate + 6 * 4 * own
+class _Work:
+  """What a step has to do, by arithmetic alone, and guesses of what it takes.
+
+  Attributes:
+    chip: that runs it.
+    count: parameters.
+    itemsize: bytes of a number in the compute dtype.
+    step, layers: FLOPs of a step, and of the layers' forward pass.
+  """
+
+  def __init__(self, setup: pretrain.Setup):
+    device = setup.mesh.devices.flat[0]
+    self.chip = chip_of(device)
+    if self.chip is None:
+      raise ValueError(f"the peaks of {device.device_kind!r} are not known")
+    self.setup, self.config = setup, setup.config
+    self.model = setup.model_config
+    self.itemsize = jnp.dtype(self.model.dtype).itemsize
+    self.count = flops.parameters(self.model, setup.stages).total
+    self.step = pretrain.step_flops(setup, setup.stages)
+    self.layers = self._forward(setup.stages)
+
+  def _forward(self, stages) -> int:
+    return flops.forward(
+      self.model,
+      stages,
+      self.config.batch_size,
+      self.config.length,
+      head=False,
+      causal=self.setup.causal,
+    )
+
+  def flops(self, remat: str) -> float:
+    return self.step + _RECOMPUTED[remat] * self.layers
+
+  @functools.cached_property
+  def share(self) -> float:
+    """Of the plain model's slots, those that the layers run on."""
+    return self.layers / self._forward(())
+
+  def activations(self, sizes, tokens: float, remat: str) -> float:
+    """Bytes of a chip that has so many tokens at a time."""
+    model, tensor = self.model, sizes[HEADS]
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    inner = (heads + 3 * model.mlp_dim) / tensor
+    # Of a token in a layer: its products, and with them norms and gates.
+    dots, whole = 3 * model.embed_dim + inner, 8 * model.embed_dim + 2 * inner
+    kept = {"none": whole, "dots": dots, "offload": 0, "block": model.embed_dim}
+    layers = model.num_layers * self.share
+    logits = 3 * 4 * model.vocab_size / tensor
+    logits *= min(self.config.loss_chunk / self.config.length, 1)
+    return tokens * (
+      self.itemsize * (layers * kept[remat] + 2 * whole) + logits
+    )
+
+  def seconds(self, sizes, tokens: float, parts: int, remat: str) -> float:
+    """Of a step of `parts`, each of so many tokens a chip."""
+    model, size = self.model, self.itemsize
+    compute = self.flops(remat) / self.chip.flops / math.prod(sizes.values())
+    head = model.vocab_size * model.embed_dim
+    passes = 3 if remat == "block" else 2
+    tensor, sequence, sent = sizes[HEADS], sizes[TOKENS], 0.0
+    if (width := sizes["fsdp"] * sequence) > 1:
+      # Gathered in each pass, and gradients scattered; the head's by chunk.
+      chunks = math.ceil(self.config.length / self.config.loss_chunk)
+      each = (passes * size + 4) * (self.count - head)
+      each += (2 * size + 4) * head * chunks
+      sent += parts * each / tensor * (1 - 1 / width)
+    if (copies := sizes["data"] * sizes["slice"]) > 1:
+      sent += parts * 8 * self.count / (width * tensor) * (1 - 1 / copies)
+    by_layer = passes * model.num_layers * parts * tokens * size
+    # Two sums of activations a layer, forward and backward.
+    sent += 4 * by_layer * model.embed_dim * (1 - 1 / tensor)
+    keys = 2 * model.num_kv_heads * model.head_dim * sequence
+    sent += by_layer * keys * (1 - 1 / sequence)
+    return compute + sent / self.chip.link
 
 
 def candidates(
@@ -269,15 +346,11 @@ def candidates(
   slices = config.mesh.slice
   free = count // slices
   powers = [2**i for i in range(free.bit_length())]
-  for tensor in powers:
-    for sequence in powers:
-      for fsdp in powers:
-        data, rest = divmod(free, tensor * sequence * fsdp)
-        if not data or rest:
-          continue
-        yield dict(
-          zip(AXES, (slices, data, fsdp, sequence, tensor), strict=True)
-        )
+  for tensor, sequence, fsdp in itertools.product(powers, repeat=3):
+    data, rest = divmod(free, tensor * sequence * fsdp)
+    if data and not rest:
+      sizes = (slices, data, fsdp, sequence, tensor)
+      yield dict(zip(AXES, sizes, strict=True))
 
 
 def search(
@@ -297,30 +370,7 @@ def search(
     remats: to choose from.
     most: compilations.
   """
-  alone = config.copy_and_resolve_references()
-  alone.mesh.update(dict.fromkeys(AXES, 1))
-  setup = pretrain.make_setup(alone, devices[:1])
-  weights, state = map(_bytes_of, start.make_init(setup)[1])
-  work = _Work.of(setup)
-  chip, guessed = chip_of(devices[0]), []
-  for sizes in candidates(config, len(devices)):
-    rows = math.prod(sizes[axis] for axis in ROWS)
-    ways = sizes["fsdp"] * sizes[TOKENS] * sizes[HEADS]
-    parts = 1
-    while config.batch_size % (rows * parts) == 0:
-      tokens = config.batch_size * config.length / rows / sizes[TOKENS] / parts
-      # Of several parts, gradients are summed.
-      kept = (weights * (1 + (parts > 1)) + state) / ways
-      for remat in remats:
-        activations = _guess_activations(setup, work, sizes, tokens, remat)
-        if kept + activations <= _USABLE * chip.memory:
-          seconds = _guess(
-            setup, work, sizes, tokens * parts, parts, remat, chip
-          )
-          guessed.append((seconds, parts, sizes, remat))
-      parts *= 2
-  guessed.sort(key=lambda one: one[:2])
-  for _, parts, sizes, remat in guessed:
+  for parts, sizes, remat in _promising(config, devices, remats):
     changed = config.copy_and_resolve_references()
     changed.mesh.update(sizes)
     changed.accumulate, changed.model.remat = parts, remat
@@ -334,116 +384,25 @@ def search(
       return
 
 
-@dataclasses.dataclass(frozen=True)
-class _Work:
-  """FLOPs of a step and of the layers' forward pass; slots a layer, of tokens."""
-
-  step: float
-  layers: float
-  share: float
-
-  @classmethod
-  def of(cls, setup: pretrain.Setup) -> "_Work":
-    config = setup.config
-    layers = lambda stages: flops.forward(
-      setup.model_config,
-      stages,
-      config.batch_size,
-      config.length,
-      head=False,
-      causal=setup.causal,
-    )
-    funnelled = layers(setup.stages)
-    step = pretrain.step_flops(setup, setup.stages)
-    return cls(step, funnelled, funnelled / layers(()))
-
-
-def _guess_activations(
-  setup: pretrain.Setup,
-  work: _Work,
-  sizes: dict[str, int],
-  tokens: float,
-  remat: str,
-) -> float:
-  """Bytes of a chip that has so many tokens at a time."""
-  config, model = setup.config, setup.model_config
-  size, tensor = jnp.dtype(model.dtype).itemsize, sizes[HEADS]
-  heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-  inner = (heads + 3 * model.mlp_dim) / tensor
-  # Of a token in a layer: its products, and with them norms and gates.
-  dots, whole = 3 * model.embed_dim + inner, 8 * model.embed_dim + 2 * inner
-  kept = {"none": whole, "dots": dots, "offload": 0, "block": model.embed_dim}
-  layers = model.num_layers * work.share
-  logits = 3 * 4 * model.vocab_size / tensor
-  logits *= min(config.loss_chunk / config.length, 1)
-  return tokens * (size * (layers * kept[remat] + 2 * whole) + logits)
-
-
-def _guess(
-  setup: pretrain.Setup,
-  work: _Work,
-  sizes: dict[str, int],
-  tokens: float,
-  parts: int,
-  remat: str,
-  chip: Chip,
-) -> float:
-  """Seconds of a step, of so many tokens a chip in all, from sizes alone."""
-  config, model = setup.config, setup.model_config
-  compute = (work.step + _RECOMPUTED[remat] * work.layers) / chip.flops
-  compute /= math.prod(sizes.values())
-  size = jnp.dtype(model.dtype).itemsize
-  count = flops.parameters(model, setup.stages).total
-  head = model.vocab_size * model.embed_dim
-  passes = 3 if remat == "block" else 2
-  tensor, sequence, sent = sizes[HEADS], sizes[TOKENS], 0.0
-  if (width := sizes["fsdp"] * sequence) > 1:
-    # Gathered in each pass, and gradients scattered; the head's, in each chunk.
-    chunks = math.ceil(config.length / config.loss_chunk)
-    each = (passes * size + 4) * (count - head) + (2 * size + 4) * head * chunks
-    sent += parts * each / tensor * (1 - 1 / width)
-  if (copies := sizes["data"] * sizes["slice"]) > 1:
-    sent += parts * 8 * count / (width * tensor) * (1 - 1 / copies)
-  if tensor > 1:
-    # Two sums of activations a layer, forward and backward.
-    sent += (
-      2
-      * 2
-      * passes
-      * model.num_layers
-      * tokens
-      * model.embed_dim
-      * size
-      * (1 - 1 / tensor)
-    )
-  if sequence > 1:
-    keys = 2 * model.num_kv_heads * model.head_dim * size * tokens * sequence
-    sent += passes * model.num_layers * keys * (1 - 1 / sequence)
-  return compute + sent / chip.link
-
-
-def as_row(found: Plan) -> dict[str, object]:
-  """What a table shows of a plan; bytes in GiB."""
-  gib = lambda x: x / 2**30
-  axes = [f"{axis} {n}" for axis, n in found.mesh.items() if n > 1]
-  return {
-    "mesh": ", ".join(axes) or "1 device",
-    "remat": found.remat,
-    "accumulate": found.accumulate,
-    "fits": "yes" if found.fits else "no",
-    "parameters": gib(found.parameters),
-    "optimizer": gib(found.optimizer),
-    "activations": gib(found.activations),
-    "temporaries": gib(found.temporaries),
-    "total": gib(found.total),
-    "of": gib(found.memory),
-    "flops": found.model_flops,
-    "sent": {axes: gib(x) for axes, x in found.sent.items()},
-    "compute_s": found.compute_s,
-    "send_s": found.send_s,
-    "memory_s": found.memory_s,
-    "step_s": found.step_s,
-    "mfu_bound": found.mfu_bound,
-    "compile_s": found.compile_s,
-    "error": found.error,
-  }
+def _promising(config, devices, remats) -> list[tuple[int, dict, str]]:
+  """(parts, mesh, remat) that may fit, the fastest first."""
+  alone = config.copy_and_resolve_references()
+  alone.mesh.update(dict.fromkeys(AXES, 1))
+  setup = pretrain.make_setup(alone, devices[:1])
+  weights, state = map(_bytes_of, start.make_init(setup)[1])
+  work, guessed = _Work(setup), []
+  for sizes in candidates(config, len(devices)):
+    rows = math.prod(sizes[axis] for axis in ROWS)
+    ways = sizes["fsdp"] * sizes[TOKENS] * sizes[HEADS]
+    parts = 1
+    while config.batch_size % (rows * parts) == 0:
+      tokens = config.batch_size * config.length / rows / sizes[TOKENS] / parts
+      # Of several parts, gradients are summed.
+      kept = (weights * (1 + (parts > 1)) + state) / ways
+      for remat in remats:
+        needed = kept + work.activations(sizes, tokens, remat)
+        if needed <= _USABLE * work.chip.memory:
+          seconds = work.seconds(sizes, tokens, parts, remat)
+          guessed.append((seconds, parts, sizes, remat))
+      parts *= 2
+  return [rest for _, *rest in sorted(guessed, key=lambda one: one[:2])]

@@ -11,7 +11,7 @@ import tiny_run
 
 from gemma_funnel import flops
 from gemma_funnel.parallel import hardware
-from gemma_funnel.training import ahead, pretrain
+from gemma_funnel.training import aot, pretrain
 
 pytestmark = [
   pytest.mark.slow,
@@ -36,12 +36,12 @@ def _config(**changes):
 
 @pytest.fixture(scope="module")
 def devices():
-  return ahead.slice_devices("v5e:2x2")
+  return aot.slice_devices("v5e:2x2")
 
 
 @pytest.fixture(scope="module")
 def plan(devices):
-  return ahead.plan(_config(mesh__data=1, mesh__fsdp=4), devices)
+  return aot.plan(_config(mesh__data=1, mesh__fsdp=4), devices)
 
 
 def test_bytes_are_those_of_a_chip(plan):
@@ -74,19 +74,19 @@ def test_no_text_of_jaxlib_is_needed(devices, monkeypatch, plan):
     raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
   monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
-  found = ahead.plan(_config(mesh__data=1, mesh__fsdp=4), devices)
+  found = aot.plan(_config(mesh__data=1, mesh__fsdp=4), devices)
   assert found.sent == plan.sent
 
 
 def test_what_does_not_fit_is_said(devices):
   config = _config(**{"model.vocab_size": 1 << 20, "model.embed_dim": 2048})
-  found = ahead.plan(config, devices)  # Copies of 8 GiB, and twice moments.
+  found = aot.plan(config, devices)  # Copies of 8 GiB, and twice moments.
   assert not found.fits
   assert found.parameters + found.optimizer > 16 << 30
 
 
 def test_a_search_tries_what_promises_most(devices):
-  found = list(ahead.search(_config(), devices, ("none", "block"), most=3))
+  found = list(aot.search(_config(), devices, ("none", "block"), most=3))
   assert 1 <= len(found) <= 3
   assert all(math.prod(one.mesh.values()) == 4 for one in found)
   assert any(one.fits for one in found)
@@ -94,16 +94,16 @@ def test_a_search_tries_what_promises_most(devices):
 
 def test_every_mesh_is_a_candidate():
   config = _config()
-  found = list(ahead.candidates(config, 8))
+  found = list(aot.candidates(config, 8))
   assert all(math.prod(sizes.values()) == 8 for sizes in found)
   # Ways to share three factors of two among four axes.
   assert len(found) == 20
   config.mesh.slice = 2
-  assert {s["slice"] for s in ahead.candidates(config, 8)} == {2}
+  assert {s["slice"] for s in aot.candidates(config, 8)} == {2}
 
 
 def test_slices_are_joined(devices):
-  both = ahead.slice_devices("v5e:2x2", 2)
+  both = aot.slice_devices("v5e:2x2", 2)
   assert len(both) == 2 * len(devices)
   with pytest.raises(ValueError, match="mesh.slice=1: the 8 devices are of 2"):
     pretrain.make_setup(_config(), both)
@@ -116,14 +116,14 @@ def test_slices_are_joined(devices):
 
 def test_no_such_topology():
   with pytest.raises(ValueError, match="expected such as v5p:4x4x4"):
-    ahead.slice_devices("big")
+    aot.slice_devices("big")
   with pytest.raises(ValueError, match="'v5e:3x5x7' cannot be described"):
-    ahead.slice_devices("v5e:3x5x7")
+    aot.slice_devices("v5e:3x5x7")
 
 
 def test_an_unknown_device_has_no_bound():
   with pytest.raises(ValueError, match="peaks of 'cpu' are not known"):
-    ahead.plan(_config(), jax.devices()[:1])
+    aot.plan(_config(), jax.devices()[:1])
 
 
 def test_the_command_prints_a_table(tmp_path):

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax.contrib import scale_by_muon
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 import pytest
 
 from gemma_funnel.parallel import sharding
+from gemma_funnel.params import path_of
 from gemma_funnel.training import transforms
 
 L, D, N, K, H, F, V = 3, 160, 4, 1, 40, 200, 300
@@ -38,7 +39,7 @@ def _tree(flat):
 
 def _flat(tree):
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {transforms.path_of(path): np.asarray(leaf) for path, leaf in leaves}
+  return {path_of(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _draw(seed, shapes=None):
@@ -169,7 +170,7 @@ def test_muon_is_optax_s_of_each_layer_s_matrix():
   by_hand = scale_by_muon(
     beta=0.9,
     weight_dimension_numbers=lambda tree: jax.tree.map(
-      lambda x: transforms.MuonDimensionNumbers(0, 1), tree
+      lambda x: MuonDimensionNumbers(0, 1), tree
     ),
   )
   only = optax.GradientTransformation(
@@ -230,7 +231,7 @@ def test_state_lies_as_its_parameters_do(name):
   leaves = jax.tree_util.tree_leaves_with_path(state)
   split = 0
   for path, leaf in leaves:
-    path = transforms.path_of(path)
+    path = path_of(path)
     spec = sharding.spec_of(path, leaf.shape, mesh)
     of = [p for p in SHAPES if path.endswith("/" + p)]
     if not of:
