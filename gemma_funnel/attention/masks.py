@@ -100,12 +100,7 @@ def key_slots(
 
 def slots(stream: Stream, some: slice = slice(None)) -> Stream:
   """Where some slots stand; no hidden states."""
-  return stream.replace(
-    hidden_BTD=None,
-    position_BT=stream.position_BT[:, some],
-    end_BT=stream.end_BT[:, some],
-    segment_BT=stream.segment_BT[:, some],
-  )
+  return jax.tree.map(lambda x_BT: x_BT[:, some], stream.slots())
 
 
 def num_context_shards(queries: Stream) -> int:
