@@ -37,3 +37,11 @@ def made(tmp_path_factory):
 def copy(made, tmp_path):
   """Makes a copy of one of them, to be spoiled."""
   return lambda name: shutil.copytree(made / name, tmp_path / "src")
+
+
+@pytest.fixture
+def fakes(tmp_path):
+  """The programs that the scripts of tpu/ call."""
+  from tpu_fakes import Fakes
+
+  return Fakes(tmp_path)

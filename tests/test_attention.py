@@ -1,5 +1,6 @@
-"""Every kernel against the reference, and what each refuses."""
+"""Every kernel against the definition, and what each refuses."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -10,12 +11,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_funnel import config
 from gemma_funnel.attention import api, blocked, flash, masks
+from gemma_funnel.attention.masks import AttentionSpec
 from gemma_funnel.stream import Stream, make_stream
 from gemma_funnel.training import aot
 
 B, K, G, H = 2, 2, 2, 8
 _BLOCKS = blocked._blocks
+CASES = [
+  (segments, AttentionSpec(causal, window, softcap))
+  for segments in ("none", "packed", "padded")
+  for causal in (True, False)
+  for window in (None, 1, 5)
+  for softcap in (None, 4.0, 100.0)
+]
+WHO = ("pooled", "short", "same")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+  monkeypatch.setattr(blocked, "_BLOCK", 4)
+
+
+def _attend(qkv, queries, keys, spec, kernel="auto"):
+  return api.attend(
+    *qkv, queries, keys, kernel=kernel, **dataclasses.asdict(spec)
+  )
+
+
+def _received(qk, queries, keys, spec):
+  return blocked.attention_received(
+    *qk, queries, keys, **dataclasses.asdict(spec)
+  )
 
 
 def _stream(length, segments):
@@ -65,11 +93,8 @@ def _pooled(base, stride, causal, rule, keep_first=False, room=None):
         slots.append((at, end[row, inside[b]], id_))
     rows.append(slots)
   room = room or max(map(len, rows))
-  at, end, segment = np.moveaxis(
-    np.array([slots + [(0, 0, 0)] * (room - len(slots)) for slots in rows]),
-    2,
-    0,
-  )
+  rows = [slots + [(0, 0, 0)] * (room - len(slots)) for slots in rows]
+  at, end, segment = np.moveaxis(np.array(rows), 2, 0)
   even = rule == "last" and base.even
   return Stream(
     None,
@@ -90,289 +115,17 @@ def _chosen(base, count):
     [np.sort(random.permutation(length)[:count]) for _ in range(B)]
   )
   take = lambda x: np.take_along_axis(np.asarray(x), keep_BR, 1)
-  return Stream(
-    None,
-    take(base.position_BT),
-    take(base.end_BT),
-    take(base.segment_BT),
-    1,
-    even=False,
-    packed=base.packed,
-  )
+  return jax.tree.map(take, masks.slots(base)).replace(spacing=1, even=False)
 
 
-def _moved(stream, by=7):
+def _moved(stream, spacing=1):
   """Rows need not begin at position 0."""
+  move = lambda x: x * spacing + 7
   return stream.replace(
-    position_BT=stream.position_BT + by, end_BT=stream.end_BT + by
+    position_BT=move(stream.position_BT),
+    end_BT=move(stream.end_BT),
+    spacing=spacing,
   )
-
-
-def _qkv(length, keys_length=None, dtype=jnp.float32, width=H):
-  keys = jax.random.split(jax.random.key(0), 3)
-  keys_length = keys_length or length
-  shapes = [(B, length, K * G, width), *[(B, keys_length, K, width)] * 2]
-  # Logits well beyond the caps below.
-  return [
-    3 * jax.random.normal(key, shape, dtype)
-    for key, shape in zip(keys, shapes, strict=True)
-  ]
-
-
-def _sees(queries, keys, causal, window):
-  """Which keys each query may see, [B, T, S]: the definition, in numpy."""
-  column = lambda x: np.asarray(x)[:, :, None]
-  row = lambda x: np.asarray(x)[:, None]
-  see = column(queries.segment_BT) == row(keys.segment_BT)
-  see &= column(queries.segment_BT) != 0
-  if causal:
-    see &= row(keys.end_BT) <= column(queries.end_BT)
-  if window is not None:
-    distance = column(queries.position_BT) - row(keys.position_BT)
-    see &= np.abs(distance) < window
-  return see
-
-
-def _brute_force(q, k, v, queries, keys, causal, window, softcap):
-  """The definition, in numpy loops."""
-  q, k, v = map(np.asarray, (q, k, v))
-  out = np.zeros(q.shape)
-  sees = _sees(queries, keys, causal, window)
-  for b, t, n in np.ndindex(q.shape[:3]):
-    see = sees[b, t]
-    if not see.any():
-      continue
-    logit = k[b, see, n // G].astype(np.float64) @ q[b, t, n]
-    if softcap:
-      logit = softcap * np.tanh(logit / softcap)
-    weight = np.exp(logit - logit.max())
-    out[b, t, n] = weight / weight.sum() @ v[b, see, n // G]
-  return out
-
-
-CASES = [
-  (segments, causal, window, softcap)
-  for segments in ("none", "packed", "padded")
-  for causal in (True, False)
-  for window in (None, 1, 5)
-  for softcap in (None, 4.0, 100.0)
-]
-
-
-@pytest.mark.parametrize("segments,causal,window,softcap", CASES)
-def test_reference_is_the_definition(segments, causal, window, softcap):
-  q, k, v = _qkv(13)
-  stream = _stream(13, segments)
-  got = api.attend(
-    q,
-    k,
-    v,
-    stream,
-    stream,
-    causal=causal,
-    window=window,
-    softcap=softcap,
-    kernel="reference",
-  )
-  want = _brute_force(q, k, v, stream, stream, causal, window, softcap)
-  np.testing.assert_allclose(got, want, atol=1e-4)
-
-
-def _agree(call, queries, keys, causal, window, softcap, width=H, tol=1e-4):
-  """Values and gradients of `call` are those of the reference."""
-  lengths = [stream.segment_BT.shape[1] for stream in (queries, keys)]
-  qkv = _qkv(*lengths, width=width)
-  kw = dict(
-    causal=causal, window=window, softcap=softcap, softmax_dtype="float32"
-  )
-  weight = jax.random.normal(jax.random.key(1), qkv[0].shape)
-
-  def value_and_grads(fn):
-    loss = lambda *qkv: jnp.sum(weight * fn(*qkv, queries, keys, **kw))
-    return fn(*qkv, queries, keys, **kw), jax.grad(loss, (0, 1, 2))(*qkv)
-
-  got, want = map(
-    jax.jit(value_and_grads, static_argnums=0),
-    (call, blocked.reference_attention),
-  )
-  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_allclose(x, y, atol=tol, rtol=tol)
-    assert np.abs(y).max() > 0.1
-
-
-@pytest.mark.parametrize("spacing", [1, 3])
-@pytest.mark.parametrize("segments,causal,window,softcap", CASES)
-def test_blocked_is_the_reference(
-  segments, causal, window, softcap, spacing, monkeypatch
-):
-  monkeypatch.setattr(blocked, "_BLOCK", 4)
-
-  def strided(fn, *args, **kw):
-    *qkv, stream, _ = args
-    position_BT = stream.position_BT * spacing + 7
-    stream = stream.replace(
-      position_BT=position_BT, end_BT=position_BT, spacing=spacing
-    )
-    return fn(*qkv, stream, stream, **kw)
-
-  qkv, stream = _qkv(21), _stream(21, segments)
-  kw = dict(
-    causal=causal, window=window, softcap=softcap, softmax_dtype="float32"
-  )
-  got = strided(blocked.blocked_attention, *qkv, stream, stream, **kw)
-  want = strided(blocked.reference_attention, *qkv, stream, stream, **kw)
-  np.testing.assert_allclose(got, want, atol=1e-4)
-  if spacing == 1 and window != 1 and softcap != 100.0:
-    _agree(blocked.blocked_attention, stream, stream, causal, window, softcap)
-
-
-def _received(q, k, queries, keys, causal, window, softcap):
-  """Column sums of a dense softmax in numpy, [B, S]."""
-  q, k = (np.asarray(x, np.float64) for x in (q, k))
-  logits = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, G, axis=2))
-  if softcap:
-    logits = softcap * np.tanh(logits / softcap)
-  sees = _sees(queries, keys, causal, window)[:, None]
-  weight = np.exp(logits - logits.max(-1, keepdims=True)) * sees
-  total = weight.sum(-1, keepdims=True)
-  return (weight / np.where(total > 0, total, 1)).sum((1, 2))
-
-
-@pytest.mark.parametrize("segments,causal,window,softcap", CASES)
-def test_attention_received_is_the_column_sums(
-  segments, causal, window, softcap, monkeypatch
-):
-  monkeypatch.setattr(blocked, "_BLOCK", 4)
-  q, k, _ = _qkv(21)
-  stream = _moved(_stream(21, segments))
-  rule = dict(causal=causal, window=window, softcap=softcap)
-  got = blocked.attention_received(q, k, stream, stream, **rule)
-  assert (got.dtype, got.shape) == (jnp.float32, (B, 21))
-  want = _received(q, k, stream, stream, **rule)
-  np.testing.assert_allclose(got, want, atol=1e-4)
-  assert np.all(got[stream.segment_BT == 0] == 0)
-  real = jnp.sum(stream.segment_BT != 0, axis=1)
-  np.testing.assert_allclose(got.sum(1), K * G * real, rtol=1e-5)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("who", ["pooled", "short", "same"])
-def test_attention_received_of_pooled_streams(who, causal, monkeypatch):
-  monkeypatch.setattr(blocked, "_BLOCK", 8)
-  rule = dict(causal=causal, window=5, softcap=4.0)
-  for segments, at in itertools.product(
-    ("none", "packed", "padded"), ("last", "mean")
-  ):
-    queries, keys = _streams(who, 3, causal, at, segments)
-    q, k, _ = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
-    got = blocked.attention_received(q, k, queries, keys, **rule)
-    want = _received(q, k, queries, keys, **rule)
-    np.testing.assert_allclose(got, want, atol=1e-4, err_msg=f"{segments} {at}")
-
-
-@pytest.mark.parametrize(
-  "dtype,softmax_dtype", [("bfloat16", "float32"), ("bfloat16", "bfloat16")]
-)
-def test_attention_received_in_low_precision(dtype, softmax_dtype):
-  q, k, _ = _qkv(32, dtype=dtype)
-  stream = _stream(32, "packed")
-  rule = dict(causal=True, window=9, softcap=4.0)
-  got = blocked.attention_received(
-    q, k, stream, stream, **rule, softmax_dtype=softmax_dtype
-  )
-  assert got.dtype == jnp.float32
-  want = _received(q, k, stream, stream, **rule)
-  np.testing.assert_allclose(got, want, rtol=0.05, atol=0.05)
-
-
-def test_attention_received_has_no_gradient():
-  q, k, _ = _qkv(9)
-  stream = _stream(9, "none")
-  loss = lambda q, k: jnp.sum(
-    blocked.attention_received(
-      q, k, stream, stream, causal=True, window=None, softcap=4.0
-    )
-    ** 2
-  )
-  assert all(np.all(g == 0) for g in jax.grad(loss, (0, 1))(q, k))
-
-
-@pytest.mark.parametrize("sequence,tensor", [(4, 1), (2, 2), (2, 4), (1, 4)])
-@pytest.mark.parametrize("who", ["base", "short", "same"])
-def test_attention_received_on_a_mesh(who, sequence, tensor, monkeypatch):
-  """Queries split over `sequence`, heads over `tensor`, rows over `data`."""
-  monkeypatch.setattr(blocked, "_BLOCK", 4)
-  base = _stream(24, "padded")
-  pooled = _pooled(base, 3, True, "mean", room=8)
-  queries, keys = {
-    "base": (base, base),
-    "short": (base, pooled),
-    "same": (pooled, pooled),
-  }[who]
-  q, k, _ = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
-  rule = dict(causal=True, window=5, softcap=4.0)
-  mesh = jax.make_mesh(
-    (8 // sequence // tensor, sequence, tensor),
-    ("data", "sequence", "tensor"),
-    axis_types=(jax.sharding.AxisType.Auto,) * 3,
-  )
-  with jax.set_mesh(mesh):
-    got = jax.jit(
-      lambda q, k: blocked.attention_received(q, k, queries, keys, **rule)
-    )(q, k)
-  want = _received(q, k, queries, keys, **rule)
-  np.testing.assert_allclose(got, want, atol=1e-4)
-
-
-def test_attention_received_keeps_no_whole_weights_and_skips():
-  """Arrays of the program, and its FLOPs against those of all pairs."""
-  stream = _stream(1024, "none")
-  q, k, _ = _qkv(1024)
-
-  def trace(window, causal=True):
-    call = functools.partial(
-      blocked.attention_received, causal=causal, window=window, softcap=4.0
-    )
-    return jax.jit(lambda q, k: call(q, k, stream, stream)).trace(q, k)
-
-  sizes = [
-    math.prod(shape)
-    for shape in re.findall(r":[a-z]+\d*\[([\d,]+)\]", str(trace(None).jaxpr))
-    for shape in [map(int, shape.split(","))]
-  ]
-  assert max(sizes) == B * K * G * 128 * 1024
-  flops = lambda traced: traced.lower().cost_analysis()["flops"]
-  dense = flops(trace(None, causal=False))
-  assert flops(trace(None)) < 0.65 * dense
-  assert flops(trace(128)) < 0.3 * dense
-
-
-def _heads_in_turn(q_BTNH, kv_heads):
-  """As if query head n read kv head n % K."""
-  batch, length, heads, width = q_BTNH.shape
-  q_BTGKH = q_BTNH.reshape(batch, length, heads // kv_heads, kv_heads, width)
-  return q_BTGKH.transpose(0, 3, 1, 2, 4)
-
-
-@pytest.mark.parametrize(
-  "name,fault",
-  [
-    ("_query_groups", _heads_in_turn),
-    ("_blocks", lambda *args: list(_BLOCKS(*args))[:-1]),
-    (
-      "_blocks",
-      lambda *args: [
-        (t, slice(s.start, s.stop - 1)) for t, s in _BLOCKS(*args)
-      ],
-    ),
-  ],
-)
-def test_faults_of_attention_received_are_seen(name, fault, monkeypatch):
-  monkeypatch.setattr(blocked, name, fault)
-  with pytest.raises(AssertionError):
-    test_attention_received_is_the_column_sums(
-      "packed", True, 5, 4.0, monkeypatch
-    )
 
 
 def _streams(who, stride, causal, rule, segments, length=25):
@@ -384,41 +137,117 @@ def _streams(who, stride, causal, rule, segments, length=25):
     "pooled": (pooled, base),
     "short": (base, pooled),
     "same": (pooled, pooled),
+    "base": (base, base),
   }[who]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("kw",))
-def _jitted(fn, same, q, k, v, queries, keys, *, kw):
-  return fn(q, k, v, queries, queries if same else keys, **dict(kw))
+def _qkv(queries, keys, dtype=jnp.float32, width=H):
+  random = jax.random.split(jax.random.key(0), 3)
+  length, keys_length = (x.segment_BT.shape[1] for x in (queries, keys))
+  shapes = [(B, length, K * G, width), *[(B, keys_length, K, width)] * 2]
+  # Logits well beyond the caps below.
+  return [
+    3 * jax.random.normal(key, shape, dtype)
+    for key, shape in zip(random, shapes, strict=True)
+  ]
+
+
+def _sees(queries, keys, spec):
+  """Which keys each query may see, [B, T, S]: the definition, in numpy."""
+  column = lambda x: np.asarray(x)[:, :, None]
+  row = lambda x: np.asarray(x)[:, None]
+  see = column(queries.segment_BT) == row(keys.segment_BT)
+  see &= column(queries.segment_BT) != 0
+  if spec.causal:
+    see &= row(keys.end_BT) <= column(queries.end_BT)
+  if spec.window is not None:
+    distance = column(queries.position_BT) - row(keys.position_BT)
+    see &= np.abs(distance) < spec.window
+  return see
+
+
+def _weights(q, k, queries, keys, spec):
+  """The definition, in numpy: [B, N, T, S]."""
+  q, k = (np.asarray(x, np.float64) for x in (q, k))
+  logits = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, G, axis=2))
+  if spec.softcap:
+    logits = spec.softcap * np.tanh(logits / spec.softcap)
+  see = _sees(queries, keys, spec)[:, None]
+  logits = np.where(see, logits, -np.inf)
+  weight = np.exp(logits - logits.max(-1, keepdims=True, initial=-1e9))
+  total = weight.sum(-1, keepdims=True)
+  return weight / np.where(total > 0, total, 1)
+
+
+def _by_definition(q, k, v, queries, keys, spec):
+  weights = _weights(q, k, queries, keys, spec)
+  return np.einsum("bnts,bsnh->btnh", weights, np.repeat(v, G, axis=2))
+
+
+def _flops(fn, arrays, queries, keys, spec):
+  call = functools.partial(fn, queries=queries, keys=keys, spec=spec)
+  return jax.jit(call).lower(*arrays).cost_analysis()["flops"]
+
+
+def _agree(call, queries, keys, spec, width=H, tol=1e-4):
+  """Values and gradients of `call` are those of the reference."""
+  qkv = _qkv(queries, keys, width=width)
+  weight = jax.random.normal(jax.random.key(1), qkv[0].shape)
+
+  def value_and_grads(fn):
+    loss = lambda *qkv: jnp.sum(weight * fn(*qkv, queries, keys, spec))
+    return fn(*qkv, queries, keys, spec), jax.grad(loss, (0, 1, 2))(*qkv)
+
+  got, want = map(
+    jax.jit(value_and_grads, static_argnums=0),
+    (call, blocked.reference_attention),
+  )
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(x, y, atol=tol, rtol=tol)
+    assert np.abs(y).max() > 0.1
+
+
+@pytest.mark.parametrize("spacing", [1, 3])
+@pytest.mark.parametrize("segments,spec", CASES)
+def test_reference_and_blocked_are_the_definition(
+  segments, spec, spacing, small_blocks
+):
+  stream = _moved(_stream(21, segments), spacing)
+  qkv = _qkv(stream, stream)
+  want = _by_definition(*qkv, stream, stream, spec)
+  for kernel in ("reference", "blocked"):
+    got = _attend(qkv, stream, stream, spec, kernel)
+    np.testing.assert_allclose(got, want, atol=1e-4, err_msg=kernel)
+  if spacing == 1 and spec.window != 1 and spec.softcap != 100.0:
+    _agree(blocked.blocked_attention, stream, stream, spec)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _jitted(fn, same, spec, q, k, v, queries, keys):
+  return fn(q, k, v, queries, queries if same else keys, spec)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
   "stride,window,softcap", [(2, None, 4.0), (3, 4, None)]
 )
-@pytest.mark.parametrize("who", ["pooled", "short", "same"])
+@pytest.mark.parametrize("who", WHO)
 def test_blocked_and_reference_of_pooled_streams(
   who, stride, window, softcap, causal, monkeypatch
 ):
   """They are the definition; programs are compiled once for several rules."""
   monkeypatch.setattr(blocked, "_BLOCK", 8)
-  kw = dict(causal=causal, window=window, softcap=softcap)
+  spec = AttentionSpec(causal, window, softcap)
   for segments, rule in itertools.product(
     ("none", "packed", "padded"), ("last", "first", "mean")
   ):
     queries, keys = _streams(who, stride, causal, rule, segments)
-    bare = lambda stream: stream.replace(hidden_BTD=None)
-    qkv = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
-    want = _brute_force(*qkv, queries, keys, **kw)
+    qkv = _qkv(queries, keys)
+    want = _by_definition(*qkv, queries, keys, spec)
     plain = [blocked.reference_attention] if segments == "packed" else []
     for fn in (blocked.blocked_attention, *plain):
       got = _jitted(
-        fn,
-        who == "same",
-        *qkv,
-        bare(queries),
-        bare(keys),
-        kw=(*kw.items(), ("softmax_dtype", "float32")),
+        fn, who == "same", spec, *qkv, masks.slots(queries), masks.slots(keys)
       )
       np.testing.assert_allclose(
         got, want, atol=1e-4, err_msg=f"{segments} {rule} {fn.__name__}"
@@ -431,43 +260,39 @@ def test_blocked_and_reference_of_pooled_streams(
 def test_gradients_of_blocked_unequal_streams(who, segments, monkeypatch):
   monkeypatch.setattr(blocked, "_BLOCK", 8)
   queries, keys = _streams(who, 2, True, "mean", segments)
-  _agree(blocked.blocked_attention, queries, keys, True, 5, 4.0)
+  _agree(blocked.blocked_attention, queries, keys, AttentionSpec(True, 5, 4.0))
 
 
 def test_slots_of_packed_keys_may_stand_in_any_order():
   """As in a cache that is a ring, where it is said to be packed."""
   queries = _stream(9, "none").replace(packed=True)
-  kw = dict(causal=True, window=4, softcap=4.0)
+  spec = AttentionSpec(True, 4, 4.0)
   order = np.random.default_rng(0).permutation(9)
-  keys = masks.slots(queries)
-  keys = jax.tree.map(lambda x: x[:, order], keys)
-  q, k, v = _qkv(9)
-  want = _brute_force(q, k, v, queries, queries, **kw)
+  keys = jax.tree.map(lambda x: x[:, order], masks.slots(queries))
+  q, k, v = _qkv(queries, keys)
+  want = _by_definition(q, k, v, queries, queries, spec)
   k, v = k[:, order], v[:, order]
   for kernel in ("reference", "blocked"):
-    got = api.attend(q, k, v, queries, keys, kernel=kernel, **kw)
+    got = _attend((q, k, v), queries, keys, spec, kernel)
     np.testing.assert_allclose(got, want, atol=1e-4)
   head_major = [x.transpose(0, 2, 1, 3) for x in (k, v)]
-  del kw["causal"]  # A cache always is.
-  got = blocked.attend_cache(q, *head_major, queries, keys, **kw)
+  got = blocked.attend_cache(
+    q, *head_major, queries, keys, window=4, softcap=4.0
+  )
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def _families(length, causal):
   """Streams of one row of `length` tokens, each before those made of it."""
   base = _moved(_stream(length, "none"))
+  rules = [*itertools.product(("last", "first", "mean"), {False, not causal})]
   short = [
-    _pooled(base, stride, causal, rule, keep_first)
-    for stride, rule, keep_first in itertools.product(
-      (1, 2, 3, 5), ("last", "first", "mean"), {False, not causal}
-    )
+    _pooled(base, stride, causal, *rule)
+    for stride, rule in itertools.product((1, 2, 3, 5), rules)
   ]
   yield from ([base, pooled] for pooled in short)
-  for first in short[3:]:
-    for rule, keep_first in itertools.product(
-      ("last", "first", "mean"), {False, not causal}
-    ):
-      yield [first, _pooled(first, 3, causal, rule, keep_first)]
+  for first, rule in itertools.product(short[3:], rules):
+    yield [first, _pooled(first, 3, causal, *rule)]
   chosen = _chosen(base, -(-length // 3))
   yield [base, chosen]
   yield [chosen, _pooled(chosen, 2, causal, "last")]
@@ -480,92 +305,160 @@ def test_no_visible_key_is_skipped(causal):
   """By the indices alone: for every rule, both ways, nested, and selected."""
   families = [f for n in (1, 7, 21, 24) for f in _families(n, causal)]
   for (long, short), window in itertools.product(families, (None, 1, 2, 5, 9)):
+    spec = AttentionSpec(causal, window)
     for queries, keys in ((long, short), (short, long), (short, short)):
-      sees = _sees(queries, keys, causal, window).any(0)
+      sees = _sees(queries, keys, spec).any(0)
       for lo in range(0, len(sees), 4):
         hi = min(lo + 4, len(sees))
-        first, last = masks.key_slots(
-          lo, hi, queries, keys, causal=causal, window=window
-        )
+        first, last = masks.key_slots(lo, hi, queries, keys, spec)
         assert 0 <= first < last <= sees.shape[1]
         assert not sees[lo:hi, :first].any(), (queries, keys, lo, window)
         assert not sees[lo:hi, last:].any(), (queries, keys, lo, window)
 
 
 @pytest.mark.parametrize("rule", ["last", "first", "mean"])
-@pytest.mark.parametrize("who", ["pooled", "short"])
-def test_blocked_unequal_skips_the_future_and_what_the_window_hides(who, rule):
-  """FLOPs of the program, against those of all pairs; only unpacked."""
+@pytest.mark.parametrize("who", ["base", "pooled", "short"])
+def test_blocked_skips_the_future_and_what_the_window_hides(who, rule):
+  """FLOPs of the program, against those of all pairs; unequal: only unpacked."""
   queries, keys = _streams(who, 2, True, rule, "none", length=1024)
-  qkv = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
-
-  def flops(fn, window, causal=True, packed=False):
-    lowered = jax.jit(
-      functools.partial(
-        fn,
-        queries=queries,
-        keys=keys.replace(packed=packed),
-        causal=causal,
-        window=window,
-        softcap=4.0,
-        softmax_dtype="float32",
-      )
-    ).lower(*qkv)
-    return lowered.cost_analysis()["flops"]
-
+  qkv = _qkv(queries, keys)
+  flops = lambda fn, window, causal=True, keys=keys: _flops(
+    fn, qkv, queries, keys, AttentionSpec(causal, window, 4.0)
+  )
   dense = flops(blocked.reference_attention, None)
+  call = blocked.blocked_attention
   # Blocks of 128 queries: of 4, or of 8.
-  assert flops(blocked.blocked_attention, None) < 0.65 * dense
-  assert flops(blocked.blocked_attention, 128) < 0.4 * dense
-  assert flops(blocked.blocked_attention, 128, causal=False) < 0.5 * dense
-  assert flops(blocked.blocked_attention, 128, packed=True) > 0.95 * dense
+  assert flops(call, None) < (0.6 if who == "base" else 0.65) * dense
+  assert flops(call, 128) < (0.3 if who == "base" else 0.4) * dense
+  assert flops(call, 128, causal=False) < 0.5 * dense
+  packed = keys.replace(packed=True)
+  assert flops(call, 128, keys=packed) > 0.95 * dense
 
 
-def test_blocked_skips_the_future_and_what_the_window_hides():
-  """Compiled FLOPs, against those of all pairs."""
+@pytest.mark.parametrize("segments,spec", CASES)
+def test_attention_received_is_the_column_sums(segments, spec, small_blocks):
+  stream = _moved(_stream(21, segments))
+  q, k, _ = _qkv(stream, stream)
+  got = _received((q, k), stream, stream, spec)
+  assert (got.dtype, got.shape) == (jnp.float32, (B, 21))
+  want = _weights(q, k, stream, stream, spec).sum((1, 2))
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  assert np.all(got[stream.segment_BT == 0] == 0)
+  real = jnp.sum(stream.segment_BT != 0, axis=1)
+  np.testing.assert_allclose(got.sum(1), K * G * real, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("who", WHO)
+def test_attention_received_of_pooled_streams(who, causal, small_blocks):
+  spec = AttentionSpec(causal, 5, 4.0)
+  for segments, at in [
+    ("none", "last"),
+    ("packed", "mean"),
+    ("padded", "last"),
+  ]:
+    queries, keys = _streams(who, 3, causal, at, segments)
+    q, k, _ = _qkv(queries, keys)
+    got = _received((q, k), queries, keys, spec)
+    want = _weights(q, k, queries, keys, spec).sum((1, 2))
+    np.testing.assert_allclose(got, want, atol=1e-4, err_msg=f"{segments} {at}")
+
+
+@pytest.mark.parametrize("softmax_dtype", ["float32", "bfloat16"])
+def test_attention_received_in_low_precision(softmax_dtype):
+  stream = _stream(32, "packed")
+  q, k, _ = _qkv(stream, stream, jnp.bfloat16)
+  spec = AttentionSpec(True, 9, 4.0, softmax_dtype)
+  got = _received((q, k), stream, stream, spec)
+  assert got.dtype == jnp.float32
+  want = _weights(q, k, stream, stream, spec).sum((1, 2))
+  tol = {"float32": 1e-4, "bfloat16": 0.05}[softmax_dtype]
+  np.testing.assert_allclose(got, want, rtol=tol, atol=tol)
+
+
+def test_attention_received_has_no_gradient():
+  stream, spec = _stream(9, "none"), AttentionSpec(True, None, 4.0)
+  loss = lambda *qk: jnp.sum(_received(qk, stream, stream, spec) ** 2)
+  grads = jax.grad(loss, (0, 1))(*_qkv(stream, stream)[:2])
+  assert all(np.all(g == 0) for g in grads)
+
+
+@pytest.mark.parametrize("sequence,tensor", [(4, 1), (2, 2), (2, 4), (1, 4)])
+@pytest.mark.parametrize("who", ["base", "short", "same"])
+def test_attention_received_on_a_mesh(who, sequence, tensor, small_blocks):
+  """Queries split over `sequence`, heads over `tensor`, rows over `data`."""
+  queries, keys = _streams(who, 3, True, "mean", "padded", length=24)
+  q, k, _ = _qkv(queries, keys)
+  spec = AttentionSpec(True, 5, 4.0)
+  call = jax.jit(lambda *qk: _received(qk, queries, keys, spec))
+  with _mesh(data=8 // sequence // tensor, sequence=sequence, tensor=tensor):
+    got = call(q, k)
+  want = _weights(q, k, queries, keys, spec).sum((1, 2))
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_attention_received_keeps_no_whole_weights_and_skips():
+  """Arrays of the program, and its FLOPs against those of all pairs."""
   stream = _stream(1024, "none")
+  qk = _qkv(stream, stream)[:2]
+  call = lambda q, k, queries, keys, spec: _received(
+    (q, k), stream, stream, spec
+  )
+  flops = lambda *spec: _flops(call, qk, stream, stream, AttentionSpec(*spec))
+  program = jax.make_jaxpr(
+    lambda q, k: _received((q, k), stream, stream, AttentionSpec(True, None))
+  )(*qk)
+  shapes = re.findall(r":[a-z]+\d*\[([\d,]+)\]", str(program))
+  sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
+  assert max(sizes) == B * K * G * 128 * 1024
+  dense = flops(False, None, 4.0)
+  assert flops(True, None, 4.0) < 0.65 * dense
+  assert flops(True, 128, 4.0) < 0.3 * dense
 
-  def flops(fn, window):
-    compiled = (
-      jax.jit(
-        functools.partial(
-          fn,
-          queries=stream,
-          keys=stream,
-          causal=True,
-          window=window,
-          softcap=4.0,
-          softmax_dtype="float32",
-        )
-      )
-      .lower(*_qkv(1024))
-      .compile()
-    )
-    return compiled.cost_analysis()["flops"]
 
-  dense = flops(blocked.reference_attention, None)
-  assert flops(blocked.blocked_attention, None) < 0.6 * dense
-  assert flops(blocked.blocked_attention, 128) < 0.3 * dense
+def _heads_in_turn(q_BTNH, kv_heads):
+  """As if query head n read kv head n % K."""
+  batch, length, heads, width = q_BTNH.shape
+  q_BTGKH = q_BTNH.reshape(batch, length, heads // kv_heads, kv_heads, width)
+  return q_BTGKH.transpose(0, 3, 1, 2, 4)
+
+
+def _without_a_block(*args):
+  return list(_BLOCKS(*args))[:-1]
+
+
+def _without_a_key(*args):
+  return [(t, slice(s.start, s.stop - 1)) for t, s in _BLOCKS(*args)]
+
+
+@pytest.mark.parametrize(
+  "name,fault",
+  [
+    ("_query_groups", _heads_in_turn),
+    ("_blocks", _without_a_block),
+    ("_blocks", _without_a_key),
+  ],
+)
+def test_faults_of_attention_received_are_seen(
+  name, fault, small_blocks, monkeypatch
+):
+  spec = AttentionSpec(True, 5, 4.0)
+  test_attention_received_is_the_column_sums("packed", spec, None)
+  monkeypatch.setattr(blocked, name, fault)
+  with pytest.raises(AssertionError):
+    test_attention_received_is_the_column_sums("packed", spec, None)
 
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_nothing_visible_gives_zeros_and_finite_gradients(window, softcap):
-  q, k, v = _qkv(6)
   stream = make_stream(jnp.zeros((B, 6, 1)), jnp.zeros((B, 6), int))
+  spec = AttentionSpec(True, window, softcap)
   for kernel in ("reference", "blocked"):
     loss = lambda *qkv, kernel=kernel: jnp.sum(
-      api.attend(
-        *qkv,
-        stream,
-        stream,
-        causal=True,
-        window=window,
-        softcap=softcap,
-        kernel=kernel,
-      )
+      _attend(qkv, stream, stream, spec, kernel)
     )
-    value, grads = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+    value, grads = jax.value_and_grad(loss, (0, 1, 2))(*_qkv(stream, stream))
     assert value == 0
     assert all(np.all(g == 0) for g in grads)
 
@@ -573,16 +466,15 @@ def test_nothing_visible_gives_zeros_and_finite_gradients(window, softcap):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_softmax_dtype_is_used(dtype):
   """Low precision differs from float32, and by no more than it should."""
-  q, k, v = _qkv(32)
   stream = _stream(32, "packed")
-  call = functools.partial(
-    api.attend, q, k, v, stream, stream, causal=True, window=None, softcap=4.0
-  )
+  qkv = _qkv(stream, stream)
   for kernel in ("reference", "blocked"):
-    low = call(kernel=kernel, softmax_dtype=dtype)
-    difference = np.abs(low - call(kernel=kernel)).max()
-    assert low.dtype == q.dtype
-    assert 1e-5 < difference < 0.2
+    low, full = (
+      _attend(qkv, stream, stream, AttentionSpec(True, None, 4.0, x), kernel)
+      for x in (dtype, "float32")
+    )
+    assert low.dtype == qkv[0].dtype
+    assert 1e-5 < np.abs(low - full).max() < 0.2
 
 
 @pytest.mark.parametrize("segments", ["none", "packed", "padded"])
@@ -592,62 +484,53 @@ def test_softmax_dtype_is_used(dtype):
 def test_splash_is_the_reference(segments, causal, window):
   """The TPU kernel, interpreted; its gradients too."""
   call = functools.partial(flash.splash_attention, interpret=True)
-  stream = _stream(128, segments)
-  _agree(call, stream, stream, causal, window, 4.0, width=128, tol=2e-3)
+  stream, spec = _stream(128, segments), AttentionSpec(causal, window, 4.0)
+  _agree(call, stream, stream, spec, width=128, tol=2e-3)
 
 
-@pytest.mark.parametrize("segments", ["none", "packed", "padded"])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 5])
-def test_tokamax_is_the_reference(segments, causal, window):
+@pytest.fixture
+def tokamax_xla():
   """What we ask of tokamax, by its own XLA implementation."""
   pytest.importorskip("tokamax")
-  call = functools.partial(flash.tokamax_attention, implementation="xla")
-  stream = _stream(24, segments)
   with jax.numpy_rank_promotion("allow"):  # tokamax's own code promotes.
-    _agree(call, stream, stream, causal, window, 4.0)
-
-
-def _tokamax_xla(*args, **kw):
-  pytest.importorskip("tokamax")
-  with jax.numpy_rank_promotion("allow"):  # tokamax's own code promotes.
-    return flash.tokamax_attention(*args, **kw, implementation="xla")
+    yield functools.partial(flash.tokamax_attention, implementation="xla")
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
   "who,segments,window",
-  [("same", "none", 4), ("pooled", "packed", None), ("short", "none", 4)],
+  [
+    *itertools.product(["base"], ["none", "packed", "padded"], [None, 5]),
+    ("same", "none", 4),
+    ("pooled", "packed", None),
+    ("short", "none", 4),
+  ],
 )
-def test_tokamax_of_pooled_streams(who, segments, window, causal):
+def test_tokamax_is_the_reference(who, segments, window, causal, tokamax_xla):
   queries, keys = _streams(who, 3, causal, "mean", segments)
-  with jax.numpy_rank_promotion("allow"):
-    _agree(_tokamax_xla, queries, keys, causal, window, 4.0)
+  _agree(tokamax_xla, queries, keys, AttentionSpec(causal, window, 4.0))
 
 
-def test_tokamax_gives_zeros_to_queries_that_see_no_key():
+def test_tokamax_gives_zeros_to_queries_that_see_no_key(tokamax_xla):
   """Real ones, before the first key that a selection has kept."""
   queries = _stream(12, "none")
-  keys = jax.tree.map(lambda x: x[:, 5:8], masks.slots(queries))
-  keys = keys.replace(even=False)
-  with jax.numpy_rank_promotion("allow"):
-    _agree(_tokamax_xla, queries, keys, True, None, 4.0)
+  keys = masks.slots(queries, slice(5, 8)).replace(even=False)
+  _agree(tokamax_xla, queries, keys, AttentionSpec(True, None, 4.0))
 
 
-def test_a_hand_written_kernel_gets_its_own_rows_of_both_streams():
+def _mesh(**axes):
+  types = (jax.sharding.AxisType.Auto,) * len(axes)
+  mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
+  return jax.set_mesh(mesh)
+
+
+def test_a_hand_written_kernel_gets_its_own_rows_of_both_streams(tokamax_xla):
   """On a mesh: the rows differ in their segments."""
   queries, keys = _streams("short", 3, True, "last", "padded")
-  qkv = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
-  kw = dict(causal=True, window=5, softcap=4.0)
-  mesh = jax.make_mesh(
-    (2, 1, 2),
-    ("data", "fsdp", "tensor"),
-    axis_types=(jax.sharding.AxisType.Auto,) * 3,
-  )
-  call = functools.partial(_tokamax_xla, softmax_dtype="float32", **kw)
-  with jax.set_mesh(mesh), jax.numpy_rank_promotion("allow"):
-    got = jax.jit(lambda *qkv: call(*qkv, queries, keys))(*qkv)
-  want = _brute_force(*qkv, queries, keys, **kw)
+  qkv, spec = _qkv(queries, keys), AttentionSpec(True, 5, 4.0)
+  with _mesh(data=2, fsdp=1, tensor=2):
+    got = jax.jit(lambda *qkv: tokamax_xla(*qkv, queries, keys, spec))(*qkv)
+  want = _by_definition(*qkv, queries, keys, spec)
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -682,19 +565,16 @@ def test_auto_on_a_tpu_compiles_to_its_kernel():
   lowered.compile()
 
 
-def _request(**changes):
-  return (
-    dict(
-      softcap=50.0,
-      window=None,
-      packed=False,
-      unequal=False,
-      uneven=False,
-      length=128,
-      softmax_dtype="float32",
-    )
-    | changes
+def _choose(
+  kernel, length=128, unequal=False, uneven=False, packed=False, **spec
+):
+  stream = make_stream(jnp.zeros((1, length, 1)))
+  stream = stream.replace(packed=packed, even=not uneven)
+  spec = AttentionSpec(
+    **{"causal": True, "window": None, "softcap": 50.0} | spec
   )
+  keys = stream.replace() if unequal else stream
+  return api.choose_kernel(kernel, stream, keys, spec)
 
 
 @pytest.mark.parametrize("platform,skips", [("tpu", "splash"), ("cpu", None)])
@@ -714,15 +594,17 @@ def test_auto_takes_blocked_where_the_platforms_kernel_cannot(
 ):
   monkeypatch.setattr(api, "target_platform", lambda: platform)
   want = skips if skips and by_order else "blocked"
-  assert api.choose_kernel("auto", **_request(**request_)) == want
+  assert _choose("auto", **request_) == want
 
 
-def test_auto_on_a_gpu_is_tokamax_for_any_streams(monkeypatch):
+@pytest.mark.parametrize("capped,want", [(True, "tokamax"), (False, "blocked")])
+def test_auto_on_a_gpu_is_tokamax_for_any_streams(capped, want, monkeypatch):
   pytest.importorskip("tokamax")
   monkeypatch.setattr(api, "target_platform", lambda: "gpu")
-  monkeypatch.setattr(api, "_has_capped_backward", lambda: True)
-  request = _request(unequal=True, uneven=True, window=8, packed=True)
-  assert api.choose_kernel("auto", **request) == "tokamax"
+  monkeypatch.setattr(api, "_has_capped_backward", lambda: capped)
+  request = dict(unequal=True, uneven=True, window=8, packed=True)
+  assert _choose("auto", **request) == want
+  assert _choose("auto", **request, softcap=None) == "tokamax"
 
 
 @pytest.mark.parametrize(
@@ -730,12 +612,11 @@ def test_auto_on_a_gpu_is_tokamax_for_any_streams(monkeypatch):
 )
 def test_attend_tells_what_its_streams_are(who, message):
   queries, keys = _streams(who, 3, True, "mean", "none")
-  qkv = _qkv(*[x.segment_BT.shape[1] for x in (queries, keys)])
-  kw = dict(causal=True, window=5, softcap=None)
+  qkv, spec = _qkv(queries, keys), AttentionSpec(True, 5)
   with pytest.raises(ValueError, match=message):
-    api.attend(*qkv, queries, keys, kernel="splash", **kw)
-  got = api.attend(*qkv, queries, keys, **kw)
-  want = _brute_force(*qkv, queries, keys, **kw)
+    _attend(qkv, queries, keys, spec, "splash")
+  got = _attend(qkv, queries, keys, spec)
+  want = _by_definition(*qkv, queries, keys, spec)
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -753,4 +634,8 @@ def test_attend_tells_what_its_streams_are(who, message):
 )
 def test_what_a_kernel_cannot_do_raises(kernel, request_, message):
   with pytest.raises(ValueError, match=message):
-    api.choose_kernel(kernel, **_request(**request_))
+    _choose(kernel, **request_)
+
+
+def test_the_model_may_name_every_kernel():
+  assert config.KERNELS == ("auto", *api.KERNELS)

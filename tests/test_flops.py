@@ -11,7 +11,7 @@ import pytest
 
 from gemma_funnel import flops
 from gemma_funnel import funnel as funnel_lib
-from gemma_funnel.attention.masks import visible
+from gemma_funnel.attention.masks import AttentionSpec, visible
 from gemma_funnel.config import (
   PRESETS,
   FunnelConfig,
@@ -128,7 +128,7 @@ def by_hand(config, funnel, length, causal):
   found = []
 
   def add(name, queries, keys, window):
-    see = visible(queries, keys, causal=causal, window=window)
+    see = visible(queries, keys, AttentionSpec(causal, window))
     found.append((name, queries, keys, np.asarray(see[0])))
 
   def run(step, stream, keys):

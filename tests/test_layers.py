@@ -8,16 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_funnel import layers
 from gemma_funnel.config import TransformerConfig
-from gemma_funnel.layers import (
-  MLP,
-  Attention,
-  Block,
-  RMSNorm,
-  normalize,
-  rope_angles,
-  rotate,
-)
+from gemma_funnel.layers import MLP, Attention, Block, RMSNorm, rotate
 
 CONFIG = TransformerConfig.preset("tiny")
 
@@ -27,9 +20,17 @@ def _states(length=5, seed=0):
   return jax.random.normal(jax.random.key(seed), shape)
 
 
+def _rope_at(*positions):
+  return layers.rope_angles(jnp.asarray([positions]), CONFIG, CONFIG.layers[0])
+
+
 def _rope(length=5):
-  position_1T = jnp.arange(length)[None]
-  return rope_angles(jnp.broadcast_to(position_1T, (2, length)), CONFIG)
+  return _rope_at(*range(length))
+
+
+def _attention_fn(output):
+  """Whose output is a function of queries, keys and values."""
+  return lambda q, k, v: (output(q, k, v), {"asked": k})
 
 
 def test_norm_works_in_float32_and_adds_one():
@@ -37,14 +38,10 @@ def test_norm_works_in_float32_and_adds_one():
   norm = RMSNorm(config, "final_norm")
   norm.scale[...] = jnp.asarray([0.0, 1.0, -1.0, 0.5])
   x = jnp.asarray([[[1e-3, 2e-3, 3e-3, 4e-3]]])
-  want = (
-    x
-    / np.sqrt(np.mean(np.square(x)) + 1e-6)
-    * np.array([[[1.0, 2.0, 0.0, 1.5]]])
-  )
+  want = x / np.sqrt(np.mean(x**2) + 1e-6) * np.array([[[1, 2, 0, 1.5]]])
   np.testing.assert_allclose(norm(x), want, rtol=1e-5)
   assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-  assert normalize(x.astype(jnp.bfloat16), 1e-6).dtype == jnp.float32
+  assert layers.normalize(x.astype(jnp.bfloat16), 1e-6).dtype == jnp.float32
 
 
 def test_rope_depends_on_distance_alone():
@@ -52,8 +49,7 @@ def test_rope_depends_on_distance_alone():
   q, k = jax.random.normal(key, (2, 1, 1, 1, CONFIG.head_dim))
 
   def score(t, s):
-    at = lambda p: rope_angles(jnp.asarray([[p]]), CONFIG)
-    return jnp.sum(rotate(q, at(t)) * rotate(k, at(s)))
+    return jnp.sum(rotate(q, _rope_at(t)) * rotate(k, _rope_at(s)))
 
   np.testing.assert_allclose(score(7, 3), score(107, 103), rtol=1e-4)
   # A mean of positions is as good a place as any.
@@ -64,7 +60,7 @@ def test_rope_depends_on_distance_alone():
 
 def test_positions_of_bfloat16_do_not_collapse():
   """Angles are float32: positions 4095 and 4096 stay apart."""
-  cos, sin = rope_angles(jnp.asarray([[4095, 4096]]), CONFIG)
+  cos, sin = _rope_at(4095, 4096)
   assert np.abs(sin[0, 0] - sin[0, 1]).max() > 0.1
   assert cos.dtype == jnp.float32
 
@@ -76,21 +72,17 @@ def test_rotate_turns_the_pairs_of_the_two_halves():
   angle = 3 * CONFIG.rope_base ** -(np.arange(half) * 2 / CONFIG.head_dim)
   pair = np.asarray(x_BTNH[..., :half] + 1j * x_BTNH[..., half:])
   turned = pair * np.exp(1j * angle)
-  got = rotate(x_BTNH, rope_angles(jnp.asarray([[3]]), CONFIG))
-  np.testing.assert_allclose(
-    got, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-6
-  )
+  got = rotate(x_BTNH, _rope_at(3))
+  want = np.concatenate([turned.real, turned.imag], axis=-1)
+  np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_attention_scales_and_rotates_queries_and_rotates_keys():
   attention, x, keys = Attention(CONFIG, nnx.Rngs(0)), _states(), _states(7, 1)
   seen = {}
-
-  def look(q, k, v):
-    seen.update(q=q, k=k, v=v)
-    return q
-
-  attention(x, _rope(), look, keys, _rope(7))
+  attention_fn = _attention_fn(lambda q, k, v: seen.update(q=q, k=k, v=v) or q)
+  _, aux = attention(x, _rope(), attention_fn, keys, _rope(7))
+  assert aux["asked"] is seen["k"]
   project = lambda x, w: np.einsum("btd,dnh->btnh", x, w[...])
   q, k = project(x, attention.query), project(keys, attention.key)
   want = dict(
@@ -103,10 +95,10 @@ def test_attention_scales_and_rotates_queries_and_rotates_keys():
 
 
 def test_attention_that_starts_at_zero_adds_nothing():
-  look = lambda q, k, v: q
+  args = (_states(), _rope(), _attention_fn(lambda q, k, v: q))
   zero = Attention(CONFIG, nnx.Rngs(0), "funnel/*/attend/attn")
-  assert np.all(zero(_states(), _rope(), look) == 0)
-  assert np.abs(Attention(CONFIG, nnx.Rngs(0))(_states(), _rope(), look)).max()
+  assert np.all(zero(*args)[0] == 0)
+  assert np.abs(Attention(CONFIG, nnx.Rngs(0))(*args)[0]).max()
 
 
 def test_mlp_is_gelu_gated():
@@ -126,21 +118,23 @@ def test_block_is_two_residuals(post_norms):
     if norm := getattr(block, f"{name}_norm", None):
       noise = jax.random.normal(jax.random.fold_in(key, n), norm.scale.shape)
       norm.scale[...] = 0.5 * noise
-  look = lambda q, k, v: q * 2
+  attention_fn = _attention_fn(lambda q, k, v: q * 2)
   post = lambda name, x: getattr(block, name)(x) if post_norms else x
-  want = x + post(
-    "post_attn_norm", block.attn(block.pre_attn_norm(x), rope, look)
-  )
+  branch, aux = block.attn(block.pre_attn_norm(x), rope, attention_fn)
+  want = x + post("post_attn_norm", branch)
   want = want + post("post_mlp_norm", block.mlp(block.pre_mlp_norm(want)))
-  np.testing.assert_allclose(block(x, rope, look), want, atol=1e-6)
+  got, got_aux = block(x, rope, attention_fn)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+  np.testing.assert_array_equal(got_aux["asked"], aux["asked"])
 
 
 def test_keys_of_a_block_are_normalised_as_its_queries_are():
   """Given its own states as keys, a block does what it does without."""
   block, x, rope = Block(CONFIG, nnx.Rngs(0)), _states(), _rope()
   block.pre_attn_norm.scale[...] = jnp.linspace(-1, 1, CONFIG.embed_dim)
-  look = lambda q, k, v: q + jnp.repeat(k + v, 2, axis=2)
-  want = block(x, rope, look)
-  np.testing.assert_array_equal(block(x, rope, look, x, rope), want)
-  other = block(x, rope, look, _states(seed=1), rope)
+  attention_fn = _attention_fn(lambda q, k, v: q + jnp.repeat(k + v, 2, axis=2))
+  run = lambda *keys: block(x, rope, attention_fn, *keys)[0]
+  want = run()
+  np.testing.assert_array_equal(run(x, rope), want)
+  other = run(_states(seed=1), rope)
   assert np.abs(other - want).max() > 1e-2

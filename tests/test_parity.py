@@ -72,9 +72,7 @@ def _gemma2(**changes):
 
 
 def _gemma1(**changes):
-  return transformers.TransformerConfig(
-    **_common(num_hidden_layers=3) | changes
-  )
+  return transformers.GemmaConfig(**_common(num_hidden_layers=3) | changes)
 
 
 # Depths are odd, and more than one period of the pattern.
@@ -115,15 +113,20 @@ def load_ours(tmp_path_factory):
   return load
 
 
+def _logits(model, tokens, **options):
+  with torch.no_grad():
+    return model(
+      torch.tensor(tokens), use_cache=False, **options
+    ).logits.numpy()
+
+
 def _tokens(batch=2, length=LENGTH):
   return np.random.default_rng(1).integers(3, VOCAB, (batch, length))
 
 
 @functools.cache
 def _their_logits(name):
-  with torch.no_grad():
-    tokens = torch.tensor(_tokens())
-    return theirs(name)(tokens, use_cache=False).logits.numpy()
+  return _logits(theirs(name), _tokens())
 
 
 def _changed(model, **changes):
@@ -157,10 +160,7 @@ def test_left_padding_agrees(load_ours, name, kernel):
   tokens, real = _tokens(3, 40), np.ones((3, 40), np.int32)
   real[0, :13], real[1, :1] = 0, 0
   tokens = np.where(real, tokens, 0)
-  with torch.no_grad():
-    expected = theirs(name)(
-      torch.tensor(tokens), attention_mask=torch.tensor(real), use_cache=False
-    ).logits.numpy()
+  expected = _logits(theirs(name), tokens, attention_mask=torch.tensor(real))
   model = _changed(load_ours(name), kernel=kernel)
   logits = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(real)))
   assert np.isfinite(logits).all()
@@ -175,8 +175,7 @@ def test_bfloat16_files_agree(tmp_path):
   model = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path, dtype=torch.float32, attn_implementation="eager"
   )
-  with torch.no_grad():
-    expected = model(torch.tensor(tokens), use_cache=False).logits.numpy()
+  expected = _logits(model, tokens)
   logits = convert.load(tmp_path)(jnp.asarray(tokens, jnp.int32))
   np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
 
@@ -203,9 +202,7 @@ def test_our_files_open_in_transformers(tmp_path, name, monkeypatch):
     path, attn_implementation="eager", output_loading_info=True
   )
   assert not any(report.values()), report
-  with torch.no_grad():
-    logits = model(torch.tensor(_tokens()), use_cache=False).logits.numpy()
-  np.testing.assert_array_equal(logits, _their_logits(name))
+  np.testing.assert_array_equal(_logits(model, _tokens()), _their_logits(name))
   # What is computed is what their own file said.
   ours, own = model.config.to_dict(), theirs(name).config.to_dict()
   kept = set(own) - {"_name_or_path", "dtype", "funnel", "transformers_version"}
@@ -346,11 +343,8 @@ def test_without_a_fault_nothing_is_seen(load_ours, retrace):
 def test_parameter_counts_are_those_of_transformers(name):
   """Of models of the same sizes, made without memory."""
   config = TransformerConfig.preset(name)
-  kind = (
-    transformers.Gemma2Config
-    if config.post_norms
-    else (transformers.TransformerConfig)
-  )
+  kinds = (transformers.GemmaConfig, transformers.Gemma2Config)
+  kind = kinds[config.post_norms]
   with torch.device("meta"):
     model = transformers.AutoModelForCausalLM.from_config(
       kind(
@@ -373,21 +367,12 @@ def _their_continuations(name, rows, **options):
   real = np.zeros_like(padded)
   for row, ids in enumerate(rows):
     padded[row, longest - len(ids) :], real[row, longest - len(ids) :] = ids, 1
+  options |= dict(attention_mask=torch.tensor(real), do_sample=False)
+  options |= dict(max_new_tokens=100, min_new_tokens=100)
+  options |= dict(eos_token_id=VOCAB + 1, pad_token_id=0)
   with torch.no_grad():
-    return (
-      theirs(name)
-      .generate(
-        torch.tensor(padded),
-        attention_mask=torch.tensor(real),
-        do_sample=False,
-        max_new_tokens=100,
-        min_new_tokens=100,
-        eos_token_id=VOCAB + 1,
-        pad_token_id=0,
-        **options,
-      )
-      .numpy()[:, longest:]
-    )
+    found = theirs(name).generate(torch.tensor(padded), **options)
+  return found.numpy()[:, longest:]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gemma_funnel import flops
-from gemma_funnel.attention.masks import visible
+from gemma_funnel.attention.masks import AttentionSpec, visible
 from gemma_funnel.config import FunnelConfig, check_reducers, resolve_funnel
 from gemma_funnel.decode.decoder import Decoder
 from gemma_funnel.layers import rope_angles
@@ -283,7 +283,7 @@ def _received(model, tokens, segments, layer, causal):
   logits = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, group, axis=2))
   if config.attn_softcap:
     logits = config.attn_softcap * np.tanh(logits / config.attn_softcap)
-  see = visible(stream, stream, causal=causal, window=spec.window)
+  see = visible(stream, stream, AttentionSpec(causal, spec.window))
   weights = np.exp(logits) * np.asarray(see)[:, None]
   total = weights.sum(axis=-1, keepdims=True)
   return (weights / np.where(total > 0, total, 1)).sum(axis=(1, 2))

@@ -3,59 +3,33 @@
 import time
 
 import pytest
-from tpu_fakes import GKE, NASTY, TRAIN, Fakes, Slurm
-
-
-@pytest.fixture
-def fakes(tmp_path):
-  return Fakes(tmp_path)
-
+from tpu_fakes import GKE, NASTY, TRAIN, Slurm
 
 # --- gke.sh
 
 
 def test_the_workload_of_gke(fakes):
-  done = fakes.script(
-    "gke.sh",
-    "launch",
-    *GKE,
-    "--topology=v5p:2x2x2",
-    "--slices=2",
-    "--image=i",
-    "--restarts=7",
-    "--grace=90",
-    "--",
-    *NASTY,
-  )
-  assert done.returncode == 0, done.stderr
+  flags = "--topology=v5p:2x2x2 --slices=2 --image=i --restarts=7 --grace=90"
+  fakes.script("gke.sh", "launch", *GKE, *flags.split(), "--", *NASTY)
   (call,) = fakes.calls()
   command = call.pop().removeprefix("--command=")
-  assert call == [
-    "xpk",
-    "workload",
-    "create",
-    "--workload=run1",
-    "--cluster=c1",
-    "--project=p",
-    "--zone=us-east5-a",
-    "--tpu-type=v5p-16",
-    "--num-slices=2",
-    "--docker-image=i",
-    "--max-restarts=7",
-    "--restart-on-exit-codes=1,75",
-    "--termination-grace-period-seconds=90",
-  ]
-  shell = 'exec() { printf "%s\\0" "$@"; }; '
-  got = fakes.run("bash", "-c", shell + command).stdout.split("\0")[:-1]
+  assert (
+    call
+    == (
+      "xpk workload create --workload=run1 --cluster=c1 --project=p"
+      " --zone=us-east5-a --tpu-type=v5p-16 --num-slices=2 --docker-image=i"
+      " --max-restarts=7 --restart-on-exit-codes=1,75"
+      " --termination-grace-period-seconds=90"
+    ).split()
+  )
+  got = fakes.words(command, "exec")
   assert got == ["bash", "tpu/host.sh", "pod", "--", *NASTY]
 
 
 @pytest.mark.parametrize("argument", ["a\nb", "a$(b)"])
 def test_what_a_workload_cannot_carry(argument, fakes):
-  done = fakes.script(
-    "gke.sh", "launch", *GKE, "--topology=v5e:2x4", "--image=i", "--", argument
-  )
-  assert done.returncode == 2
+  flags = ("--topology=v5e:2x4", "--image=i", "--", argument)
+  done = fakes.script("gke.sh", "launch", *GKE, *flags, code=2)
   assert "XPK cannot carry a line break or $(" in done.stderr
 
 
@@ -70,8 +44,7 @@ def test_what_a_workload_cannot_carry(argument, fakes):
 )
 def test_watch_of_gke(status, code, said, fakes):
   fakes.play(xpk=[f"exit {status}"])
-  done = fakes.script("gke.sh", "watch", *GKE, "--timeout=5")
-  assert done.returncode == code
+  done = fakes.script("gke.sh", "watch", *GKE, "--timeout=5", code=code)
   assert said in done.stderr
   assert fakes.calls()[0][-1] == "--timeout=5"
 
@@ -90,32 +63,16 @@ FINISH = "echo '3: finished /scratch/a b at step 12'"
 def test_the_batch_script_asks_for_a_task_a_gpu(slurm):
   script = slurm.submit("--cpus-per-task=16", "--sbatch-flag=--partition=gpu")
   flags = [x for x in script.splitlines() if x.startswith("#SBATCH ")]
-  assert [flag.removeprefix("#SBATCH ") for flag in flags] == [
-    "--job-name=run1",
-    "--nodes=2",
-    "--gpus-per-node=4",
-    "--ntasks-per-node=4",
-    "--time=60",
-    "--signal=B:TERM@120",
-    "--requeue",
-    "--open-mode=append",
-    f"--output={slurm.log}",
-    "--cpus-per-task=16",
-    "--partition=gpu",
-  ]
+  assert [flag.removeprefix("#SBATCH ") for flag in flags] == (
+    "--job-name=run1 --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 --time=60"
+    " --signal=B:TERM@120 --requeue --open-mode=append"
+    f" --output={slurm.log} --cpus-per-task=16 --partition=gpu"
+  ).split()
   assert slurm.attempt(FINISH) == (0, False)
   (srun,) = slurm.calls()
-  assert srun == [
-    "srun",
-    "--kill-on-bad-exit=1",
-    "--label",
-    "--cpus-per-task=16",
-    "/bin/sh",
-    "-u",
-    "train.py",
-    *TRAIN,
-    *NASTY,
-  ]
+  call = "srun --kill-on-bad-exit=1 --label --cpus-per-task=16"
+  python = ["/bin/sh", "-u", "train.py"]
+  assert srun == [*call.split(), *python, *TRAIN, *NASTY]
 
 
 def test_the_time_limit_saves_and_requeues(slurm):
@@ -160,10 +117,7 @@ def test_errors_are_requeued_so_many_times(slurm):
 def test_stop_does_not_requeue_until_the_next_submit(slurm):
   slurm.submit()
   slurm.play(squeue=["echo 17 RUNNING", "echo 17 COMPLETING", "true"])
-  done = slurm.script(
-    "slurm.sh", "stop", "--name=run1", f"--dir={slurm.folder}", "--poll=0"
-  )
-  assert done.returncode == 0, done.stderr
+  slurm("stop", "--poll=0")
   assert slurm.calls()[1] == ["scancel", "--signal=TERM", "--batch", "17"]
   assert slurm.attempt("true") == (0, False)
   slurm.submit()
@@ -172,32 +126,14 @@ def test_stop_does_not_requeue_until_the_next_submit(slurm):
 
 def test_stop_of_a_job_that_waits(slurm):
   slurm.play(squeue=["echo 17 PENDING", "echo 17 COMPLETING"])
-  done = slurm.script(
-    "slurm.sh",
-    "stop",
-    "--name=run1",
-    f"--dir={slurm.folder}",
-    "--poll=0",
-    "--grace=0",
-  )
+  done = slurm("stop", "--poll=0", "--grace=0", code=1)
   assert slurm.calls()[1] == ["scancel", "17"]
-  assert done.returncode == 1
   assert "still in the queue after 0 s: 17 COMPLETING" in done.stderr
 
 
 def test_submit_refuses_a_second_job_of_the_name(slurm):
   slurm.play(squeue=["echo 17 PENDING"])
-  done = slurm.script(
-    "slurm.sh",
-    "submit",
-    "--name=run1",
-    f"--dir={slurm.folder}",
-    "--gpus-per-node=1",
-    "--time=1",
-    "--python=/bin/sh",
-    "--",
-    "x",
-  )
-  assert done.returncode == 1
+  flags = ("--gpus-per-node=1", "--time=1", "--python=/bin/sh", "--", "x")
+  done = slurm("submit", *flags, code=1)
   assert "run1 is in the queue: 17 PENDING" in done.stderr
   assert not (slurm.folder / "run1.sbatch").exists()

@@ -5,23 +5,7 @@ import signal
 import subprocess
 
 import pytest
-from tpu_fakes import (
-  FAKE,
-  NASTY,
-  QUEUED,
-  SLICE,
-  TPU,
-  TRAIN,
-  Fakes,
-  Host,
-  queued,
-)
-
-
-@pytest.fixture
-def fakes(tmp_path):
-  return Fakes(tmp_path)
-
+from tpu_fakes import FAKE, NASTY, QUEUED, SLICE, TPU, TRAIN, Host, queued
 
 # --- host.sh
 
@@ -39,17 +23,12 @@ SAVES = f"trap 'echo SIGTERM: saved W at step 3; exit 0' TERM; {LOOP}"
 def test_a_host_runs_what_it_is_told_once(pod_host):
   assert pod_host("status").stdout.split()[2:] == ["none", "-", "of", "?"]
   pod_host.trains(f"echo env=$X; {SAVES}")
-  started = pod_host("start", "X=a b", "--", *TRAIN, *NASTY)
-  assert started.returncode == 0, started.stderr
+  pod_host("start", "X=a b", "--", *TRAIN, *NASTY)
   assert pod_host("status").stdout.split()[2] == "running"
-  again = pod_host("start", "--", *TRAIN)
-  assert again.returncode == 1
+  again = pod_host("start", "--", *TRAIN, code=1)
   assert "a run is going on here" in again.stderr
-  stopped = pod_host("stop", "90")
-  assert stopped.returncode == 0, stopped.stderr
-  assert stopped.stdout.split()[2] == "stopped"
-  argv = (pod_host.folder / "argv").read_text().split("\0")[:-1]
-  assert argv == ["-u", "train.py", *TRAIN, *NASTY]
+  assert pod_host("stop", "90").stdout.split()[2] == "stopped"
+  assert pod_host.argv() == ["-u", "train.py", *TRAIN, *NASTY]
   assert "env=a b" in (pod_host.state / "train.log").read_text()
 
 
@@ -66,7 +45,7 @@ def test_a_host_runs_what_it_is_told_once(pod_host):
 )
 def test_a_host_says_how_its_run_ended(train, expected, pod_host):
   pod_host.trains(train)
-  assert pod_host("start", "--", "x").returncode == 0
+  pod_host("start", "--", "x")
   assert pod_host.said() == expected
 
 
@@ -90,10 +69,9 @@ def test_a_host_that_went_down_lost_its_run(pod_host):
 
 def test_stop_tells_of_a_save_that_takes_too_long(pod_host):
   pod_host.trains(f"trap '' TERM; {LOOP}")
-  assert pod_host("start", "--", "x").returncode == 0
-  late = pod_host("stop", "3")
+  pod_host("start", "--", "x")
+  late = pod_host("stop", "3", code=1)
   os.kill(int((pod_host.state / "pid").read_text()), signal.SIGKILL)
-  assert late.returncode == 1
   assert "still saving after 3 s" in late.stderr
   # It was asked to stop: nobody should start it again.
   assert pod_host.said() == ("stopped", "137")
@@ -116,9 +94,7 @@ def test_setup_makes_an_environment_with_a_python_of_its_own(pod_host):
     uv=[f"mkdir -p {venv}/bin; cp {home}/bin/uv {venv}/bin/python"],
     python3=["true", f"echo {home}"],  # pip install; site --user-base
   )
-  done = pod_host("setup", "tpu")
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.split()[2] == "installed"
+  assert pod_host("setup", "tpu").stdout.split()[2] == "installed"
   assert pod_host.calls() == [
     ["python3", "-m", "pip", "install", "--quiet", "--user", "uv"],
     ["python3", "-m", "site", "--user-base"],
@@ -129,21 +105,14 @@ def test_setup_makes_an_environment_with_a_python_of_its_own(pod_host):
 
 def test_check_compares_chips_and_counts_hosts(pod_host):
   pod_host.trains("echo noise; echo gf 3 16 64")
-  done = pod_host("check", "64")
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.split()[2:] == [
-    "checked",
-    "process=3,devices=64",
-    "of",
-    "16",
-  ]
+  said = pod_host("check", "64").stdout.split()[2:]
+  assert said == "checked process=3,devices=64 of 16".split()
   # From now on a host knows how many there are.
   assert pod_host("status").stdout.split()[-1] == "16"
-  wrong = pod_host("check", "128")
-  assert wrong.returncode == 1
+  wrong = pod_host("check", "128", code=1)
   assert "jax.device_count() is 64, the slices have 128" in wrong.stderr
   pod_host.trains("exit 1")
-  assert "initialize failed" in pod_host("check", "64").stderr
+  assert "initialize failed" in pod_host("check", "64", code=1).stderr
 
 
 @pytest.mark.parametrize(
@@ -158,10 +127,8 @@ def test_check_compares_chips_and_counts_hosts(pod_host):
 )
 def test_the_status_of_a_container(train, code, pod_host):
   pod_host.trains(train)
-  done = pod_host("pod", "--", *NASTY)
-  assert done.returncode == code
-  argv = (pod_host.folder / "argv").read_text().split("\0")[:-1]
-  assert argv == ["-u", "train.py", *NASTY]
+  done = pod_host("pod", "--", *NASTY, code=code)
+  assert pod_host.argv() == ["-u", "train.py", *NASTY]
   said = train.removeprefix("echo ").split(";")[0] + "\n"
   assert done.stdout == (said if train.startswith("echo") else "")
 
@@ -234,7 +201,6 @@ def test_the_launcher_and_the_hosts_understand_each_other(fakes):
   done = queued(
     fakes, "watch", *SLICE, "--poll=0.2", "--restarts=1", "--", *TRAIN, *NASTY
   )
-  assert done.returncode == 0, done.stderr
   assert "installed on 2 hosts, 64 chips" in done.stderr
   assert "the run ended with status 75; again (1 of 1)" in done.stderr
   verbs = fakes.verbs()

@@ -13,16 +13,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[1]
 TPU = ROOT / "tpu"
 FAKED = (
-  "gcloud",
-  "xpk",
-  "docker",
-  "kubectl",
-  "tar",
-  "sbatch",
-  "squeue",
-  "scancel",
-  "scontrol",
-  "srun",
+  "gcloud xpk docker kubectl tar sbatch squeue scancel scontrol srun".split()
 )
 # {calls}: arguments end in NUL, calls in RS. {replies}/KIND: a line of shell
 # for each call of the kind; the last one serves all further calls.
@@ -110,9 +101,12 @@ class Fakes:
       path.write_text("".join(reply + "\n" for reply in replies))
       path.with_name(f"{kind}.count").unlink(missing_ok=True)
 
-  def run(self, *command: object, **env: str) -> subprocess.CompletedProcess:
+  def run(
+    self, *command: object, code: int = 0, **env: str
+  ) -> subprocess.CompletedProcess:
+    """Runs a command in `env`; `code` is the status that it has to end with."""
     (self.folder / "calls").write_bytes(b"")
-    return subprocess.run(
+    done = subprocess.run(
       [str(word) for word in command],
       env={**self.env, **env},
       text=True,
@@ -121,9 +115,16 @@ class Fakes:
       cwd=self.folder,
       stdin=subprocess.DEVNULL,
     )
+    assert done.returncode == code, done.stderr
+    return done
 
-  def script(self, name: str, *args: object, **env: str):
-    return self.run("bash", TPU / name, *args, **env)
+  def script(self, name: str, *args: object, **options):
+    return self.run("bash", TPU / name, *args, **options)
+
+  def words(self, command: str, function: str) -> list[str]:
+    """The arguments of `function` where a shell runs `command`."""
+    shell = f"{function}() {{ printf '%s\\0' \"$@\"; }}; {command}"
+    return self.run("bash", "-c", shell).stdout.split("\0")[:-1]
 
   def calls(self) -> list[list[str]]:
     calls = (self.folder / "calls").read_bytes().decode().split("\036")
@@ -147,28 +148,21 @@ GKE = (*QUEUED, "--cluster=c1")
 SLURM = ("--name=run1",)
 
 
-def queued(fakes, subcommand: str, *flags: str, **env: str):
+EVERY_HOST = ("--worker=all", "--node=all", "--batch-size=all")
+
+
+def queued(fakes, subcommand: str, *flags: str, **options):
   poll = ("--poll=0",) if subcommand in ("create", "watch") else ()
-  return fakes.script("queued.sh", subcommand, *poll, *flags, **env)
+  return fakes.script("queued.sh", subcommand, *poll, *flags, **options)
 
 
 def gcloud(verb: str, *flags: str) -> list[str]:
-  return [
-    "gcloud",
-    "compute",
-    "tpus",
-    "queued-resources",
-    verb,
-    "run1",
-    "--project=p",
-    "--zone=us-east5-a",
-    *flags,
-  ]
+  call = f"gcloud compute tpus queued-resources {verb} run1 "
+  return [*(call + "--project=p --zone=us-east5-a").split(), *flags]
 
 
 def ssh(command: str) -> list[str]:
-  every = ("--worker=all", "--node=all", "--batch-size=all")
-  return gcloud("ssh", *every, f"--command={command}")
+  return gcloud("ssh", *EVERY_HOST, f"--command={command}")
 
 
 class Host(Fakes):
@@ -187,15 +181,16 @@ class Host(Fakes):
     note = 'printf "%s\\0" "$@" >"$FAKES/argv"\n'
     self.program("train", f"#!/usr/bin/env bash\n{note}{text}\n")
 
-  def __call__(self, *args: object):
-    return self.script("host.sh", *args)
+  def __call__(self, *args: object, code: int = 0):
+    return self.script("host.sh", *args, code=code)
+
+  def argv(self) -> list[str]:
+    return (self.folder / "argv").read_text().split("\0")[:-1]
 
   def said(self) -> tuple[str, str]:
     """State and detail, once the run has ended."""
     for _ in range(200):
-      done = self("status")
-      assert done.returncode == 0, done.stderr
-      _, _, state, detail, _, _ = done.stdout.split()
+      _, _, state, detail, _, _ = self("status").stdout.split()
       if state != "running":
         break
       time.sleep(0.02)
@@ -205,22 +200,14 @@ class Host(Fakes):
 class Slurm(Fakes):
   """A queue of one job, whose batch script is run here."""
 
+  def __call__(self, subcommand: str, *flags: str, code: int = 0):
+    named = (subcommand, "--name=run1", f"--dir={self.folder}")
+    return self.script("slurm.sh", *named, *flags, code=code)
+
   def submit(self, *flags: str):
-    done = self.script(
-      "slurm.sh",
-      "submit",
-      "--name=run1",
-      f"--dir={self.folder}",
-      "--nodes=2",
-      "--gpus-per-node=4",
-      "--time=60",
-      "--python=/bin/sh",
-      *flags,
-      "--",
-      *TRAIN,
-      *NASTY,
-    )
-    assert done.returncode == 0, done.stderr
+    machines = ("--nodes=2", "--gpus-per-node=4", "--time=60")
+    words = (*machines, "--python=/bin/sh", *flags, "--", *TRAIN, *NASTY)
+    self("submit", *words)
     self.log.touch()
     return (self.folder / "run1.sbatch").read_text()
 

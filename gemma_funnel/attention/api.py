@@ -1,6 +1,6 @@
-"""Attention over streams: one function, its kernels, and what each can do.
+"""Attention over streams: one function, and the table of its kernels.
 
-Every kernel computes, for query t and the keys s that it may see,
+Every kernel computes, for query t and the keys s that are visible to it,
 
   softmax_s(softcap * tanh(q_t . k_s / softcap)) . v_s
 
@@ -18,83 +18,59 @@ import importlib.util
 import jax
 
 from gemma_funnel.attention import blocked, flash, masks
+from gemma_funnel.attention.masks import AttentionSpec
 from gemma_funnel.stream import Stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Capability:
-  """What a kernel can do. `platforms` is where it runs, () is anywhere.
+class Kernel:
+  """A way to compute attention, and its limits.
 
-  `packed` covers packing and padding; `unequal` is a query stream that is not
-  the key stream; `uneven`, slots that are not evenly spaced, where there is a
-  window; `skips` is what it does not spend time on.
+  All do softcaps, windows, packing and padding.
+
+  Attributes:
+    attend: (q_BTNH, k_BSKH, v_BSKH, queries, keys, spec) -> o_BTNH.
+    unequal: takes a query stream that is not the key stream.
+    uneven: takes a window where slots are not evenly spaced.
+    any_length: takes lengths that are no multiples of 128.
+    softmax_dtypes: of logits and weights.
+    platforms: where it runs; () is anywhere.
+    module: that it needs.
+    skips: hidden keys that cost no time.
   """
 
-  softcap: bool
-  window: bool
-  packed: bool
-  unequal: bool
-  uneven: bool
-  any_length: bool
-  softmax_dtypes: tuple[str, ...]
-  platforms: tuple[str, ...]
-  module: str | None
-  skips: str
+  attend: Callable[..., jax.Array]
+  unequal: bool = True
+  uneven: bool = True
+  any_length: bool = True
+  softmax_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+  platforms: tuple[str, ...] = ()
+  module: str | None = None
+  skips: str = "the future, outside the window"
 
 
-CAPABILITIES: dict[str, Capability] = {
-  "reference": Capability(
-    softcap=True,
-    window=True,
-    packed=True,
-    unequal=True,
-    uneven=True,
-    any_length=True,
-    softmax_dtypes=("float32", "bfloat16", "float16"),
-    platforms=(),
-    module=None,
-    skips="nothing",
-  ),
+KERNELS: dict[str, Kernel] = {
+  "reference": Kernel(blocked.reference_attention, skips="nothing"),
   # Unequal streams: skips only where neither is packed.
-  "blocked": Capability(
-    softcap=True,
-    window=True,
-    packed=True,
-    unequal=True,
-    uneven=True,
-    any_length=True,
-    softmax_dtypes=("float32", "bfloat16", "float16"),
-    platforms=(),
-    module=None,
-    skips="the future, outside the window",
-  ),
+  "blocked": Kernel(blocked.blocked_attention),
   # tokamax's Triton backward has no softcap: Hopper and later have one.
   # Unequal streams go by a mask alone: nothing is skipped.
-  "tokamax": Capability(
-    softcap=True,
-    window=True,
-    packed=True,
-    unequal=True,
-    uneven=True,
-    any_length=True,
+  "tokamax": Kernel(
+    flash.tokamax_attention,
     softmax_dtypes=("float32",),
     platforms=("gpu",),
     module="tokamax",
-    skips="the future, outside the window",
   ),
   # jax's own: tokamax's TPU kernel takes neither a window nor a mask that
   # differs from row to row.
-  "splash": Capability(
-    softcap=True,
-    window=True,
-    packed=True,
+  "splash": Kernel(
+    flash.splash_attention,
     unequal=False,
     uneven=False,
     any_length=False,
     softmax_dtypes=("float32",),
     platforms=("tpu",),
     module="jax.experimental.pallas.ops.tpu.splash_attention",
-    skips="the future, outside the window",
   ),
 }
 
@@ -106,11 +82,8 @@ def attend(
   queries: Stream,
   keys: Stream,
   *,
-  causal: bool,
-  window: int | None,
-  softcap: float | None,
-  softmax_dtype: str = "float32",
   kernel: str = "auto",
+  **spec,
 ) -> jax.Array:
   """Attention of `queries` to `keys`.
 
@@ -122,11 +95,9 @@ def attend(
       no `unequal` streams want one and the same object. Two streams that are
       not `packed` must both cover the whole of the same rows, as those from
       before and after a reduction do; a part of a row, or a cache, is packed.
-    causal: whether the future is hidden.
-    window: positions that a query sees, itself included; None is all.
-    softcap: cap of the logits; None is none.
-    softmax_dtype: dtype of logits and weights; sums are float32.
-    kernel: "auto" or a name in `CAPABILITIES`.
+    kernel: "auto" or a name in `KERNELS`.
+    **spec: the fields of `AttentionSpec`: causal, window, softcap,
+      softmax_dtype.
 
   Returns:
     [B, T, N, H] in the dtype of `q_BTNH`.
@@ -134,27 +105,39 @@ def attend(
   Raises:
     ValueError: the kernel cannot do what is asked.
   """
-  name = choose_kernel(
-    kernel,
-    softcap=softcap,
-    window=window,
-    packed=queries.packed or keys.packed,
-    unequal=queries is not keys,
-    uneven=not (queries.even and keys.even),
-    length=q_BTNH.shape[1] // masks.parts(queries),
-    softmax_dtype=softmax_dtype,
-  )
-  return _KERNELS[name](
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    queries,
-    keys,
-    causal=causal,
-    window=window,
-    softcap=softcap,
-    softmax_dtype=softmax_dtype,
-  )
+  spec = AttentionSpec(**spec)
+  name = choose_kernel(kernel, queries, keys, spec)
+  return KERNELS[name].attend(q_BTNH, k_BSKH, v_BSKH, queries, keys, spec)
+
+
+def choose_kernel(
+  kernel: str, queries: Stream, keys: Stream, spec: AttentionSpec
+) -> str:
+  """The name of the kernel that attends: `kernel`, or the best for "auto".
+
+  Raises:
+    ValueError: no kernel has this name, or it lacks something; the message
+      names what, and the kernels that would do.
+  """
+  lacks = {name: _lacks(name, queries, keys, spec) for name in KERNELS}
+  if kernel == "auto":
+    platform = target_platform()
+    order = {"tpu": ("splash",), "gpu": ("tokamax",)}.get(platform, ())
+    if platform == "gpu" and spec.softcap and not _has_capped_backward():
+      order = ()
+    order = (*order, "blocked")
+    return next((name for name in order if not lacks[name]), "reference")
+  if kernel not in KERNELS:
+    raise ValueError(
+      f"attention kernel {kernel!r}: expected 'auto' or one of {list(KERNELS)}"
+    )
+  if lacks[kernel]:
+    able = [name for name in KERNELS if not lacks[name]]
+    raise ValueError(
+      f"attention kernel {kernel!r} cannot do this: "
+      f"{'; '.join(lacks[kernel])}. Here these can: {able}"
+    )
+  return kernel
 
 
 def target_platform() -> str:
@@ -166,62 +149,24 @@ def target_platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
-def choose_kernel(kernel: str, **request) -> str:
-  """The kernel that does `request` (the keyword arguments of `_lacks`).
-
-  Raises:
-    ValueError: `kernel` is none, or lacks something; it names what, and the
-      kernels that would do.
-  """
-  if kernel == "auto":
-    platform = target_platform()
-    order = {"tpu": ("splash",), "gpu": ("tokamax",)}.get(platform, ())
-    if platform == "gpu" and request["softcap"] and not _has_capped_backward():
-      order = ()
-    for name in (*order, "blocked"):
-      if not _lacks(name, **request):
-        return name
-    return "reference"
-  if kernel not in CAPABILITIES:
-    raise ValueError(
-      f"attention kernel {kernel!r}: expected 'auto' or one of "
-      f"{list(CAPABILITIES)}"
-    )
-  lacks = _lacks(kernel, **request)
-  if lacks:
-    able = [name for name in CAPABILITIES if not _lacks(name, **request)]
-    raise ValueError(
-      f"attention kernel {kernel!r} cannot do this: {'; '.join(lacks)}. "
-      f"Here these can: {able}"
-    )
-  return kernel
-
-
-def _lacks(
-  name, *, softcap, window, packed, unequal, uneven, length, softmax_dtype
-) -> list[str]:
-  """What kernel `name` lacks for a request; empty if it can do it."""
-  can = CAPABILITIES[name]
-  platform = target_platform()
+def _lacks(name: str, queries, keys, spec: AttentionSpec) -> list[str]:
+  """What a kernel lacks for this; empty if it can do it."""
+  kernel, platform = KERNELS[name], target_platform()
+  even = queries.even and keys.even
+  length = queries.segment_BT.shape[1] // masks.num_context_shards(queries)
   lacks = []
-  if can.platforms and platform not in can.platforms:
-    lacks.append(f"it runs on {'/'.join(can.platforms)}, not on {platform}")
-  elif can.module and importlib.util.find_spec(can.module) is None:
-    lacks.append(f"the package {can.module} is not installed")
-  if softcap is not None and not can.softcap:
-    lacks.append("it has no softcap")
-  if window is not None and not can.window:
-    lacks.append("it has no window")
-  if packed and not can.packed:
-    lacks.append("it has no segments or padding")
-  if unequal and not can.unequal:
+  if kernel.platforms and platform not in kernel.platforms:
+    lacks.append(f"it runs on {'/'.join(kernel.platforms)}, not on {platform}")
+  elif kernel.module and importlib.util.find_spec(kernel.module) is None:
+    lacks.append(f"the package {kernel.module} is not installed")
+  if queries is not keys and not kernel.unequal:
     lacks.append("queries and keys must be the same stream")
-  if uneven and window is not None and not can.uneven:
+  if spec.window is not None and not even and not kernel.uneven:
     lacks.append("with a window, slots must be evenly spaced")
-  if length % 128 and not can.any_length:
+  if length % 128 and not kernel.any_length:
     lacks.append(f"the length must be a multiple of 128, not {length}")
-  if softmax_dtype not in can.softmax_dtypes:
-    lacks.append(f"softmax_dtype must be one of {can.softmax_dtypes}")
+  if spec.softmax_dtype not in kernel.softmax_dtypes:
+    lacks.append(f"softmax_dtype must be one of {kernel.softmax_dtypes}")
   return lacks
 
 
@@ -229,11 +174,3 @@ def _has_capped_backward() -> bool:
   """Whether this GPU runs a flash backward pass that knows the softcap."""
   capability = getattr(jax.devices()[0], "compute_capability", "0")
   return float(capability) >= 9.0
-
-
-_KERNELS: dict[str, Callable[..., jax.Array]] = {
-  "reference": blocked.reference_attention,
-  "blocked": blocked.blocked_attention,
-  "tokamax": flash.tokamax_attention,
-  "splash": flash.splash_attention,
-}

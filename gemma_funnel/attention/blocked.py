@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_funnel.attention import flash, masks
+from gemma_funnel.attention.masks import AttentionSpec
 from gemma_funnel.stream import Stream
 
 # Logits within +-this can be exponentiated and summed in float32 as they are.
@@ -19,121 +20,88 @@ _BLOCK = 128
 _MAX_BLOCKS = 64
 
 
-def reference_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, **kw):
+def reference_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, spec):
   """Every query against every key: the definition, and the oracle."""
-  q, k, v = (
-    _query_groups(q_BTNH, k_BSKH.shape[2]),
-    *map(_head_major, (k_BSKH, v_BSKH)),
-  )
-  return _token_major(_block(q, k, v, queries, keys, **kw))
+  q_BKTGH = _query_groups(q_BTNH, k_BSKH.shape[2])
+  k_BKSH, v_BKSH = map(_head_major, (k_BSKH, v_BSKH))
+  return _token_major(_attend(q_BKTGH, k_BKSH, v_BKSH, queries, keys, spec))
 
 
-def blocked_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, **kw):
+def blocked_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys, spec):
   """Blocks of queries, each against the keys that it could see at all.
 
   The order and the spacing of slots, known when the program is traced, give
   those keys. The backward pass recomputes a block's weights.
   """
-  return _per_shard(_attend_blocks, q_BTNH, k_BSKH, v_BSKH, queries, keys, kw)
+  call = functools.partial(_attend_blocks, spec=spec)
+  return _per_shard(call, q_BTNH, k_BSKH, v_BSKH, queries, keys)
 
 
 def attend_cache(
-  q_BTNH,
-  k_BKSH,
-  v_BKSH,
-  queries,
-  keys,
-  *,
-  window,
-  softcap,
-  softmax_dtype="float32",
-):
+  q_BTNH: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSH: jax.Array,
+  queries: Stream,
+  keys: Stream,
+  **spec,
+) -> jax.Array:
   """Causal attention of a few queries to a cache, in any order of slots.
 
-  As `attend` by "reference", with keys and values that already lie as the
-  product wants them: a step would otherwise copy the whole cache.
+  As `attend` by "reference", with the fields of `AttentionSpec` but `causal`.
+  Keys and values are head-major, as the product wants them: a step would
+  otherwise copy the whole cache.
   """
-  o_BKTGH = _block(
-    _query_groups(q_BTNH, k_BKSH.shape[1]),
-    k_BKSH,
-    v_BKSH,
-    queries,
-    keys,
-    causal=True,
-    window=window,
-    softcap=softcap,
-    softmax_dtype=softmax_dtype,
-  )
-  return _token_major(o_BKTGH)
+  spec = AttentionSpec(causal=True, **spec)
+  q_BKTGH = _query_groups(q_BTNH, k_BKSH.shape[1])
+  return _token_major(_attend(q_BKTGH, k_BKSH, v_BKSH, queries, keys, spec))
 
 
 def attention_received(
-  q_BTNH: jax.Array,
-  k_BSKH: jax.Array,
-  queries: Stream,
-  keys: Stream,
-  *,
-  causal: bool,
-  window: int | None,
-  softcap: float | None,
-  softmax_dtype: str = "float32",
+  q_BTNH: jax.Array, k_BSKH: jax.Array, queries: Stream, keys: Stream, **spec
 ) -> jax.Array:
   """Attention that each key gets, summed over query heads and queries.
 
-  A second pass over queries and keys, in blocks as `blocked_attention`, so it
-  serves every kernel; the weights [T, S] never exist whole. No gradient.
+  A second pass over queries and keys, in blocks as `blocked_attention`: it
+  serves every kernel, and holds a block's weights rather than all. It has no
+  gradient.
 
   Args:
-    q_BTNH, k_BSKH, queries, keys: as of `attend`.
-    causal, window, softcap, softmax_dtype: as of `attend`.
+    q_BTNH, k_BSKH, queries, keys, **spec: as of `api.attend`.
 
   Returns:
-    float32 [B, S]; 0 for padding. The sum over keys is N times the number of
+    float32 [B, S]; 0 for padding. A row sums to N times the number of its
     queries that see a key.
   """
   q_BTNH, k_BSKH = map(jax.lax.stop_gradient, (q_BTNH, k_BSKH))
-  kw = dict(
-    causal=causal, window=window, softcap=softcap, softmax_dtype=softmax_dtype
-  )
-  # Each device's own sum: one row a part of the queries, one column a part of
-  # the heads.
-  received_BXXS = _per_shard(
-    _received_blocks, q_BTNH, k_BSKH, k_BSKH, queries, keys, kw
-  )
-  return received_BXXS.sum((1, 2))
+  call = functools.partial(_received_blocks, spec=AttentionSpec(**spec))
+  # On a mesh: one entry a part of the queries, and of the heads.
+  received_BTNS = _per_shard(call, q_BTNH, k_BSKH, k_BSKH, queries, keys)
+  return received_BTNS.sum((1, 2))
 
 
-def _per_shard(blocks, q_BTNH, k_BSKH, v_BSKH, queries, keys, kw):
-  """`blocks` of each device's own queries where a mesh splits rows."""
-  call = functools.partial(blocks, **kw)
-  if masks.parts(queries) == 1:
+def _per_shard(call, q_BTNH, k_BSKH, v_BSKH, queries, keys):
+  """`call`, by each device on its own queries where a mesh splits rows."""
+  if masks.num_context_shards(queries) == 1:
     return call(q_BTNH, k_BSKH, v_BSKH, queries, keys)
+  queries = masks.slots(queries).replace(packed=True)
   return flash.per_shard(
-    call,
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    masks.slots(queries).replace(packed=True),
-    masks.slots(keys),
+    call, q_BTNH, k_BSKH, v_BSKH, queries, masks.slots(keys)
   )
 
 
-def _blocks(queries, keys, causal, window) -> Iterator[tuple[slice, slice]]:
-  """Blocks of queries, and for each the keys that it could see at all."""
+def _blocks(queries, keys, spec) -> Iterator[tuple[slice, slice]]:
+  """Blocks of queries, each with the keys that it could see at all."""
   length = queries.segment_BT.shape[1]
   block = max(_BLOCK, -(-length // (_MAX_BLOCKS * _BLOCK)) * _BLOCK)
   for lo in range(0, length, block):
     hi = min(lo + block, length)
-    first, last = masks.key_slots(
-      lo, hi, queries, keys, causal=causal, window=window
-    )
-    yield slice(lo, hi), slice(first, last)
+    yield slice(lo, hi), slice(*masks.key_slots(lo, hi, queries, keys, spec))
 
 
-def _attend_blocks(q_BTNH, k_BSKH, v_BSKH, queries, keys, **kw):
+def _attend_blocks(q_BTNH, k_BSKH, v_BSKH, queries, keys, spec):
   q = _query_groups(q_BTNH, k_BSKH.shape[2])
   k, v = map(_head_major, (k_BSKH, v_BSKH))
-  attend_block = jax.checkpoint(functools.partial(_block, **kw))
+  attend_block = jax.checkpoint(functools.partial(_attend, spec=spec))
 
   # Once more, so that what is kept are not each block's keys.
   @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -143,27 +111,27 @@ def _attend_blocks(q_BTNH, k_BSKH, v_BSKH, queries, keys, **kw):
         q[:, :, t],
         k[:, :, s],
         v[:, :, s],
-        masks.slots(queries, t.start, t.stop),
-        masks.slots(keys, s.start, s.stop),
+        masks.slots(queries, t),
+        masks.slots(keys, s),
       )
-      for t, s in _blocks(queries, keys, kw["causal"], kw["window"])
+      for t, s in _blocks(queries, keys, spec)
     ]
     return jnp.concatenate(out, axis=2)
 
   return _token_major(attend_all(q, k, v))
 
 
-def _received_blocks(q_BTNH, k_BSKH, _, queries, keys, **kw):
+def _received_blocks(q_BTNH, k_BSKH, _, queries, keys, spec):
   """Column sums of the weights, float32 [B, 1, 1, S]."""
   q, k = _query_groups(q_BTNH, k_BSKH.shape[2]), _head_major(k_BSKH)
   received_BS = jnp.zeros(k_BSKH.shape[:2], jnp.float32)
-  for t, s in _blocks(queries, keys, kw["causal"], kw["window"]):
+  for t, s in _blocks(queries, keys, spec):
     p_BKXS, total_BKX1 = _weights(
       q[:, :, t],
       k[:, :, s],
-      masks.slots(queries, t.start, t.stop),
-      masks.slots(keys, s.start, s.stop),
-      **kw,
+      masks.slots(queries, t),
+      masks.slots(keys, s),
+      spec,
     )
     p_BKXS = p_BKXS / jnp.where(total_BKX1 > 0, total_BKX1, 1)
     sum_BS = jnp.sum(p_BKXS, axis=(1, 2), dtype=jnp.float32)
@@ -171,35 +139,9 @@ def _received_blocks(q_BTNH, k_BSKH, _, queries, keys, **kw):
   return received_BS[:, None, None]
 
 
-def _weights(
-  q_BKTGH, k_BKSH, queries, keys, *, causal, window, softcap, softmax_dtype
-):
-  """Weights before their division by their sum, and the sum; both may be 0."""
-  batch, kv_heads, length, group, width = q_BKTGH.shape
-  s_BKXS = jnp.einsum(
-    "bkxh,bksh->bkxs",
-    q_BKTGH.reshape(batch, kv_heads, length * group, width),
-    k_BKSH,
-    preferred_element_type=jnp.dtype(softmax_dtype),
-  )
-  see_BTS = masks.visible(queries, keys, causal=causal, window=window)
-  see_B1XS = jnp.repeat(see_BTS, group, axis=1)[:, None]
-  if softcap is not None:
-    s_BKXS = softcap * jnp.tanh(s_BKXS / softcap)
-  if softcap is None or softcap > _MAX_UNSHIFTED_SOFTCAP:
-    lowest = jnp.finfo(softmax_dtype).min
-    top = jnp.max(jnp.where(see_B1XS, s_BKXS, lowest), axis=-1, keepdims=True)
-    s_BKXS = s_BKXS - jax.lax.stop_gradient(top)
-  # Hidden logits are replaced before exp, so that none overflows into a NaN
-  # gradient, and after it.
-  p_BKXS = jnp.where(see_B1XS, jnp.exp(jnp.where(see_B1XS, s_BKXS, 0)), 0)
-  total_BKX1 = jnp.sum(p_BKXS, axis=-1, keepdims=True, dtype=jnp.float32)
-  return p_BKXS, total_BKX1
-
-
-def _block(q_BKTGH, k_BKSH, v_BKSH, queries, keys, **kw):
-  """Attention of one block of queries, head-major; the whole of `reference`."""
-  p_BKXS, total_BKX1 = _weights(q_BKTGH, k_BKSH, queries, keys, **kw)
+def _attend(q_BKTGH, k_BKSH, v_BKSH, queries, keys, spec):
+  """Attention of some queries to some keys, head-major."""
+  p_BKXS, total_BKX1 = _weights(q_BKTGH, k_BKSH, queries, keys, spec)
   o_BKXH = jnp.einsum(
     "bkxs,bksh->bkxh",
     p_BKXS.astype(v_BKSH.dtype),
@@ -208,6 +150,29 @@ def _block(q_BKTGH, k_BKSH, v_BKSH, queries, keys, **kw):
   )
   o_BKXH = o_BKXH / jnp.where(total_BKX1 > 0, total_BKX1, 1)
   return o_BKXH.reshape(q_BKTGH.shape).astype(q_BKTGH.dtype)
+
+
+def _weights(q_BKTGH, k_BKSH, queries, keys, spec):
+  """Weights before their division by their sum, and the sum; both may be 0."""
+  batch, kv_heads, length, group, width = q_BKTGH.shape
+  s_BKXS = jnp.einsum(
+    "bkxh,bksh->bkxs",
+    q_BKTGH.reshape(batch, kv_heads, length * group, width),
+    k_BKSH,
+    preferred_element_type=jnp.dtype(spec.softmax_dtype),
+  )
+  see_BTS = masks.visible(queries, keys, spec)
+  see_B1XS = jnp.repeat(see_BTS, group, axis=1)[:, None]
+  if spec.softcap is not None:
+    s_BKXS = spec.softcap * jnp.tanh(s_BKXS / spec.softcap)
+  if spec.softcap is None or spec.softcap > _MAX_UNSHIFTED_SOFTCAP:
+    lowest = jnp.finfo(spec.softmax_dtype).min
+    top = jnp.max(jnp.where(see_B1XS, s_BKXS, lowest), axis=-1, keepdims=True)
+    s_BKXS = s_BKXS - jax.lax.stop_gradient(top)
+  # Hidden logits are replaced before exp, so that none overflows into a NaN
+  # gradient, and after it.
+  p_BKXS = jnp.where(see_B1XS, jnp.exp(jnp.where(see_B1XS, s_BKXS, 0)), 0)
+  return p_BKXS, jnp.sum(p_BKXS, axis=-1, keepdims=True, dtype=jnp.float32)
 
 
 def _query_groups(q_BTNH, kv_heads: int):

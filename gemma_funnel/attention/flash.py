@@ -1,7 +1,4 @@
-"""Flash attention of other packages, as kernels of `attention`.
-
-They are mapped over the ambient mesh by hand: `per_shard`.
-"""
+"""Flash attention of other packages, mapped over a mesh by `per_shard`."""
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +13,14 @@ def tokamax_attention(
   v_BSKH,
   queries,
   keys,
-  *,
-  causal,
-  window,
-  softcap,
-  softmax_dtype,
+  spec,
   implementation=("mosaic", "triton"),
 ):
   """tokamax's flash attention for GPUs.
 
-  The order and window in slots let it skip; the mask that it is given besides,
-  where these are not the whole rule, is exact.
+  The order of slots and the window let it skip. Where these are not the whole
+  rule it is given an exact mask besides.
   """
-  del softmax_dtype  # float32, as the table says.
   from absl import flags
   import tokamax
 
@@ -37,29 +29,29 @@ def tokamax_attention(
     flags.FLAGS.mark_as_parsed()
 
   # A part of a row is not its keys.
-  unequal = queries is not keys or masks.parts(queries) > 1
-  uneven = window is not None and not keys.even
-  reach = None if unequal else masks.slots_in_window(window, keys)
-  local = None if reach is None else (reach, 0 if causal else reach)
+  unequal = queries is not keys or masks.num_context_shards(queries) > 1
+  uneven = spec.window is not None and not keys.even
+  reach = None if unequal else masks.slots_in_window(spec.window, keys)
+  local = None if reach is None else (reach, 0 if spec.causal else reach)
 
   def call(q, k, v, queries, keys):
-    mask_BTS, seen_BT = None, queries.segment_BT != 0
+    mask_BTS, sees_BT = None, queries.segment_BT != 0
     if unequal or uneven or keys.packed:
-      mask_BTS = masks.visible(queries, keys, causal=causal, window=window)
+      mask_BTS = masks.visible(queries, keys, spec)
     if unequal:  # A real query may see none of the keys.
-      seen_BT = jnp.any(mask_BTS, axis=-1)
+      sees_BT = jnp.any(mask_BTS, axis=-1)
     o_BTNH = tokamax.dot_product_attention(
       q,
       k,
       v,
       mask=None if mask_BTS is None else mask_BTS[:, None],
       scale=1.0,
-      is_causal=causal and not unequal,
+      is_causal=spec.causal and not unequal,
       local_window_size=local,
-      logits_soft_cap=softcap,
+      logits_soft_cap=spec.softcap,
       implementation=implementation,
     )
-    return jnp.where(seen_BT[:, :, None, None], o_BTNH, 0)
+    return jnp.where(sees_BT[:, :, None, None], o_BTNH, 0)
 
   return per_shard(
     call, q_BTNH, k_BSKH, v_BSKH, masks.slots(queries), masks.slots(keys)
@@ -67,36 +59,26 @@ def tokamax_attention(
 
 
 def splash_attention(
-  q_BTNH,
-  k_BSKH,
-  v_BSKH,
-  queries,
-  keys,
-  *,
-  causal,
-  window,
-  softcap,
-  softmax_dtype,
-  interpret=False,
+  q_BTNH, k_BSKH, v_BSKH, queries, keys, spec, interpret=False
 ):
   """jax's splash (flash) attention for TPUs; `interpret` runs it anywhere."""
-  del softmax_dtype  # float32, as the table says.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-  reach = masks.slots_in_window(window, queries)
+  reach = masks.slots_in_window(spec.window, queries)
   _, length, heads, _ = q_BTNH.shape
-  shape, parts = (length, length), masks.parts(queries)
-  head_parts = mesh_lib.size(mesh_lib.dividing(mesh_lib.HEADS, heads))
+  shape, shards = (length, length), masks.num_context_shards(queries)
+  head_shards = mesh_lib.size(mesh_lib.dividing(mesh_lib.HEADS, heads))
   if reach is not None:
-    mask = splash.LocalMask(shape, (reach, 0 if causal else reach), offset=0)
+    local = (reach, 0 if spec.causal else reach)
+    mask = splash.LocalMask(shape, local, offset=0)
   else:
-    mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+    mask = splash.CausalMask(shape) if spec.causal else splash.FullMask(shape)
   kernel = splash.make_splash_mha(
-    splash.MultiHeadMask([mask] * (heads // head_parts)),
+    splash.MultiHeadMask([mask] * (heads // head_shards)),
     head_shards=1,
-    q_seq_shards=parts,
-    block_sizes=_splash_blocks(splash, length // parts),
-    attn_logits_soft_cap=softcap,
+    q_seq_shards=shards,
+    block_sizes=_splash_blocks(splash, length // shards),
+    attn_logits_soft_cap=spec.softcap,
     interpret=interpret,
   )
 
@@ -108,33 +90,21 @@ def splash_attention(
     o_BNTH = jax.vmap(kernel, in_axes=in_axes)(
       *map(heads_first, (q_BTNH, k_BSKH, v_BSKH)), ids
     )
-    seen = (queries.segment_BT != 0)[:, :, None, None]
-    return jnp.where(seen, heads_first(o_BNTH), 0).astype(q_BTNH.dtype)
+    sees = (queries.segment_BT != 0)[:, :, None, None]
+    return jnp.where(sees, heads_first(o_BNTH), 0).astype(q_BTNH.dtype)
 
-  return per_shard(
-    call,
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    masks.slots(queries),
-    masks.slots(keys),
-    kernel,
-  )
+  queries, keys = masks.slots(queries), masks.slots(keys)
+  return per_shard(call, q_BTNH, k_BSKH, v_BSKH, queries, keys, kernel)
 
 
 def _splash_blocks(splash, length: int):
   """The largest blocks up to 512 that divide the length, backward ones too."""
   block = next(b for b in (512, 256, 128) if length % b == 0)
-  names = (
-    "q",
-    "kv",
-    "kv_compute",
-    "q_dkv",
-    "kv_dkv",
-    "kv_dkv_compute",
-    "q_dq",
-    "kv_dq",
+  forward, backward = (
+    "q kv kv_compute",
+    "q_dkv kv_dkv kv_dkv_compute q_dq kv_dq",
   )
+  names = (*forward.split(), *backward.split())
   return splash.BlockSizes(**{f"block_{name}": block for name in names})
 
 
@@ -157,20 +127,20 @@ def per_shard(call, q_BTNH, k_BSKH, v_BSKH, queries, keys, *kernel):
   rows = mesh_lib.dividing(mesh_lib.ROWS, batch)
   slots = mesh_lib.dividing(mesh_lib.TOKENS, length)
   heads = mesh_lib.dividing(mesh_lib.HEADS, num_heads)
-  kv_heads, parts = k_BSKH.shape[2], mesh_lib.size(heads)
-  if kv_heads % parts:
+  kv_heads, shards = k_BSKH.shape[2], mesh_lib.size(heads)
+  if kv_heads % shards:
     # Fewer than the axis: each device has the one that its queries read.
-    times = (num_heads if parts % kv_heads else parts) // kv_heads
+    times = (num_heads if shards % kv_heads else shards) // kv_heads
     k_BSKH, v_BSKH = (jnp.repeat(x, times, axis=2) for x in (k_BSKH, v_BSKH))
   P = jax.sharding.PartitionSpec
-  masks = tuple(
+  mask_specs = tuple(
     k.manual_sharding_spec(jax.sharding.NamedSharding(mesh, P(None, slots)))
     for k in kernel
   )
   q_spec, k_spec = P(rows, slots, heads, None), P(rows, None, heads, None)
   return jax.shard_map(
     call,
-    in_specs=(q_spec, k_spec, k_spec, P(rows, slots), P(rows), *masks),
+    in_specs=(q_spec, k_spec, k_spec, P(rows, slots), P(rows), *mask_specs),
     out_specs=q_spec,
     check_vma=False,
   )(q_BTNH, k_BSKH, v_BSKH, queries, keys, *kernel)

@@ -1,11 +1,13 @@
-"""What queries may see of keys, and what no mask would show them.
+"""Which keys a query may see, and which no query of a block can.
 
-A mask of `attention`'s rules makes a kernel exact; the order and the spacing of slots,
-known when a program is traced, let it skip what no mask would show. Of one
-stream with itself: a key in a later slot is in the future, and a window of W
-positions is one of (W-1) // spacing slots to each side, two more where slots
-are not evenly spaced. Of one stream with another: `_bounds`.
+`visible` is exact. The order and the spacing of slots, known when a program is
+traced, let a kernel skip what no mask would show. In one stream, a key in a
+later slot is in the future, and a window of W positions reaches
+(W-1) // spacing slots to each side, two more where slots are not evenly spaced.
+Between two streams: `_bounds`.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +17,32 @@ from gemma_funnel.parallel import mesh as mesh_lib
 from gemma_funnel.stream import Stream
 
 
-def visible(
-  queries: Stream, keys: Stream, *, causal: bool, window: int | None
-) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+  """How queries attend to keys, besides what their streams say.
+
+  Attributes:
+    causal: whether the future is hidden.
+    window: positions that a query sees, itself included; None is all.
+    softcap: cap of the logits; None is none.
+    softmax_dtype: dtype of logits and weights; sums are float32.
+  """
+
+  causal: bool
+  window: int | None
+  softcap: float | None = None
+  softmax_dtype: str = "float32"
+
+
+def visible(queries: Stream, keys: Stream, spec: AttentionSpec) -> jax.Array:
   """Which keys each query may see: bool [B, T, S]."""
   segment_BT1 = queries.segment_BT[:, :, None]
   see_BTS = (segment_BT1 == keys.segment_BT[:, None]) & (segment_BT1 != 0)
-  if causal:
+  if spec.causal:
     see_BTS &= keys.end_BT[:, None] <= queries.end_BT[:, :, None]
-  if window is not None:
+  if spec.window is not None:
     distance_BTS = queries.position_BT[:, :, None] - keys.position_BT[:, None]
-    see_BTS &= jnp.abs(distance_BTS) < window
+    see_BTS &= jnp.abs(distance_BTS) < spec.window
   return see_BTS
 
 
@@ -38,13 +55,13 @@ def slots_in_window(window: int | None, stream: Stream) -> int | None:
 
 
 def _bounds(stream: Stream, other: Stream) -> tuple[np.ndarray, np.ndarray]:
-  """Where each slot of a full row must stand: its first and last position, [T].
+  """First and last position at which each slot of a full row can be, [T].
 
-  Of its position and, in causal streams, of its end; positions count from the
-  row's first token here. An even stream's slot i holds tokens of
-  [i * spacing, (i+1) * spacing), or ends with the first of them. Of another we
-  know gaps, from below: they bound it from the row's start, and from the row's
-  end, which `other` tells if it is even.
+  They bound its position and, in causal streams, its end; positions count from
+  the row's first token. Slot i of an even stream holds tokens of
+  [i * spacing, (i+1) * spacing), or ends with the first of them. The least gaps
+  between other slots bound them from the row's start, and from the row's end,
+  which `other` gives if it is even.
   """
   slot_T, spacing = np.arange(stream.segment_BT.shape[1]), stream.spacing
   if stream.even:
@@ -56,48 +73,37 @@ def _bounds(stream: Stream, other: Stream) -> tuple[np.ndarray, np.ndarray]:
 
 
 def key_slots(
-  lo: int,
-  hi: int,
-  queries: Stream,
-  keys: Stream,
-  *,
-  causal: bool,
-  window: int | None,
+  lo: int, hi: int, queries: Stream, keys: Stream, spec: AttentionSpec
 ) -> tuple[int, int]:
   """[first, last) of the keys that no rule hides from all queries [lo, hi)."""
   length = keys.segment_BT.shape[1]
   first, last = 0, length
   if queries is keys:
-    reach = slots_in_window(window, keys)
+    reach = slots_in_window(spec.window, keys)
     if reach is not None:
       first, last = max(0, lo - reach), min(length, hi + reach)
-    return first, hi if causal else last
+    return first, hi if spec.causal else last
   if queries.packed or keys.packed:
     return first, last
   query_from_T, query_to_T = _bounds(queries, keys)
   key_from_S, key_to_S = _bounds(keys, queries)
-  if causal:
+  if spec.causal:
     last = np.searchsorted(key_from_S, query_to_T[hi - 1], side="right")
-  if window is not None:
-    first = np.searchsorted(key_to_S, query_from_T[lo] - window, side="right")
-    outside = np.searchsorted(key_from_S, query_to_T[hi - 1] + window)
-    last = min(last, outside)
+  if spec.window is not None:
+    lowest, highest = query_from_T[lo], query_to_T[hi - 1]
+    first = np.searchsorted(key_to_S, lowest - spec.window, side="right")
+    last = min(last, np.searchsorted(key_from_S, highest + spec.window))
   # One key at least: a softmax over none has no shape.
   first = min(int(first), length - 1)
   return first, max(int(last), first + 1)
 
 
-def slots(stream: Stream, lo: int = 0, hi: int | None = None) -> Stream:
-  """Where slots [lo, hi) stand; no hidden states."""
-  return stream.replace(
-    hidden_BTD=None,
-    position_BT=stream.position_BT[:, lo:hi],
-    end_BT=stream.end_BT[:, lo:hi],
-    segment_BT=stream.segment_BT[:, lo:hi],
-  )
+def slots(stream: Stream, some: slice = slice(None)) -> Stream:
+  """Where some slots stand; no hidden states."""
+  return jax.tree.map(lambda x_BT: x_BT[:, some], stream.slots())
 
 
-def parts(queries: Stream) -> int:
+def num_context_shards(queries: Stream) -> int:
   """How many devices share each row's slots."""
   length = queries.segment_BT.shape[1]
   return mesh_lib.size(mesh_lib.dividing(mesh_lib.TOKENS, length))
