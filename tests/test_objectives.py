@@ -335,6 +335,28 @@ def test_distillation_is_that_of_full_logits():
       np.testing.assert_allclose(metrics[name], value, rtol=1e-4)
 
 
+def test_an_untied_head_has_the_loss_and_the_gradient():
+  model, teacher, batch = _model(tied=False), _model(tied=False), _batch()
+  expected = _naive(model, batch)
+  (graphdef, params), key = nnx.split(model), jax.random.key(0)
+
+  def next_token(model):
+    return objectives.next_token(model, batch, chunk=7)[0]
+
+  np.testing.assert_allclose(
+    next_token(model), expected["nll"] / expected["tokens"], rtol=1e-5
+  )
+  want = _direct(model, teacher, batch, TERMS)[0]
+  distill = lambda m: objectives.distill(m, teacher, batch, chunk=7, **TERMS)[0]
+  np.testing.assert_allclose(distill(model), want, rtol=1e-4)
+  masked = lambda m: objectives.masked_tokens(m, batch, key, rate=0.5, chunk=7)[
+    0
+  ]
+  for loss in (next_token, distill, masked):
+    grads = jax.grad(lambda p: loss(nnx.merge(graphdef, p)))(params)
+    assert jnp.any(grads["unembedding"][...] != 0)
+
+
 def test_a_student_that_is_the_teacher_has_nothing_to_learn():
   model, batch = _model(), _batch()
   terms = TERMS | {"tokens": 0.0}

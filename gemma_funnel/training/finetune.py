@@ -162,7 +162,10 @@ def resolve(
   tagging = task.kind == "tagging"
   head = HeadConfig(len(task.labels) or 1, per_token=tagging, **config.head)
   funnels = schedules.make_schedule(
-    config, sizes.num_layers, "a label for every token" if tagging else None
+    config,
+    sizes.num_layers,
+    "a label for every token" if tagging else None,
+    causal=config.causal,
   )
   rows = {
     split: encode.encode(

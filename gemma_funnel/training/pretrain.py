@@ -202,7 +202,11 @@ def resolve(
     lengths = {"latency.length": task.latency.length}
     spec_lib.check_lengths(lengths, opened.model_config)
   funnels = schedules.make_schedule(
-    config, opened.model_config.num_layers, "training to predict tokens"
+    config,
+    opened.model_config.num_layers,
+    "training to predict tokens",
+    causal=task.causal,
+    packs=True,
   )
   spec = opened.finish(funnels, task, config.steps)
   _check_packing(spec)

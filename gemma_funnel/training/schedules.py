@@ -11,6 +11,7 @@ from gemma_funnel import checks
 from gemma_funnel.config import (
   FunnelConfig,
   check_recovers,
+  check_reducers,
   resolve_funnel,
   total_stride,
 )
@@ -63,18 +64,25 @@ class FunnelSchedule:
 
 
 def make_schedule(
-  config: Any, num_layers: int, needs_all: str | None
+  config: Any,
+  num_layers: int,
+  needs_all: str | None,
+  *,
+  causal: bool = True,
+  packs: bool = False,
 ) -> FunnelSchedule:
   """The schedule of a configuration.
 
   Args:
     config: with `funnel`, `funnel_from`, `funnel_sampled` and `seed`.
     num_layers: depth of the model.
-    needs_all: what needs a state for every token; None if nothing does.
+    needs_all: what takes a loss at every token; None if nothing does.
+    causal: whether tokens see only those before them.
+    packs: whether rows hold several segments.
 
   Raises:
-    ValueError: a funnel that does not fit, or leaves tokens without a state; a
-      negative `funnel_from`.
+    ValueError: a funnel that does not fit, leaves tokens without a state, or
+      has a reducer that cannot be trained so; a negative `funnel_from`.
   """
   checks.require_int("funnel_from", config.funnel_from)
   if isinstance(config.funnel_sampled, str):
@@ -88,8 +96,14 @@ def make_schedule(
     tuple(_resolved(config.funnel_sampled, num_layers)),
     config.seed,
   )
-  for stages in schedule.variants if needs_all else ():
-    check_recovers(stages, needs_all)
+  for stages in schedule.variants:
+    if needs_all:
+      check_recovers(stages, needs_all)
+      check_reducers(stages, "trains", needs_all)
+    if packs:
+      check_reducers(stages, "packs", "packed rows")
+    if not causal:
+      check_reducers(stages, "bidirectional", "causal=False")
   return schedule
 
 
