@@ -48,20 +48,12 @@ _BLOCK = 64
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Which matrices have factors, and how they are used.
-
-  Attributes:
-    rank: of the factors.
-    alpha: times A B, over the rank.
-    target: expression that is found in the paths of the matrices that have
-      factors, such as "params/layers/attn/query".
-    base_dtype: what all layers' matrices are kept as; None is as they are.
-  """
+  """Which matrices have factors, and how they are used."""
 
   rank: int
-  alpha: float
-  target: str
-  base_dtype: str | None = None
+  alpha: float  # Times A B, over the rank.
+  target: str  # Found in paths such as "params/layers/attn/query".
+  base_dtype: str | None = None  # Of all layers' matrices; None: as they are.
 
   @property
   def scale(self) -> float:
@@ -133,18 +125,12 @@ class Adapted:
 
   A pytree, all leaves of which begin with the depth, so that a loop over layers
   slices it as it does an array.
-
-  Attributes:
-    base: [L, in.., out..], an array or a qwix QArray.
-    a: [L, in.., rank]; None is no factors.
-    b: [L, rank, out..].
-    scale: of their product.
   """
 
-  base: Any
-  a: jax.Array | None
-  b: jax.Array | None
-  scale: float
+  base: Any  # [L, in.., out..], an array or a qwix QArray.
+  a: jax.Array | None  # [L, in.., rank]; None is no factors.
+  b: jax.Array | None  # [L, rank, out..].
+  scale: float  # Of their product.
 
   def einsum(self, subscripts: str, x: jax.Array) -> jax.Array:
     """The einsum of x and a layer's matrix, of which A B is never made.

@@ -36,40 +36,24 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A step on a mesh; bytes are a chip's, seconds a step's.
-
-  Attributes:
-    mesh: sizes of its axes.
-    remat: what the backward pass recomputes.
-    accumulate: parts of the batch, one after the other.
-    parameters, optimizer: bytes of the training state.
-    activations: kept from the forward pass for the backward pass, about.
-    temporaries: all else that the program needs at its peak.
-    memory: of a chip.
-    model_flops: of a step on all chips (`flops.train_step`).
-    sent: by each chip, by axes of the mesh.
-    compute_s, send_s, memory_s: least times of a step.
-    model_s: least time of `model_flops`.
-    compile_s: what compiling took here.
-    error: why it does not compile; None if it does.
-  """
+  """A step on a mesh; bytes are a chip's, seconds a step's least times."""
 
   mesh: dict[str, int]
   remat: str
   accumulate: int
-  parameters: float
+  parameters: float  # Bytes, as the next four.
   optimizer: float
-  activations: float = math.nan
-  temporaries: float = math.nan
-  memory: int = 0
-  model_flops: float = math.nan
-  sent: dict[str, float] = dataclasses.field(default_factory=dict)
+  activations: float = math.nan  # Kept for the backward pass, about.
+  temporaries: float = math.nan  # All else, at the program's peak.
+  memory: int = 0  # Of a chip.
+  model_flops: float = math.nan  # On all chips (`flops.train_step`).
+  sent: dict[str, float] = dataclasses.field(default_factory=dict)  # By axes.
   compute_s: float = math.nan
   send_s: float = math.nan
   memory_s: float = math.nan
-  model_s: float = math.nan
-  compile_s: float = math.nan
-  error: str | None = None
+  model_s: float = math.nan  # Of `model_flops`.
+  compile_s: float = math.nan  # Compiling here.
+  error: str | None = None  # Why it does not compile.
 
   @property
   def total(self) -> float:

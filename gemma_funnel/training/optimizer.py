@@ -373,12 +373,8 @@ def _average(decay: float) -> optax.GradientTransformation:
     return AverageState(jax.tree.map(jnp.copy, params))
 
   def update(updates, state, params):
-    average = jax.tree.map(
-      lambda a, p, u: decay * a + (1 - decay) * (p + u),
-      state.average,
-      params,
-      updates,
-    )
+    mix = lambda a, p, u: decay * a + (1 - decay) * (p + u)
+    average = jax.tree.map(mix, state.average, params, updates)
     return updates, AverageState(average)
 
   return optax.GradientTransformation(init, update)

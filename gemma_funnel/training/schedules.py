@@ -23,18 +23,11 @@ _SALT = 0x66756E6E
 
 @dataclasses.dataclass(frozen=True)
 class FunnelSchedule:
-  """The funnel of each step: none, one, one from a step on, or drawn.
+  """The funnel of each step: none, one, one from a step on, or drawn."""
 
-  Attributes:
-    funnel: what the checkpoint is said to be trained with.
-    from_step: the first step that is funnelled, counted from 0.
-    sampled: what each step from `from_step` on draws one of; () is `funnel`.
-    seed: of the draws.
-  """
-
-  funnel: Stages
-  from_step: int = 0
-  sampled: tuple[Stages, ...] = ()
+  funnel: Stages  # What the checkpoint is said to be trained with.
+  from_step: int = 0  # The first that is funnelled, counted from 0.
+  sampled: tuple[Stages, ...] = ()  # What steps draw from; () is `funnel`.
   seed: int = 0
 
   @property

@@ -29,20 +29,12 @@ from gemma_funnel.training.spec import Evaluate, RunSpec, StoppingSpec
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """How a call of `train` ended.
+  """How a call of `train` ended."""
 
-  Attributes:
-    model: what the task assembles of the last parameters, or of the best ones
-      where a metric ends the run.
-    data: what the task loaded: the corpus of text.
-    steps: how many the run has taken in all.
-    finished: False if a SIGTERM ended it early.
-  """
-
-  model: nnx.Module
-  data: Any
-  steps: int
-  finished: bool
+  model: nnx.Module  # Of the last parameters, or the best by `stopping`.
+  data: Any  # What the task loaded: the corpus of text.
+  steps: int  # That the run has taken in all.
+  finished: bool  # False if a SIGTERM ended it early.
 
 
 def train(
