@@ -71,11 +71,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def make_config(config: ml_collections.ConfigDict) -> LoraConfig | None:
-  """Checks a configuration; None is no LoRA.
-
-  Raises:
-    ValueError: a value that cannot be, named, or qwix is not installed.
-  """
+  """Checks a configuration (ValueError); None is no LoRA."""
   require_int("lora.rank", config.rank, 0)
   require_choice("lora.base_dtype", config.base_dtype, (*BASE_DTYPES, None))
   require(
@@ -135,9 +131,7 @@ class Adapted:
   def einsum(self, subscripts: str, x: jax.Array) -> jax.Array:
     """The einsum of x and a layer's matrix, of which A B is never made.
 
-    Args:
-      subscripts: in capitals, "x,matrix->result".
-      x: activations, of whose dtype the result is.
+    `subscripts` are capitals, "x,matrix->result"; the result has x's dtype.
     """
     # Else the backward pass would keep what each layer's is made into.
     product = jax.checkpoint(
@@ -222,11 +216,6 @@ def init(params: Params, lora: LoraConfig, key: jax.Array) -> Params:
   """What is trained: factors, float32, and what the funnel learns.
 
   A is He's uniform and B zero (qwix's), so that nothing changes at first.
-
-  Args:
-    params: of a model; may be shapes where the result is to be shapes too.
-    lora: how.
-    key: of the factors.
 
   Raises:
     ValueError: `lora.target` is found in no matrix's path, or the rank is more

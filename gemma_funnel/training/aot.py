@@ -347,11 +347,7 @@ def search(
   What fits by a guess of its memory is ordered by a guess of the time for what
   it computes and sends, one after the other; the first that fits is the last.
 
-  Args:
-    config: the rest of it.
-    devices: to run on.
-    remats: to choose from.
-    most: compilations.
+  There are `most` compilations at most.
   """
   for parts, sizes, remat in _promising(config, devices, remats):
     changed = config.copy_and_resolve_references()

@@ -76,11 +76,9 @@ class Collective:
 
 
 def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
-  """The collective operations of a compiled program.
+  """The collective operations of a compiled program's text.
 
-  Args:
-    text: `compiled.as_text()`, or as the compiler dumps it.
-    mesh: that it was compiled for; partitions are its devices in order.
+  Partitions are the mesh's devices in order.
   """
   computations = dict(_computations(text))
   times = _times(computations)

@@ -81,13 +81,9 @@ def _chunked_loss(
   the backward pass then does not need (Liger Kernel, arXiv 2410.10989, section
   3.2). Gradients enter the head and the hidden states only.
 
-  Args:
-    function: (head, *fixed, hidden, *arrays) of one piece to float32
-      sums, to which padding (zeros) must add nothing.
-    chunk: positions of each row a piece, >= 1.
-    head_VD, hidden_BTD: the head, and final hidden states.
-    factors: weights of the sums in the loss, known before.
-    fixed, arrays: arrays that each piece has whole, or [B, T, ...] a part of.
+  `function` takes (head, *fixed, hidden, *arrays) of one piece to float32 sums,
+  to which padding (zeros) must add nothing; `factors` are their weights in the
+  loss. Each piece has all of `fixed`, and its part of `arrays`, [B, T, ...].
   """
   sums = _sum_chunks(function, (head_VD, *fixed), (hidden_BTD, *arrays), chunk)
   return sum(f * sums[name] for name, f in factors.items()), sums
@@ -185,14 +181,7 @@ def next_token_sums(
   """Sums over the tokens that follow another within their segment.
 
   Logits are made for `chunk` positions of each row at a time: [B, chunk, V] is
-  the most that exists.
-
-  Args:
-    model: causal, with or without a funnel.
-    tokens_BT: int32 token ids.
-    segment_BT: int32 segments, 0 is padding.
-    position_BT: int32 positions within segments.
-    chunk: positions a piece, >= 1.
+  the most that exists. Segment 0 is padding.
 
   Returns:
     float32 scalars: "nll", negative log likelihoods in nats; "square_log_z",
@@ -243,7 +232,7 @@ def next_token(
   Args:
     model: the model.
     batch: "tokens", "segment" and "position", int32 [B, T].
-    chunk: see `next_token_sums`.
+    chunk: positions that have logits at a time.
     z_loss: weight of the mean squared log partition function, which keeps
       logits from drifting (PaLM, arXiv 2204.02311, section 5).
 
@@ -327,15 +316,7 @@ def masked_tokens(
   chunk: int,
   z_loss: float = 0.0,
 ) -> tuple[jax.Array, Sums]:
-  """Mean cross-entropy of masked tokens; as `next_token` otherwise.
-
-  Args:
-    model: read in both directions.
-    batch: "tokens", "segment" and "position", int32 [B, T].
-    key: of what is masked.
-    rate: share of tokens that are to be predicted.
-    chunk, z_loss: see `next_token`.
-  """
+  """Mean cross-entropy of a share of tokens; as `next_token` otherwise."""
   return _mean_loss(model, *_masked(model, batch, key, rate), chunk, z_loss)
 
 
@@ -355,15 +336,8 @@ def distill(
   The loss is a weighted sum of: KL(teacher || student) of next-token
   distributions at a temperature, times its square (Hinton et al., arXiv
   1503.02531); the mean squared difference of RMS-normalised final hidden
-  states; and the student's own next-token cross-entropy.
-
-  Args:
-    model: the student.
-    teacher: what it is to agree with; no gradient enters it.
-    batch: "tokens", "segment" and "position", int32 [B, T].
-    chunk: see `next_token_sums`.
-    temperature: > 0, of both distributions.
-    logits, hidden, tokens: weights of the three terms.
+  states; and the student's own next-token cross-entropy. `logits`, `hidden` and
+  `tokens` are their weights. No gradient enters the teacher.
 
   Returns:
     The loss, and {"loss": the cross-entropy, "accuracy", "tokens", "kl",

@@ -301,15 +301,9 @@ def grad_norm(config: Any, grads) -> jax.Array:
 def apply_updates(weights, updates, key: jax.Array, stochastic: bool = False):
   """weights + updates, added in float32 and rounded to the weights' dtypes.
 
-  What is frozen is returned as it is.
-
-  Args:
-    weights: parameters.
-    updates: of the optimizer.
-    key: of the step; used if `stochastic`.
-    stochastic: rounds bfloat16 weights up or down at random, in proportion to
-      how near each is, so that updates below half a unit in the last place are
-      not lost (arXiv 2010.06192).
+  What is frozen is returned as it is. `stochastic` rounds bfloat16 weights up
+  or down at random, in proportion to how near each is, so that updates below
+  half a unit in the last place are not lost (arXiv 2010.06192).
   """
   key = jax.random.fold_in(key, _SALT) if stochastic else key
   flat, tree = jax.tree.flatten(updates, is_leaf=_is_masked)
@@ -344,15 +338,9 @@ class AverageState(NamedTuple):
 
 
 def averaged(opt_state, weights):
-  """Weights in which what is trained is its moving average.
+  """`weights` with moving averages of what is trained; None without any.
 
-  Args:
-    opt_state: of an optimizer of `make_optimizer`.
-    weights: of the same step. Leaves may be shared, with the state too: copy
-      them if a step is to give these away.
-
-  Returns:
-    A tree like `weights`, of the same dtypes; None if `ema_decay` is unset.
+  Leaves may be shared, with the state too: copy what a step is to give away.
   """
   found = [part for part in opt_state if isinstance(part, AverageState)]
   if not found:

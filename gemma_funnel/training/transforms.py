@@ -26,12 +26,7 @@ _MUON_RMS = 0.2
 def scale_by(
   name: str, options: dict[str, Any]
 ) -> optax.GradientTransformation:
-  """An optimizer as far as its direction of ascent.
-
-  Args:
-    name: "adamw", "adafactor", "lion" or "muon".
-    options: the optimizer's own; see `optimizer.OPTIONS`.
-  """
+  """An optimizer of `optimizer.OPTIONS`, as far as its direction of ascent."""
   match name:
     case "adamw":
       return optax.scale_by_adam(**options)

@@ -141,11 +141,11 @@ def _differences(
   there: dict, here: dict, free: Sequence[str]
 ) -> list[tuple[str, Any, Any]]:
   there, here = (flatten_dict(x, sep=".") for x in (there, here))
-  there_is, here_is = _canonical(there), _canonical(here)
+  one, other = _canonical(there), _canonical(here)
   return [
     (key, there.get(key), here.get(key))
-    for key in sorted((there_is.keys() | here_is.keys()) - set(free))
-    if there_is.get(key) != here_is.get(key)
+    for key in sorted((one.keys() | other.keys()) - set(free))
+    if one.get(key) != other.get(key)
   ]
 
 
