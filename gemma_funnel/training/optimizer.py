@@ -238,8 +238,15 @@ def make_optimizer(
     row = params_lib.row_of(path)
     return row is None or row.decays
 
+  # optax.clip_by_global_norm chooses for each entry, which makes XLA store the
+  # clipped gradients: that takes longer than Adam.
+  def clip(updates, _):
+    most = config.clip_norm
+    factor = most / jnp.maximum(optax.tree.norm(updates), most)
+    return jax.tree.map(lambda x: x * factor, updates)
+
   chain = optax.chain(
-    _clip(config.clip_norm),
+    optax.stateless(clip),
     optax.chain(
       scale_by(config.name, options),
       optax.add_decayed_weights(
@@ -366,18 +373,6 @@ def _average(decay: float) -> optax.GradientTransformation:
     return updates, AverageState(average)
 
   return optax.GradientTransformation(init, update)
-
-
-def _clip(most: float) -> optax.GradientTransformation:
-  """optax.clip_by_global_norm, by one factor."""
-
-  # Optax's choice for each entry makes XLA store the clipped gradients, which
-  # takes longer than Adam.
-  def clip(updates, _):
-    factor = most / jnp.maximum(optax.tree.norm(updates), most)
-    return jax.tree.map(lambda x: x * factor, updates)
-
-  return optax.stateless(clip)
 
 
 def _in_float32(

@@ -1,6 +1,5 @@
 """Which funnel each step of training runs with."""
 
-from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
@@ -83,10 +82,16 @@ def make_schedule(
       f"funnel_sampled={config.funnel_sampled!r}: expected a tuple of funnels, "
       "such as ('off', 'start=2,stride=2')"
     )
+  sampled = []
+  for funnel in config.funnel_sampled:
+    try:
+      sampled.append(resolve_funnel(funnel, num_layers))
+    except ValueError as error:
+      raise ValueError(f"funnel_sampled: {funnel!r}: {error}") from error
   schedule = FunnelSchedule(
     resolve_funnel(config.funnel, num_layers),
     config.funnel_from,
-    tuple(_resolved(config.funnel_sampled, num_layers)),
+    tuple(sampled),
     config.seed,
   )
   for stages in schedule.variants:
@@ -98,11 +103,3 @@ def make_schedule(
     if not causal:
       check_reducers(stages, "bidirectional", "causal=False")
   return schedule
-
-
-def _resolved(funnels: Sequence[str], num_layers: int):
-  for funnel in funnels:
-    try:
-      yield resolve_funnel(funnel, num_layers)
-    except ValueError as error:
-      raise ValueError(f"funnel_sampled: {funnel!r}: {error}") from error
