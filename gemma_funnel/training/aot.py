@@ -98,12 +98,8 @@ class Plan:
 def slice_devices(topology: str, slices: int = 1) -> list[jax.Device]:
   """Devices of slices that are not there, to compile for.
 
-  Args:
-    topology: such as "v5p:4x4x4" or "v5e:4x4".
-    slices: how many of them.
-
   Raises:
-    ValueError: no such topology, or no libtpu.
+    ValueError: no such topology (as "v5p:4x4x4"), or no libtpu.
   """
   from jax.experimental import topologies
 
@@ -242,14 +238,7 @@ def _bounds(spec: RunSpec, sent: dict[str, float]) -> dict[str, object]:
 
 
 class _Work:
-  """What a step has to do, by arithmetic alone, and guesses of what it takes.
-
-  Attributes:
-    chip: that runs it.
-    count: parameters.
-    itemsize: bytes of a number in the compute dtype.
-    step, layers: FLOPs of a step, and of the layers' forward pass.
-  """
+  """What a step has to do, by arithmetic alone, and guesses of what it takes."""
 
   def __init__(self, spec: RunSpec):
     device = spec.mesh.devices.flat[0]
@@ -260,6 +249,7 @@ class _Work:
     self.model = spec.model_config
     self.itemsize = jnp.dtype(self.model.dtype).itemsize
     self.count = flops.parameters(self.model, spec.stages).total
+    # FLOPs of a step, and of the layers' forward pass.
     self.step = spec.task.step_flops(spec, spec.stages)
     self.layers = self._forward(spec.stages)
 

@@ -97,11 +97,7 @@ class LoopSpec:
 
 
 def loop_config(**changes: Any) -> dict[str, Any]:
-  """The keys of `LoopSpec` and `mesh` for a configuration, with defaults.
-
-  Args:
-    **changes: other values. `mesh` has the axes of `sharding.make_mesh`.
-  """
+  """The keys of `LoopSpec` and `mesh`, with defaults but for `changes`."""
   values = {**_defaults(LoopSpec), "mesh": sharding.default_config().to_dict()}
   unknown = changes.keys() - values.keys()
   checks.require(not unknown, f"the loop has no keys {sorted(unknown)}")
@@ -294,10 +290,6 @@ def open_run(
   config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> Opened:
   """Resolves sizes, base checkpoint and mesh of a configuration.
-
-  Args:
-    config: as in configs/; it is copied.
-    devices: to train on; None is all.
 
   Raises:
     ValueError: a value that cannot be, or no checkpoint at `init_from`.

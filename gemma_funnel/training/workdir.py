@@ -63,9 +63,7 @@ def init_workdir(
 ) -> None:
   """Makes `config.workdir` the folder of the run that `config` describes.
 
-  Args:
-    config: with `workdir`.
-    free: further keys that may differ from those of the run that is there.
+  Keys of `free` too may differ from those of the run that is there.
 
   Raises:
     ValueError: it holds a run of another configuration, or other files; it
