@@ -46,8 +46,8 @@ class FakeDevice:
     def compile_program(function, *args, clock):
       del clock
       self.functions.append((function, args))
-      # Functions are partial(_forward, graphdef, head, causal).
-      graphdef, head, _ = function.args
+      # Functions are partial(_forward, graphdef, head, ...).
+      graphdef, head = function.args[:2]
       stages = nnx.merge(graphdef, args[0]).stages
       seconds = cost(stages, head, args[1].shape)
 
@@ -161,6 +161,52 @@ def test_programs_are_forward_passes_of_the_model(model, monkeypatch):
       expected = nnx.jit(Transformer.logits)(model, expected)
     np.testing.assert_allclose(
       jax.jit(function)(*args), expected, rtol=2e-5, atol=2e-5
+    )
+
+
+def test_a_context_is_dropped_and_its_ideal_is_the_formula(model, monkeypatch):
+  """(L - r)/L * span/length, of what layers compute for each token."""
+  funnel, length, span = "start=1,reduce=context", 32, 24
+  # XLA counts the body of a loop over layers once.
+  config = TransformerConfig.preset("tiny", scan_layers=False)
+  model = nnx.merge(
+    nnx.graphdef(Transformer.abstract(config)), nnx.state(model)
+  )
+  device = FakeDevice(monkeypatch, lambda *_: 1.0)
+  options = dict(batch_sizes=(2,), lengths=(length,), head=(False,))
+  rows = device.measure(model, (funnel,), context_length=span, **options)
+  off, row = (r["flops"] for r in rows)
+  assert off == flops.forward(TINY, None, 2, length, head=False)
+  L, r = TINY.num_layers, 1
+  ideal = (L - r) / L * span / length
+  assert rows[1]["ideal_reduction"] == 1 - row / off
+  assert rows[1]["ideal_reduction"] == pytest.approx(ideal, rel=0.03)
+
+  function, args = device.functions[1]
+  slots = np.arange(length)
+  context = np.broadcast_to((slots >= 1) & (slots <= span), args[1].shape)
+  expected = model.with_funnel(funnel).encode(
+    args[1], causal=True, context_BT=context, context_length=span
+  )
+  found = jax.jit(function)(*args)
+  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+  # The compiled program is as much shorter.
+  counts = [
+    jax.jit(f).lower(*a).compile().cost_analysis()["flops"]
+    for f, a in device.functions
+  ]
+  assert 1 - counts[1] / counts[0] == pytest.approx(ideal, rel=0.15)
+
+
+@pytest.mark.parametrize("span", [0, 16, -1])
+def test_a_context_that_cannot_be_is_named(model, span):
+  with pytest.raises(ValueError, match=f"context_length={span}.*1?5"):
+    latency.measure(
+      model,
+      ("start=1,reduce=context",),
+      batch_sizes=(1,),
+      lengths=(32, 16),
+      context_length=span,
     )
 
 

@@ -281,6 +281,8 @@ def test_mistakes_are_named(model, requests, options, message):
 def test_more_mistakes(model):
   with pytest.raises(ValueError, match="recover='none' .*log-likelihoods"):
     score_pairs(model.with_funnel("start=1,recover=none"), [], batch_size=1)
+  with pytest.raises(ValueError, match="reduce='context' .*log-likelihoods"):
+    score_pairs(model.with_funnel("start=1,reduce=context"), [], batch_size=1)
   with pytest.raises(ValueError, match="length=1: expected 2 or more"):
     list(scoring.windows([5], 1))
   broken = jax.tree.map(lambda p: p * np.nan, nnx.state(model))

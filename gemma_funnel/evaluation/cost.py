@@ -56,10 +56,11 @@ def of_forward(
   *,
   head: bool = True,
   causal: bool = True,
+  context_length: int = 0,
 ) -> Cost:
   """The cost of a forward pass, against one without a funnel."""
   count = lambda stages: flops.forward(
-    config, stages, batch, length, head=head, causal=causal
+    config, stages, batch, length, head, causal, context_length
   )
   return Cost(count(funnel), count(None), batch * length)
 

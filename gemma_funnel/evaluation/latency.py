@@ -134,11 +134,15 @@ def _result(row: Row) -> str:
   return text
 
 
-def _forward(graphdef, head, causal, params, tokens_BT):
+def _forward(graphdef, head, causal, context_length, params, tokens_BT):
   model = nnx.merge(graphdef, params)
-  if head:
-    return model(tokens_BT, causal=causal)
-  return model.encode(tokens_BT, causal=causal)
+  options = {}
+  if context_length:
+    slot_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
+    options["context_BT"] = (slot_BT > 0) & (slot_BT <= context_length)
+    options["context_length"] = context_length
+  call = model if head else model.encode
+  return call(tokens_BT, causal=causal, **options)
 
 
 def measure(
@@ -149,6 +153,7 @@ def measure(
   lengths: Sequence[int],
   head: Sequence[bool] = (False, True),
   causal: bool = True,
+  context_length: int = 0,
   protocol: timing.Protocol = timing.DEFAULT_PROTOCOL,
 ) -> list[Row]:
   """Measures forward passes with each funnel, and with none.
@@ -162,6 +167,7 @@ def measure(
     head: of False and True, those to measure: a forward pass to the hidden
       states, and one to the logits [B, T, V].
     causal: whether attention is causal.
+    context_length: tokens after BOS that `reduce=context` drops, < T.
     protocol: how times are taken.
 
   Returns:
@@ -181,6 +187,10 @@ def measure(
   named = funnels_lib.resolve(
     funnels, config.num_layers, recovers=_recovers(head)
   )
+  for stages in named.values():
+    funnels_lib.check_context(
+      stages, "context_length", context_length, min(lengths) - 1
+    )
   named = funnels_lib.with_off(named)
   models = {k: nnx.split(model.with_funnel(s)) for k, s in named.items()}
   variants = {}
@@ -192,10 +202,15 @@ def measure(
       label=f"{name}, {'with' if h else 'without'} the head",
       about={"head": h, "funnel": name, "resolved": format_funnel(stages)},
       baseline=(OFF, h),
-      function=functools.partial(_forward, graphdef, h, causal),
+      function=functools.partial(_forward, graphdef, h, causal, context_length),
       params=params,
       cost=functools.partial(
-        cost_lib.of_forward, config, stages, head=h, causal=causal
+        cost_lib.of_forward,
+        config,
+        stages,
+        head=h,
+        causal=causal,
+        context_length=context_length,
       ),
     )
   # A kernel that cannot run is named before anything runs.
@@ -292,7 +307,7 @@ LAYER_KIND_COLUMNS = cost_lib.columns(
   *cost_lib.TIMES,
 )
 KEYS = """
-  funnels batch_sizes lengths causal head layer_kinds decode warmup repeats
+  funnels batch_sizes lengths context_length causal head layer_kinds decode warmup repeats
   seed checkpoint model out
 """.split()
 # What a configuration decides of a checkpoint's model: how it runs.
@@ -339,7 +354,7 @@ def run(config: Any) -> list[Row]:
   )
 
   def write(name, rows, columns, what, plot, notes=notes):
-    settings = ("checkpoint", "causal", "repeats", "warmup", "seed")
+    settings = "checkpoint causal context_length repeats warmup seed".split()
     report.write(
       config.out,
       name,
@@ -354,7 +369,13 @@ def run(config: Any) -> list[Row]:
       notes=notes,
     )
 
-  rows = measure(model, config.funnels, head=config.head, **sweep)
+  rows = measure(
+    model,
+    config.funnels,
+    head=config.head,
+    context_length=config.context_length,
+    **sweep,
+  )
   what = f"Latency of {model.config.num_layers} layers"
   write("latency", rows, COLUMNS, what, plots.latency)
   if config.layer_kinds:
@@ -386,7 +407,10 @@ def _get_model(config: Any) -> Transformer:
 
 def _check_fits(config: Any, model: TransformerConfig) -> None:
   """Checks that a model of these sizes can be measured as configured."""
-  funnels_lib.resolve(config.funnels, model.num_layers)
   _check_sweep(model, config.batch_sizes, config.lengths)
+  for stages in funnels_lib.resolve(config.funnels, model.num_layers).values():
+    funnels_lib.check_context(
+      stages, "context_length", config.context_length, min(config.lengths) - 1
+    )
   if config.decode.new_tokens:
     decoding.check(model, config.funnels, **config.decode)

@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma_funnel import generate
 from gemma_funnel.checks import require, require_int
-from gemma_funnel.config import check_recovers
+from gemma_funnel.config import check_recovers, check_reducers
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from gemma_funnel.decode import decoder as decoder_lib
 from gemma_funnel.decode.sampling import GREEDY, Sampling
@@ -185,9 +185,10 @@ class Scorer:
 
     Raises:
       ValueError: a continuation that is empty or longer than `max_length`; a
-        token id outside the vocabulary.
+        token id outside the vocabulary; a reducer that allows no loss at each token.
       FloatingPointError: a score that is not finite.
     """
+    check_reducers(self.model.stages, "trains", "log-likelihoods")
     vocab_size = self.model.config.vocab_size
     fitted = [
       _fit(number, pair, self.max_length, vocab_size)
