@@ -153,9 +153,6 @@ def test_evaluate_errors(run, heldout):
   empty = pipeline.HeldOut((), 1, 0, 0)
   with pytest.raises(ValueError, match="batches is empty"):
     accuracy.evaluate(run[1], empty)
-
-
-def test_a_reducer_that_takes_no_loss_at_each_token_is_named(run, heldout):
   model = run[1].with_funnel("start=1,reduce=context")
   with pytest.raises(ValueError, match="reduce='context'.*trains=False"):
     accuracy.evaluate(model, heldout)

@@ -88,7 +88,12 @@ def test_a_planted_clock_gives_its_rows(model, monkeypatch):
 
   device = FakeDevice(monkeypatch, cost)
   rows = device.measure(
-    model, FUNNELS, batch_sizes=(2,), lengths=(12, 24), repeats=3
+    model,
+    ("off", *FUNNELS, FunnelConfig(1, 4, 2)),  # Each is measured once.
+    batch_sizes=(2,),
+    lengths=(12, 24),
+    head=(False, True, False),
+    repeats=3,
   )
   assert [(r["length"], r["head"], r["funnel"]) for r in rows] == [
     (length, head, funnel)
@@ -104,6 +109,10 @@ def test_a_planted_clock_gives_its_rows(model, monkeypatch):
     assert row["reduction"] == pytest.approx(1 - seconds / (slots + head))
     assert row["tokens_per_s"] == pytest.approx(slots / seconds)
     assert row["peak_bytes"] == 100 and row["error"] is None
+  figure = plots.latency(rows)
+  assert len(figure.axes) == 4
+  assert len(figure.axes[0].patches) == 4  # Two funnels at two lengths.
+  assert len(figure.axes[2].lines) == 3
 
 
 def test_rows_agree_with_themselves_and_with_flops(model):
@@ -208,16 +217,6 @@ def test_a_context_that_cannot_be_is_named(model, span):
       lengths=(32, 16),
       context_length=span,
     )
-
-
-def test_off_is_measured_once_whatever_is_listed(model, monkeypatch):
-  device = FakeDevice(monkeypatch, lambda *_: 1.0)
-  rows = device.measure(
-    model,
-    ("start=1,stride=2", "off", FunnelConfig(1, 4, 2)),
-    head=(False, False),
-  )
-  assert [row["funnel"] for row in rows] == ["off", "start=1,stride=2"]
 
 
 def test_a_variant_that_fails_has_its_error_in_its_row(model, monkeypatch):
@@ -504,17 +503,3 @@ def test_what_cannot_be_is_said_before_a_checkpoint_is_read(quick, monkeypatch):
     )
     with pytest.raises(ValueError, match=message):
       evaluation.run(config)
-
-
-def test_plot_of_many_lengths_and_funnels(monkeypatch, model):
-  device = FakeDevice(
-    monkeypatch, lambda funnel, head, shape: float(np.prod(shape))
-  )
-  rows = device.measure(
-    model, FUNNELS, batch_sizes=(1, 2), lengths=(16, 32, 64)
-  )
-  figure = plots.latency(rows)
-  assert len(figure.axes) == 8
-  # Two funnels at three lengths.
-  assert len(figure.axes[0].patches) == 6
-  assert len(figure.axes[2].lines) == 3

@@ -49,7 +49,6 @@ def _means(
   rate: float | None = None,
   seed: int = 0,
 ) -> Row:
-  """`loss` in nats, `accuracy` and `num_tokens` of tokens that are predicted."""
   check_reducers(model.stages, "trains", _RECOVERS)
   graphdef, params = nnx.split(model)
   totals = dict(nll=0.0, correct=0.0, tokens=0.0)
@@ -184,18 +183,12 @@ KEYS = """
 
 
 def run(config: Any) -> list[Row]:
-  """Evaluates what a configuration names, and writes a table and a plot.
+  """Runs configs/eval_accuracy.py; returns the rows of `measure`.
 
   Writes accuracy.json, .md and .png to `config.out`.
 
-  Args:
-    config: a ConfigDict with the keys of configs/eval_accuracy.py.
-
-  Returns:
-    The rows of `measure`.
-
   Raises:
-    ValueError: a key that is missing, or a value out of range.
+    ValueError: a value out of range.
     FloatingPointError: a loss that is not finite.
   """
   require_int("chunk", config.chunk, 1)

@@ -138,7 +138,7 @@ class _Cell:
     self.cache_bytes = {}
 
   def build(self, name: str, part: str) -> timing.Program:
-    """A program that is compiled by being run once."""
+    # It is compiled by being run once.
     self.protocol.log(f"  compiling {name}, {part}")
     decoder = self.decoders[name]
     prefill = functools.partial(decoder.prefill, self.prompts, **self.options)
@@ -167,7 +167,16 @@ class _Cell:
     for name in self.named:
       row = self._row(name, measured[name, _FIRST], measured[name, _EACH])
       rows.append(row)
-      self.protocol.log(f"  {name}: {_result(row)}")
+      text = f"failed: {row['error']}"
+      if not row["error"]:
+        text = f"first token {row['first_token_s'] * 1e3:.1f} ms, then "
+        text += f"{row['token_s'] * 1e3:.2f} ms each"
+        if name != OFF and row["reduction"] is not None:
+          text += (
+            f", {row['reduction']:.1%} less (ideal {row['ideal_bytes']:.1%}"
+          )
+          text += f" of bytes, {row['ideal_flops']:.1%} of FLOPs)"
+      self.protocol.log(f"  {name}: {text}")
     return rows
 
   def _row(self, name: str, first: Row, each: Row) -> Row:
@@ -212,21 +221,6 @@ class _Cell:
       ),
       "times_s": {_FIRST: first.get("times_s"), _EACH: each.get("times_s")},
     }
-
-
-def _result(row: Row) -> str:
-  if row["error"]:
-    return f"failed: {row['error']}"
-  text = (
-    f"first token {row['first_token_s'] * 1e3:.1f} ms, then "
-    f"{row['token_s'] * 1e3:.2f} ms each"
-  )
-  if row["funnel"] != OFF and row["reduction"] is not None:
-    text += (
-      f", {row['reduction']:.1%} less (ideal {row['ideal_bytes']:.1%} of bytes,"
-      f" {row['ideal_flops']:.1%} of FLOPs)"
-    )
-  return text
 
 
 COLUMNS = cost_lib.columns(

@@ -50,35 +50,22 @@ def _check_sweep(config, batch_sizes, lengths) -> None:
 
 def random_model(config: TransformerConfig, seed: int = 0) -> Transformer:
   """A model of random weights, made on the device in `param_dtype`."""
-  params = _random_params(config, jax.random.key(seed))
+  make = lambda key: nnx.state(Transformer(config, rngs=nnx.Rngs(key)))
+  params = jax.jit(make)(jax.random.key(seed))
   return nnx.merge(nnx.graphdef(Transformer.abstract(config)), params)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _random_params(config, key):
-  return nnx.state(Transformer(config, rngs=nnx.Rngs(key)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Variant:
-  """A program that each cell (batch size, length) times.
-
-  Attributes:
-    label: what progress lines call it.
-    about: what its rows say of it.
-    baseline: the key of the variant that it is compared with.
-    function: of `params` and a cell's inputs.
-    cost: of a batch size and a length.
-    layers: times and costs are those of as many layers, and rows of one.
-  """
+  """A program that each cell (batch size, length) times."""
 
   label: str
-  about: Row
-  baseline: Hashable
-  function: Callable[..., jax.Array]
+  about: Row  # What its rows say of it.
+  baseline: Hashable  # The key of the variant that it is compared with.
+  function: Callable[..., jax.Array]  # Of `params` and a cell's inputs.
   params: nnx.State
-  cost: Callable[[int, int], Cost]
-  layers: int = 1
+  cost: Callable[[int, int], Cost]  # Of a batch size and a length.
+  layers: int = 1  # Of the program; rows and costs are of one.
 
   def build(self, inputs: jax.Array, protocol) -> timing.Program:
     protocol.log(f"  compiling {self.label}")
@@ -118,20 +105,14 @@ def _measure(
       protocol,
     )
     for key, variant in variants.items():
-      rows.append(variant.row(cell, measured[key]))
-      protocol.log(f"  {variant.label}: {_result(rows[-1])}")
+      row = variant.row(cell, measured[key])
+      rows.append(row)
+      text = "failed" if row["error"] else f"{row['latency_s'] * 1e3:.2f} ms"
+      if row["ideal_reduction"] and row.get("reduction") is not None:
+        text += f", {row['reduction']:.1%} less"
+        text += f" (ideal {row['ideal_reduction']:.1%})"
+      protocol.log(f"  {variant.label}: {text}")
   return rows
-
-
-def _result(row: Row) -> str:
-  if row["error"]:
-    return "failed"
-  text = f"{row['latency_s'] * 1e3:.2f} ms"
-  if row["ideal_reduction"] and row["reduction"] is not None:
-    text += (
-      f", {row['reduction']:.1%} less (ideal {row['ideal_reduction']:.1%})"
-    )
-  return text
 
 
 def _forward(graphdef, head, causal, context_length, params, tokens_BT):
@@ -232,11 +213,6 @@ def _recovers(head: Sequence[bool]) -> str | None:
   return None
 
 
-def _trunk(graphdef, causal, params, hidden_BTD):
-  stream = make_stream(hidden_BTD)
-  return nnx.merge(graphdef, params).trunk(stream, causal=causal).hidden_BTD
-
-
 def measure_layer_kinds(
   config: TransformerConfig,
   *,
@@ -280,11 +256,16 @@ def measure_layer_kinds(
   for kind in kinds:
     short = layers(kind, _LAYERS)
     graphdef = nnx.graphdef(Transformer.abstract(short))
+
+    def trunk(params, hidden_BTD, graphdef=graphdef):
+      model = nnx.merge(graphdef, params)
+      return model.trunk(make_stream(hidden_BTD), causal=causal).hidden_BTD
+
     variants[kind] = _Variant(
       label=f"{kind} layers",
       about={"kind": kind, "window": short.layers[0].window},
       baseline=_BASE_KIND,
-      function=functools.partial(_trunk, graphdef, causal),
+      function=trunk,
       params=params,
       cost=functools.partial(cost, kind),
       layers=_LAYERS,
@@ -315,19 +296,13 @@ _HOW = ("dtype", "softmax_dtype", "kernel", "scan_layers", "remat")
 
 
 def run(config: Any) -> list[Row]:
-  """Measures what a configuration asks for, and writes tables and plots.
+  """Runs configs/eval_latency.py; returns the rows of `measure`.
 
   Writes latency.json, .md and .png to `config.out`, and layer_kinds and decode
   likewise.
 
-  Args:
-    config: a ConfigDict with the keys of configs/eval_latency.py.
-
-  Returns:
-    The rows of `measure`.
-
   Raises:
-    ValueError: a key that is missing, or a value out of range.
+    ValueError: a value out of range.
     RuntimeError: every variant failed.
   """
   protocol = timing.Protocol(config.repeats, config.warmup, config.seed)
