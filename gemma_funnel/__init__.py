@@ -7,5 +7,4 @@ from gemma_funnel.convert import load as load
 from gemma_funnel.decode.decoder import Decoder as Decoder
 from gemma_funnel.decode.sampling import Sampling as Sampling
 from gemma_funnel.model import Transformer as Transformer
-
-__version__ = "0.1.0"
+from gemma_funnel.version import __version__ as __version__

@@ -49,6 +49,10 @@ class Parameters:
   def total(self) -> int:
     return sum(dataclasses.astuple(self))
 
+  @property
+  def head(self) -> int:
+    return self.unembedding or self.embedding
+
 
 def parameters(config: TransformerConfig, funnel: Funnel = None) -> Parameters:
   """Counts parameters; of a funnel those that its stages learn.
@@ -320,7 +324,7 @@ def forward_bytes(
       if part.keys is not part.queries:
         numbers += len(part.keys) * config.embed_dim
   numbers = batch * numbers + count.layers + count.funnel
-  numbers += head * count.embedding
+  numbers += head * count.head
   size = jnp.dtype(config.dtype).itemsize
   return size * numbers + head * 4 * batch * length * config.vocab_size
 
@@ -429,7 +433,7 @@ def decode_bytes(
     if part.visible is not None:
       entries = often * int(part.visible[-1]) + key_often
       numbers += batch * entries * _key_width(config)
-  numbers += head * parameters(config).embedding
+  numbers += head * parameters(config).head
   size = jnp.dtype(config.dtype).itemsize
   return float(size * numbers + head * 4 * batch * config.vocab_size)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-import gemma_funnel
 from gemma_funnel.config import FunnelConfig, TransformerConfig, format_funnel
 from gemma_funnel.convert import (
   detect,
@@ -25,6 +24,7 @@ from gemma_funnel.convert.safetensors_file import SafetensorsWriter
 from gemma_funnel.convert.tensor_io import Header, TensorWriter
 from gemma_funnel.convert.torch_file import TorchWriter, import_torch
 from gemma_funnel.data.tokenizer import Tokenizer
+from gemma_funnel.version import __version__
 
 FORMATS = ("orbax", "hf", "google", "gemma_pytorch")
 # As transformers has it: 5 GB are 5 * 10^9 bytes.
@@ -125,7 +125,7 @@ def make_spec(
   learned = param_mapping.learned_tensors(own)
   ours = _dump(
     {
-      detect.OURS: gemma_funnel.__version__,
+      detect.OURS: __version__,
       "model": config.to_dict(),
       "funnel": format_funnel(stages),
     }
