@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import time
 import traceback
 
@@ -18,7 +19,9 @@ import ml_collections
 from ml_collections import config_flags
 
 from gemma_funnel.checks import require
+from gemma_funnel.registry import RECOVERIES, REDUCERS
 
+flags.disclaim_key_flags()  # They are train.py's, whose --help tells of them.
 _PACKAGE = pathlib.Path(__file__).parent
 # What the package raises of a mistake that it has named.
 _NAMED = (ValueError, FloatingPointError)
@@ -57,6 +60,15 @@ def guard(run: Callable[[], int]) -> int:
 def _is_ours(error: Exception) -> bool:
   raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
   return pathlib.Path(raised_in).is_relative_to(_PACKAGE)
+
+
+def describe_funnels() -> str:
+  """Help on what a funnel may ask for: a line a reducer and a recovery."""
+  tables = {"reduce": REDUCERS, "recover": RECOVERIES}
+  return "\n\n".join(
+    f"funnel, {key}=\n" + textwrap.indent(table.describe(), "  ")
+    for key, table in tables.items()
+  )
 
 
 def say(text: str) -> None:
@@ -111,7 +123,10 @@ def main(run: Callable[[ml_collections.ConfigDict], object]) -> None:
   and exit status 2; anything else is a traceback.
   """
   config = config_flags.DEFINE_config_file(
-    "config", None, "A file with get_config(); --config.key=value overrides."
+    "config",
+    None,
+    "A file with get_config(); --config.key=value overrides.\n"
+    + describe_funnels(),
   )
   flags.mark_flag_as_required("config")
   _define_distributed()

@@ -7,7 +7,8 @@ are JSON lines, one a continuation:
 
   {"prompt": str, "sample": int, "text": str, "tokens": [int], "stopped": bool}
 
---context=FILE stands before each prompt; a funnel of reduce=context drops it.
+--context=FILE stands between BOS and each prompt; a funnel of reduce=context
+drops it from its layer on, others read it as the start of the prompt.
 
 Mistakes are one line and exit status 2; Ctrl-C prints what there is, status 130
 (JSON lines of what was not finished then have "interrupted": true).
@@ -52,7 +53,8 @@ class GenerationRequest:
     tokenizer: of the checkpoint, or the one that was named.
     texts: the prompts.
     prompts: their token ids: BOS, the context's, and the prompt's own.
-    context_length: tokens of the context; None is no context.
+    context_length: tokens of the context that the funnel drops; None where it
+      drops none, and a context is but the start of the prompts.
     sampling: how tokens are drawn.
     stop_ids: what ends a continuation.
     max_new_tokens: tokens of a continuation at most.
@@ -188,8 +190,7 @@ _TEXTS = dict(
   checkpoint="DIR: a training run, or whatever gemma_funnel.load reads",
   prompt="TEXT: may be repeated",
   prompts='FILE: JSON lines with a "prompt" each',
-  context="FILE: a text between BOS and each prompt, which a funnel of "
-  "reduce=context drops from its layer on",
+  context="FILE: a text before each prompt, such as demonstrations",
   funnel="STAGES: 'off', or such as start=6,stride=2 (default: as trained; off "
   "for checkpoints that say none)",
   dtype="NAME: (default: as trained; float32 for what is no training run)",
@@ -233,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     allow_abbrev=False,
     description=__doc__,
     usage="%(prog)s --checkpoint=DIR [--FLAG=VALUE ...]",
+    epilog=cli.describe_funnels(),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   flags = {k: (None, v) for k, v in _TEXTS.items()} | _NUMBERS
@@ -276,6 +278,11 @@ def prepare(args: argparse.Namespace) -> GenerationRequest:
   if args.funnel is not None:
     stages = config_lib.resolve_funnel(args.funnel, found.config.num_layers)
   config_lib.check_recovers(stages, "generation")
+  drops = any(stage.reduce == "context" for stage in stages)
+  require(
+    not drops or args.context is not None,
+    "the funnel drops a context (reduce=context): expected --context=FILE",
+  )
   tokenizer = _find_tokenizer(args, found)
   stop_ids = [EOS_ID] if args.stop_id is None else args.stop_id
   for stop_id in stop_ids:
@@ -297,7 +304,7 @@ def prepare(args: argparse.Namespace) -> GenerationRequest:
     tokenizer=tokenizer,
     texts=list(texts),
     prompts=prompts,
-    context_length=None if context is None else len(context),
+    context_length=len(context) if drops else None,
     sampling=sampling,
     stop_ids=stop_ids,
     max_new_tokens=new,

@@ -46,8 +46,8 @@ class Registry(dict[str, type]):
     return self[name]
 
   def describe(self) -> str:
-    """A line for each name: the first of its class's docstring."""
-    first = lambda cls: (cls.__doc__ or "").strip().split("\n")[0]
+    """A line for each name: the first paragraph of its class's docstring."""
+    first = lambda cls: " ".join((cls.__doc__ or "").split("\n\n")[0].split())
     return "\n".join(f"{name}: {first(cls)}" for name, cls in self.items())
 
 

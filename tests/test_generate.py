@@ -374,30 +374,29 @@ def test_what_loading_tells_is_no_output(folder, capsys):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_context_stands_between_bos_and_each_prompt(
-  count, command, tokenizer, monkeypatch, tmp_path
+@pytest.mark.parametrize("funnel", ["start=1,reduce=context", "off", TRAINED])
+def test_a_context_comes_before_each_prompt(
+  funnel, count, command, folder, tokenizer, tmp_path
 ):
-  seen = []
-
-  def stream(self, prompts, **options):
-    seen.append((prompts, options.get("context_lengths")))
-    return iter([[Generation(i, 0, [], True) for i in range(len(prompts))]])
-
-  monkeypatch.setattr(Decoder, "stream", stream)
   path = tmp_path / "context.txt"
   path.write_text(f"XYZ {EMOJI}\n")
-  flags = [f"--prompt={text}" for text in ["abc", "m", "ab"][:count]]
-  status, out, _ = command(*flags, f"--context={path}", "--max_new_tokens=1")
-  assert status == 0
   context = tokenizer.encode(path.read_text())
-  own = [tokenizer.encode(text) for text in ["abc", "m", "ab"][:count]]
-  assert seen == [
-    ([[BOS_ID, *context, *ids] for ids in own], [len(context)] * count)
-  ]
-  if count > 1:
-    assert [line["prompt"] for line in _lines(out)] == ["abc", "m", "ab"]
-  command(*flags)
-  assert seen[1] == ([[BOS_ID, *ids] for ids in own], None)
+  texts = ["abc", "m", "ab"][:count]
+  prompts = [[BOS_ID, *context, *tokenizer.encode(text)] for text in texts]
+  flags = [f"--prompt={text}" for text in texts]
+  flags += ["--stop_id=0", "--max_new_tokens=6", f"--funnel={funnel}"]
+  status, out, _ = command(*flags, f"--context={path}", quick=False)
+  lengths = [len(context)] * count if "context" in funnel else None
+  expected = Decoder(convert.load(folder, funnel), CACHE).generate(
+    prompts, max_new_tokens=6, context_lengths=lengths
+  )
+  assert status == 0
+  if count == 1:
+    assert out == tokenizer.decode(expected[0].tokens) + "\n"
+    return
+  lines = _lines(out)
+  assert [line["prompt"] for line in lines] == texts
+  assert [line["tokens"] for line in lines] == [r.tokens for r in expected]
 
 
 # --- Hugging Face folders -------------------------------------------------
@@ -485,6 +484,7 @@ def refuse(monkeypatch, capsys, folder):
     (["--prompt=a", "--prompts=x"], "--prompt and --prompts are both given"),
     (["--prompts=/nowhere.jsonl"], "/nowhere.jsonl: cannot be read: No such"),
     (["--context=/nowhere.txt"], "/nowhere.txt: cannot be read: No such"),
+    (["--funnel=start=1,reduce=context"], "expected --context=FILE"),
     (["--top_p=0", "--temperature=1"], r"top_p=0.0: expected .* > 0 and <= 1"),
     (["--top_p=1.5", "--temperature=1"], "top_p=1.5"),
     (["--top_p=0.5"], "top_p=0.5 has no effect with temperature=0"),
