@@ -30,9 +30,12 @@ def _documents(count=60):
 
 
 def _pack(documents, segment_alignment=1, **changes):
-  shape = dict(length=LENGTH, segment_alignment=segment_alignment) | changes
+  length, seed = changes.pop("length", LENGTH), changes.pop("seed", None)
+  chunk = packing.ChunkDocuments(
+    FakeTokenizer(), length, segment_alignment, **changes
+  )
   dataset = grain.MapDataset.source(documents).to_iter_dataset()
-  return list(packing.pack(dataset, FakeTokenizer(), **shape))
+  return list(packing.pack(chunk(dataset), length, seed))
 
 
 def _segments(rows):
@@ -57,7 +60,7 @@ def test_chunk(length, count):
 @pytest.mark.parametrize("segment_alignment", [1, 2, 3, 4])
 def test_rows(segment_alignment, shuffle_seed):
   rows = _pack(
-    _documents(), segment_alignment=segment_alignment, shuffle_seed=shuffle_seed
+    _documents(), segment_alignment=segment_alignment, seed=shuffle_seed
   )
   for row in rows:
     assert {k: (v.shape, v.dtype) for k, v in row.items()} == {
@@ -151,7 +154,7 @@ def test_rows_are_full():
 
 def test_shuffle_seed():
   def order(shuffle_seed):
-    segments = _segments(_pack(_documents(), shuffle_seed=shuffle_seed))
+    segments = _segments(_pack(_documents(), seed=shuffle_seed))
     return [tuple(map(int, segment)) for segment in segments]
 
   plain, first, second = order(None), order(1), order(2)

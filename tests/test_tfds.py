@@ -234,14 +234,18 @@ def test_version(data_dir):
     _load(data_dir, "glue/sst2:2.0.0")
 
 
-def test_latest_version(tmp_path):
+def test_latest_version(tmp_path, monkeypatch):
+  opened = []
+  tfds = pytest.importorskip("tensorflow_datasets")
+  monkeypatch.setattr(tfds, "builder_from_directory", opened.append)
   for version in ("1.9.0", "1.10.0", "incomplete.x"):
     (tmp_path / "set" / version).mkdir(parents=True)
     (tmp_path / "set" / version / "dataset_info.json").write_text("{}")
   (tmp_path / "set" / "2.0.0").mkdir()
   for dataset, version in (("set", "1.10.0"), ("set:1.9.0", "1.9.0")):
-    found = prepared._folder(dataset, str(tmp_path))
-    assert found == str(tmp_path / "set" / version)
+    with pytest.raises(ValueError, match="cannot be read"):
+      prepared.open_split(dataset, "train", str(tmp_path))
+    assert opened.pop() == str(tmp_path / "set" / version)
 
 
 def test_code_of_tfds_does_not_matter(data_dir):

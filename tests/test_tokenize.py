@@ -203,7 +203,9 @@ class TestWhatIsWritten:
     assert os.listdir(tmp_path) == ["ids.partial"]
     with pytest.raises(ValueError, match="no file matches"):
       sources.load(str(tmp_path / "ids"))
-    with pytest.raises(ValueError, match=r"begun with .*\['shards'\].*=4; del"):
+    with pytest.raises(
+      ValueError, match=r"begun with .*\['shards'\].*: 4}; del"
+    ):
       tokenize.tokenize(_config(corpus, out=config.out, shards=5))
 
     def counted(*arguments):

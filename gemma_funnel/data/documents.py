@@ -14,17 +14,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-  """A text and the key that decides its split.
+  """A text and the key that decides its split."""
 
-  Attributes:
-    key: a name that is the same on every machine, such as
-      "asyncio/events.py" or "notes.txt:3".
-    text: the content. Empty texts occur only in formats whose texts are not
-      known before they are read; such a document has no chunks.
-  """
-
-  key: str
-  text: str
+  key: str  # The same on every machine: "asyncio/events.py", "notes.txt:3".
+  text: str  # Empty only in formats whose texts are not known before reading.
 
   @property
   def num_bytes(self) -> int:
@@ -34,17 +27,11 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class TokenizedDocument:
-  """The token ids of a `Document`.
-
-  Attributes:
-    key: the document's key.
-    tokens: ids [n] without BOS and EOS, of an unsigned type.
-    num_bytes: UTF-8 bytes of the text.
-  """
+  """The token ids of a `Document`."""
 
   key: str
-  tokens: np.ndarray
-  num_bytes: int
+  tokens: np.ndarray  # [n] without BOS and EOS, of an unsigned type.
+  num_bytes: int  # UTF-8 bytes of the text.
 
 
 def digest(key: str) -> int:
@@ -52,24 +39,15 @@ def digest(key: str) -> int:
   return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
-def is_heldout(key: str, heldout_fraction: float) -> bool:
-  """Whether the document of this key is held out: a hash below a threshold.
-
-  A larger fraction moves documents to the held-out split only.
-  """
-  return digest(key) < heldout_fraction * 2**64
-
-
 class LazyDocuments(Sequence):
   """Documents that are read when they are indexed.
 
   Subclasses define `__len__`, `read(i)` and `key(i)` for 0 <= i < len.
-
-  Attributes:
-    parts: the sequences that this one is made of; none of a file.
   """
 
-  parts: tuple[Sequence[Document], ...] = ()
+  parts: tuple[
+    Sequence[Document], ...
+  ] = ()  # What it is made of, if not files.
 
   def __getitem__(self, i):
     if isinstance(i, slice):
@@ -94,8 +72,7 @@ def key_of(documents: Sequence[Document], i: int) -> str:
 def _digests(documents: Sequence[Document]) -> np.ndarray:
   if isinstance(documents, LazyDocuments):
     return documents.digests()
-  keys = (document.key for document in documents)
-  return np.fromiter(map(digest, keys), np.uint64, len(documents))
+  return np.asarray([digest(d.key) for d in documents], np.uint64)
 
 
 class Joined(LazyDocuments):
@@ -103,15 +80,14 @@ class Joined(LazyDocuments):
 
   def __init__(self, parts: Sequence[Sequence[Document]]):
     self.parts = tuple(part for part in parts if len(part))
-    self._ends = np.cumsum([len(part) for part in self.parts], dtype=np.int64)
+    self._starts = np.cumsum([0, *map(len, self.parts)])
 
   def __len__(self) -> int:
-    return int(self._ends[-1]) if self.parts else 0
+    return int(self._starts[-1])
 
   def _find(self, i: int) -> tuple[Sequence[Document], int]:
-    which = int(np.searchsorted(self._ends, i, "right"))
-    part = self.parts[which]
-    return part, i - (int(self._ends[which]) - len(part))
+    which = int(np.searchsorted(self._starts, i, "right")) - 1
+    return self.parts[which], i - int(self._starts[which])
 
   def key(self, i: int) -> str:
     return key_of(*self._find(i))
@@ -129,8 +105,7 @@ class Subset(LazyDocuments):
   """Some documents of a sequence, by their indices."""
 
   def __init__(self, documents: Sequence[Document], indices: np.ndarray):
-    self.parts = (documents,)
-    self._indices = indices
+    self.parts, self._indices = (documents,), indices
 
   def __len__(self) -> int:
     return len(self._indices)
@@ -157,11 +132,11 @@ def files_of(documents: Sequence[Document]) -> Iterator[Sequence[Document]]:
 def split(
   documents: Sequence[Document], heldout_fraction: float
 ) -> tuple[Subset, Subset]:
-  """Splits by the hash of keys, as `is_heldout` does; (train, held-out)."""
+  """Splits into train and held-out: those whose key has a small digest.
+
+  A larger fraction moves documents to the held-out split only.
+  """
   # An integer is below a number if it is below its ceiling.
   threshold = np.uint64(math.ceil(heldout_fraction * 2**64))
   held = _digests(documents) < threshold
-  train, heldout = (
-    Subset(documents, np.flatnonzero(mask)) for mask in (~held, held)
-  )
-  return train, heldout
+  return tuple(Subset(documents, np.flatnonzero(m)) for m in (~held, held))

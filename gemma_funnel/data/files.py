@@ -23,6 +23,7 @@ from gemma_funnel.data.documents import Document, LazyDocuments
 # A big text file becomes documents of about this size, for it to have both
 # splits.
 TEXT_DOCUMENT_BYTES = 16 << 10
+RECORD_ENDS = (".array_record", ".arrayrecord")
 # Decoded row groups of Parquet files that are kept in memory.
 _KEPT_ROW_GROUPS = 4
 _BLOCK_BYTES = 1 << 20
@@ -34,7 +35,7 @@ def is_remote(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def reading(path: str) -> Iterator[None]:
+def _naming(path: str) -> Iterator[None]:
   """Turns an error of reading `path` into a ValueError that names it."""
   try:
     yield
@@ -49,35 +50,37 @@ def reading(path: str) -> Iterator[None]:
     raise ValueError(f"{path}: cannot be read: {text}") from e
 
 
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[Any]:
+  with _naming(path), epath.Path(path).open("rb") as f:
+    yield f
+
+
 def matches(pattern: str) -> list[str]:
   """The files and folders that a glob matches."""
   if not is_remote(pattern):
     return glob.glob(os.path.expanduser(pattern), recursive=True)
-  if "**" in pattern:
-    raise ValueError(
-      f"source {pattern!r}: '**' would list a whole bucket; expected '*'"
-    )
+  require(
+    "**" not in pattern,
+    f"source {pattern!r}: '**' would list a whole bucket; expected '*'",
+  )
   scheme, _, rest = pattern.partition("://")
   bucket, _, within = rest.partition("/")
-  with reading(pattern):
+  with _naming(pattern):
     found = epath.Path(f"{scheme}://{bucket}").glob(within)
     return [os.fspath(path) for path in found]
 
 
 def is_file(path: str) -> bool:
   """Whether it is there and no folder."""
-  with reading(path):
+  with _naming(path):
     at = epath.Path(path)
     return not at.is_dir() and at.exists()
 
 
 def read_bytes(path: str) -> bytes:
-  """A file's content.
-
-  Raises:
-    ValueError: it cannot be read.
-  """
-  with reading(path), epath.Path(path).open("rb") as f:
+  """A file's content; a ValueError that names it if it cannot be read."""
+  with _open(path) as f:
     return f.read()
 
 
@@ -92,13 +95,8 @@ class File(LazyDocuments):
   def key(self, i: int) -> str:
     return f"{self.name}:{i}"
 
-  @contextlib.contextmanager
-  def _open(self) -> Iterator[Any]:
-    with reading(self.path), epath.Path(self.path).open("rb") as f:
-      yield f
-
   def _part(self, start: int, size: int) -> bytes:
-    with self._open() as f:
+    with _open(self.path) as f:
       f.seek(start)
       part = f.read(size)
     require(
@@ -109,7 +107,7 @@ class File(LazyDocuments):
     return part
 
 
-def _decode(content: bytes, place: str, expected: str) -> str:
+def _decode(content: bytes, place: str, expected: str = "UTF-8 text") -> str:
   try:
     return content.decode("utf-8")
   except UnicodeDecodeError as e:
@@ -122,29 +120,27 @@ class TextFile(File):
   def __init__(self, path: str):
     super().__init__(path)
     ends, size, lines = array("q", [0]), 0, []
-    with self._open() as f:
+    with _open(path) as f:
       # Lines of bytes end at "\n" alone, not at form feeds and the like.
       for line in f:
         lines.append(line)
         size += len(line)
         if size - ends[-1] >= TEXT_DOCUMENT_BYTES:
-          self._text(lines)
+          _decode(b"".join(lines), path)
           ends.append(size)
           lines = []
-    self._text(lines)
-    if size > ends[-1]:
+    _decode(b"".join(lines), path)
+    if lines:
       ends.append(size)
     self._ends = np.asarray(ends)
-
-  def _text(self, lines: list[bytes]) -> str:
-    return _decode(b"".join(lines), self.path, "UTF-8 text")
 
   def __len__(self) -> int:
     return len(self._ends) - 1
 
   def read(self, i: int) -> Document:
     start, end = map(int, self._ends[i : i + 2])
-    return Document(self.key(i), self._text([self._part(start, end - start)]))
+    text = _decode(self._part(start, end - start), self.path)
+    return Document(self.key(i), text)
 
 
 def check_text(text: Any, place: str, text_key: str) -> str:
@@ -188,9 +184,9 @@ class JsonLines(File):
 
   def __init__(self, path: str, text_key: str):
     super().__init__(path, text_key)
-    starts, sizes, indices = array("q"), array("q"), array("q")
+    found = array("q")
     at = index = 0
-    with self._open() as f:
+    with _open(path) as f:
       for number, line in enumerate(f, start=1):
         at += len(line)
         if not line.strip():
@@ -198,37 +194,30 @@ class JsonLines(File):
         # An empty string is written in one way only.
         parsed = index == 0 or b'""' in line
         if not parsed or _json_text(line, f"{path}, line {number}", text_key):
-          starts.append(at - len(line))
-          sizes.append(len(line))
-          indices.append(index)
+          found.extend((at - len(line), len(line), index))
         index += 1
-    self._starts, self._sizes = np.asarray(starts), np.asarray(sizes)
-    self._indices = np.asarray(indices)
+    self._lines = np.asarray(found).reshape(-1, 3)  # Starts, sizes, indices.
 
   def __len__(self) -> int:
-    return len(self._starts)
+    return len(self._lines)
 
   def key(self, i: int) -> str:
-    return f"{self.name}:{self._indices[i]}"
+    return f"{self.name}:{self._lines[i, 2]}"
 
   def read(self, i: int) -> Document:
-    line = self._part(int(self._starts[i]), int(self._sizes[i]))
+    start, size, _ = map(int, self._lines[i])
+    line = self._part(start, size)
     try:
       text = _json_text(line, self.path, self.text_key)
     except ValueError:
       # Lines are counted only for an error, which names the line.
-      place = f"{self.path}, line {self._line_number(int(self._starts[i]))}"
-      text = _json_text(line, place, self.text_key)
+      number = 1
+      with _open(self.path) as f:
+        while block := f.read(min(start, _BLOCK_BYTES)):
+          number += block.count(b"\n")
+          start -= len(block)
+      text = _json_text(line, f"{self.path}, line {number}", self.text_key)
     return Document(self.key(i), text)
-
-  def _line_number(self, start: int) -> int:
-    number = 1
-    with self._open() as f:
-      while start > 0:
-        block = f.read(min(start, _BLOCK_BYTES))
-        number += block.count(b"\n")
-        start -= len(block) or start
-    return number
 
 
 class RecordFile(File):
@@ -244,13 +233,13 @@ class RecordFile(File):
         "there is for Linux and macOS; expected pip install array_record"
       ) from e
     if not is_remote(path):
-      with self._open():
+      with _open(path):
         pass  # The package's own error of a missing file has many lines.
-    with self._whole():
+    with self._naming_damage():
       self._records = array_record_data_source.ArrayRecordDataSource([path])
 
   @contextlib.contextmanager
-  def _whole(self) -> Iterator[None]:
+  def _naming_damage(self) -> Iterator[None]:
     try:
       yield
     except Exception as e:
@@ -263,7 +252,7 @@ class RecordFile(File):
     return len(self._records)
 
   def record(self, i: int) -> bytes:
-    with self._whole():
+    with self._naming_damage():
       return self._records[i]
 
 
@@ -277,9 +266,8 @@ class JsonRecords(RecordFile):
 
   def read(self, i: int) -> Document:
     place = f"{self.path}, record {i}"
-    return Document(
-      self.key(i), _json_text(self.record(i), place, self.text_key)
-    )
+    text = _json_text(self.record(i), place, self.text_key)
+    return Document(self.key(i), text)
 
 
 class ParquetFile(File):
@@ -292,33 +280,33 @@ class ParquetFile(File):
   def __init__(self, path: str, text_key: str):
     super().__init__(path, text_key)
     with _open_parquet(path) as file:
-      found = {field.name: field.type for field in file.schema_arrow}
-      require(
-        text_key in found,
-        f"{path}: no column {text_key!r}; found the columns {sorted(found)}",
-      )
-      require(
-        str(found[text_key]) in ("string", "large_string"),
-        f"{path}: the column {text_key!r} is of {found[text_key]}; expected "
-        "strings",
-      )
+      found = {field.name: str(field.type) for field in file.schema_arrow}
       groups = range(file.metadata.num_row_groups)
       rows = [file.metadata.row_group(g).num_rows for g in groups]
-    self._ends = np.cumsum(rows, dtype=np.int64)
+    require(
+      text_key in found,
+      f"{path}: no column {text_key!r}; found the columns {sorted(found)}",
+    )
+    require(
+      found[text_key] in ("string", "large_string"),
+      f"{path}: the column {text_key!r} is of {found[text_key]}; expected "
+      "strings",
+    )
+    self._starts = np.cumsum([0, *rows])
 
   def __len__(self) -> int:
-    return int(self._ends[-1]) if len(self._ends) else 0
+    return int(self._starts[-1])
 
   def read(self, i: int) -> Document:
-    group = int(np.searchsorted(self._ends, i, "right"))
+    group = int(np.searchsorted(self._starts, i, "right")) - 1
     values = _row_group(self.path, self.text_key, group)
-    value = values[i - (int(self._ends[group]) - len(values))].as_py()
-    place = f"{self.path}, row {i}"
-    return Document(self.key(i), check_text(value, place, self.text_key))
+    value = values[i - int(self._starts[group])].as_py()
+    text = check_text(value, f"{self.path}, row {i}", self.text_key)
+    return Document(self.key(i), text)
 
 
 @contextlib.contextmanager
-def _open_parquet(path: str):
+def _open_parquet(path: str) -> Iterator[Any]:
   try:
     import pyarrow
     from pyarrow import parquet  # An extra: few corpora need it.
@@ -328,7 +316,7 @@ def _open_parquet(path: str):
       "'gemma-funnel[parquet]'"
     ) from e
   try:
-    with reading(path), epath.Path(path).open("rb") as f:
+    with _open(path) as f:
       yield parquet.ParquetFile(f)
   except pyarrow.ArrowException as e:
     raise ValueError(
@@ -343,19 +331,13 @@ def _row_group(path: str, column: str, group: int):
 
 
 class TfdsSplit(File):
-  """A prepared split of TensorFlow Datasets; keys are "<name>/<split>:<i>"."""
+  """A prepared split of TensorFlow Datasets; keys are "<name>/<split>:<i>".
+
+  The source is "tfds:NAME[:VERSION][:SPLIT]", in $TFDS_DATA_DIR or
+  ~/tensorflow_datasets; the split is "train" by default.
+  """
 
   def __init__(self, source: str, text_key: str):
-    """Finds the split.
-
-    Args:
-      source: "tfds:NAME[:VERSION][:SPLIT]", in $TFDS_DATA_DIR or
-        ~/tensorflow_datasets; the split is "train" by default.
-      text_key: the column of the text.
-
-    Raises:
-      ValueError: it is not prepared, or has no such split or column.
-    """
     super().__init__(source, text_key)
     name, *rest = source.removeprefix("tfds:").split(":")
     version = f":{rest.pop(0)}" if rest and rest[0][:1].isdigit() else ""
@@ -384,7 +366,7 @@ class TfdsSplit(File):
   def read(self, i: int) -> Document:
     value, place = self._examples[i][self.text_key], f"{self.path}, example {i}"
     if isinstance(value, bytes):
-      value = _decode(value, place, "UTF-8 text")
+      value = _decode(value, place)
     return Document(self.key(i), check_text(value, place, self.text_key))
 
 
@@ -396,6 +378,6 @@ def open_file(path: str, text_key: str) -> File:
     return JsonLines(path, text_key)
   if path.endswith(".parquet"):
     return ParquetFile(path, text_key)
-  if path.endswith((".array_record", ".arrayrecord")):
+  if path.endswith(RECORD_ENDS):
     return JsonRecords(path, text_key)
   return TextFile(path)

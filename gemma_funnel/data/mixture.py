@@ -19,17 +19,11 @@ _ENTRY_KEYS = ("source", "weight", "heldout", "text_key")
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """One source of a mixture.
+  """The training documents of one source of a mixture."""
 
-  Attributes:
-    name: its key in `data.mixture`.
-    weight: its share of the training tokens; > 0, all sum to 1.
-    documents: its training documents; not empty.
-  """
-
-  name: str
-  weight: float
-  documents: Sequence[Document]
+  name: str  # Its key in `data.mixture`.
+  weight: float  # Its share of the training tokens; > 0, all sum to 1.
+  documents: Sequence[Document]  # Not empty.
 
 
 class Mixture(Joined):
@@ -40,45 +34,33 @@ class Mixture(Joined):
     self.mixed = tuple(mixed)
 
 
-def _entry(name: str, entry: Any, cfg: Any) -> dict[str, Any]:
-  """An entry with every key, checked by itself."""
-  where = f"data.mixture.{name}"
-  require(
-    isinstance(entry, (Mapping, config_dict.ConfigDict)),
-    f"{where}={entry!r}: expected dict(source=.., weight=..)",
-  )
-  entry = dict(entry)
-  unknown = sorted(set(entry) - set(_ENTRY_KEYS))
-  require(
-    not unknown,
-    f"{where} has the keys {unknown}; expected some of {list(_ENTRY_KEYS)}",
-  )
-  for key in ("source", "weight"):
-    require(
-      entry.get(key) not in (None, ""),
-      f"{where} has no {key}; expected one of each entry",
-    )
-  weight = entry["weight"]
-  require(
-    is_number(weight) and weight >= 0,
-    f"{where}.weight={weight!r}: expected a number >= 0, not infinite",
-  )
-  return {"heldout": None, "text_key": cfg.text_key, **entry}
-
-
-def entries(cfg: Any) -> dict[str, dict[str, Any]]:
-  """The entries of `data.mixture`, checked.
-
-  Args:
-    cfg: the data's configuration; see `pipeline.default_config`.
-
-  Raises:
-    ValueError: a key of an entry is missing, unknown or has no valid value,
-      weights sum to zero, or `source` or `heldout` is set beside them.
-  """
+def _entries(cfg: Any) -> dict[str, dict[str, Any]]:
+  """The entries of `data.mixture`, checked, each with every key."""
+  found = {}
   # By name: a configuration that has been saved may have lost their order.
-  named = sorted(cfg.mixture.items())
-  found = {name: _entry(name, entry, cfg) for name, entry in named}
+  for name, entry in sorted(cfg.mixture.items()):
+    where = f"data.mixture.{name}"
+    require(
+      isinstance(entry, (Mapping, config_dict.ConfigDict)),
+      f"{where}={entry!r}: expected dict(source=.., weight=..)",
+    )
+    entry = dict(entry)
+    unknown = sorted(set(entry) - set(_ENTRY_KEYS))
+    require(
+      not unknown,
+      f"{where} has the keys {unknown}; expected some of {list(_ENTRY_KEYS)}",
+    )
+    for key in ("source", "weight"):
+      require(
+        entry.get(key) not in (None, ""),
+        f"{where} has no {key}; expected one of each entry",
+      )
+    weight = entry["weight"]
+    require(
+      is_number(weight) and weight >= 0,
+      f"{where}.weight={weight!r}: expected a number >= 0, not infinite",
+    )
+    found[name] = {"heldout": None, "text_key": cfg.text_key, **entry}
   for key, default in (("source", sources.STDLIB), ("heldout", None)):
     require(
       getattr(cfg, key) == default,
@@ -86,7 +68,7 @@ def entries(cfg: Any) -> dict[str, dict[str, Any]]:
       f"expected {key} in the entries of the mixture",
     )
   require(
-    sum(entry["weight"] for entry in found.values()) > 0,
+    any(entry["weight"] for entry in found.values()),
     f"data.mixture: the weights of {list(found)} sum to 0; expected one above "
     "0",
   )
@@ -97,17 +79,18 @@ def load_split(cfg: Any) -> tuple[Mixture, Sequence[Document]]:
   """Finds the documents of all entries, each split as a single source is.
 
   Args:
-    cfg: see `entries`; `heldout_fraction` is that of all entries.
+    cfg: see `pipeline.default_config`.
 
   Returns:
     The training documents of the entries with a weight above 0, and the
     held-out documents of all, one entry after the other.
 
   Raises:
-    ValueError: see `entries` and `sources.load_split`; a file that one entry
-      holds out and another trains on.
+    ValueError: a key of an entry is missing, unknown or has no valid value,
+      weights sum to zero, `source` or `heldout` is set beside them, or one
+      entry holds out a file that another trains on; see `sources.load_split`.
   """
-  found = entries(cfg)
+  found = _entries(cfg)
   for held in filter(None, (e["heldout"] for e in found.values())):
     for entry in found.values():
       if entry["weight"]:
@@ -115,18 +98,16 @@ def load_split(cfg: Any) -> tuple[Mixture, Sequence[Document]]:
   parts, heldout = [], []
   total = math.fsum(entry["weight"] for entry in found.values())
   for name, entry in found.items():
+    weight = entry.pop("weight")
     try:
       train, held = sources.load_split(
-        entry["source"],
-        heldout=entry["heldout"],
-        heldout_fraction=cfg.heldout_fraction,
-        text_key=entry["text_key"],
+        heldout_fraction=cfg.heldout_fraction, **entry
       )
     except ValueError as e:
       raise ValueError(f"data.mixture.{name}: {e}") from e
     heldout.append(held)
-    if entry["weight"]:
-      parts.append(Part(name, entry["weight"] / total, train))
+    if weight:
+      parts.append(Part(name, weight / total, train))
   return Mixture(parts), Joined(heldout)
 
 

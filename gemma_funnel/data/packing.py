@@ -7,6 +7,7 @@ chunk starts with its BOS.
 """
 
 from collections.abc import Sequence
+import copy
 
 import grain
 import numpy as np
@@ -28,22 +29,6 @@ _LEAST_OPEN_ROWS = 32
 _MOST_EMPTY = 1 << 18
 
 
-def check_lengths(length: int, segment_alignment: int) -> None:
-  """Checks the length of rows against the alignment of segments.
-
-  Raises:
-    ValueError: `length` below 2 (BOS and one token) or not a multiple of
-      `segment_alignment`, or the latter below 1.
-  """
-  require_int("segment_alignment", segment_alignment, 1)
-  require_int("length", length, 2)
-  require(
-    length % segment_alignment == 0,
-    f"length={length}: expected a multiple of segment_alignment="
-    f"{segment_alignment}, the total stride of the funnel",
-  )
-
-
 def chunk(tokens: Sequence[int], length: int) -> list[np.ndarray]:
   """Cuts the tokens of one document into chunks.
 
@@ -63,8 +48,8 @@ def chunk(tokens: Sequence[int], length: int) -> list[np.ndarray]:
 class ChunkDocuments(grain.experimental.FlatMapTransform):
   """Turns documents into chunks, padded to a multiple of the alignment.
 
-  Grain's packing then starts every chunk at such a multiple. See `pack` for
-  the arguments. A document without text has no chunks.
+  Grain's packing then starts every chunk at such a multiple. A document without
+  text has no chunks.
   """
 
   def __init__(
@@ -74,7 +59,26 @@ class ChunkDocuments(grain.experimental.FlatMapTransform):
     segment_alignment: int,
     segment_padding: int = 0,
   ):
-    check_lengths(length, segment_alignment)
+    """Checks the numbers.
+
+    Args:
+      tokenizer: what the documents are, or have been, encoded with.
+      length: T, tokens of a row; a multiple of `segment_alignment`.
+      segment_alignment: segments start at multiples of it.
+      segment_padding: least slots of padding after a segment; a multiple of
+        `segment_alignment`.
+
+    Raises:
+      ValueError: `length` below 2 (BOS and one token) or not a multiple of
+        `segment_alignment`, or the latter below 1.
+    """
+    require_int("segment_alignment", segment_alignment, 1)
+    require_int("length", length, 2)
+    require(
+      length % segment_alignment == 0,
+      f"length={length}: expected a multiple of segment_alignment="
+      f"{segment_alignment}, the total stride of the funnel",
+    )
     self._tokenizer = tokenizer
     self._length = length - segment_padding
     self._alignment, self._padding = segment_alignment, segment_padding
@@ -100,6 +104,11 @@ class ChunkDocuments(grain.experimental.FlatMapTransform):
     padding = lambda c: (0, -len(c) % self._alignment + self._padding)
     return [{"tokens": np.pad(c, padding(c))} for c in chunks]
 
+  def __call__(self, documents: grain.IterDataset) -> grain.IterDataset:
+    """The dataset of the chunks of a dataset of documents."""
+    # A copy: every dataset counts its own documents without text.
+    return grain.experimental.FlatMapIterDataset(documents, copy.copy(self))
+
 
 def _to_row(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Names fields as batches do, and takes chunks' padding out of segments."""
@@ -113,7 +122,7 @@ def _to_row(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   }
 
 
-def pack_chunks(
+def pack(
   chunks: grain.IterDataset,
   length: int,
   shuffle_seed: int | None = None,
@@ -124,13 +133,16 @@ def pack_chunks(
   Args:
     chunks: a dataset of {"tokens": int32 [n]}, as `ChunkDocuments` makes them.
     length: T, tokens of a row.
-    shuffle_seed: see `pack`.
+    shuffle_seed: seeds the order of chunks within windows of them, and of
+      rows; None keeps the documents' order.
     num_shards: datasets like this one. They share the window in which chunks
       are shuffled and the rows that are open at the same time, down to the
       least that keeps rows full.
 
   Returns:
-    A dataset of rows, as of `pack`.
+    A dataset of int32 arrays [T]: "tokens" (0 is padding), "segment" (1, 2, ..
+    within the row; 0 is padding), "position" (0, 1, .. within the segment; 0
+    at padding).
   """
   # The least values do not raise smaller ones.
   share = lambda all, least: max(all // num_shards, min(least, all))
@@ -152,49 +164,6 @@ def pack_chunks(
   return rows.map(_to_row)
 
 
-def pack(
-  documents: grain.IterDataset,
-  tokenizer: Tokenizer,
-  *,
-  length: int,
-  segment_alignment: int,
-  segment_padding: int = 0,
-  shuffle_seed: int | None = None,
-) -> grain.IterDataset:
-  """Packs documents into rows.
-
-  Args:
-    documents: a dataset of `Document` or `TokenizedDocument`.
-    tokenizer: what they are, or have been, encoded with.
-    length: T, tokens of a row; a multiple of `segment_alignment`.
-    segment_alignment: segments start at multiples of it.
-    segment_padding: least slots of padding after a segment; a multiple of
-      `segment_alignment`.
-    shuffle_seed: seeds the order of chunks within windows of them, and of
-      rows; None keeps the documents' order.
-
-  Returns:
-    A dataset of int32 arrays [T]: "tokens" (0 is padding), "segment" (1, 2, ..
-    within the row; 0 is padding), "position" (0, 1, .. within the segment; 0
-    at padding).
-
-  Raises:
-    ValueError: see `check_lengths`.
-  """
-  transform = ChunkDocuments(
-    tokenizer, length, segment_alignment, segment_padding
-  )
-  chunks = grain.experimental.FlatMapIterDataset(documents, transform)
-  return pack_chunks(chunks, length, shuffle_seed)
-
-
 def predicted_mask(segment_BT: np.ndarray) -> np.ndarray:
-  """Where the next token is one to predict from this one.
-
-  Args:
-    segment_BT: segment ids [B, T], 0 at padding.
-
-  Returns:
-    bool [B, T-1]: t and t+1 are in the same segment.
-  """
+  """Where the next token is predicted: t and t+1 share a segment; [B, T-1]."""
   return (segment_BT[:, 1:] == segment_BT[:, :-1]) & (segment_BT[:, 1:] != 0)

@@ -1,7 +1,6 @@
 """Batches: an endless, checkpointable train iterator and a held-out set."""
 
 from collections.abc import Sequence
-import copy
 import dataclasses
 import functools
 import os
@@ -29,33 +28,21 @@ _NO_THREADS = grain.ReadOptions(num_threads=0)
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Documents of both splits and the tokenizer for them.
+  """Documents of both splits and the tokenizer for them."""
 
-  Attributes:
-    train: documents to train on; a `mixture.Mixture` if one is configured.
-    heldout: documents to evaluate on, of a mixture those of each entry in turn.
-    tokenizer: ids are below the model's vocab_size.
-  """
-
-  train: Sequence[Document]
-  heldout: Sequence[Document]
-  tokenizer: tokenizer_lib.Tokenizer
+  train: Sequence[Document]  # A `mixture.Mixture` if one is configured.
+  heldout: Sequence[Document]  # Of a mixture, those of each entry in turn.
+  tokenizer: tokenizer_lib.Tokenizer  # Ids are below the model's vocab_size.
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """Batches of the held-out documents, and what a loss is divided by.
+  """Batches of the held-out documents, and what a loss is divided by."""
 
-  Attributes:
-    batches: of the same shapes and fields as those of `train_iterator`.
-    num_bytes: UTF-8 bytes of the documents' text.
-    num_tokens: predicted tokens in all batches: text tokens, and one EOS a
-      document; BOS is never predicted.
-    num_documents: documents in the batches.
-  """
-
-  batches: tuple[Batch, ...]
-  num_bytes: int
+  batches: tuple[Batch, ...]  # Shapes and fields of `train_iterator`'s.
+  num_bytes: int  # UTF-8 bytes of the documents' text.
+  # Predicted tokens in all batches: text tokens, and one EOS a document; BOS is
+  # never predicted.
   num_tokens: int
   num_documents: int
 
@@ -94,18 +81,6 @@ def default_config() -> config_dict.ConfigDict:
   )
 
 
-def _check_config(cfg: Any) -> None:
-  missing = [key for key in default_config() if not hasattr(cfg, key)]
-  require(
-    not missing,
-    f"the data configuration lacks {missing}; expected the keys "
-    f"{sorted(default_config())}",
-  )
-  require_int("data.lanes", cfg.lanes, 1)
-  require_int("data.num_workers", cfg.num_workers)
-  require_int("data.seed", cfg.seed, 0, _MOST_SEED)
-
-
 def load_corpus(
   cfg: Any, vocab_size: int, workdir: str | os.PathLike
 ) -> Corpus:
@@ -119,15 +94,20 @@ def load_corpus(
     vocab_size: the model's; a trained tokenizer has as many pieces.
     workdir: the run's folder.
 
-  Returns:
-    The corpus.
-
   Raises:
     ValueError: a key is missing or has no valid value, or files are not what
       they should be; see `sources.load_split`, `mixture.load_split` and
       `tokenizer.find_tokenizer`. A tokenized corpus is of another tokenizer.
   """
-  _check_config(cfg)
+  missing = [key for key in default_config() if not hasattr(cfg, key)]
+  require(
+    not missing,
+    f"the data configuration lacks {missing}; expected the keys "
+    f"{sorted(default_config())}",
+  )
+  require_int("data.lanes", cfg.lanes, 1)
+  require_int("data.num_workers", cfg.num_workers)
+  require_int("data.seed", cfg.seed, 0, _MOST_SEED)
   cache_path = os.path.join(workdir, TOKENIZER_FILE)
   # Before the corpus: a wrong tokenizer is found without reading it.
   tokenizer = tokenizer_lib.find_tokenizer(
@@ -147,26 +127,6 @@ def load_corpus(
   if tokenizer is None:
     tokenizer = tokenizer_lib.train(train, vocab_size, cache_path)
   return Corpus(train, heldout, tokenizer)
-
-
-def _read_options(documents: Sequence[Document]) -> grain.ReadOptions:
-  """Threads that read ahead, where a read has to wait."""
-  paths = (getattr(f, "path", "") for f in documents_lib.files_of(documents))
-  if any(map(files.is_remote, paths)):
-    return grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
-  return _NO_THREADS
-
-
-def _seed_of(seed: int, shard: int, name: str) -> int:
-  """The seed of a shard, or of a mixture's source in it, below 2**31.
-
-  With one seed for all, shards of as many documents would read neighbours of
-  each other at the same time.
-  """
-  if shard == 0 and not name:
-    return seed
-  entropy = (seed, shard, zlib.crc32(name.encode()))
-  return int(np.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +153,19 @@ class _MakeShard:
     else:
       chunks = self._chunks(shard, self.documents)
     # Grain counts windows up from this seed, in 32 bits.
-    shuffle_seed = _seed_of(self.seed, shard, "") % 2**31
-    return packing.pack_chunks(
-      chunks, self.length, shuffle_seed, self.num_shards
-    )
+    shuffle_seed = self._seed(shard) % 2**31
+    return packing.pack(chunks, self.length, shuffle_seed, self.num_shards)
+
+  def _seed(self, shard: int, name: str = "") -> int:
+    """The seed of a shard, or of a mixture's source in it.
+
+    With one seed for all, shards of as many documents would read neighbours of
+    each other at the same time.
+    """
+    if shard == 0 and not name:
+      return self.seed
+    entropy = (self.seed, shard, zlib.crc32(name.encode()))
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
 
   def _chunks(
     self, shard: int, documents: Sequence[Document], name: str = ""
@@ -204,10 +173,13 @@ class _MakeShard:
     own = grain.MapDataset.source(documents)[shard :: self.num_shards]
     # seed() before shuffle(): with shuffle(seed), epoch 1 of seed 0 would have
     # the order of epoch 0 of seed 1.
-    own = own.seed(_seed_of(self.seed, shard, name)).shuffle().repeat()
-    return grain.experimental.FlatMapIterDataset(
-      own.to_iter_dataset(_read_options(documents)), copy.copy(self.chunk)
-    )
+    own = own.seed(self._seed(shard, name)).shuffle().repeat()
+    of = documents_lib.files_of(documents)
+    if any(files.is_remote(getattr(file, "path", "")) for file in of):
+      options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
+    else:
+      options = _NO_THREADS  # They would wait for nothing.
+    return self.chunk(own.to_iter_dataset(options))
 
 
 def train_iterator(
@@ -239,7 +211,7 @@ def train_iterator(
     segment_alignment: segments start at multiples of it: the funnel's total
       stride, 1 without a funnel.
     seed: of all orders, in [0, 2**32).
-    segment_padding: least padding after a segment, as `packing.pack` takes it.
+    segment_padding: least padding after a segment; see `ChunkDocuments`.
     num_shards: a multiple of `process_count`; None is as many. The order
       depends on it, and on neither processes, batches nor workers.
     num_workers: processes that prepare rows ahead, at most the shards of this
@@ -298,18 +270,9 @@ def heldout_batches(
 ) -> HeldOut:
   """Packs held-out documents into batches, the same ones every time.
 
-  Args:
-    documents: the held-out split.
-    tokenizer: what to encode them with.
-    batch_size: B; the last batch is filled up with rows of padding.
-    length: T, tokens of a row; a multiple of `segment_alignment`.
-    segment_alignment: segments start at multiples of it.
-    segment_padding: least padding after a segment, as `packing.pack` takes it.
-    max_documents: most documents used, evenly spaced in `documents`.
-
-  Returns:
-    Batches as those of `train_iterator`, with the number of bytes and of
-    predicted tokens in them.
+  Arguments are those of `train_iterator`, but the last batch is filled up with
+  rows of padding, and `max_documents` is the most documents used, evenly spaced
+  in `documents`.
 
   Raises:
     ValueError: an argument out of range, no documents, or a tokenized corpus
@@ -325,17 +288,14 @@ def heldout_batches(
   # Some formats do not tell which texts are empty.
   chosen = [document for document in spread if document.num_bytes]
   require(chosen, "the held-out documents are empty: expected one with text")
-  rows = packing.pack(
-    # They are in memory.
-    grain.MapDataset.source(chosen).to_iter_dataset(_NO_THREADS),
-    tokenizer,
-    length=length,
-    segment_alignment=segment_alignment,
-    segment_padding=segment_padding,
+  chunk = packing.ChunkDocuments(
+    tokenizer, length, segment_alignment, segment_padding
   )
+  in_memory = grain.MapDataset.source(chosen).to_iter_dataset(_NO_THREADS)
   fill_up = functools.partial(
     grain.experimental.batch_and_pad, batch_size=batch_size
   )
+  rows = packing.pack(chunk(in_memory), length)
   batches = tuple(rows.batch(batch_size, batch_fn=fill_up))
   predicted = [packing.predicted_mask(b["segment"]).sum() for b in batches]
   return HeldOut(

@@ -24,17 +24,11 @@ MakeShard = Callable[[int], grain.IterDataset]
 
 @dataclasses.dataclass(frozen=True)
 class _WorkerRows:
-  """The rows of a worker's shards, each with the state after it.
-
-  Attributes:
-    make_shard: returns the dataset of a shard; picklable.
-    states: those of the worker's shards; None is the beginning.
-    order: the shards of the process's next rows, which repeat.
-  """
+  """The rows of a worker's shards, each with the state after it."""
 
   make_shard: MakeShard
-  states: dict[int, Any]
-  order: tuple[int, ...]
+  states: dict[int, Any]  # Of the worker's shards; None is the beginning.
+  order: tuple[int, ...]  # The shards of the process's next rows; they repeat.
 
   def __call__(self) -> Iterator[tuple[Row, Any]]:
     iterators = {shard: iter(self.make_shard(shard)) for shard in self.states}
@@ -112,19 +106,16 @@ class VirtualShards(grain.DatasetIterator):
     rows = range(start, start + self._num_shards, self._count)
     return tuple(row % self._num_shards for row in rows)
 
-  def _worker_of(self, shard: int) -> int:
-    return shard // self._count % self._num_workers
-
   def start_prefetch(self) -> None:
     """Starts the workers, which the first batch would do."""
     require(not self._closed, "the iterator of the data has been closed")
     if self._num_workers and self._workers is None:
-      states = [{} for _ in range(self._num_workers)]
-      for shard in self._own:
-        states[self._worker_of(shard)][shard] = self._states.get(shard)
-      order = self._order()
+      states = [(shard, self._states.get(shard)) for shard in self._own]
+      dealt = [
+        dict(states[w :: self._num_workers]) for w in range(self._num_workers)
+      ]
       self._workers = workers.Workers(
-        [_WorkerRows(self._make_shard, own, order) for own in states]
+        [_WorkerRows(self._make_shard, own, self._order()) for own in dealt]
       )
 
   def _iterator(self, shard: int) -> grain.DatasetIterator:
@@ -135,7 +126,8 @@ class VirtualShards(grain.DatasetIterator):
   def _take(self, shard: int) -> Row:
     if not self._num_workers:
       return next(self._iterator(shard))
-    row, self._states[shard] = self._workers.take(self._worker_of(shard))
+    worker = shard // self._count % self._num_workers
+    row, self._states[shard] = self._workers.take(worker)
     return row
 
   def __next__(self) -> Row:
@@ -161,10 +153,7 @@ class VirtualShards(grain.DatasetIterator):
     return {"rows": self._rows, "lanes": copy.deepcopy(states)}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to the position of a state.
-
-    Args:
-      state: of the run, or of this very process.
+    """Goes to the position of a state, of the run or of this very process.
 
     Raises:
       ValueError: it is not a state of so many shards.
@@ -210,11 +199,7 @@ def _few(shards: Sequence[int]) -> str:
 
 
 def check_state(state: Any) -> dict[int, Any]:
-  """The states of the shards in a state, by number.
-
-  Raises:
-    ValueError: it is not a state of `VirtualShards`.
-  """
+  """The states of the shards in a state of `VirtualShards`, by number."""
   try:
     rows, states = state["rows"], state["lanes"]
     found = {int(shard): one for shard, one in states.items()}

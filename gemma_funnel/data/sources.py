@@ -40,9 +40,9 @@ def stdlib_documents(root: str | os.PathLike | None = None) -> list[Document]:
   for directory, subdirectories, names in os.walk(root):
     subdirectories[:] = set(subdirectories) - _SKIPPED_DIRECTORIES
     for name in names:
-      path = os.path.join(directory, name)
       if not name.endswith(".py"):
         continue
+      path = os.path.join(directory, name)
       try:
         text = files.read_bytes(path).decode("utf-8")
       except ValueError:
@@ -70,9 +70,10 @@ def paths_of(source: str) -> list[str]:
   """
   patterns = [p.strip() for p in source.split(",") if p.strip()]
   require(patterns, f"source {source!r}: expected 'stdlib' or globs of files")
+  splits = [p for p in patterns if p.startswith("tfds:")]
   paths = set()
   for pattern in patterns:
-    if pattern.startswith("tfds:"):
+    if pattern in splits:
       continue
     found = []
     for match in files.matches(pattern):
@@ -86,7 +87,6 @@ def paths_of(source: str) -> list[str]:
       "array_record files, or a folder that data.tokenize wrote",
     )
     paths.update(found)
-  splits = [p for p in patterns if p.startswith("tfds:")]
   return [*sorted(paths), *dict.fromkeys(splits)]
 
 
@@ -104,18 +104,16 @@ def file_documents(paths: Iterable[str], text_key: str) -> documents_lib.Joined:
     Documents with keys "<file name>:<index within the file>".
 
   Raises:
-    ValueError: a file cannot be read, is not UTF-8 text, or its first record has
-      no string at `text_key`; reading a later record may raise too. It names
-      file and line.
+    ValueError: a file cannot be read, is not UTF-8 text, or its first record
+      has no string at `text_key`; reading a later record may raise too. It
+      names file and line.
   """
-  return documents_lib.Joined(
-    [
-      tokenized.TokenizedFile(path)
-      if tokenized.is_shard(path)
-      else files.open_file(path, text_key)
-      for path in paths
-    ]
+  open_file = lambda path: (
+    tokenized.TokenizedFile(path)
+    if tokenized.is_shard(path)
+    else files.open_file(path, text_key)
   )
+  return documents_lib.Joined(list(map(open_file, paths)))
 
 
 def load(source: str, text_key: str = "text") -> Sequence[Document]:
@@ -126,11 +124,7 @@ def load(source: str, text_key: str = "text") -> Sequence[Document]:
 
 
 def check_disjoint(source: str, heldout: str) -> None:
-  """Checks that no file is trained on and held out.
-
-  Raises:
-    ValueError: one is in both, or a glob matches no file.
-  """
+  """Checks that no file is trained on and held out."""
 
   def real_paths(source):
     is_name = lambda path: files.is_remote(path) or path.startswith("tfds:")
@@ -178,23 +172,22 @@ def load_split(
     check_disjoint(source, heldout)
     train = load(source, text_key)
     held = file_documents(paths_of(heldout), text_key)
-    remedies = dict.fromkeys(("train", "held-out"), "give files with text")
+    remedies = ["give files with text"] * 2
   else:
     require_between("heldout_fraction", heldout_fraction, 0, 1, open=True)
     documents = load(source, text_key)
     train, held = documents_lib.split(documents, heldout_fraction)
-    found = (
-      f"of {len(documents)} documents, {heldout_fraction=}: give more text"
-    )
-    remedies = {
-      "train": f"{found}, or lower the fraction",
-      "held-out": f"{found}, raise the fraction, or name heldout files",
-    }
-  for split, part, of in (
-    ("train", train, source),
-    ("held-out", held, heldout or source),
+    found = f"of {len(documents)} documents, {heldout_fraction=}"
+    remedies = [
+      f"{found}: give more text, or lower the fraction",
+      f"{found}: give more text, raise the fraction, or name heldout files",
+    ]
+  for split, part, of, remedy in zip(
+    ("train", "held-out"),
+    (train, held),
+    (source, heldout or source),
+    remedies,
+    strict=True,
   ):
-    require(
-      len(part), f"source {of!r}: the {split} split is empty; {remedies[split]}"
-    )
+    require(len(part), f"source {of!r}: the {split} split is empty; {remedy}")
   return train, held

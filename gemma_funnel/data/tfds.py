@@ -26,59 +26,48 @@ def open_split(
   Args:
     dataset: "NAME[:VERSION]"; the latest version by default.
     split: a split of it, such as "train" or "train[:90%]".
-    data_dir: where it was prepared; None is $TFDS_DATA_DIR or
-      ~/tensorflow_datasets.
+    data_dir: None is $TFDS_DATA_DIR or ~/tensorflow_datasets.
     key: the option that names the split, for errors.
 
   Raises:
     ValueError: it is not prepared as array_record, or has no such split.
   """
-  data_dir = os.path.expanduser(
-    data_dir
-    or os.environ.get("TFDS_DATA_DIR")
-    or os.path.join("~", "tensorflow_datasets")
-  )
-  folder = _folder(dataset, data_dir)
-  import tensorflow_datasets as tfds
+  default = os.path.join("~", "tensorflow_datasets")
+  data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or default
+  data_dir = os.path.expanduser(data_dir)
 
-  try:
-    builder = tfds.builder_from_directory(folder)
-    source = builder.as_data_source(split=split)
-    if len(source):
-      source[0]  # Raises if it cannot be decoded.
-    return source
-  except Exception as error:  # TFDS raises of every kind.
-    text = one_line(error)
-    if "Unknown split" in text:
-      raise ValueError(
-        f"{key}={split!r}: dataset {dataset!r} in {folder}: {text}"
-      ) from error
-    raise ValueError(_not_prepared(dataset, data_dir, text)) from error
+  def not_prepared(why: str) -> ValueError:
+    return ValueError(
+      f"dataset={dataset!r}: cannot be read from data_dir {data_dir}: {why}; "
+      "prepare it, as array_record, where there is a network: python -c "
+      '"import tensorflow_datasets as tfds, tensorflow_datasets.text; '
+      f"tfds.builder('{dataset}', data_dir='{data_dir}', "
+      "file_format='array_record').download_and_prepare()\""
+    )
 
-
-def _folder(dataset: str, data_dir: str) -> str:
-  """The folder of the version that is named, or of the latest."""
   name, _, version = dataset.partition(":")
   folder = os.path.join(data_dir, *name.split("/"))
-  names = os.listdir(folder) if os.path.isdir(folder) else ()
   versions = [
     name
-    for name in names
+    for name in (os.listdir(folder) if os.path.isdir(folder) else ())
     if re.fullmatch(r"\d+\.\d+\.\d+", name)
     and os.path.isfile(os.path.join(folder, name, "dataset_info.json"))
   ]
   versions.sort(key=lambda name: [int(part) for part in name.split(".")])
-  if not versions or (version and version not in versions):
-    found = f"it has the versions {versions}" if versions else "it is not there"
-    raise ValueError(_not_prepared(dataset, data_dir, found))
-  return os.path.join(folder, version or versions[-1])
+  if not versions:
+    raise not_prepared("it is not there")
+  if version and version not in versions:
+    raise not_prepared(f"it has the versions {versions}")
+  folder = os.path.join(folder, version or versions[-1])
+  import tensorflow_datasets as tfds
 
-
-def _not_prepared(dataset: str, data_dir: str, why: str) -> str:
-  return (
-    f"dataset={dataset!r}: cannot be read from data_dir {data_dir}: {why}; "
-    'prepare it, as array_record, where there is a network: python -c "import '
-    "tensorflow_datasets as tfds, tensorflow_datasets.text; "
-    f"tfds.builder('{dataset}', data_dir='{data_dir}', "
-    "file_format='array_record').download_and_prepare()\""
-  )
+  try:
+    source = tfds.builder_from_directory(folder).as_data_source(split=split)
+    if len(source):
+      source[0]  # Raises if it cannot be decoded.
+    return source
+  except Exception as e:  # TFDS raises of every kind.
+    if "Unknown split" not in str(e):
+      raise not_prepared(one_line(e)) from e
+    where = f"{key}={split!r}: dataset {dataset!r} in {folder}"
+    raise ValueError(f"{where}: {one_line(e)}") from e

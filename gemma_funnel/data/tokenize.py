@@ -62,12 +62,9 @@ def _encode(
   if not num_workers:
     yield from _Encoder(documents, tokenizer, blocks)()
     return
+  dealt = [blocks[w::num_workers] for w in range(num_workers)]
   made = workers.Workers(
-    [
-      _Encoder(documents, tokenizer, blocks[w::num_workers])
-      for w in range(num_workers)
-    ],
-    ahead=4,
+    [_Encoder(documents, tokenizer, own) for own in dealt], ahead=4
   )
   with contextlib.closing(made):
     for i in range(len(blocks)):
@@ -99,21 +96,6 @@ class _Progress:
     )
 
 
-def _check(config: Any) -> None:
-  for key in ("tokenizer", "out"):
-    require(config[key], f"{key} is not set; expected a path")
-  require_int("shards", config.shards, 1)
-  require_int("num_workers", config.num_workers)
-  out = config.out
-  require(
-    not files.is_remote(out),
-    f"out={out!r}: expected a local folder, to be copied from there",
-  )
-  require(
-    not os.path.exists(out), f"out={out!r}: is there already; expected nothing"
-  )
-
-
 def _write_json(path: pathlib.Path, content: Any) -> None:
   atomic.write_text(path, json.dumps(content, indent=2))
 
@@ -127,11 +109,11 @@ def _begin(folder: pathlib.Path, plan: dict[str, Any]) -> None:
     return
   found = json.loads(path.read_text())
   differ = {k: found.get(k) for k in sorted(plan) if found.get(k) != plan[k]}
-  for key, value in differ.items():
-    raise ValueError(
-      f"{folder}: was begun with other values of {list(differ)}, such as "
-      f"{key}={value!r}; delete it, or go on with those"
-    )
+  require(
+    not differ,
+    f"{folder}: was begun with other values of {list(differ)}, found "
+    f"{differ}; delete it, or go on with those",
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +143,7 @@ class _Shard:
       writer = array_record_module.ArrayRecordWriter(
         str(beside), "group_size:1"
       )
-      try:
+      with contextlib.closing(writer):
         for _ in self.blocks():
           block = next(encoded)
           for record, key_digest, ids, size in block:
@@ -169,10 +151,9 @@ class _Shard:
             digests.append(key_digest)
             tokens, num_bytes = tokens + ids, num_bytes + size
           progress.add(len(block), sum(ids for _, _, ids, _ in block))
-      finally:
-        writer.close()
-    with open(tokenized.digests_path(str(self.path)), "wb") as f:
-      np.save(f, np.asarray(digests, np.uint64))
+    np.save(
+      tokenized.digests_path(str(self.path)), np.asarray(digests, np.uint64)
+    )
     numbers = {
       "file": self.path.name,
       "documents": len(digests),
@@ -199,10 +180,7 @@ def _write_shards(
 
 
 def tokenize(config: Any) -> dict[str, Any]:
-  """Writes a corpus of ids; see the module.
-
-  Args:
-    config: as in configs/tokenize.py.
+  """Writes a corpus of ids; see the module and configs/tokenize.py.
 
   Returns:
     The content of metadata.json: "format"; "source" and "text_key", for the
@@ -214,10 +192,20 @@ def tokenize(config: Any) -> dict[str, Any]:
     ValueError: a key has no valid value, the folder is there already or was
       begun with other values, or a document cannot be read.
   """
-  _check(config)
+  for key in ("tokenizer", "out"):
+    require(config[key], f"{key} is not set; expected a path")
+  require_int("shards", config.shards, 1)
+  require_int("num_workers", config.num_workers)
+  out, count = config.out, config.shards
+  require(
+    not files.is_remote(out),
+    f"out={out!r}: expected a local folder, to be copied from there",
+  )
+  require(
+    not os.path.exists(out), f"out={out!r}: is there already; expected nothing"
+  )
   tokenizer = Tokenizer.load(config.tokenizer)
   documents = sources.load(config.source, config.text_key)
-  count = config.shards
   require(
     len(documents) >= count,
     f"shards={count} of {len(documents)} documents in {config.source!r}: "
@@ -227,7 +215,7 @@ def tokenize(config: Any) -> dict[str, Any]:
     raise ValueError(
       f"source {file.folder}: is tokenized already; expected text"
     )
-  folder = pathlib.Path(f"{os.path.normpath(config.out)}.partial")
+  folder = pathlib.Path(f"{os.path.normpath(out)}.partial")
   about = {"source": config.source, "text_key": config.text_key}
   plan = about | {
     "tokenizer": tokenizer.sha256,
@@ -262,7 +250,7 @@ def tokenize(config: Any) -> dict[str, Any]:
     shard.numbers_path.unlink()
   _write_json(folder / tokenized.METADATA, metadata)
   (folder / _PLAN).unlink()
-  os.rename(folder, config.out)
+  os.rename(folder, out)
   return metadata
 
 

@@ -46,11 +46,7 @@ def encode_record(
 
 
 def decode_record(record: bytes, dtype: np.dtype) -> TokenizedDocument:
-  """The document of a record.
-
-  Raises:
-    ValueError: its sizes are impossible.
-  """
+  """The document of a record; a ValueError if its sizes are impossible."""
   size, header = len(record), _HEADER.size
   require(size >= header, f"found {size} bytes, expected a header")
   key_size, num_bytes = _HEADER.unpack_from(record)
@@ -86,16 +82,13 @@ def is_tokenized(folder: str) -> bool:
 
 def is_shard(path: str) -> bool:
   """Whether a file is an array_record in such a folder."""
-  is_record = path.endswith((".array_record", ".arrayrecord"))
-  return is_record and is_tokenized(os.path.dirname(path))
+  return path.endswith(files.RECORD_ENDS) and is_tokenized(
+    os.path.dirname(path)
+  )
 
 
 def shard_paths(folder: str) -> list[str]:
-  """All shards of a folder.
-
-  Raises:
-    ValueError: one is missing.
-  """
+  """All shards of a folder, none of which may be missing."""
   names = [shard["file"] for shard in read_metadata(folder)["shards"]]
   missing = [n for n in names if not files.is_file(os.path.join(folder, n))]
   require(
@@ -107,14 +100,9 @@ def shard_paths(folder: str) -> list[str]:
 
 
 class TokenizedFile(files.RecordFile):
-  """One shard."""
+  """One shard, opened by the metadata beside it."""
 
   def __init__(self, path: str):
-    """Opens a shard by the metadata beside it.
-
-    Raises:
-      ValueError: the metadata does not name it, or it is damaged.
-    """
     self.folder, name = os.path.split(path)
     self.metadata = read_metadata(self.folder)
     shards = {s["file"]: s["documents"] for s in self.metadata["shards"]}
@@ -167,15 +155,7 @@ def tokenized_files(corpus: Sequence[Document]) -> Iterator[TokenizedFile]:
 def check_tokenizer(
   corpus: Sequence[Document], tokenizer: Tokenizer | None
 ) -> None:
-  """Checks that tokenized files are of this tokenizer.
-
-  Args:
-    corpus: any documents.
-    tokenizer: the one in use; None is one that is yet to be trained.
-
-  Raises:
-    ValueError: they are of another one; it names both.
-  """
+  """Checks that tokenized files are of this tokenizer; None is one to train."""
   found = "none, which would train one"
   if tokenizer is not None:
     found = f"{tokenizer.name} (sha256 {tokenizer.sha256[:12]})"

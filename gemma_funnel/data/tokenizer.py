@@ -39,33 +39,29 @@ _SAMPLE_BYTES = 16 << 20
 
 
 class _SentencePiece:
+  """A SentencePiece model."""
+
   def __init__(self, model: bytes, name: str):
     import sentencepiece
 
-    self._processor = sentencepiece.SentencePieceProcessor()
+    sp = self._processor = sentencepiece.SentencePieceProcessor()
     try:
-      self._processor.LoadFromSerializedProto(model)
+      sp.LoadFromSerializedProto(model)
     except (RuntimeError, OSError) as e:
       raise ValueError(
-        f"tokenizer {name}: not a SentencePiece model of "
-        f"{len(model)} bytes, or a damaged one: {e}"
+        f"tokenizer {name}: not a SentencePiece model of {len(model)} bytes, "
+        f"or a damaged one: {e}"
       ) from e
-    self.vocab_size = self._processor.vocab_size()
-
-  def special_ids(self) -> dict[str, int]:
-    names = ("pad", "eos", "bos", "unk")
-    ids = {name: getattr(self._processor, f"{name}_id")() for name in names}
-    return ids | {"mask": self._processor.piece_to_id(MASK_PIECE)}
-
-  def byte_id(self, byte: int) -> int:
-    """The piece of a byte, UNK_ID if there is none."""
-    return self._processor.piece_to_id(f"<0x{byte:02X}>")
-
-  def piece(self, i: int) -> str:
-    return self._processor.id_to_piece(i)
-
-  def encode(self, text: str) -> list[int]:
-    return self._processor.encode(text)
+    self.vocab_size = sp.vocab_size()
+    self.special_ids = dict(
+      pad=sp.pad_id(),
+      eos=sp.eos_id(),
+      bos=sp.bos_id(),
+      unk=sp.unk_id(),
+      mask=sp.piece_to_id(MASK_PIECE),
+    )
+    self.id_of, self.piece = sp.piece_to_id, sp.id_to_piece
+    self.encode = sp.encode
 
   def decode(self, ids: list[int]) -> str:
     sp = self._processor
@@ -85,35 +81,50 @@ class _HuggingFace:
       ) from e
     try:
       content = json.loads(model)
-      _check_bpe(content["model"])
+      # What Gemma's has not, and would change text or draw ids. With a prefix
+      # that its pieces lack, the package ends the process.
+      for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        value = content["model"].get(key)
+        require(not value, f"its model has {key}={value!r}; expected none")
       added = content.get("added_tokens", [])
       for token in added:
-        token["special"] = _is_control(token)
+        # Special tokens are none in text, as in SentencePiece. Files flag
+        # <start_of_turn> and <end_of_turn> too, though they are user-defined
+        # symbols of Gemma's SentencePiece model, which text can have.
+        if token["id"] != MASK_ID:
+          token["special"] = token["id"] < NUM_SPECIAL
       # Ids of the text alone, and all; decode() is here.
       content |= dict.fromkeys(
         ("truncation", "padding", "post_processor", "decoder")
       )
-      self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+      tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
       moved = [
         token["content"]
         for token in added
-        if self._tokenizer.token_to_id(token["content"]) != token["id"]
+        if tokenizer.token_to_id(token["content"]) != token["id"]
       ]
     except Exception as e:  # The package raises no narrower one.
       raise ValueError(
         f"tokenizer {name}: not a Hugging Face tokenizer.json of "
         f"{len(model)} bytes, or a damaged one: {e!r}"
       ) from e
-    if moved:
-      raise ValueError(
-        f"tokenizer {name}: the ids of its added tokens {moved[:5]} are not "
-        "those in its vocabulary, or leave a gap"
-      )
+    require(
+      not moved,
+      f"tokenizer {name}: the ids of its added tokens {moved[:5]} are not "
+      "those in its vocabulary, or leave a gap",
+    )
     # Special tokens in text are text. (It could be taken for the opposite.)
-    self._tokenizer.encode_special_tokens = True
-    vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+    tokenizer.encode_special_tokens = True
+    self._tokenizer = tokenizer
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
     # Not their number: there may be gaps.
     self.vocab_size = 1 + max(vocab.values(), default=-1)
+    self.special_ids = {
+      key: tokenizer.token_to_id(f"<{key}>")
+      for key in ("pad", "eos", "bos", "unk", "mask")
+    }
+    self.id_of = lambda piece: vocab.get(piece, UNK_ID)
+    self.piece = tokenizer.id_to_token
     self._utf8 = {
       i: piece.replace(_SPACE_SYMBOL, " ").encode()
       for piece, i in vocab.items()
@@ -121,20 +132,6 @@ class _HuggingFace:
     for byte in range(256):
       if (piece := f"<0x{byte:02X}>") in vocab:
         self._utf8[vocab[piece]] = bytes([byte])
-
-  def special_ids(self) -> dict[str, int | None]:
-    return {
-      key: self._tokenizer.token_to_id(f"<{key}>")
-      for key in ("pad", "eos", "bos", "unk", "mask")
-    }
-
-  def byte_id(self, byte: int) -> int:
-    """The piece of a byte, UNK_ID if there is none."""
-    found = self._tokenizer.token_to_id(f"<0x{byte:02X}>")
-    return UNK_ID if found is None else found
-
-  def piece(self, i: int) -> str:
-    return self._tokenizer.id_to_token(i)
 
   def encode(self, text: str) -> list[int]:
     return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -146,27 +143,6 @@ class _HuggingFace:
     # Surrogates are no UTF-8: all there are stand for a byte that is no text.
     text = whole.decode("utf-8", "surrogateescape")
     return re.sub("[\udc80-\udcff]", "\ufffd", text)
-
-
-def _check_bpe(model: dict) -> None:
-  """Refuses what Gemma's has not, and would change text or draw ids.
-
-  A prefix that its pieces lack makes the package end the process.
-  """
-  for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-    if model.get(key):
-      raise ValueError(f"its model has {key}={model[key]!r}; expected none")
-
-
-def _is_control(token: dict) -> bool:
-  """Whether an added token is none in text, as it is in SentencePiece.
-
-  Files flag <start_of_turn> and <end_of_turn> as special, though they are
-  user-defined symbols of Gemma's SentencePiece model, which text can have.
-  """
-  if token["id"] == MASK_ID:
-    return token["special"]
-  return token["id"] < NUM_SPECIAL
 
 
 class Tokenizer:
@@ -182,14 +158,11 @@ class Tokenizer:
     content: the file's content.
     is_json: whether it is a Hugging Face `tokenizer.json`.
     vocab_size: pieces, special ones included; ids are below it.
+    piece: a function of an id: how the token is written in the vocabulary.
   """
 
   def __init__(self, model: bytes, name: str = "tokenizer"):
-    """Reads a SentencePiece model or a Hugging Face `tokenizer.json`.
-
-    Args:
-      model: the content of the file, which tells its format.
-      name: see the attributes.
+    """Reads the content of a SentencePiece model or of a `tokenizer.json`.
 
     Raises:
       ValueError: neither of them, special ids other than Gemma's, a
@@ -202,7 +175,8 @@ class Tokenizer:
     backend = _HuggingFace if self.is_json else _SentencePiece
     self._backend = backend(self.content, name)
     self.vocab_size = self._backend.vocab_size
-    found = self._backend.special_ids()
+    self.piece = self._backend.piece
+    found = self._backend.special_ids
     expected = dict(
       pad=PAD_ID, eos=EOS_ID, bos=BOS_ID, unk=UNK_ID, mask=MASK_ID
     )
@@ -212,9 +186,8 @@ class Tokenizer:
       f"{expected}",
     )
     self._space_symbol_ids = [
-      self._backend.byte_id(byte) for byte in _SPACE_SYMBOL.encode()
+      self._backend.id_of(f"<0x{byte:02X}>") for byte in _SPACE_SYMBOL.encode()
     ]
-    self._has_bytes = UNK_ID not in self._space_symbol_ids
     # A tokenizer.json can hold any normaliser and any code for bytes.
     text = self.decode(self.encode(_PROBE)) if self.is_json else _PROBE
     require(
@@ -226,9 +199,7 @@ class Tokenizer:
 
   @classmethod
   def load(cls, path: str | os.PathLike) -> "Tokenizer":
-    """Reads a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
-
-    The content tells which, not the name.
+    """Reads a file; its content tells the format, not the name.
 
     Raises:
       ValueError: the file cannot be read, or see `__init__`.
@@ -250,10 +221,6 @@ class Tokenizer:
     """The hash of the content, in hexadecimal."""
     return hashlib.sha256(self.content).hexdigest()
 
-  def piece(self, i: int) -> str:
-    """How a token is written in the vocabulary."""
-    return self._backend.piece(i)
-
   def encode(self, text: str) -> list[int]:
     """The token ids of `text`, without BOS and EOS.
 
@@ -267,13 +234,12 @@ class Tokenizer:
         f"text has the lone surrogate {text[e.start]!r} at character "
         f"{e.start}, which UTF-8 cannot express"
       ) from e
-    if _SPACE_SYMBOL not in text or not self._has_bytes:
+    if _SPACE_SYMBOL not in text or UNK_ID in self._space_symbol_ids:
       return self._backend.encode(text)
     first, *rest = text.split(_SPACE_SYMBOL)
     ids = self._backend.encode(first)
     for part in rest:
-      ids += self._space_symbol_ids
-      ids += self._backend.encode(part)
+      ids += self._space_symbol_ids + self._backend.encode(part)
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -284,16 +250,14 @@ class Tokenizer:
     Raises:
       ValueError: an id outside of the vocabulary.
     """
-    kept = []
-    for i in map(int, ids):
+    ids = list(map(int, ids))
+    for i in ids:
       if not 0 <= i < self.vocab_size:
         raise ValueError(
           f"token id {i}: tokenizer {self.name} has ids 0 to "
           f"{self.vocab_size - 1}"
         )
-      if i >= NUM_SPECIAL:
-        kept.append(i)
-    return self._backend.decode(kept)
+    return self._backend.decode([i for i in ids if i >= NUM_SPECIAL])
 
 
 def _sample(documents: Sequence[Document], max_bytes: int) -> Iterator[str]:
@@ -302,43 +266,14 @@ def _sample(documents: Sequence[Document], max_bytes: int) -> Iterator[str]:
   hash_of = lambda i: hashlib.sha256(key_of(documents, i).encode()).digest()
   size = 0
   for i in sorted(range(len(documents)), key=hash_of):
-    document = documents[i]
+    text = documents[i].text
     # Sentences keep their line ends, or none would be part of a piece.
-    for start in range(0, len(document.text), _SENTENCE_CHARS):
-      yield document.text[start : start + _SENTENCE_CHARS]
-      size += len(document.text[start : start + _SENTENCE_CHARS].encode())
+    for start in range(0, len(text), _SENTENCE_CHARS):
+      sentence = text[start : start + _SENTENCE_CHARS]
+      yield sentence
+      size += len(sentence.encode())
       if size >= max_bytes:
         return
-
-
-def _train_model(sentences: Iterator[str], vocab_size: int) -> bytes:
-  """A serialised SentencePiece model with Gemma's special ids."""
-  import sentencepiece
-
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=sentences,
-    model_writer=model,
-    vocab_size=vocab_size,
-    model_type="bpe",
-    byte_fallback=True,
-    normalization_rule_name="identity",
-    add_dummy_prefix=False,
-    remove_extra_whitespaces=False,
-    allow_whitespace_only_pieces=True,
-    split_digits=True,
-    # A character has at most 4 bytes of UTF-8.
-    max_sentence_length=4 * _SENTENCE_CHARS + 1,
-    pad_id=PAD_ID,
-    eos_id=EOS_ID,
-    bos_id=BOS_ID,
-    unk_id=UNK_ID,
-    # A control symbol never matches text, so "<mask>" in text is kept.
-    control_symbols=[MASK_PIECE],
-    num_threads=os.cpu_count() or 1,
-    minloglevel=2,
-  )
-  return model.getvalue()
 
 
 def train(
@@ -351,30 +286,50 @@ def train(
   """Trains a lossless byte-pair tokenizer and writes it to `path`.
 
   The result depends on the documents alone, not on their order or the number
-  of cores, so that several processes may train the same file at once. Of a
-  corpus above `sample_bytes`, that many bytes are used: whole documents, in
-  the order of a hash of their keys.
+  of cores, so that several processes may train the same file at once.
 
   Args:
     documents: the training split.
     vocab_size: pieces of the result, among them 5 special ones, 256 bytes and
       the characters of the text.
     path: where to write the model; directories are made.
-    sample_bytes: UTF-8 bytes of text to train on at most.
-
-  Returns:
-    The tokenizer.
+    sample_bytes: UTF-8 bytes of text to train on at most: whole documents, in
+      the order of a hash of their keys.
 
   Raises:
     ValueError: no documents, or `vocab_size` is too small for the characters
       of the text or too large for its amount.
   """
+  import sentencepiece
+
   name = os.fspath(path)
   require(len(documents), f"tokenizer {name}: no documents to train on")
   # Read first: an error of a file would not come through SentencePiece.
   sample = list(_sample(documents, sample_bytes))
+  model = io.BytesIO()
   try:
-    model = _train_model(iter(sample), vocab_size)
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(sample),
+      model_writer=model,
+      vocab_size=vocab_size,
+      model_type="bpe",
+      byte_fallback=True,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      split_digits=True,
+      # A character has at most 4 bytes of UTF-8.
+      max_sentence_length=4 * _SENTENCE_CHARS + 1,
+      pad_id=PAD_ID,
+      eos_id=EOS_ID,
+      bos_id=BOS_ID,
+      unk_id=UNK_ID,
+      # A control symbol never matches text, so "<mask>" in text is kept.
+      control_symbols=[MASK_PIECE],
+      num_threads=os.cpu_count() or 1,
+      minloglevel=2,
+    )
   except (RuntimeError, OSError) as e:
     raise ValueError(
       f"vocab_size={vocab_size}: cannot train a tokenizer of that size on "
@@ -382,8 +337,8 @@ def train(
     ) from e
   if "://" not in name:  # A bucket has no folders.
     os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
-  atomic.write_bytes(name, model)
-  return Tokenizer(model, name)
+  atomic.write_bytes(name, model.getvalue())
+  return Tokenizer(model.getvalue(), name)
 
 
 def find_tokenizer(
@@ -391,11 +346,8 @@ def find_tokenizer(
 ) -> Tokenizer | None:
   """The tokenizer at `path`, else the one at `cache_path`, else None.
 
-  Args:
-    path: what `Tokenizer.load` reads, or None.
-    cache_path: where an earlier run has kept the tokenizer it trained.
-    vocab_size: the model's. A tokenizer from `path` may have fewer pieces, the
-      cached one must have as many.
+  That of `path` may have fewer pieces than the model's `vocab_size`; the cached
+  one, which an earlier run has trained, must have as many.
 
   Raises:
     ValueError: a file that cannot be loaded, or with another number of pieces.

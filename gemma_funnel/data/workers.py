@@ -21,36 +21,20 @@ _SPAWN = multiprocessing.get_context("spawn")
 Items = Callable[[], Iterator[Any]]
 
 
-def _end_with_parent() -> None:
-  """In a child process: ends it as soon as its parent has ended, and not before.
-
-  That holds for SIGKILL too: the system closes the parent's end of a pipe. A
-  launcher may signal all processes; those signals are for the parent, which may
-  need this one to save.
-  """
+def _work(make: Items, to_parent: connection.Connection, ahead: int) -> None:
+  """Sends what `make` yields, and at last None or the error it ends with."""
+  # A launcher may signal all processes; those signals are for the parent, which
+  # may need this one to save.
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
 
-  def watch():
+  def end_with_parent():
+    # With SIGKILL too: the system closes the parent's end of a pipe.
     connection.wait([parent.sentinel])
     os._exit(1)
 
-  threading.Thread(target=watch, daemon=True).start()
-
-
-def _portable(error: Exception) -> Exception:
-  """The error itself if another process can read it."""
-  try:
-    pickle.loads(pickle.dumps(error))
-    return error
-  except Exception:
-    return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _work(make: Items, to_parent: connection.Connection, ahead: int) -> None:
-  """Sends what `make` yields, and at last None or the error it ends with."""
-  _end_with_parent()
+  threading.Thread(target=end_with_parent, daemon=True).start()
   ready = queue.Queue(ahead)
 
   def send():
@@ -68,7 +52,13 @@ def _work(make: Items, to_parent: connection.Connection, ahead: int) -> None:
       ready.put(pickle.dumps((item, None, "")))
   except Exception as e:
     text = "".join(traceback.format_exception(e))
-    ready.put(pickle.dumps((None, _portable(e), text)))
+    try:
+      message = pickle.dumps((None, e, text))
+      pickle.loads(message)
+    except Exception:  # Another process cannot read this error itself.
+      error = RuntimeError(f"{type(e).__name__}: {e}")
+      message = pickle.dumps((None, error, text))
+    ready.put(message)
   ready.put(None)
   sender.join()
 
