@@ -236,7 +236,7 @@ def check_recovers(stages: Sequence[FunnelConfig], what: str) -> None:
   """
   for stage in stages:
     require(
-      RECOVERIES[stage.recover].restores,
+      RECOVERIES[stage.recover].upsamples,
       f"funnel.recover={stage.recover!r} leaves the sequence short, but {what} "
       "needs a state for every token: expected another recovery",
     )

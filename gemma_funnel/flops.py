@@ -96,7 +96,7 @@ class _Slots:
   def num_visible(
     self, keys: "_Slots", window: int | None, causal: bool
   ) -> np.ndarray:
-    """How many of `keys` each slot sees, as `masks.visible`; none if padding."""
+    """How many of `keys` each slot sees (`masks.visible`); none if padding."""
     (position, end), (at, ends) = self._stands(), keys._stands()
     low, high = np.zeros(len(end), int), np.full(len(end), len(ends))
     if window is not None:
@@ -109,7 +109,7 @@ class _Slots:
   def _stands(self) -> tuple[np.ndarray, np.ndarray]:
     """(positions, ends) of the slots that are no padding."""
     real = np.asarray(self.stream.segment_BT[0]) != 0
-    where = self.stream.position_BT[0], self.stream.end_BT[0]
+    where = self.stream.position_BT[0], self.stream.last_token_position_BT[0]
     return tuple(np.asarray(x)[real] for x in where)
 
 
@@ -200,7 +200,7 @@ def _make_parts(config, stages, length, causal, context_length):
     short, _ = reducer.reduce(slots.stream, aux, causal)
     return _Slots(short, slots.rate * reducer.rate), None
 
-  def restore(number, deep, short, before, _):
+  def upsample(number, deep, short, before, _):
     recovery = made[number].recovery
     if recovery.vectors:
       vectors = recovery.vectors * D // _NARROW.embed_dim
@@ -214,7 +214,7 @@ def _make_parts(config, stages, length, causal, context_length):
 
   steps = funnel_lib.layer_plan(stages, config.num_layers)
   row = _row(length, context_length)
-  funnel_lib.run_trunk(steps, row, run, reduce, restore)
+  funnel_lib.run_trunk(steps, row, run, reduce, upsample)
   return parts
 
 

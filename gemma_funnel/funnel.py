@@ -55,7 +55,7 @@ class Reduce:
 
 
 @dataclasses.dataclass(frozen=True)
-class Restore:
+class Upsample:
   """Stage `stage` ends."""
 
   stage: int
@@ -63,10 +63,10 @@ class Restore:
 
 def layer_plan(
   stages: Sequence[FunnelConfig], num_layers: int
-) -> list[LayerRun | Reduce | Restore]:
+) -> list[LayerRun | Reduce | Upsample]:
   """What a model with these (resolved) stages does, in order.
 
-  A stage that is never restored has no `Restore`.
+  A stage that is never upsampled has no `Upsample`.
   """
   steps, open_stages, at = [], [], 0
 
@@ -87,8 +87,8 @@ def layer_plan(
     while open_stages and stages[open_stages[-1]].stop <= layer:
       run_to(stages[open_stages[-1]].stop)
       stage = open_stages.pop()
-      if RECOVERIES[stages[stage].recover].restores:
-        steps.append(Restore(stage))
+      if RECOVERIES[stages[stage].recover].upsamples:
+        steps.append(Upsample(stage))
 
   for number, stage in enumerate(stages):
     close_to(stage.start)
@@ -101,11 +101,11 @@ def layer_plan(
 
 
 def run_trunk(
-  steps: Sequence[LayerRun | Reduce | Restore],
+  steps: Sequence[LayerRun | Reduce | Upsample],
   stream: Stream,
   run: Callable[[LayerRun, Stream, Stream | None], tuple[Stream, Aux]],
   reduce: Callable[[int, Stream, Aux], tuple[Stream, jax.Array]],
-  restore: Callable[[int, Stream, Stream, Stream, jax.Array], Stream],
+  upsample: Callable[[int, Stream, Stream, Stream, jax.Array], Stream],
 ) -> Stream:
   """Layers, and what the stages do between, for whoever computes them.
 
@@ -114,9 +114,9 @@ def run_trunk(
     stream: what enters the first layer.
     run: (which layers, stream, keys) -> (stream, what was needed); keys are
       the stream from before the reduction for a query-only run, else None.
-    reduce: (stage, stream, what it needs) -> (short stream, read_BT).
-    restore: (stage, deep stream, short stream before its layers, stream before
-      the reduction, read_BT) -> stream.
+    reduce: (stage, stream, what it needs) -> (short stream, gather_index_BT).
+    upsample: (stage, deep stream, short stream before its layers, stream before
+      the reduction, gather_index_BT) -> stream.
   """
   before, aux = [], {}
   for step in steps:
@@ -125,11 +125,11 @@ def run_trunk(
         keys = before[-1][1] if step.query_only else None
         stream, aux = run(step, stream, keys)
       case Reduce(stage):
-        short, read_BT = reduce(stage, stream, aux)
-        before.append((short, stream, read_BT))
+        short, gather_index_BT = reduce(stage, stream, aux)
+        before.append((short, stream, gather_index_BT))
         stream = short
-      case Restore(stage):
-        stream = restore(stage, stream, *before.pop())
+      case Upsample(stage):
+        stream = upsample(stage, stream, *before.pop())
   return stream
 
 
@@ -140,12 +140,12 @@ class Recovery(nnx.Module):
   that it reads back as the reducer made it, u the same slot after the stage.
 
   Attributes:
-    restores: whether the full length returns at all.
+    upsamples: whether the full length returns at all.
     attends: whether `attend` is called.
     rows: the parameters that it learns.
   """
 
-  restores: bool = True
+  upsamples: bool = True
   attends: bool = False
   rows: tuple[params.Row, ...] = ()
 
@@ -270,7 +270,7 @@ class Attend(Recovery):
 class Nothing(Recovery):
   """the sequence stays short: for heads that read a whole sequence"""
 
-  restores = False
+  upsamples = False
 
 
 class Stage(nnx.Module):
@@ -291,12 +291,12 @@ class Stage(nnx.Module):
     self.recovery = RECOVERIES[stage.recover]()
     self.recovery.learn(config, rngs)
 
-  def restore(
+  def upsample(
     self,
     deep: Stream,
     short: Stream,
     before: Stream,
-    read_BT: jax.Array,
+    gather_index_BT: jax.Array,
     causal: bool,
   ) -> Stream:
     """Gives every slot its group's deep state back.
@@ -305,20 +305,22 @@ class Stage(nnx.Module):
       deep: the short stream after the stage's layers.
       short: the short stream before them.
       before: the stream that was reduced.
-      read_BT: the short slot each slot reads, from the reducer.
+      gather_index_BT: the short slot each slot reads, from the reducer.
       causal: whether a recovery's attention is.
 
     Returns:
       A stream like `before`, with the recovered hidden states.
     """
     held_BRD = self.recovery.hold(deep.hidden_BTD, short.hidden_BTD)
-    held_BTD = take(held_BRD, jnp.maximum(read_BT, 0))
+    held_BTD = take(held_BRD, jnp.maximum(gather_index_BT, 0))
     attended_BTD = None
     if self.recovery.attends:
       attention_fn = make_attention_fn(self.config, before, deep, causal)
       attend = self.recovery.attend
       attended_BTD = attend(before, attend.keys_values(deep), attention_fn)
-    return self.combine(held_BTD, before, read_BT == BYPASS, attended_BTD)
+    return self.combine(
+      held_BTD, before, gather_index_BT == BYPASS, attended_BTD
+    )
 
   def combine(self, held_BTD, before: Stream, bypass_BT, attended_BTD):
     """`before`, with its states and what is held made one."""
@@ -363,7 +365,7 @@ class CrossAttention(nnx.Module):
 def short_lengths(
   length: int, stages: Sequence[FunnelConfig], causal: bool
 ) -> list[int]:
-  """Slots of a row of `length` tokens within each stage, those around it too."""
+  """Slots of a row of `length` tokens within each stage, and those around."""
   found = []
   for number, funnel in enumerate(stages):
     slots = length

@@ -202,7 +202,7 @@ class Transformer(nnx.Module):
       stream,
       run,
       lambda stage, *args: self.funnel[stage].reducer.reduce(*args, causal),
-      lambda stage, *args: self.funnel[stage].restore(*args, causal),
+      lambda stage, *args: self.funnel[stage].upsample(*args, causal),
     )
 
   def logits(self, hidden_BTD: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ the k-1 slots before it, so that no token reads its own future (the shifted
 pooling of Hourglass, arXiv 2110.13711); a bidirectional group holds the anchor
 and the k-1 slots after it (Funnel-Transformer, arXiv 2006.03236). A segment's
 first slot is an anchor. It is alone in its group in a causal funnel, and with
-`keep_first` in a bidirectional one (anchors are then rank 0, 1, k+1, 2k+1, ...).
+`keep_first` in a bidirectional one (anchors then: rank 0, 1, k+1, 2k+1, ...).
 """
 
 import dataclasses
@@ -124,8 +124,8 @@ class Reducer(nnx.Module):
       causal: whether no slot may read a later one.
 
     Returns:
-      The short stream of `length` slots, and int32 read_BT: the short slot
-      that each slot reads back, or BYPASS.
+      The short stream of `length` slots, and int32 gather_index_BT: the short
+      slot that each slot reads back, or BYPASS.
     """
     raise NotImplementedError
 
@@ -148,8 +148,8 @@ def select(
   stream: Stream,
   keep_BR: jax.Array,
   *,
-  spacing: int = 1,
-  even: bool = False,
+  stride: int = 1,
+  uniform: bool = False,
   packed: bool = True,
 ) -> tuple[Stream, jax.Array]:
   """Shortens a stream to some of its slots; the others bypass the stage.
@@ -157,29 +157,29 @@ def select(
   Args:
     stream: the sequence, T slots.
     keep_BR: int32, the kept slots of each row in order; T and above for none.
-    spacing, even, packed: of the kept slots, as in `Stream`.
+    stride, uniform, packed: of the kept slots, as in `Stream`.
 
   Returns:
-    (short stream, read_BT), as `Reducer.reduce`.
+    (short stream, gather_index_BT), as `Reducer.reduce`.
   """
   length = stream.segment_BT.shape[1]
   short = dataclasses.replace(
     stream.slots(),
     hidden_BTD=take(stream.hidden_BTD, keep_BR),
     position_BT=take(stream.position_BT, keep_BR),
-    end_BT=take(stream.end_BT, keep_BR),
+    last_token_position_BT=take(stream.last_token_position_BT, keep_BR),
     segment_BT=jnp.where(keep_BR < length, take(stream.segment_BT, keep_BR), 0),
-    spacing=spacing,
-    even=even,
+    stride=stride,
+    uniform=uniform,
     packed=packed,
   )
   row_B1 = jnp.arange(len(keep_BR))[:, None]
   slot_1R = jnp.arange(keep_BR.shape[1], dtype=jnp.int32)[None]
   nothing_BT = jnp.full(stream.segment_BT.shape, BYPASS, jnp.int32)
-  read_BT = nothing_BT.at[row_B1, keep_BR].set(
+  gather_index_BT = nothing_BT.at[row_B1, keep_BR].set(
     jnp.broadcast_to(slot_1R, keep_BR.shape), mode="drop"
   )
-  return short, read_BT
+  return short, gather_index_BT
 
 
 @jax.tree_util.register_dataclass
@@ -230,14 +230,14 @@ class Groups(Reducer):
     else:
       starts_BT = rank_BT % stride == 0
     is_anchor_BT = starts_BT & (stream.segment_BT != 0)
-    read_BT = jnp.maximum(jnp.cumsum(is_anchor_BT, axis=1) - 1, 0)
+    gather_index_BT = jnp.maximum(jnp.cumsum(is_anchor_BT, axis=1) - 1, 0)
     # T, past the end, is the anchor of a group that does not exist.
     anchor_BT = jnp.sort(jnp.where(is_anchor_BT, slot_1T, length), axis=1)
     anchor_BR = anchor_BT[:, : self.length(length, causal)]
-    return self.shrink(stream, anchor_BR, read_BT, causal)
+    return self.shrink(stream, anchor_BR, gather_index_BT, causal)
 
-  def shrink(self, stream, anchor_BR, read_BT, causal):
-    """(short stream, read_BT) of groups at `anchor_BR`; T is no anchor."""
+  def shrink(self, stream, anchor_BR, gather_index_BT, causal):
+    """(short stream, gather_index_BT) of groups at `anchor_BR`; T is none."""
     raise NotImplementedError
 
   def init_state(self, stream, phase):
@@ -245,7 +245,7 @@ class Groups(Reducer):
     back_k = jnp.arange(stride - 1, dtype=jnp.int32) - (stride - 2)
     at_Bk = last_slot(stream)[:, None] + back_k[None]
     pending = take_slots(self._pending(stream), at_Bk)
-    return Pending(pending, phase // stream.spacing % stride)
+    return Pending(pending, phase // stream.stride % stride)
 
   def _pending(self, stream: Stream) -> Stream:
     return stream.replace(context_BT=None, context_length=0)
@@ -272,12 +272,12 @@ class Strided(Groups):
 
   options = ("stride", "pool_query_only", "keep_first")
 
-  def shrink(self, stream, anchor_BR, read_BT, causal):
+  def shrink(self, stream, anchor_BR, gather_index_BT, causal):
     return select(
       stream,
       anchor_BR,
-      spacing=stream.spacing * self.stage.stride,
-      even=stream.even and not self.keeps_first_apart(causal),
+      stride=stream.stride * self.stage.stride,
+      uniform=stream.uniform and not self.keeps_first_apart(causal),
       packed=stream.packed,
     )
 
@@ -303,7 +303,7 @@ class Pool(Groups):
     """float32 [B, R, k] >= 0, 0 where slots do not count."""
     raise NotImplementedError
 
-  def shrink(self, stream, anchor_BR, read_BT, causal):
+  def shrink(self, stream, anchor_BR, gather_index_BT, causal):
     stride, length = self.stage.stride, stream.segment_BT.shape[1]
     offset_k = jnp.arange(stride) - (stride - 1 if causal else 0)
     slot_BRk = anchor_BR[..., None] + offset_k[None, None]
@@ -323,22 +323,22 @@ class Pool(Groups):
       alone_BR = take(rank(stream.segment_BT), anchor_BR) == 0
       counts_BRk &= ~alone_BR[..., None] | (offset_k == 0)[None, None]
     hidden_BRkD = of_group(stream.hidden_BTD)
-    position_BR, even = self._position(
+    position_BR, uniform = self._position(
       stream, anchor_BR, of_group(stream.position_BT), counts_BRk, causal
     )
     short = dataclasses.replace(
       stream.slots(),
       hidden_BTD=self.pool(hidden_BRkD, counts_BRk),
       position_BT=position_BR,
-      end_BT=take(stream.end_BT, anchor_BR),
+      last_token_position_BT=take(stream.last_token_position_BT, anchor_BR),
       segment_BT=segment_BR,
-      spacing=stream.spacing * stride,
-      even=even,
+      stride=stream.stride * stride,
+      uniform=uniform,
     )
-    return short, read_BT
+    return short, gather_index_BT
 
   def _position(self, stream, anchor_BR, position_BRk, counts_BRk, causal):
-    """(position_BR, whether they are even) of groups.
+    """(position_BR, whether they are uniform) of groups.
 
     By the rule "last", a bidirectional group that is cut short by the end of
     its segment has the position its last slot would have: groups are then
@@ -347,9 +347,9 @@ class Pool(Groups):
     rule = self.stage.position
     position_BR = take(stream.position_BT, anchor_BR)
     if rule == "last" and causal:
-      return position_BR, stream.even
-    if rule == "last" and stream.even:
-      last_BR = position_BR + (self.stage.stride - 1) * stream.spacing
+      return position_BR, stream.uniform
+    if rule == "last" and stream.uniform:
+      last_BR = position_BR + (self.stage.stride - 1) * stream.stride
       if self.keeps_first_apart(causal):
         first_BR = take(rank(stream.segment_BT), anchor_BR) == 0
         last_BR = jnp.where(first_BR, position_BR, last_BR)
@@ -460,7 +460,7 @@ class ContextDrop(Reducer):
     slot_1T = jnp.arange(size, dtype=jnp.int32)[None]
     keep_BT = jnp.sort(jnp.where(kept_BT, slot_1T, size), axis=1)
     length = self.length(size, causal, stream.context_length)
-    return select(stream, keep_BT[:, :length], spacing=stream.spacing)
+    return select(stream, keep_BT[:, :length], stride=stream.stride)
 
   def init_state(self, stream, phase):
     return ()
@@ -468,6 +468,6 @@ class ContextDrop(Reducer):
   def step(self, state, stream):
     # A generated token is of no span.
     short = stream.slots().replace(
-      hidden_BTD=stream.hidden_BTD, even=False, packed=True
+      hidden_BTD=stream.hidden_BTD, uniform=False, packed=True
     )
     return Step(state, short, None)

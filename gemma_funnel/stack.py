@@ -321,7 +321,9 @@ def _run_backward(span: _Span, saved, gradients: tuple[Stream, Aux]):
     [next(d_changing) if chosen else None for chosen in kept.learned],
   )
   # Where slots stand is not learned.
-  unlearned = dict(position_BT=None, end_BT=None, segment_BT=None)
+  unlearned = dict(
+    position_BT=None, last_token_position_BT=None, segment_BT=None
+  )
   d_stream, d_keys = (
     rest and rest.replace(hidden_BTD=d_hidden, **unlearned)
     for rest, d_hidden in zip(rest, (d_hidden, d_keys), strict=True)

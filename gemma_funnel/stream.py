@@ -15,35 +15,35 @@ _SPAN_STEPS = 64
   data_fields=[
     "hidden_BTD",
     "position_BT",
-    "end_BT",
+    "last_token_position_BT",
     "segment_BT",
     "context_BT",
   ],
-  meta_fields=["spacing", "even", "packed", "context_length"],
+  meta_fields=["stride", "uniform", "packed", "context_length"],
 )
 @dataclasses.dataclass(frozen=True)
 class Stream:
   """A batch of sequences; all that attention may know of their slots.
 
   A segment's slots are contiguous in a row and in order. Neighbours are
-  `spacing` positions apart, or else `even` is False. Kernels rely on that to
+  `stride` positions apart, or else `uniform` is False. Kernels rely on that to
   skip what cannot be visible.
 
   Attributes:
     hidden_BTD: hidden states, in the compute dtype.
     position_BT: int32, or float32 where they are means, in tokens of the
       original text; rotary embeddings and windows go by it.
-    end_BT: int32, the position of the last token that is in the slot; the
+    last_token_position_BT: int32, of the last token that is in the slot; the
       causal order goes by it, and nothing else does (in a bidirectional funnel
       it is the anchor's).
     segment_BT: int32; tokens see only their own segment; 0 is padding, which
       sees and is seen by none.
     context_BT: bool, the tokens of a span that a reducer may drop, such as
       demonstrations; None is no span.
-    spacing: positions between neighbouring slots of a segment: 1, or the
+    stride: positions between neighbouring slots of a segment: 1, or the
       stride of the funnel that the stream is in.
-    even: whether all neighbours are exactly `spacing` apart, by position and
-      by end. If not, they are `spacing` or more, but for the first two and last
+    uniform: whether all neighbours are exactly `stride` apart, by position and
+      by end. If not, they are `stride` or more, but for the first two and last
       two of a segment, which are at least 1 apart.
     packed: False promises that one segment fills every row, so that segments
       need no masking.
@@ -52,11 +52,11 @@ class Stream:
 
   hidden_BTD: jax.Array | None
   position_BT: jax.Array
-  end_BT: jax.Array
+  last_token_position_BT: jax.Array
   segment_BT: jax.Array
   context_BT: jax.Array | None = None
-  spacing: int = 1
-  even: bool = True
+  stride: int = 1
+  uniform: bool = True
   packed: bool = True
   context_length: int = 0
 
@@ -110,7 +110,7 @@ def round_span(least: int, length: int) -> int:
 
 
 def take(x_BT: jax.Array, index: jax.Array) -> jax.Array:
-  """x_BT at `index` >= 0 along axis 1, row by row; beyond the end is the end."""
+  """x_BT at `index` >= 0 along axis 1, by row; beyond the end is the end."""
   expand = (...,) + (None,) * (x_BT.ndim - 2)
   return jnp.take_along_axis(x_BT, index[expand], axis=1, mode="clip")
 

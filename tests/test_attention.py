@@ -77,7 +77,7 @@ def _pooled(base, stride, causal, rule, keep_first=False, room=None):
   `room`: slots in a row; by default what the fullest row needs.
   """
   position, end, segment = map(
-    np.asarray, (base.position_BT, base.end_BT, base.segment_BT)
+    np.asarray, (base.position_BT, base.last_token_position_BT, base.segment_BT)
   )
   rows = []
   for row, ids in enumerate(segment):
@@ -88,21 +88,21 @@ def _pooled(base, stride, causal, rule, keep_first=False, room=None):
         p = position[row, inside[a : b + 1]]
         at = {"last": p[-1], "first": p[0], "mean": p.mean()}[rule]
         alone = keep_first and a == 0
-        if rule == "last" and base.even and not causal and not alone:
-          at = p[0] + (stride - 1) * base.spacing
+        if rule == "last" and base.uniform and not causal and not alone:
+          at = p[0] + (stride - 1) * base.stride
         slots.append((at, end[row, inside[b]], id_))
     rows.append(slots)
   room = room or max(map(len, rows))
   rows = [slots + [(0, 0, 0)] * (room - len(slots)) for slots in rows]
   at, end, segment = np.moveaxis(np.array(rows), 2, 0)
-  even = rule == "last" and base.even
+  even = rule == "last" and base.uniform
   return Stream(
     None,
     at.astype(np.int32 if even else np.float32),
     end.astype(np.int32),
     segment.astype(np.int32),
-    spacing=base.spacing * stride,
-    even=even,
+    stride=base.stride * stride,
+    uniform=even,
     packed=base.packed,
   )
 
@@ -115,16 +115,16 @@ def _chosen(base, count):
     [np.sort(random.permutation(length)[:count]) for _ in range(B)]
   )
   take = lambda x: np.take_along_axis(np.asarray(x), keep_BR, 1)
-  return jax.tree.map(take, masks.slots(base)).replace(spacing=1, even=False)
+  return jax.tree.map(take, masks.slots(base)).replace(stride=1, uniform=False)
 
 
-def _moved(stream, spacing=1):
+def _moved(stream, stride=1):
   """Rows need not begin at position 0."""
-  move = lambda x: x * spacing + 7
+  move = lambda x: x * stride + 7
   return stream.replace(
     position_BT=move(stream.position_BT),
-    end_BT=move(stream.end_BT),
-    spacing=spacing,
+    last_token_position_BT=move(stream.last_token_position_BT),
+    stride=stride,
   )
 
 
@@ -159,7 +159,9 @@ def _sees(queries, keys, spec):
   see = column(queries.segment_BT) == row(keys.segment_BT)
   see &= column(queries.segment_BT) != 0
   if spec.causal:
-    see &= row(keys.end_BT) <= column(queries.end_BT)
+    see &= row(keys.last_token_position_BT) <= column(
+      queries.last_token_position_BT
+    )
   if spec.window is not None:
     distance = column(queries.position_BT) - row(keys.position_BT)
     see &= np.abs(distance) < spec.window
@@ -207,18 +209,18 @@ def _agree(call, queries, keys, spec, width=H, tol=1e-4):
     assert np.abs(y).max() > 0.1
 
 
-@pytest.mark.parametrize("spacing", [1, 3])
+@pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("segments,spec", CASES)
 def test_reference_and_blocked_are_the_definition(
-  segments, spec, spacing, small_blocks
+  segments, spec, stride, small_blocks
 ):
-  stream = _moved(_stream(21, segments), spacing)
+  stream = _moved(_stream(21, segments), stride)
   qkv = _qkv(stream, stream)
   want = _by_definition(*qkv, stream, stream, spec)
   for kernel in ("reference", "blocked"):
     got = _attend(qkv, stream, stream, spec, kernel)
     np.testing.assert_allclose(got, want, atol=1e-4, err_msg=kernel)
-  if spacing == 1 and spec.window != 1 and spec.softcap != 100.0:
+  if stride == 1 and spec.window != 1 and spec.softcap != 100.0:
     _agree(blocked.blocked_attention, stream, stream, spec)
 
 
@@ -319,7 +321,7 @@ def test_no_visible_key_is_skipped(causal):
 @pytest.mark.parametrize("rule", ["last", "first", "mean"])
 @pytest.mark.parametrize("who", ["base", "pooled", "short"])
 def test_blocked_skips_the_future_and_what_the_window_hides(who, rule):
-  """FLOPs of the program, against those of all pairs; unequal: only unpacked."""
+  """FLOPs of the program, against all pairs'; unequal: only unpacked."""
   queries, keys = _streams(who, 2, True, rule, "none", length=1024)
   qkv = _qkv(queries, keys)
   flops = lambda fn, window, causal=True, keys=keys: _flops(
@@ -514,7 +516,7 @@ def test_tokamax_is_the_reference(who, segments, window, causal, tokamax_xla):
 def test_tokamax_gives_zeros_to_queries_that_see_no_key(tokamax_xla):
   """Real ones, before the first key that a selection has kept."""
   queries = _stream(12, "none")
-  keys = masks.slots(queries, slice(5, 8)).replace(even=False)
+  keys = masks.slots(queries, slice(5, 8)).replace(uniform=False)
   _agree(tokamax_xla, queries, keys, AttentionSpec(True, None, 4.0))
 
 
@@ -569,7 +571,7 @@ def _choose(
   kernel, length=128, unequal=False, uneven=False, packed=False, **spec
 ):
   stream = make_stream(jnp.zeros((1, length, 1)))
-  stream = stream.replace(packed=packed, even=not uneven)
+  stream = stream.replace(packed=packed, uniform=not uneven)
   spec = AttentionSpec(
     **{"causal": True, "window": None, "softcap": 50.0} | spec
   )

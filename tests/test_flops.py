@@ -142,7 +142,7 @@ def by_hand(config, funnel, length, causal):
       found.append(("pool", stream, stream, None))
     return made[stage].reducer.reduce(stream, aux, causal)
 
-  def restore(stage, deep, short, before, _):
+  def upsample(stage, deep, short, before, _):
     if stages[stage].recover == "attend":
       add("attend", before, deep, None)
     if stages[stage].recover == "gate":
@@ -151,7 +151,7 @@ def by_hand(config, funnel, length, causal):
 
   stream = make_stream(jnp.zeros((1, length, config.embed_dim)))
   steps = funnel_lib.layer_plan(stages, config.num_layers)
-  funnel_lib.run_trunk(steps, stream, run, reduce, restore)
+  funnel_lib.run_trunk(steps, stream, run, reduce, upsample)
   return found
 
 
@@ -238,7 +238,7 @@ def test_decoding_is_what_real_streams_make_visible(context):
   for funnel in FUNNELS:
     cost, moved, entries = 0, 3 * D, 0
     for name, queries, keys, see in by_hand(CONFIG, funnel, context, True):
-      often, key_often = 1 / queries.spacing, 1 / keys.spacing
+      often, key_often = 1 / queries.stride, 1 / keys.stride
       if name in ("layer", "attend"):
         weights = Q_O + (MLP if name == "layer" else 0)
         cost += often * (2 * weights + 4 * N * H * see[-1].sum())

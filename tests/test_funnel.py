@@ -18,7 +18,7 @@ from gemma_funnel.config import (
   TransformerConfig,
   resolve_funnel,
 )
-from gemma_funnel.funnel import LayerRun, Reduce, Restore, Stage
+from gemma_funnel.funnel import LayerRun, Reduce, Stage, Upsample
 from gemma_funnel.reducers import BYPASS, Groups, Pending, select
 from gemma_funnel.registry import RECOVERIES, REDUCERS
 from gemma_funnel.stream import Stream, make_stream
@@ -102,16 +102,16 @@ def _position(position_k, anchor, stream: Stream, stage: Stage, causal: bool):
       return position_k[0]
     case "mean":
       return np.mean(position_k)
-  whole = stream.even and not (causal or funnel.reduce == "strided")
+  whole = stream.uniform and not (causal or funnel.reduce == "strided")
   if whole and not (funnel.keep_first and anchor == 0):
-    return position_k[0] + (funnel.stride - 1) * stream.spacing
+    return position_k[0] + (funnel.stride - 1) * stream.stride
   return position_k[-1]
 
 
 def _check_reduction(stage: Stage, stream: Stream, causal: bool):
   """That `stage` reduces as defined; what it made, for another to reduce."""
-  result, read_BT = stage.reducer.reduce(stream, {}, causal)
-  stream, short, read_BT = _host((stream, result, read_BT))
+  result, gather_index_BT = stage.reducer.reduce(stream, {}, causal)
+  stream, short, gather_index_BT = _host((stream, result, gather_index_BT))
   every = stage.stage.reduce == "strided"
   for row, segment_T in enumerate(stream.segment_BT):
     at = lambda x_BT, slots: x_BT[row][list(slots)]
@@ -132,12 +132,17 @@ def _check_reduction(stage: Stage, stream: Stream, causal: bool):
         np.testing.assert_allclose(short.position_BT[row, made], position)
         assert short.segment_BT[row, made] == segment
         if causal:
-          assert short.end_BT[row, made] == at(stream.end_BT, members).max()
+          assert (
+            short.last_token_position_BT[row, made]
+            == at(stream.last_token_position_BT, members).max()
+          )
         stop = groups[g + 1][0] if g + 1 < len(groups) else len(slots)
         want = np.full(stop - anchor, BYPASS if every else made)
         want[0] = made
         np.testing.assert_array_equal(
-          at(read_BT, slots[anchor:stop]), want, err_msg=str((row, segment))
+          at(gather_index_BT, slots[anchor:stop]),
+          want,
+          err_msg=str((row, segment)),
         )
         made += 1
     assert np.all(short.segment_BT[row, made:] == 0)
@@ -152,11 +157,11 @@ def _check_promises(stream: Stream):
       (slots,) = np.nonzero(segment_T == segment)
       assert np.all(np.diff(slots) == 1)
       gap_T = np.diff(stream.position_BT[row, slots])
-      assert np.all(np.diff(stream.end_BT[row, slots]) > 0)
-      if stream.even:
-        assert np.all(gap_T == stream.spacing)
+      assert np.all(np.diff(stream.last_token_position_BT[row, slots]) > 0)
+      if stream.uniform:
+        assert np.all(gap_T == stream.stride)
       assert np.all(gap_T >= 1)
-      assert np.all(gap_T[1:-1] >= stream.spacing)
+      assert np.all(gap_T[1:-1] >= stream.stride)
 
 
 def _rules(stride, pool):
@@ -187,12 +192,12 @@ def test_reduce_is_the_definition(stride, pool, causal):
     assert short.hidden_BTD.shape[1] == REDUCERS[funnel.reduce](funnel).length(
       LENGTH, causal
     )
-    assert short.spacing == stride
+    assert short.stride == stride
     stream = _stream(_segments(2 * stride * (2 if not causal else 1)))
     short = _check_reduction(_stage(funnel), stream, causal)
     for stage in inner[number::12]:
       again = _check_reduction(stage, short, causal)
-      assert again.spacing == 2 * stride
+      assert again.stride == 2 * stride
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -210,10 +215,15 @@ def test_a_step_makes_the_group_that_reduce_would_make(pool):
       step = stage.reducer.step(state, jax.tree.map(lambda x: x[:, 2:], window))
       newest = step.short
       assert not step.due and int(step.state.count) == 2
-      for name in ("hidden_BTD", "position_BT", "end_BT", "segment_BT"):
+      for name in (
+        "hidden_BTD",
+        "position_BT",
+        "last_token_position_BT",
+        "segment_BT",
+      ):
         got, want = getattr(newest, name)[:, 0], getattr(made, name)[:, g]
         np.testing.assert_allclose(got, want, atol=1e-5, err_msg=f"{g} {name}")
-      assert (newest.spacing, newest.even) == (made.spacing, made.even)
+      assert (newest.stride, newest.uniform) == (made.stride, made.uniform)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -225,7 +235,7 @@ def test_what_is_even_stays_so_by_default(pool, causal):
     stage = Stage(CONFIG, FunnelConfig(0, stride=stride, reduce=pool), None)
     reduce = lambda stream: stage.reducer.reduce(stream, {}, causal)[0]  # noqa: B023
     stream = jax.eval_shape(reduce, stream)
-    assert stream.even
+    assert stream.uniform
 
 
 def test_means_are_summed_in_float32():
@@ -295,7 +305,11 @@ def _attention(
     for g in range(u.shape[1]):
       if deep.segment_BT[b, g] != before.segment_BT[b, t]:
         continue
-      if causal and deep.end_BT[b, g] > before.end_BT[b, t]:
+      if (
+        causal
+        and deep.last_token_position_BT[b, g]
+        > before.last_token_position_BT[b, t]
+      ):
         continue
       k = turned(u[b, g] @ k_weight[:, n // group], deep.position_BT[b, g])
       logit = q @ k / np.sqrt(CONFIG.query_pre_attn_scalar)
@@ -309,25 +323,31 @@ def _attention(
 def _before_and_deep(funnel: FunnelConfig, causal: bool):
   before = _stream(_segments(4))
   before = before.replace(hidden_BTD=jnp.nan_to_num(before.hidden_BTD))
-  short, read_BT = _stage(funnel).reducer.reduce(before, {}, causal)
+  short, gather_index_BT = _stage(funnel).reducer.reduce(before, {}, causal)
   states = jax.random.normal(jax.random.key(5), short.hidden_BTD.shape)
-  return before, short, short.replace(hidden_BTD=states), read_BT
+  return before, short, short.replace(hidden_BTD=states), gather_index_BT
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("pool", ["mean", "strided"])
 @pytest.mark.parametrize(
-  "recover", [name for name in RECOVERIES if RECOVERIES[name].restores]
+  "recover", [name for name in RECOVERIES if RECOVERIES[name].upsamples]
 )
 def test_restore_is_the_definition(recover, pool, causal):
   funnel = FunnelConfig(0, stride=2, reduce=pool, recover=recover)
   stage = _stage(funnel)
-  before, short, deep, read_BT = _before_and_deep(funnel, causal)
-  got = _host(stage.restore(deep, short, before, read_BT, causal))
-  before, short, deep, read_BT = _host((before, short, deep, read_BT))
+  before, short, deep, gather_index_BT = _before_and_deep(funnel, causal)
+  got = _host(stage.upsample(deep, short, before, gather_index_BT, causal))
+  before, short, deep, gather_index_BT = _host(
+    (before, short, deep, gather_index_BT)
+  )
   h = before.hidden_BTD
-  u = np.stack([x[r] for x, r in zip(deep.hidden_BTD, read_BT, strict=True)])
-  p = np.stack([x[r] for x, r in zip(short.hidden_BTD, read_BT, strict=True)])
+  u = np.stack(
+    [x[r] for x, r in zip(deep.hidden_BTD, gather_index_BT, strict=True)]
+  )
+  p = np.stack(
+    [x[r] for x, r in zip(short.hidden_BTD, gather_index_BT, strict=True)]
+  )
   match recover:
     case "delta":
       want = h + (u - p)
@@ -344,13 +364,13 @@ def test_restore_is_the_definition(recover, pool, causal):
       want = s * u + (1 - s) * h
     case "attend":
       want = (u + h) / 2 + _attention(stage, before, deep, causal)
-  want = np.where(read_BT[..., None] == BYPASS, h, want)
+  want = np.where(gather_index_BT[..., None] == BYPASS, h, want)
   real = before.segment_BT != 0
   np.testing.assert_allclose(got.hidden_BTD[real], want[real], atol=1e-4)
   assert np.all(np.isfinite(got.hidden_BTD))
-  for name in ("position_BT", "end_BT", "segment_BT"):
+  for name in ("position_BT", "last_token_position_BT", "segment_BT"):
     np.testing.assert_array_equal(getattr(got, name), getattr(before, name))
-  assert (got.spacing, got.even) == (before.spacing, before.even)
+  assert (got.stride, got.uniform) == (before.stride, before.uniform)
 
 
 @pytest.mark.parametrize(
@@ -363,17 +383,17 @@ def test_restore_is_the_definition(recover, pool, causal):
 )
 def test_learned_recoveries_start_as_what_they_replace(recover, start, learned):
   funnel = FunnelConfig(0, stride=2, recover=recover)
-  before, short, deep, read_BT = _before_and_deep(funnel, True)
+  before, short, deep, gather_index_BT = _before_and_deep(funnel, True)
   fresh = Stage(CONFIG, funnel, nnx.Rngs(0))
   plain = Stage(CONFIG, FunnelConfig(0, stride=2, recover=start), None)
-  want = plain.restore(deep, short, before, read_BT, True).hidden_BTD
-  got = fresh.restore(deep, short, before, read_BT, True).hidden_BTD
+  want = plain.upsample(deep, short, before, gather_index_BT, True).hidden_BTD
+  got = fresh.upsample(deep, short, before, gather_index_BT, True).hidden_BTD
   np.testing.assert_array_equal(got, want)
   value = fresh.recovery
   for name in learned.split("/"):
     value = getattr(value, name)
   value[...] += 1.0
-  other = fresh.restore(deep, short, before, read_BT, True).hidden_BTD
+  other = fresh.upsample(deep, short, before, gather_index_BT, True).hidden_BTD
   assert np.abs(other - want).max() > 1e-2
 
 
@@ -387,25 +407,34 @@ def test_select_leaves_the_others_as_they_were():
 
   @jax.jit
   def there_and_back(before, keep_BR):
-    short, read_BT = select(before, keep_BR)
-    return short, read_BT, stage.restore(short, short, before, read_BT, True)
+    short, gather_index_BT = select(before, keep_BR)
+    return (
+      short,
+      gather_index_BT,
+      stage.upsample(short, short, before, gather_index_BT, True),
+    )
 
   kept = [[1, 2, 5], [3, 4, 6]]  # 6 is past the end.
   done = there_and_back(before, jnp.asarray(kept, jnp.int32))
-  before, short, read_BT, after = _host((before, *done))
+  before, short, gather_index_BT, after = _host((before, *done))
   for row, slots in enumerate([[1, 2, 5], [3, 4]]):
-    for name in ("hidden_BTD", "position_BT", "end_BT", "segment_BT"):
+    for name in (
+      "hidden_BTD",
+      "position_BT",
+      "last_token_position_BT",
+      "segment_BT",
+    ):
       got, have = getattr(short, name)[row], getattr(before, name)[row]
       np.testing.assert_array_equal(got[: len(slots)], have[slots], name)
     want = np.full(6, BYPASS)
     want[slots] = np.arange(len(slots))
-    np.testing.assert_array_equal(read_BT[row], want)
+    np.testing.assert_array_equal(gather_index_BT[row], want)
     times = np.where(want == BYPASS, 1, 2)[:, None]
     np.testing.assert_array_equal(
       after.hidden_BTD[row], before.hidden_BTD[row] * times
     )
   assert short.segment_BT[1, 2] == 0
-  assert not short.even and short.spacing == 1
+  assert not short.uniform and short.stride == 1
 
 
 # --- Which layers see what ------------------------------------------------
@@ -415,7 +444,7 @@ def test_select_leaves_the_others_as_they_were():
   "funnel,steps",
   [
     ("off", [LayerRun(0, 6)]),
-    ("start=2", [LayerRun(0, 2), Reduce(0), LayerRun(2, 6, (0,)), Restore(0)]),
+    ("start=2", [LayerRun(0, 2), Reduce(0), LayerRun(2, 6, (0,)), Upsample(0)]),
     ("start=0,recover=none", [Reduce(0), LayerRun(0, 6, (0,))]),
     (
       "start=1,stop=4,pool_query_only=true",
@@ -424,7 +453,7 @@ def test_select_leaves_the_others_as_they_were():
         Reduce(0),
         LayerRun(1, 2, (0,), True),
         LayerRun(2, 4, (0,)),
-        Restore(0),
+        Upsample(0),
         LayerRun(4, 6),
       ],
     ),
@@ -434,7 +463,7 @@ def test_select_leaves_the_others_as_they_were():
         LayerRun(0, 3),
         Reduce(0),
         LayerRun(3, 4, (0,), True),
-        Restore(0),
+        Upsample(0),
         LayerRun(4, 6),
       ],
     ),
@@ -446,9 +475,9 @@ def test_select_leaves_the_others_as_they_were():
         Reduce(1),
         LayerRun(2, 3, (0, 1), True),
         LayerRun(3, 4, (0, 1)),
-        Restore(1),
+        Upsample(1),
         LayerRun(4, 5, (0,)),
-        Restore(0),
+        Upsample(0),
         LayerRun(5, 6),
       ],
     ),
@@ -459,8 +488,8 @@ def test_select_leaves_the_others_as_they_were():
         LayerRun(0, 1, (0,), True),
         Reduce(1),
         LayerRun(1, 6, (0, 1)),
-        Restore(1),
-        Restore(0),
+        Upsample(1),
+        Upsample(0),
       ],
     ),
     (
@@ -468,14 +497,14 @@ def test_select_leaves_the_others_as_they_were():
       [
         Reduce(0),
         LayerRun(0, 2, (0,)),
-        Restore(0),
+        Upsample(0),
         Reduce(1),
         LayerRun(2, 3, (1,)),
-        Restore(1),
+        Upsample(1),
         LayerRun(3, 4),
         Reduce(2),
         LayerRun(4, 6, (2,)),
-        Restore(2),
+        Upsample(2),
       ],
     ),
     (
@@ -489,7 +518,7 @@ def test_select_leaves_the_others_as_they_were():
         LayerRun(0, 2, (0,)),
         Reduce(1),
         LayerRun(2, 6, (0, 1)),
-        Restore(1),
+        Upsample(1),
       ],
     ),
   ],

@@ -334,20 +334,28 @@ def _aligned(reduce, reducer, stream):
 
 
 def _reads_ahead(reduce, reducer, stream):
-  short, read_BT = reduce(reducer, stream, {}, True)
-  return short, read_BT + 1
+  short, gather_index_BT = reduce(reducer, stream, {}, True)
+  return short, gather_index_BT + 1
 
 
 def _sees_its_block(reduce, reducer, stream):
   """Pooled queries that see keys to the end of the block they begin."""
-  short, read_BT = reduce(reducer, stream, {}, True)
-  return short.replace(end_BT=short.end_BT + reducer.stage.stride - 1), read_BT
+  short, gather_index_BT = reduce(reducer, stream, {}, True)
+  return short.replace(
+    last_token_position_BT=short.last_token_position_BT
+    + reducer.stage.stride
+    - 1
+  ), gather_index_BT
 
 
 def _ends_early(reduce, reducer, stream):
   """Deep states that are seen from the first token of their group on."""
-  short, read_BT = reduce(reducer, stream, {}, True)
-  return short.replace(end_BT=short.end_BT - reducer.stage.stride + 1), read_BT
+  short, gather_index_BT = reduce(reducer, stream, {}, True)
+  return short.replace(
+    last_token_position_BT=short.last_token_position_BT
+    - reducer.stage.stride
+    + 1
+  ), gather_index_BT
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_one_stage_by_hand(model):
   position = jnp.broadcast_to(jnp.arange(length // 2) * 2, (2, length // 2))
   short = make_stream(
     jnp.asarray(pairs.mean(2)), position_BT=position + 1
-  ).replace(end_BT=position, spacing=2)
+  ).replace(last_token_position_BT=position, stride=2)
   deep = np.asarray(_layer(model, 1, short, False).hidden_BTD)
   read = np.repeat(deep, 2, axis=1)
   recovered = (read + np.asarray(before.hidden_BTD)) / 2

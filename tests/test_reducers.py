@@ -118,8 +118,10 @@ def test_a_stage_that_chooses_needs_no_other_model(kind, causal):
   model = _model(f"start=0,stride=3,recover=repeat,reduce={kind}")
   got = model.encode(tokens, causal=causal)
   stream = make_stream(model.embed(tokens))
-  _, read_BT = model.funnel[0].reducer.reduce(stream, {}, causal)
-  kept_BR = np.stack([np.flatnonzero(r >= 0) for r in np.asarray(read_BT)])
+  _, gather_index_BT = model.funnel[0].reducer.reduce(stream, {}, causal)
+  kept_BR = np.stack(
+    [np.flatnonzero(r >= 0) for r in np.asarray(gather_index_BT)]
+  )
   assert kept_BR.shape == (2, 5) and not np.array_equal(*kept_BR)
   at_kept = lambda x: np.take_along_axis(x, kept_BR, axis=1)
   want = np.array(model.final_norm(model.embed(tokens)))
@@ -439,14 +441,18 @@ def test_what_context_drop_saves_is_static():
   stream = make_stream(
     model.embed(tokens), None, None, jnp.asarray(context), 13
   )
-  short, read_BT = jax.jit(lambda s: reducer.reduce(s, {}, True))(stream)
+  short, gather_index_BT = jax.jit(lambda s: reducer.reduce(s, {}, True))(
+    stream
+  )
   assert short.hidden_BTD.shape[1] == 40 - 13
   for row in range(3):
     made = np.asarray(short.position_BT)[row][
       np.asarray(short.segment_BT)[row] != 0
     ]
     np.testing.assert_array_equal(made, np.flatnonzero(~context[row]))
-    np.testing.assert_array_equal(np.asarray(read_BT)[row] >= 0, ~context[row])
+    np.testing.assert_array_equal(
+      np.asarray(gather_index_BT)[row] >= 0, ~context[row]
+    )
 
 
 @pytest.mark.parametrize("r", [0, 2, LAYERS - 1])

@@ -23,16 +23,18 @@ def test_rank_is_the_place_within_the_segment():
 def test_a_token_is_where_it_ends():
   stream = make_stream(jnp.zeros((4, 6, 3)), jnp.asarray(SEGMENTS))
   np.testing.assert_array_equal(stream.position_BT, rank(stream.segment_BT))
-  np.testing.assert_array_equal(stream.end_BT, stream.position_BT)
+  np.testing.assert_array_equal(
+    stream.last_token_position_BT, stream.position_BT
+  )
   assert stream.position_BT.dtype == jnp.int32
-  assert (stream.spacing, stream.even, stream.packed) == (1, True, True)
+  assert (stream.stride, stream.uniform, stream.packed) == (1, True, True)
 
 
 def test_given_positions_are_ends_too():
   position_BT = jnp.arange(50, 56, dtype=jnp.int32)[None]
   stream = make_stream(jnp.zeros((1, 6, 3)), None, position_BT)
   np.testing.assert_array_equal(stream.position_BT, position_BT)
-  np.testing.assert_array_equal(stream.end_BT, position_BT)
+  np.testing.assert_array_equal(stream.last_token_position_BT, position_BT)
 
 
 def test_without_segments_a_row_is_one():
@@ -52,13 +54,13 @@ def test_take_reads_each_row_by_its_own_index():
 
 def test_what_is_static_stays_out_of_the_leaves():
   """A jitted function knows the spacing, and not the positions."""
-  stream = make_stream(jnp.zeros((1, 4, 3))).replace(spacing=3, even=False)
+  stream = make_stream(jnp.zeros((1, 4, 3))).replace(stride=3, uniform=False)
   assert len(jax.tree.leaves(stream)) == 4
 
   @jax.jit
   def spacing(stream):
     assert isinstance(stream.position_BT, jax.core.Tracer)
-    assert stream.spacing == 3 and not stream.even
-    return stream.replace(spacing=stream.spacing * 2)
+    assert stream.stride == 3 and not stream.uniform
+    return stream.replace(stride=stream.stride * 2)
 
-  assert spacing(stream).spacing == 6
+  assert spacing(stream).stride == 6

@@ -31,7 +31,7 @@ class Kernel:
   Attributes:
     attend: (q_BTNH, k_BSKH, v_BSKH, queries, keys, spec) -> o_BTNH.
     unequal: takes a query stream that is not the key stream.
-    uneven: takes a window where slots are not evenly spaced.
+    nonuniform: takes a window where slots are not evenly spaced.
     any_length: takes lengths that are no multiples of 128.
     softmax_dtypes: of logits and weights.
     platforms: where it runs; () is anywhere.
@@ -41,7 +41,7 @@ class Kernel:
 
   attend: Callable[..., jax.Array]
   unequal: bool = True
-  uneven: bool = True
+  nonuniform: bool = True
   any_length: bool = True
   softmax_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
   platforms: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ KERNELS: dict[str, Kernel] = {
   "splash": Kernel(
     flash.splash_attention,
     unequal=False,
-    uneven=False,
+    nonuniform=False,
     any_length=False,
     softmax_dtypes=("float32",),
     platforms=("tpu",),
@@ -152,7 +152,7 @@ def target_platform() -> str:
 def _lacks(name: str, queries, keys, spec: AttentionSpec) -> list[str]:
   """What a kernel lacks for this; empty if it can do it."""
   kernel, platform = KERNELS[name], target_platform()
-  even = queries.even and keys.even
+  uniform = queries.uniform and keys.uniform
   length = queries.segment_BT.shape[1] // masks.num_context_shards(queries)
   lacks = []
   if kernel.platforms and platform not in kernel.platforms:
@@ -161,7 +161,7 @@ def _lacks(name: str, queries, keys, spec: AttentionSpec) -> list[str]:
     lacks.append(f"the package {kernel.module} is not installed")
   if queries is not keys and not kernel.unequal:
     lacks.append("queries and keys must be the same stream")
-  if spec.window is not None and not even and not kernel.uneven:
+  if spec.window is not None and not uniform and not kernel.nonuniform:
     lacks.append("with a window, slots must be evenly spaced")
   if length % 128 and not kernel.any_length:
     lacks.append(f"the length must be a multiple of 128, not {length}")

@@ -30,13 +30,13 @@ def tokamax_attention(
 
   # A part of a row is not its keys.
   unequal = queries is not keys or masks.num_context_shards(queries) > 1
-  uneven = spec.window is not None and not keys.even
+  nonuniform = spec.window is not None and not keys.uniform
   reach = None if unequal else masks.slots_in_window(spec.window, keys)
   local = None if reach is None else (reach, 0 if spec.causal else reach)
 
   def call(q, k, v, queries, keys):
     mask_BTS, sees_BT = None, queries.segment_BT != 0
-    if unequal or uneven or keys.packed:
+    if unequal or nonuniform or keys.packed:
       mask_BTS = masks.visible(queries, keys, spec)
     if unequal:  # A real query may see none of the keys.
       sees_BT = jnp.any(mask_BTS, axis=-1)

@@ -3,7 +3,7 @@
 `visible` is exact. The order and the spacing of slots, known when a program is
 traced, let a kernel skip what no mask would show. In one stream, a key in a
 later slot is in the future, and a window of W positions reaches
-(W-1) // spacing slots to each side, two more where slots are not evenly spaced.
+(W-1) // stride slots to each side, two more where slots are not evenly spaced.
 Between two streams: `_bounds`.
 """
 
@@ -39,7 +39,10 @@ def visible(queries: Stream, keys: Stream, spec: AttentionSpec) -> jax.Array:
   segment_BT1 = queries.segment_BT[:, :, None]
   see_BTS = (segment_BT1 == keys.segment_BT[:, None]) & (segment_BT1 != 0)
   if spec.causal:
-    see_BTS &= keys.end_BT[:, None] <= queries.end_BT[:, :, None]
+    see_BTS &= (
+      keys.last_token_position_BT[:, None]
+      <= queries.last_token_position_BT[:, :, None]
+    )
   if spec.window is not None:
     distance_BTS = queries.position_BT[:, :, None] - keys.position_BT[:, None]
     see_BTS &= jnp.abs(distance_BTS) < spec.window
@@ -50,25 +53,27 @@ def slots_in_window(window: int | None, stream: Stream) -> int | None:
   """How many slots away in `stream` a window can reach; None is any."""
   if window is None:
     return None
-  # Two gaps, a segment's first and last, may be shorter than `spacing`.
-  return (window - 1) // stream.spacing + (0 if stream.even else 2)
+  # Two gaps, a segment's first and last, may be shorter than `stride`.
+  return (window - 1) // stream.stride + (0 if stream.uniform else 2)
 
 
 def _bounds(stream: Stream, other: Stream) -> tuple[np.ndarray, np.ndarray]:
   """First and last position at which each slot of a full row can be, [T].
 
   They bound its position and, in causal streams, its end; positions count from
-  the row's first token. Slot i of an even stream holds tokens of
-  [i * spacing, (i+1) * spacing), or ends with the first of them. The least gaps
+  the row's first token. Slot i of an uniform stream holds tokens of
+  [i * stride, (i+1) * stride), or ends with the first of them. The least gaps
   between other slots bound them from the row's start, and from the row's end,
-  which `other` gives if it is even.
+  which `other` gives if it is uniform.
   """
-  slot_T, spacing = np.arange(stream.segment_BT.shape[1]), stream.spacing
-  if stream.even:
-    return slot_T * spacing, slot_T * spacing + spacing - 1
-  short = 2 * (spacing - 1)  # By how much two gaps can fall short.
-  from_start_T = np.maximum(slot_T * spacing - short, 0)
-  end = other.segment_BT.shape[1] * other.spacing - 1 if other.even else np.inf
+  slot_T, stride = np.arange(stream.segment_BT.shape[1]), stream.stride
+  if stream.uniform:
+    return slot_T * stride, slot_T * stride + stride - 1
+  short = 2 * (stride - 1)  # By how much two gaps can fall short.
+  from_start_T = np.maximum(slot_T * stride - short, 0)
+  end = (
+    other.segment_BT.shape[1] * other.stride - 1 if other.uniform else np.inf
+  )
   return from_start_T, end - from_start_T[::-1]
 
 

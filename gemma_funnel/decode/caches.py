@@ -80,8 +80,8 @@ def _ring_size(
   window = config.layers[layer].window
   if window is None:
     return most
-  uneven = 0 if keys.even else 2  # See `Stream.even`.
-  return min(most, (window - 1) // keys.spacing + 1 + uneven + extra)
+  nonuniform = 0 if keys.uniform else 2  # See `Stream.uniform`.
+  return min(most, (window - 1) // keys.stride + 1 + nonuniform + extra)
 
 
 def _ring_index(keys: Stream, size: int) -> jax.Array:
@@ -168,7 +168,7 @@ def step(model: Transformer, stream: Stream, caches, stages):
 def _walk(model: Transformer, walker, stream: Stream) -> Stream:
   steps = funnel_lib.layer_plan(model.stages, model.config.num_layers)
   return funnel_lib.run_trunk(
-    steps, stream, walker.run, walker.reduce, walker.restore
+    steps, stream, walker.run, walker.reduce, walker.upsample
   )
 
 
@@ -245,8 +245,13 @@ class _Prefill:
     self._lengths.append(most)
     return reducer.reduce(stream, aux, True)
 
-  def restore(
-    self, number: int, deep: Stream, short: Stream, before: Stream, read_BT
+  def upsample(
+    self,
+    number: int,
+    deep: Stream,
+    short: Stream,
+    before: Stream,
+    gather_index_BT,
   ) -> Stream:
     stage, cache = self._model.funnel[number], None
     most = self._lengths.pop()
@@ -260,7 +265,7 @@ class _Prefill:
       held_B1D=take(held_BRD, last_slot(deep)[:, None]),
       deep=cache,
     )
-    return stage.restore(deep, short, before, read_BT, True)
+    return stage.upsample(deep, short, before, gather_index_BT, True)
 
 
 class _Step:
@@ -338,7 +343,7 @@ class _Step:
     self._bypasses.append(step.bypasses)
     return step.short, None
 
-  def restore(
+  def upsample(
     self, number: int, deep: Stream, short: Stream, before: Stream, _
   ) -> Stream:
     stage, state = self._model.funnel[number], self.stages[number]

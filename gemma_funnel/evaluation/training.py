@@ -81,23 +81,23 @@ class _Steps:
     setup = _setup(self.config, variant)
     mesh = setup.mesh
     began = self.protocol.clock()
-    init, abstract = init_state.make_init(setup)
+    init, state_shapes = init_state.make_init(setup)
     with jax.set_mesh(mesh):
       loss = setup.task.make_loss(setup)
-      step = step_lib.make_train_step(setup, loss, abstract)
+      step = step_lib.make_train_step(setup, loss, state_shapes)
       batch = _batch(setup)
       key = jax.random.key(0)
-      frozen = init_state.load_frozen(setup)
-      args = (abstract, frozen, batch, key)
+      frozen_params = init_state.load_frozen(setup)
+      args = (state_shapes, frozen_params, batch, key)
       compiled = step.lower(setup.stages, *args).compile()
     compile_s = self.protocol.clock() - began
     peak = timing.peak_bytes(compiled)
-    call = functools.partial(self._call, compiled, frozen, batch, key)
+    call = functools.partial(self._call, compiled, frozen_params, batch, key)
     if (peak or 0) > self.limit:
       call = functools.partial(_too_large, peak, self.limit)
     elif self.state is None:
       with jax.set_mesh(mesh):
-        self.state = init(frozen)
+        self.state = init(frozen_params)
     return timing.Program(call, compile_s, peak)
 
   def _call(self, compiled, *rest):

@@ -10,7 +10,13 @@ import numpy as np
 
 from gemma_funnel.checks import require
 from gemma_funnel.config import Funnel, resolve_funnel
-from gemma_funnel.funnel import LayerRun, Reduce, Restore, layer_plan, run_trunk
+from gemma_funnel.funnel import (
+  LayerRun,
+  Reduce,
+  Upsample,
+  layer_plan,
+  run_trunk,
+)
 from gemma_funnel.layers import normalize
 from gemma_funnel.model import Transformer
 from gemma_funnel.reducers import BYPASS
@@ -50,7 +56,7 @@ def by_depth(
     sqrt(2) where they are orthogonal.
 
   Raises:
-    ValueError: arguments that `Transformer.encode` does not take; a funnel that does
+    ValueError: as `Transformer.encode`; a funnel that does
       not fit; models of unlike shapes; no tokens; states that are not finite.
   """
   funnelled = model if funnelled is None else funnelled
@@ -117,7 +123,7 @@ def _points(model: Transformer) -> list[tuple[int, str, bool]]:
         points.append((step.start, "layer", depth > 0))
       case Reduce():
         depth += 1
-      case Restore(stage):
+      case Upsample(stage):
         depth -= 1
         points.append((model.stages[stage].stop - 1, "recovery", depth > 0))
   return points
@@ -134,9 +140,9 @@ def states(
 
   def report(stream):
     hidden_BTD = stream.hidden_BTD
-    for before, read_BT in reversed(around):
-      deep_BTD = take(hidden_BTD, jnp.maximum(read_BT, 0))
-      bypass_BT1 = (read_BT == BYPASS)[..., None]
+    for before, gather_index_BT in reversed(around):
+      deep_BTD = take(hidden_BTD, jnp.maximum(gather_index_BT, 0))
+      bypass_BT1 = (gather_index_BT == BYPASS)[..., None]
       hidden_BTD = jnp.where(bypass_BT1, before.hidden_BTD, deep_BTD)
     found.append(hidden_BTD)
     return stream
@@ -148,16 +154,18 @@ def states(
     return report(stream), aux
 
   def reduce(stage, stream, aux):
-    short, read_BT = model.funnel[stage].reducer.reduce(stream, aux, causal)
-    around.append((stream, read_BT))
-    return short, read_BT
+    short, gather_index_BT = model.funnel[stage].reducer.reduce(
+      stream, aux, causal
+    )
+    around.append((stream, gather_index_BT))
+    return short, gather_index_BT
 
-  def restore(stage, *args):
+  def upsample(stage, *args):
     around.pop()
-    return report(model.funnel[stage].restore(*args, causal))
+    return report(model.funnel[stage].upsample(*args, causal))
 
   stream = make_stream(model.embed(tokens_BT), segment_BT)
-  run_trunk(_single_layers(model), stream, run, reduce, restore)
+  run_trunk(_single_layers(model), stream, run, reduce, upsample)
   return found
 
 

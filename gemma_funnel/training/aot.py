@@ -1,4 +1,4 @@
-"""A training step compiled for TPUs that are not at hand: memory, bytes sent, time.
+"""A training step compiled for TPUs that are not there: memory, traffic, time.
 
 The compiler says what memory the step needs and what its chips send, `flops`
 what has to be computed, and `hardware` what a chip can do at best.
@@ -142,17 +142,17 @@ def plan(
     ValueError: a mistake in the configuration.
   """
   spec = pretrain.resolve(config, devices)
-  _, abstract = init_state.make_init(spec)
+  _, state_shapes = init_state.make_init(spec)
   known = dict(
     mesh=dict(spec.mesh.shape),
     remat=spec.model_config.remat,
     accumulate=spec.loop.accumulate,
-    parameters=_bytes_of(abstract.params),
-    optimizer=_bytes_of(abstract.opt_state),
+    parameters=_bytes_of(state_shapes.params),
+    optimizer=_bytes_of(state_shapes.opt_state),
   )
   began = time.monotonic()
   try:
-    compiled, text, residuals = _compile(spec, abstract)
+    compiled, text, residuals = _compile(spec, state_shapes)
   except Exception as error:  # The compiler's own; it says what is wrong.
     return Plan(**known, error=_first_line(error), **_bounds(spec, {}))
   memory = compiled.memory_analysis()
@@ -175,7 +175,7 @@ def _first_line(error: Exception) -> str:
   return (used or lines or [type(error).__name__])[0][:300]
 
 
-def _compile(spec: RunSpec, abstract):
+def _compile(spec: RunSpec, state_shapes):
   """(the compiled step, its text, bytes a chip keeps for the backward pass)."""
   mesh = spec.mesh
   loss = spec.task.make_loss(spec)
@@ -185,14 +185,24 @@ def _compile(spec: RunSpec, abstract):
   batch = dict.fromkeys(("tokens", "segment", "position"), ints)
   key = jax.eval_shape(lambda: jax.random.key(0))
   with jax.set_mesh(mesh):
-    step = step_lib.make_train_step(spec, loss, abstract)
-    args = (spec.stages, abstract, init_state.frozen_shapes(spec), batch, key)
+    step = step_lib.make_train_step(spec, loss, state_shapes)
+    args = (
+      spec.stages,
+      state_shapes,
+      init_state.frozen_shapes(spec),
+      batch,
+      key,
+    )
     with tempfile.TemporaryDirectory() as folder:
       # As libtpu writes it itself: jaxlib cannot read all of its programs.
       compiled = step.lower(*args).compile({"xla_dump_to": folder})
       (text,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
       text = text.read_text()
-    return compiled, text, _residuals(spec, loss, abstract.params, batch, key)
+    return (
+      compiled,
+      text,
+      _residuals(spec, loss, state_shapes.params, batch, key),
+    )
 
 
 def _residuals(spec: RunSpec, loss, weights, batch, key) -> float:
@@ -238,7 +248,7 @@ def _bounds(spec: RunSpec, sent: dict[str, float]) -> dict[str, object]:
 
 
 class _Work:
-  """What a step has to do, by arithmetic alone, and guesses of what it takes."""
+  """What a step has to do, by arithmetic, and guesses of what it takes."""
 
   def __init__(self, spec: RunSpec):
     device = spec.mesh.devices.flat[0]
@@ -332,7 +342,7 @@ def search(
   remats: Sequence[str] = ("none", "dots", "block"),
   most: int = 6,
 ) -> Iterator[Plan]:
-  """Compiles the meshes, remats and accumulations that promise the fastest steps.
+  """Compiles the meshes, remats and accumulations that promise fast steps.
 
   What fits by a guess of its memory is ordered by a guess of the time for what
   it computes and sends, one after the other; the first that fits is the last.
