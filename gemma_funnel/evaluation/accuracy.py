@@ -17,13 +17,12 @@ from gemma_funnel import flops
 from gemma_funnel.checks import require, require_int
 from gemma_funnel.config import Funnel, check_reducers, total_stride
 from gemma_funnel.data import pipeline
-from gemma_funnel.evaluation import cost, load_for_eval, plots, report
 from gemma_funnel.evaluation import funnels as funnels_lib
+from gemma_funnel.evaluation import load_for_eval, plots, report
 from gemma_funnel.evaluation.funnels import TRAINED as TRAINED
 from gemma_funnel.model import Transformer
 from gemma_funnel.training import objectives
 
-_MAX_EXPONENT = 709.0
 _BATCH_SIZE = 8  # Where neither the configuration nor a run has one.
 _RECOVERS = "predicting tokens"
 
@@ -42,13 +41,24 @@ def _sums(graphdef, chunk, rate, params, batch, key):
   )
 
 
-def _means(
+def evaluate_masked(
   model: Transformer,
   heldout: pipeline.HeldOut,
-  chunk: int,
-  rate: float | None = None,
+  *,
+  rate: float | None,
+  chunk: int = 512,
   seed: int = 0,
 ) -> Row:
+  """Masked-token statistics of a bidirectional model on held-out text.
+
+  Args:
+    model, heldout, chunk: as for `evaluate`.
+    rate: share of tokens that are masked, and predicted; None is the next ones.
+    seed: of the choice of masked tokens.
+
+  Returns:
+    `loss`, nats a masked token; `accuracy`; `num_tokens`, how many there were.
+  """
   check_reducers(model.stages, "trains", _RECOVERS)
   graphdef, params = nnx.split(model)
   totals = dict(nll=0.0, correct=0.0, tokens=0.0)
@@ -87,36 +97,15 @@ def evaluate(
   """
   require_int("chunk", chunk, 1)
   require(bool(heldout.batches), "heldout.batches is empty: expected one")
-  row = _means(model, heldout, chunk)
+  row = evaluate_masked(model, heldout, rate=None, chunk=chunk)
   loss = row["loss"]
   if not math.isfinite(loss):
     raise FloatingPointError(f"the loss on held-out text is {loss}")
   bits = loss * row["num_tokens"] / math.log(2)
   return row | {
-    "perplexity": math.exp(loss) if loss < _MAX_EXPONENT else None,
+    "perplexity": load_for_eval.perplexity(loss),
     "bits_per_byte": bits / heldout.num_bytes,
   }
-
-
-def evaluate_masked(
-  model: Transformer,
-  heldout: pipeline.HeldOut,
-  *,
-  rate: float,
-  chunk: int = 512,
-  seed: int = 0,
-) -> Row:
-  """Masked-token statistics of a bidirectional model on held-out text.
-
-  Args:
-    model, heldout, chunk: as for `evaluate`.
-    rate: share of tokens that are masked, and predicted.
-    seed: of the choice of masked tokens.
-
-  Returns:
-    `loss`, nats a masked token; `accuracy`; `num_tokens`, how many there were.
-  """
-  return _means(model, heldout, chunk, rate, seed)
 
 
 def measure(
@@ -128,10 +117,8 @@ def measure(
   """Evaluates a model with each of several funnels.
 
   Args:
-    model: a model with the funnel it was trained with, if any.
+    model, heldout, chunk: as for `evaluate`.
     funnels: configurations or strings; "trained" is the model's own.
-    heldout: batches whose segments start at multiples of every total stride.
-    chunk: see `evaluate`.
 
   Returns:
     A row for each funnel: what `evaluate` returns, `funnel`, `resolved`,
@@ -140,8 +127,7 @@ def measure(
     included.
 
   Raises:
-    ValueError: a funnel that is malformed or does not fit or recover, or see
-      `evaluate`.
+    ValueError: a funnel that cannot be, or see `evaluate`.
   """
   named = _resolve(model, funnels)
   length = heldout.batches[0]["tokens"].shape[1]
@@ -167,19 +153,19 @@ def _resolve(model: Transformer, funnels: Sequence[Funnel]):
   )
 
 
-COLUMNS = cost.columns(
+COLUMNS = report.columns(
   "funnel",
   "resolved",
   "loss",
   "perplexity",
   "bits_per_byte",
   report.Column("unigram_bits_per_byte", "unigram bits/byte", ".4f"),
-  cost.percent("accuracy", "top-1", ".2f"),
+  report.percent("accuracy", "top-1", ".2f"),
   "ideal_reduction",
 )
-KEYS = """
-  checkpoint tokenizer funnels batch_size length max_documents chunk data out
-""".split()
+KEYS = (
+  "checkpoint tokenizer funnels batch_size length max_documents chunk data out"
+).split()
 
 
 def run(config: Any) -> list[Row]:

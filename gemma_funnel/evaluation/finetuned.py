@@ -18,8 +18,8 @@ import ml_collections
 from gemma_funnel import flops, tasks
 from gemma_funnel.checks import require
 from gemma_funnel.data import tokenizer as tokenizer_lib
-from gemma_funnel.evaluation import cost, load_for_eval, plots, report
 from gemma_funnel.evaluation import funnels as funnels_lib
+from gemma_funnel.evaluation import load_for_eval, plots, report
 from gemma_funnel.evaluation.funnels import TRAINED
 from gemma_funnel.evaluation.prompts import Settings
 from gemma_funnel.heads import Encoder
@@ -175,11 +175,11 @@ def _report(
   settings: dict[str, Any],
 ) -> None:
   task = examples.task
-  columns = cost.columns(
+  columns = report.columns(
     "funnel",
     "resolved",
-    *(cost.percent(metric, metric, ".2f") for metric in task.metrics),
-    cost.percent("spread", f"deviation of {task.metrics[0]}", ".2f"),
+    *(report.percent(metric, metric, ".2f") for metric in task.metrics),
+    report.percent("spread", f"deviation of {task.metrics[0]}", ".2f"),
     report.Column("seeds", "seeds", "d"),
     "ideal_reduction",
   )
