@@ -41,24 +41,7 @@ def _sums(graphdef, chunk, rate, params, batch, key):
   )
 
 
-def evaluate_masked(
-  model: Transformer,
-  heldout: pipeline.HeldOut,
-  *,
-  rate: float | None,
-  chunk: int = 512,
-  seed: int = 0,
-) -> Row:
-  """Masked-token statistics of a bidirectional model on held-out text.
-
-  Args:
-    model, heldout, chunk: as for `evaluate`.
-    rate: share of tokens that are masked, and predicted; None is the next ones.
-    seed: of the choice of masked tokens.
-
-  Returns:
-    `loss`, nats a masked token; `accuracy`; `num_tokens`, how many there were.
-  """
+def _means(model, heldout, chunk: int, rate=None, seed: int = 0) -> Row:
   check_reducers(model.stages, "trains", _RECOVERS)
   graphdef, params = nnx.split(model)
   totals = dict(nll=0.0, correct=0.0, tokens=0.0)
@@ -97,7 +80,7 @@ def evaluate(
   """
   require_int("chunk", chunk, 1)
   require(bool(heldout.batches), "heldout.batches is empty: expected one")
-  row = evaluate_masked(model, heldout, rate=None, chunk=chunk)
+  row = _means(model, heldout, chunk)
   loss = row["loss"]
   if not math.isfinite(loss):
     raise FloatingPointError(f"the loss on held-out text is {loss}")
@@ -106,6 +89,27 @@ def evaluate(
     "perplexity": load_for_eval.perplexity(loss),
     "bits_per_byte": bits / heldout.num_bytes,
   }
+
+
+def evaluate_masked(
+  model: Transformer,
+  heldout: pipeline.HeldOut,
+  *,
+  rate: float,
+  chunk: int = 512,
+  seed: int = 0,
+) -> Row:
+  """Masked-token statistics of a bidirectional model on held-out text.
+
+  Args:
+    model, heldout, chunk: as for `evaluate`.
+    rate: share of tokens that are masked, and predicted.
+    seed: of the choice of masked tokens.
+
+  Returns:
+    `loss`, nats a masked token; `accuracy`; `num_tokens`, how many there were.
+  """
+  return _means(model, heldout, chunk, rate, seed)
 
 
 def measure(

@@ -93,11 +93,18 @@ def check(task: Task, settings: Settings) -> None:
     f"task {task.name} has no examples in split={settings.split!r}: those "
     f"with some are {sorted(k for k, v in task.splits.items() if v)}",
   )
-  few_shot, there = settings.few_shot, len(task.splits.get("train", ()))
+  few_shot, split = settings.few_shot, settings.split
+  there = len(task.splits.get("train", ()))
   for ok, why in (
     (task.kind != "perplexity", ": perplexity has no prompts"),
-    (few_shot <= there, f": task {task.name} has {there} in its train split"),
-    (settings.split != "train", " with split='train' would show answers"),
+    (
+      few_shot <= there,
+      f": {task.name} has {there} examples in its train split",
+    ),
+    (
+      split != "train",
+      " would show answers of split='train': expected another",
+    ),
   ):
     require(ok or not few_shot, f"few_shot={few_shot}{why}")
   main_metric(task)
