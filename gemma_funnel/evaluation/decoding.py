@@ -40,14 +40,11 @@ def measure(
   """Measures generation with each funnel, and with none.
 
   Args:
-    model: all variants run with its parameters; its own funnel is unused.
-    funnels: what to compare with no funnel, as configurations or strings.
-    batch_sizes: rows B.
+    model, funnels, batch_sizes, protocol: as for `latency.measure`.
     prompts: tokens of each row's prompt.
     new_tokens: steps that are timed after it, one token a row each.
     context_length: tokens after BOS that `reduce=context` drops, of a prompt
       without its last token.
-    protocol: how times are taken.
 
   Returns:
     A row for each batch size, prompt and funnel, "off" first. In seconds:
@@ -83,11 +80,7 @@ def check(
   new_tokens: int,
   context_length: int = 0,
 ) -> dict[str, funnels_lib.Stages]:
-  """Checks the arguments of `measure`, and names its funnels.
-
-  Raises:
-    ValueError: as `measure`.
-  """
+  """Checks the arguments of `measure`, and names its funnels."""
   timing.require_ints("decode.batch_sizes", batch_sizes, 1)
   timing.require_ints("decode.prompts", prompts, 1)
   require_int("decode.new_tokens", new_tokens, 1)

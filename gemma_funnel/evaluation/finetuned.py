@@ -22,7 +22,7 @@ from gemma_funnel.evaluation import funnels as funnels_lib
 from gemma_funnel.evaluation import load_for_eval, plots, report
 from gemma_funnel.evaluation.funnels import TRAINED
 from gemma_funnel.evaluation.prompts import Settings
-from gemma_funnel.heads import Encoder
+from gemma_funnel.heads import Encoder, HeadConfig
 from gemma_funnel.tasks import encode
 from gemma_funnel.tasks.task import ENCODER_KINDS, Task
 from gemma_funnel.training import finetune, trainer
@@ -75,7 +75,8 @@ def run(config: ml_collections.ConfigDict) -> list[Row] | None:
   specs = [finetune.resolve(of_seed(config, s), task) for s in config.seeds]
   funnels = (TRAINED, *config.eval_funnels)
   own, depth = specs[0].stages, specs[0].model_config.num_layers
-  _resolve(funnels, own, depth, specs[0].task.head.per_token)
+  needs = _needs(specs[0].task.head)
+  funnels_lib.resolve(funnels, depth, own=own, **needs)
   measured = []
   for spec in specs:
     result = trainer.train(spec)
@@ -102,15 +103,8 @@ def of_seed(config: ml_collections.ConfigDict, seed: int):
   return config
 
 
-def _resolve(funnels, own, num_layers: int, per_token: bool):
-  recovers = "a label for every token" if per_token else None
-  return funnels_lib.resolve(funnels, num_layers, own=own, recovers=recovers)
-
-
-def _resolve_for(encoder: Encoder, funnels):
-  config, own = encoder.model.config, encoder.model.stages
-  per_token = encoder.head.config.per_token
-  return _resolve(funnels, own, config.num_layers, per_token)
+def _needs(head: HeadConfig) -> dict[str, Any]:
+  return dict(recovers="a label for every token" if head.per_token else None)
 
 
 def measure(
@@ -139,7 +133,8 @@ def measure(
       ),
     }
 
-  named = _resolve_for(encoder, funnels)
+  needs = _needs(encoder.head.config)
+  named = funnels_lib.resolve_for(encoder.model, funnels, **needs)
   return funnels_lib.measure_each(f"task {task.name}", named, measure_one)
 
 
@@ -184,10 +179,11 @@ def find_runs(path: str | None) -> list[str]:
   """The fine-tuned runs at `path`: itself, or its folders seed_N; or none."""
   if path is None:
     return []
-  if os.path.isfile(os.path.join(path, finetune.HEAD_FILE)):
-    return [os.path.normpath(path)]
+  folder = pathlib.Path(path)
+  if (folder / finetune.HEAD_FILE).is_file():
+    return [str(folder)]
   seeds = {}
-  for head in pathlib.Path(path).glob(f"seed_*/{finetune.HEAD_FILE}"):
+  for head in folder.glob(f"seed_*/{finetune.HEAD_FILE}"):
     if match := re.fullmatch(r"seed_(\d+)", head.parent.name):
       seeds[int(match[1])] = str(head.parent)
   return [seeds[n] for n in sorted(seeds)]
@@ -195,14 +191,9 @@ def find_runs(path: str | None) -> list[str]:
 
 def evaluate(config: Any, settings: Settings) -> list[Row]:
   """Measures the runs of `find_runs` on their task, or on another with the
-  same labels, and writes the table that `run` writes, as TASK.json, .md, .png.
+  same labels; returns and writes the table of `run`, as TASK.json, .md, .png.
 
-  Args:
-    config: as in configs/eval_task.py.
-    settings: only `split` and `max_examples` count.
-
-  Returns:
-    As `run`.
+  Of `settings` only `split` and `max_examples` count.
 
   Raises:
     ValueError: a key that a head has no use for; seeds that are not of one
@@ -232,10 +223,11 @@ def evaluate(config: Any, settings: Settings) -> list[Row]:
     Encoder(on_device(encoder.model), encoder.head, causal=encoder.causal)
     for encoder in encoders
   ]
-  _resolve_for(encoders[0], config.funnels)
+  model, head = encoders[0].model, encoders[0].head.config
+  funnels_lib.resolve_for(model, config.funnels, **_needs(head))
   task = _read_task(config.task, trained, settings)
-  _check_labels(task, labels[0], encoders[0].head.config, path)
-  vocab_size, length = encoders[0].model.config.vocab_size, trained.length
+  _check_labels(task, labels[0], head, path)
+  vocab_size, length = model.config.vocab_size, trained.length
   tokenizer = tokenizer_lib.find_tokenizer(trained.tokenizer, "", vocab_size)
   rows = encode.encode(
     task, task.splits[split], tokenizer, length, trained.long

@@ -14,6 +14,7 @@ from gemma_funnel.config import (
   parse_funnel,
   resolve_funnel,
 )
+from gemma_funnel.model import Transformer
 
 # The checkpoint's own funnel, in configurations and in tables.
 TRAINED, AS_TRAINED = "trained", "as trained"
@@ -86,6 +87,14 @@ def check_context(
     f"funnels: reduce=context drops no tokens with {key}=0: expected 1 to "
     f"{longest}",
   )
+
+
+def resolve_for(
+  model: Transformer, funnels: Sequence[Funnel], **needs: Any
+) -> dict[str, Stages]:
+  """`resolve` for a model, whose own funnel is the trained one."""
+  depth = model.config.num_layers
+  return resolve(funnels, depth, own=model.stages, **needs)
 
 
 def with_off(named: Mapping[str, Stages]) -> dict[str, Stages]:

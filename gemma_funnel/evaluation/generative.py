@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import math
-import os
 import re
 import statistics
 from typing import Any
@@ -247,9 +246,6 @@ def measure(
     `metric` and `value`, the main one, and `ideal_reduction`, the share of a
     pass's FLOPs saved at the examples' mean length, head included (None for
     "generation"). And what `predict` returns, with `funnel`.
-
-  Raises:
-    ValueError, FloatingPointError: see `evaluate`.
   """
   metric = main_metric(task)
   if task.kind == "generation":
@@ -282,8 +278,7 @@ def run(config: Any) -> list[Row]:
   fine-tuned run is measured on what its head is for: see `finetuned.evaluate`.
 
   Raises:
-    ValueError: a value out of range.
-    FloatingPointError: a log-likelihood that is not finite.
+    ValueError, FloatingPointError: see `evaluate`.
   """
   settings = _settings(config)
   if finetuned.find_runs(config.checkpoint):
@@ -294,10 +289,7 @@ def run(config: Any) -> list[Row]:
   check(task, settings)
   loaded = load_for_eval.load(config, dtype=config.dtype)
   model = load_for_eval.on_this_device(loaded.model)
-  depth, own = model.config.num_layers, model.stages
-  named = funnels_lib.resolve(
-    config.funnels, depth, own=own, recovers=_RECOVERS
-  )
+  named = funnels_lib.resolve_for(model, config.funnels, recovers=_RECOVERS)
   tokenizer = loaded.load_tokenizer()
   rows, predictions = measure(task, model, named, tokenizer, settings)
   out = config.out or load_for_eval.default_out(config.checkpoint)
@@ -319,8 +311,7 @@ def run(config: Any) -> list[Row]:
     notes=[f"{rows[0]['num_examples']} examples of split {settings.split}."],
   )
   lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
-  path = os.path.join(out, f"{name}.predictions.jsonl")
-  atomic.write_text(path, "".join(lines))
+  atomic.write_text(f"{out}/{name}.predictions.jsonl", "".join(lines))
   return rows
 
 

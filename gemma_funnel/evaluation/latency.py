@@ -156,13 +156,11 @@ def measure(
   """Measures forward passes with each funnel, and with none.
 
   Args:
-    model: all variants run with its parameters; its own funnel is unused.
+    model: its parameters are those of all variants; its own funnel is unused.
     funnels: what to compare with no funnel, as configurations or strings. What
       one learns is the model's where its own funnel has that, or else fresh.
-    batch_sizes: rows B.
-    lengths: tokens T of a row.
-    head: of False and True, those to measure: a forward pass to the hidden
-      states, and one to the logits [B, T, V].
+    batch_sizes, lengths: rows B, and tokens T of a row.
+    head: what to measure: False, passes to the hidden states; True, to logits.
     causal: whether attention is causal.
     context_length: tokens after BOS that `reduce=context` drops, < T.
     protocol: how times are taken.
@@ -172,31 +170,22 @@ def measure(
     `timing.measure_together` and `with_rates` give against "off".
 
   Raises:
-    ValueError: an argument out of range, a funnel that does not recover what
-      the head needs, or a model that cannot run here.
+    ValueError: an argument that cannot be, or a model that cannot run here.
   """
   config = model.config
   named = _check(config, funnels, batch_sizes, lengths, head, context_length)
   models = {k: nnx.split(model.with_funnel(s)) for k, s in named.items()}
   variants = {}
-  for h, (name, stages) in itertools.product(
-    dict.fromkeys(head), named.items()
-  ):
-    graphdef, params = models[name]
+  spans = dict(causal=causal, context_length=context_length)
+  for h, name in itertools.product(dict.fromkeys(head), named):
+    (graphdef, params), stages = models[name], named[name]
     variants[name, h] = _Variant(
       label=f"{name}, {'with' if h else 'without'} the head",
       about={"head": h, "funnel": name, "resolved": format_funnel(stages)},
       baseline=(OFF, h),
       function=functools.partial(_forward, graphdef, h, causal, context_length),
       params=params,
-      flops=functools.partial(
-        flops.forward,
-        config,
-        stages,
-        head=h,
-        causal=causal,
-        context_length=context_length,
-      ),
+      flops=functools.partial(flops.forward, config, stages, head=h, **spans),
     )
   # A kernel that cannot run is named before anything runs.
   for variant, length in itertools.product(variants.values(), lengths):
@@ -230,9 +219,6 @@ def measure_layer_kinds(
   Returns:
     A row for each batch size, length and `kind`, "global" first: what
     `measure` has in a row, against "global", and `window`.
-
-  Raises:
-    ValueError: an argument out of range.
   """
   _check_sweep(config, batch_sizes, lengths)
   kinds = (_BASE_KIND, *set(ATTENTION_KINDS) - {_BASE_KIND})

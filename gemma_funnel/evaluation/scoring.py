@@ -129,7 +129,7 @@ class Scorer:
     longest = self.model.config.max_length
     lengths = self.lengths
     lengths = bucket_lengths(longest) if lengths is None else tuple(lengths)
-    rising = all(a < b for a, b in zip(lengths, lengths[1:], strict=False))
+    rising = list(lengths) == sorted(set(lengths))
     require(
       bool(lengths) and rising and 1 <= lengths[0] and lengths[-1] <= longest,
       f"lengths={lengths}: expected rising integers from 1 to "
@@ -194,12 +194,8 @@ class Scorer:
   ) -> list[str]:
     """Texts that go on from prompts, up to EOS or the first stop string.
 
-    Args:
-      prompts: token ids, BOS first. One too long loses tokens after BOS.
-      limits: of all continuations.
-
-    Raises:
-      ValueError: no room for a prompt beside `max_new_tokens`, or see `Decoder`.
+    Prompts are token ids, BOS first; one too long loses tokens after BOS.
+    Raises ValueError where `max_new_tokens` leaves no room for a prompt.
     """
     room = self.prompt_room(limits.max_new_tokens)
     if not prompts:
@@ -264,23 +260,19 @@ def _fit(what: str, context, continuation, longest, vocab_size) -> Pair:
 def _arrays(batch, batch_size, length) -> dict[str, np.ndarray]:
   """Pairs, padded to `batch_size` rows of `length` tokens."""
   shape = batch_size, length
-  tokens_BT, target_BT, segment_BT = np.zeros((3, *shape), np.int32)
-  first_B, count_B = np.zeros((2, batch_size), np.int32)
+  zeros = lambda shape, *names: {n: np.zeros(shape, np.int32) for n in names}
+  inputs = zeros(shape, "tokens_BT", "segment_BT", "target_BT")
+  inputs |= zeros(batch_size, "first_B", "count_B")
   for row, (context, continuation) in enumerate(batch):
-    count = len(context) + len(continuation) - 1
-    tokens_BT[row, :count] = (context + continuation)[:-1]
-    segment_BT[row, :count] = 1
-    target_BT[row, : len(continuation)] = continuation
-    first_B[row], count_B[row] = len(context) - 1, len(continuation)
+    fed = (context + continuation)[:-1]
+    inputs["tokens_BT"][row, : len(fed)] = fed
+    inputs["segment_BT"][row, : len(fed)] = 1
+    inputs["target_BT"][row, : len(continuation)] = continuation
+    inputs["first_B"][row] = len(context) - 1
+    inputs["count_B"][row] = len(continuation)
   # A row of padding alone would have queries that see nothing.
-  segment_BT[len(batch) :, 0] = 1
-  return {
-    "tokens_BT": tokens_BT,
-    "segment_BT": segment_BT,
-    "target_BT": target_BT,
-    "first_B": first_B,
-    "count_B": count_B,
-  }
+  inputs["segment_BT"][len(batch) :, 0] = 1
+  return inputs
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -111,9 +111,8 @@ def measure(config: ml_collections.ConfigDict) -> list[Row]:
 
   Returns:
     A row for each variant: `funnel`, `loss_chunk`, `remat`; what
-    `timing.measure_together` gives; `ideal_reduction`, of FLOPs, with
-    `measured_over_ideal`; `memory_ratio` to what it is compared with;
-    `tokens_per_s`, `flops_per_s` and, on a device whose peak is known, `mfu`.
+    `timing.measure_together` and `with_rates` give; `memory_ratio` to what it
+    is compared with; and, on a device whose peak is known, `mfu`.
 
   Raises:
     ValueError: a value that cannot be.
