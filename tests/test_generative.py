@@ -400,7 +400,7 @@ def test_defaults_of_the_configuration_are_those_of_settings():
     (dict(funnels=("half",)), "funnels: 'half'"),
     (dict(funnels=("start=1,recover=none",)), "recover='none'"),
     (dict(stop="x"), "stop='x': expected a tuple"),
-    (dict(few_shot=5), "few_shot=5: task my task has 0"),
+    (dict(few_shot=5), "few_shot=5: my task has 0"),
   ],
 )
 def test_run_names_mistakes_before_it_loads(

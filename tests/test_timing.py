@@ -151,10 +151,9 @@ def test_progress_says_how_long_it_takes():
   machine = Machine()
   lines = []
   protocol = timing.Protocol(clock=machine.clock, log=lines.append)
-  progress = timing.Progress({"a": 1, "b": 2, "c": 1}, protocol)
-  for key, seconds in (("a", 10.0), ("b", 20.0), ("c", 0.0)):
-    progress.cell(key, f"cell {key}")
-    machine.now += seconds
+  work = {("a",): 1, ("b",): 2, ("c",): 1}
+  for cell in timing.progress(work, "cell {}", protocol):
+    machine.now += 10.0 * work[cell]
   assert lines == [
     "[1/3] cell a",
     "[2/3] cell b (about 30 s left)",
