@@ -1,6 +1,4 @@
-"""The study: what funnels cost and save, as one grid of trainings.
-
-  python -m gemma_funnel.study --config=configs/ablation_quick.py
+"""Runs a study: what funnels cost and save, as one grid of trainings.
 
 Trainings are shared: one pretraining serves all its fine-tunings, and each of
 those all funnels that it is measured with. Each result is a line of
@@ -13,7 +11,6 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import time
 from typing import Any
 
@@ -23,7 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gemma_funnel import cli, convert, flops
+from gemma_funnel import convert, flops
 from gemma_funnel.config import OFF, TransformerConfig, parse_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.data.tokenizer import Tokenizer
@@ -354,11 +351,3 @@ class Runner:
       for funnel in funnels:
         found[name, funnel] = by_name.get(funnel, by_name[OFF])
     return found
-
-
-def main() -> None:
-  """The command; --dry-run prints the grid and ends there."""
-  sys.argv = [
-    "--config.dry_run" if given == "--dry-run" else given for given in sys.argv
-  ]
-  cli.main(run)
