@@ -159,6 +159,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     # A file that cannot be loaded is told of when it is first used.
     flags.FLAGS.config.to_dict()
     return rest
+  except SystemExit:  # absl's of --help, which is no mistake.
+    sys.exit(0)
   except Exception as error:  # Whatever config_flags raises, it is the user's.
     say(f"error: {_in_one_line(error)}")
     sys.exit(2)
