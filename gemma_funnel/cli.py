@@ -23,8 +23,6 @@ from gemma_funnel.registry import RECOVERIES, REDUCERS
 
 flags.disclaim_key_flags()  # They are train.py's, whose --help tells of them.
 _PACKAGE = pathlib.Path(__file__).parent
-# What the package raises of a mistake that it has named.
-_NAMED = (ValueError, FloatingPointError)
 # Between two lines of progress where there is no terminal.
 _PROGRESS_SECONDS = 10.0
 
@@ -39,13 +37,14 @@ class Parser(argparse.ArgumentParser):
 def guard(run: Callable[[], int]) -> int:
   """Calls `run`; returns the exit status.
 
-  A mistake that the package names is one line on stderr and status 2, anything
-  else is a traceback.
+  A mistake that the package names is one line on stderr and status 2; any
+  other error is a traceback.
   """
   try:
     return run()
-  except _NAMED as error:
-    if not _is_ours(error):
+  except (ValueError, FloatingPointError) as error:
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if not pathlib.Path(raised_in).is_relative_to(_PACKAGE):
       raise
     say(f"error: {error}")
     return 2
@@ -55,11 +54,6 @@ def guard(run: Callable[[], int]) -> int:
     # Or Python, ending, would flush what is left and tell of it.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141  # As of a command that SIGPIPE ends.
-
-
-def _is_ours(error: Exception) -> bool:
-  raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-  return pathlib.Path(raised_in).is_relative_to(_PACKAGE)
 
 
 def describe_funnels() -> str:
@@ -117,11 +111,7 @@ class Progress:
 
 
 def main(run: Callable[[ml_collections.ConfigDict], object]) -> None:
-  """Parses `--config` and calls `run` with it, one of several processes if so.
-
-  A mistake in the flags, or one that the package names, is one line on stderr
-  and exit status 2; anything else is a traceback.
-  """
+  """Parses the flags and calls `run` with the configuration; see `guard`."""
   config = config_flags.DEFINE_config_file(
     "config",
     None,
@@ -129,17 +119,6 @@ def main(run: Callable[[ml_collections.ConfigDict], object]) -> None:
     + describe_funnels(),
   )
   flags.mark_flag_as_required("config")
-  _define_distributed()
-
-  def guarded(argv: Sequence[str]) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
-    if status := guard(lambda: _join_and_run(run, config, argv[1:])):
-      sys.exit(status)
-
-  app.run(guarded, flags_parser=_parse)
-
-
-def _define_distributed() -> None:
   own = dict(flag_values=flags.FLAGS)
   flags.DEFINE_string(
     "distributed",
@@ -152,6 +131,13 @@ def _define_distributed() -> None:
   flags.DEFINE_string("coordinator", None, where, **own)
   for name in ("num_processes", "process_id"):
     flags.DEFINE_integer(name, None, "With --coordinator.", **own)
+
+  def guarded(argv: Sequence[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
+    if status := guard(lambda: _join_and_run(run, config, argv[1:])):
+      sys.exit(status)
+
+  app.run(guarded, flags_parser=_parse)
 
 
 def _join_and_run(run, config, rest: Sequence[str]) -> int:
@@ -185,8 +171,8 @@ def _in_one_line(error: Exception) -> str:
   if isinstance(error, (AttributeError, KeyError)):
     unknown = re.search(r"'(\w+)\\?'", text)
     known = re.search(r'Did you mean "(\w+)"', text)
+    hint = f"; did you mean {known[1]!r}?" if known else ""
     if unknown:
-      hint = f"; did you mean {known[1]!r}?" if known else ""
       return f"the configuration has no key {unknown[1]!r}{hint}"
   # A traceback, or a list of what was tried, ends in what matters.
   lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -44,52 +44,31 @@ _MOST_CUT = 3
 
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
-  """Checked arguments of the command.
-
-  Attributes:
-    checkpoint: its path.
-    funnel: instead of the checkpoint's own; None is that one.
-    dtype: of parameters and compute; None is as trained.
-    tokenizer: of the checkpoint, or the one that was named.
-    texts: the prompts.
-    prompts: their token ids: BOS, the context's, and the prompt's own.
-    context_length: tokens of the context that the funnel drops; None where it
-      drops none, and a context is but the start of the prompts.
-    sampling: how tokens are drawn.
-    stop_ids: what ends a continuation.
-    max_new_tokens: tokens of a continuation at most.
-    cache_length: tokens of a prompt and its continuation at most.
-    num_samples: continuations of each prompt.
-    batch_size: prompts that run together.
-    chunk: tokens between looks at the device.
-    seed: of what is drawn.
-    as_text: whether the one continuation is written as text, not as JSON.
-  """
+  """Checked arguments of the command."""
 
   checkpoint: str
-  funnel: str | None
-  dtype: str | None
+  funnel: str | None  # Instead of the checkpoint's own.
+  dtype: str | None  # Of parameters and compute; None is as trained.
   tokenizer: Tokenizer
   texts: list[str]
-  prompts: list[list[int]]
-  context_length: int | None
+  prompts: list[list[int]]  # BOS, the context's token ids, the text's.
+  context_length: int | None  # Tokens that the funnel drops; None: it does not.
   sampling: Sampling
   stop_ids: list[int]
   max_new_tokens: int
   cache_length: int
   num_samples: int
   batch_size: int
-  chunk: int
+  chunk: int  # Tokens between looks at the device.
   seed: int
-  as_text: bool
+  as_text: bool  # The one continuation is text, not JSON.
 
   def stream(
     self, decoder: Decoder, prompts: Sequence[list[int]], first_row: int = 0
   ) -> Iterator[list[Generation]]:
     """What the decoder has so far of some prompts, at each look."""
-    options = {}
-    if self.context_length is not None:
-      options["context_lengths"] = [self.context_length] * len(prompts)
+    length = self.context_length
+    lengths = None if length is None else [length] * len(prompts)
     return decoder.stream(
       prompts,
       max_new_tokens=self.max_new_tokens,
@@ -99,7 +78,7 @@ class GenerationRequest:
       seed=self.seed,
       first_row=first_row,
       num_samples=self.num_samples,
-      **options,
+      context_lengths=lengths,
     )
 
   def is_finished(self, result: Generation) -> bool:
@@ -123,13 +102,8 @@ class Detokenizer:
     self._waiting += tokens[self._taken :]
     self._taken = len(tokens)
     text = decode(self._tokenizer, self._waiting)
-    certain = len(text)
-    while text[:certain].endswith(_REPLACEMENT) and (
-      len(text) - certain < _MOST_CUT
-    ):
-      certain -= 1
-    new = text[self._given : certain]
-    self._given = certain
+    certain = max(len(text.rstrip(_REPLACEMENT)), len(text) - _MOST_CUT)
+    new, self._given = text[self._given : certain], certain
     if certain == len(text):
       self._waiting, self._given = [], 0
     return new
@@ -145,9 +119,9 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 
 class _Throughput:
-  """Counts tokens, and times them; compiling is in the first looks."""
+  """Counts and times tokens; a batch's first looks include compiling."""
 
-  _WARM = 2  # Looks at a batch until prefill and step are compiled.
+  _WARM = 2
 
   def __init__(self):
     self.start = self._last = time.perf_counter()
@@ -186,44 +160,38 @@ class _Throughput:
     return f"{text}; {rate:.1f} tokens/s, compiling included"
 
 
-_TEXTS = dict(
-  checkpoint="DIR: a training run, or whatever gemma_funnel.load reads",
-  prompt="TEXT: may be repeated",
-  prompts='FILE: JSON lines with a "prompt" each',
-  context="FILE: a text before each prompt, such as demonstrations",
-  funnel="STAGES: 'off', or such as start=6,stride=2 (default: as trained; off "
-  "for checkpoints that say none)",
-  dtype="NAME: (default: as trained; float32 for what is no training run)",
-  tokenizer="FILE: a SentencePiece model or a tokenizer.json (default: the "
-  "checkpoint's own)",
-)
-# (default, help) by name.
-_NUMBERS = dict(
+# (default, help) by flag; "N: " is an integer, "X: " a number, others are text.
+_FLAGS = dict(
+  checkpoint=(None, "DIR: a training run, or whatever gemma_funnel.load reads"),
+  prompt=(None, "TEXT: may be repeated"),
+  prompts=(None, 'FILE: JSON lines with a "prompt" each'),
+  context=(None, "FILE: a text before each prompt, such as demonstrations"),
+  funnel=(
+    None,
+    "STAGES: 'off', or such as start=6,stride=2 (default: as trained, or off)",
+  ),
+  dtype=(None, "NAME: (default: as trained; float32 if that is not known)"),
+  tokenizer=(
+    None,
+    "FILE: SentencePiece model or tokenizer.json (default: the checkpoint's)",
+  ),
   max_new_tokens=(
     None,
-    f"N: a stop id included (default: {_MAX_NEW_TOKENS}, or what there is room "
-    "for)",
+    f"N: stop id included (default: {_MAX_NEW_TOKENS}, or what fits)",
   ),
   temperature=(0.0, "X: 0 (default) is greedy"),
   top_k=(None, "N: draws from the N likeliest tokens"),
   top_p=(1.0, "X: draws from a nucleus of probability X"),
   min_p=(0.0, "X: draws from what is X times as likely as the likeliest token"),
   repetition_penalty=(1.0, "X: 1 is none"),
-  stop_id=(
-    None,
-    f"N: ends a continuation; may be repeated (default: {EOS_ID}, EOS, alone)",
-  ),
+  stop_id=(None, f"N: may be repeated (default: {EOS_ID}, EOS)"),
   num_samples=(1, "N: of each prompt (default: 1)"),
   seed=(0, "N: of what is drawn (default: 0)"),
   cache_length=(
     None,
-    "N: tokens of a prompt and its continuation (default: the most that is "
-    "needed)",
+    "N: tokens of a prompt and its continuation (default: what is needed)",
   ),
-  batch_size=(
-    8,
-    "N: prompts that run together, with all their samples (default: 8)",
-  ),
+  batch_size=(8, "N: prompts that run together, with all samples (default: 8)"),
   chunk=(8, "N: tokens between looks at the device (default: 8)"),
 )
 
@@ -237,14 +205,13 @@ def _parser() -> argparse.ArgumentParser:
     epilog=cli.describe_funnels(),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  flags = {k: (None, v) for k, v in _TEXTS.items()} | _NUMBERS
   special = {
     "checkpoint": dict(required=True),
     "prompt": dict(action="append"),
     "stop_id": dict(action="append"),
     "dtype": dict(choices=config_lib.DTYPES, metavar=None),
   }
-  for name, (default, text) in flags.items():
+  for name, (default, text) in _FLAGS.items():
     metavar, _, text = text.partition(": ")
     options = {"type": {"N": int, "X": float}.get(metavar), "metavar": metavar}
     options |= special.get(name, {})
@@ -253,11 +220,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def prepare(args: argparse.Namespace) -> GenerationRequest:
-  """Checks all there is to check before weights are read.
-
-  Raises:
-    ValueError: a mistake, named.
-  """
+  """Checks all that can be checked before weights are read."""
   require(
     args.prompt is None or args.prompts is None,
     "--prompt and --prompts are both given: expected one of them",
@@ -326,8 +289,7 @@ def _find_tokenizer(args, found: convert.Description) -> Tokenizer:
     "--tokenizer=FILE, a SentencePiece model or a tokenizer.json",
   )
   tokenizer = tokenizer_lib.find_tokenizer(path, path, vocab_size)
-  pieces = tokenizer.vocab_size
-  if pieces < vocab_size:
+  if (pieces := tokenizer.vocab_size) < vocab_size:
     cli.say(
       f"tokenizer {path} has {pieces} pieces, the model {vocab_size} ids: "
       f"those from {pieces} on have no text"
@@ -346,7 +308,16 @@ def _read_prompts(args) -> Iterator[tuple[str, str]]:
     )
     for number, line in full:
       place = f"{args.prompts}, line {number}"
-      yield place, _prompt_of(line, place)
+      try:
+        record = json.loads(line.decode("utf-8"))
+      except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not JSON: {error}") from error
+      text = record.get("prompt") if isinstance(record, dict) else None
+      require(
+        isinstance(text, str),
+        f"{place}: expected an object with a text 'prompt'",
+      )
+      yield place, text
   elif args.prompt is not None:
     many = len(args.prompt) > 1
     for number, text in enumerate(args.prompt, start=1):
@@ -355,17 +326,6 @@ def _read_prompts(args) -> Iterator[tuple[str, str]]:
     if sys.stdin.isatty():
       cli.say("the prompt is read from stdin, to its end (Ctrl-D)")
     yield "stdin", _decoded(sys.stdin.buffer.read(), "stdin")
-
-
-def _prompt_of(line: bytes, place: str) -> str:
-  try:
-    record = json.loads(line.decode("utf-8"))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{place}: not JSON: {error}") from error
-  text = record.get("prompt") if isinstance(record, dict) else None
-  what = "an object with a text 'prompt'"
-  require(isinstance(text, str), f"{place}: expected {what}")
-  return text
 
 
 def _decoded(content: bytes, place: str) -> str:
@@ -405,12 +365,7 @@ def _lengths(args, most: int, places, prompts) -> tuple[int, int]:
 
 
 def load(request: GenerationRequest) -> Decoder:
-  """Reads the weights.
-
-  Raises:
-    ValueError: see `convert.load`.
-  """
-  # What loading has to tell is no part of the result.
+  """Reads the weights; what that tells goes to stderr."""
   with contextlib.redirect_stdout(sys.stderr):
     model = convert.load(request.checkpoint, request.funnel, request.dtype)
   # The kernel of a run is that of the devices it was trained on.
@@ -483,16 +438,15 @@ def _say_progress(
   request: GenerationRequest, start: int, results, throughput: _Throughput
 ) -> None:
   samples, total = request.num_samples, len(request.prompts)
-  most = request.max_new_tokens
-  shares = [1.0 if r.stopped else len(r.tokens) / most for r in results]
+  most, seconds = request.max_new_tokens, throughput.seconds
   done = start + sum(map(request.is_finished, results)) // samples
-  share = (start + sum(shares) / samples) / total
-  seconds = throughput.seconds
-  text = f"{done} of {total} prompts, {throughput.tokens} tokens"
-  text += f", {seconds:.0f} s"
-  if share:
-    text += f"; about {seconds * (1 / share - 1):.0f} s left"
-  cli.say(text)
+  shares = sum(1 if r.stopped else len(r.tokens) / most for r in results)
+  share = (start + shares / samples) / total
+  left = f"; about {seconds * (1 / share - 1):.0f} s left" if share else ""
+  cli.say(
+    f"{done} of {total} prompts, {throughput.tokens} tokens, {seconds:.0f} s"
+    + left
+  )
 
 
 def _write(text: str) -> None:
@@ -500,18 +454,18 @@ def _write(text: str) -> None:
   sys.stdout.flush()
 
 
-def _run(argv: Sequence[str] | None) -> int:
-  request = prepare(_parser().parse_args(argv))
-  write = stream_text if request.as_text else write_lines
-  decoder, throughput = load(request), _Throughput()
-  interrupted = write(request, decoder, throughput)
-  cli.say(f"interrupted: {throughput}" if interrupted else str(throughput))
-  return 130 if interrupted else 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
-  return cli.guard(lambda: _run(argv))
+
+  def run() -> int:
+    request = prepare(_parser().parse_args(argv))
+    write = stream_text if request.as_text else write_lines
+    decoder, throughput = load(request), _Throughput()
+    interrupted = write(request, decoder, throughput)
+    cli.say(f"interrupted: {throughput}" if interrupted else str(throughput))
+    return 130 if interrupted else 0
+
+  return cli.guard(run)
 
 
 if __name__ == "__main__":

@@ -19,23 +19,14 @@ POOLS = ("mean", "first", "last", "attention")
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-  """A head on top of the trunk.
+  """A head on top of the trunk."""
 
-  Attributes:
-    outputs: numbers a label is read from: classes, or 1 (regression).
-    per_token: an output for every token, or one for the sequence.
-    pool: how a sequence's states become one: their "mean", the "first" or the
-      "last", or "attention" by a learned query that starts as the mean. Of no
-      effect where `per_token`.
-    dropout: share of the pooled (or each token's) state that training drops.
-    hidden: width of a tanh layer between; 0 is none.
-  """
-
-  outputs: int
-  per_token: bool = False
+  outputs: int  # Classes, or 1 (regression).
+  per_token: bool = False  # An output for every token, not for the sequence.
+  # "attention" is by a learned query, which starts as the mean.
   pool: str = "mean"
-  dropout: float = 0.1
-  hidden: int = 0
+  dropout: float = 0.1  # Share of the head's input that training drops.
+  hidden: int = 0  # Width of a tanh layer between; 0 is none.
 
   def __post_init__(self):
     require_choice("head.pool", self.pool, POOLS)
@@ -50,11 +41,7 @@ class HeadConfig:
 class Head(nnx.Module):
   """Pools states, and projects them to outputs; float32 throughout.
 
-  Attributes:
-    pool_query: [D], of pool "attention".
-    hidden: [D, hidden], where there is a hidden layer.
-    out: [D or hidden, outputs]; starts at zero: no output is preferred.
-    bias: [outputs].
+  `out` starts at zero: no output is preferred.
   """
 
   def __init__(self, width: int, config: HeadConfig, *, rngs: nnx.Rngs):
@@ -80,7 +67,7 @@ class Head(nnx.Module):
 
     Args:
       hidden_BTD: after the final norm, of T tokens or as many groups.
-      segment_BT: int32; 0 is padding, which counts for nothing.
+      segment_BT: int32; 0 is padding, on either side, which counts for nothing.
       key: of dropout; None drops nothing.
     """
     x = hidden_BTD.astype(jnp.float32)
@@ -119,13 +106,7 @@ class Head(nnx.Module):
 
 
 class Encoder(nnx.Module):
-  """A Gemma with a head, read in both directions unless `causal`.
-
-  Attributes:
-    model: the trunk, with its funnel; its vocabulary head is unused.
-    head: what reads the trunk's states.
-    causal: whether a token sees only what came before it.
-  """
+  """A trunk with a head, read in both directions unless `causal`."""
 
   def __init__(self, model: Transformer, head: Head, *, causal: bool = False):
     """Raises ValueError if a funnel leaves a token's label without a state."""
@@ -145,14 +126,9 @@ class Encoder(nnx.Module):
     segment_BT: jax.Array,
     key: jax.Array | None = None,
   ) -> jax.Array:
-    """The head's outputs, float32.
+    """The head's outputs, of a sequence a row; see `Head.__call__`.
 
     A funnel that does not recover gives a sequence's head the short states.
-
-    Args:
-      tokens_BT: int32 token ids, a sequence a row.
-      segment_BT: int32, 1 at tokens and 0 at padding, on either side.
-      key: of dropout; None drops nothing.
     """
     model = self.model
     stream = make_stream(model.embed(tokens_BT), segment_BT)

@@ -339,6 +339,7 @@ def test_flags_reach_the_decoder(command, monkeypatch):
     seed=9,
     first_row=0,
     num_samples=1,
+    context_lengths=None,
   )
   command("--prompt=a")
   assert (seen["sampling"], seen["stop_ids"]) == (GREEDY, [1])

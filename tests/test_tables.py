@@ -1,5 +1,7 @@
 """Tables: what a row is, and what messages say of those that are none."""
 
+import types
+
 import pytest
 
 from gemma_funnel.tasks import tables
@@ -97,7 +99,7 @@ def test_labels_file(tmp_path):
   assert tables.read_labels(path) == ("b", "a")
   with pytest.raises(ValueError, match="no label"):
     tables.read_labels(_write(tmp_path, "empty.txt", "\n"))
-  with pytest.raises(ValueError, match="'a' occurs more than once"):
+  with pytest.raises(ValueError, match="'a' occurs twice"):
     tables.read_labels(_write(tmp_path, "twice.txt", "a\na\n"))
 
 
@@ -108,17 +110,19 @@ def test_labels_sort_as_numbers_if_all_are():
 
 def test_bad_rows_are_raised_or_counted(capsys):
   rows = [tables.Row(f"row {v}", {}, "faulty" * (v == "y")) for v in "1x2y"]
-  parse = lambda row: int(row.place[4:])
+
+  def make(on_bad, **rows):
+    config = types.SimpleNamespace(name="", on_bad=on_bad)
+    parse = lambda row: int(row.place[4:])
+    return tables.make_task(config, "perplexity", (), (), rows, parse)
+
   with pytest.raises(ValueError, match="row x: invalid literal.*'x'"):
-    tables.RowErrors("error").keep(rows, parse, "train")
+    make("error", train=rows)
   with pytest.raises(ValueError, match="row y: faulty"):
-    tables.RowErrors("error").keep(rows[3:], parse, "train")
-  errors = tables.RowErrors("skip")
-  assert errors.keep(rows, parse, "train") == [1, 2]
-  assert errors.keep(rows[:1], parse, "dev") == [1]
-  assert errors.skipped == {"train": 2}
+    make("error", train=rows[3:])
+  task = make("skip", train=rows, dev=rows[:1])
+  assert task.splits == {"train": [1, 2], "dev": [1]}
+  assert task.skipped == {"train": 2}
   said = capsys.readouterr().err
   assert said.count("\n") == 1
   assert "train: 2 malformed rows skipped" in said and "'x'" in said
-  with pytest.raises(ValueError, match="on_bad='ignore'"):
-    tables.RowErrors("ignore")

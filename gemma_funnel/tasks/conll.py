@@ -22,7 +22,7 @@ _SEPARATORS = {"tab": "\t", "space": " "}
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-  """Words and tags; `place` and `fault` are as a `tables.Row`'s."""
+  """Words and tags; `place` and `fault` as of `tables.Row`."""
 
   place: str
   words: tuple[str, ...]
@@ -31,11 +31,7 @@ class Sentence:
 
 
 def load(config: Any) -> Task:
-  """Reads the splits that a configuration names; see `tasks.load`.
-
-  Raises:
-    ValueError: a file or a sentence that is not as it should be.
-  """
+  """Reads the splits that a configuration names; see `tasks.load`."""
   columns = config.word_column, config.tag_column, config.separator
   read = lambda path: read_sentences(path, *columns)
   return make_task(config, tables.read_splits(config, read))
@@ -46,19 +42,11 @@ def make_task(
   splits: dict[str, list[Sentence]],
   metrics: tuple[str, ...] | None = None,
 ) -> Task:
-  """Converts tags to the labels of a task.
+  """A task of sentences by split, whose tags become labels.
 
-  Args:
-    config: `name`, `scheme`, `labels`, `on_bad`.
-    splits: sentences by split.
-    metrics: None is those that fit the tags.
-
-  Returns:
-    The task. Labels are those of the file `labels`, or of train: "O" and, for
-    each type of span, B- and I-; plain tags are sorted.
-
-  Raises:
-    ValueError: a tag that the scheme does not have, or that train has not.
+  Labels are those of the file `config.labels`, or of train: "O" and, for each
+  type of span, B- and I-; plain tags are sorted. `metrics` None is those that
+  fit the tags.
   """
   scheme = config.scheme
   require_choice("scheme", scheme, SCHEMES)
@@ -71,7 +59,10 @@ def make_task(
   if config.labels:
     labels = tables.read_labels(config.labels)
   else:
-    labels = _labels(splits.get("train", []), plain)
+    tags = {t for s in splits["train"] if not s.fault for t in s.tags}
+    types = sorted({tag[2:] for tag in tags if tag != OUTSIDE})
+    labels = (OUTSIDE, *(f"{p}-{type_}" for type_ in types for p in "BI"))
+    labels = tuple(sorted(tags)) if plain else labels
   index = {tag: i for i, tag in enumerate(labels)}
   return tables.make_task(
     config,
@@ -101,21 +92,17 @@ def read_sentences(
     word_column: the number of the word's column, from 0; -1 is the last.
     tag_column: that of the tag's.
     separator: "tab", "space", or None: any run of spaces and tabs.
-
-  Raises:
-    ValueError: the file cannot be read, has no such column, or no such
-      separator is known.
   """
-  require(
-    not separator or separator in _SEPARATORS,
-    f"separator={separator!r}: expected None (any spaces and tabs) or one of "
-    f"{list(_SEPARATORS)}",
-  )
+  require_choice("separator", separator or None, (None, *_SEPARATORS))
   lines = [
     (number, line, _cells(line, separator))
     for number, line in tables.lines_of(tables.read_text(path))
   ]
-  width = _width(lines)
+  # The commonest number of columns, of comments if there is nothing else.
+  widths = collections.Counter(
+    len(cells) for _, line, cells in lines if cells and line[0] != "#"
+  ) or collections.Counter(len(cells) for *_, cells in lines if cells)
+  width = widths.most_common(1)[0][0] if widths else 0
   for key, column in (("word_column", word_column), ("tag_column", tag_column)):
     require(
       not width or -width <= column < width,
@@ -141,30 +128,18 @@ def _cells(line: str, separator: str | None) -> list[str]:
   return re.split(r"[ \t]+", line.strip(" \t"))
 
 
-def _width(lines) -> int:
-  """The commonest number of columns; of lines with "#" if there are no other.
-
-  Not the first line's, which may be a comment or the one that is malformed.
-  """
-  counts = collections.Counter(
-    len(cells) for _, line, cells in lines if cells and line[0] != "#"
-  ) or collections.Counter(len(cells) for _, _, cells in lines if cells)
-  return counts.most_common(1)[0][0] if counts else 0
-
-
 def _sentence(path, rows, width, word_column, tag_column) -> Sentence:
   for number, cells in rows:
     fault = ""
     if len(cells) != width:
       fault = f"found {len(cells)} columns; expected {width}"
-    elif not cells[word_column].strip():
-      fault = "the word is empty"
-    elif not cells[tag_column].strip():
-      fault = "the tag is empty"
+    elif not cells[word_column].strip() or not cells[tag_column].strip():
+      fault = "the word or the tag is empty"
     if fault:
       return Sentence(f"{path}, line {number}", (), (), fault)
-  words = tuple(cells[word_column] for _, cells in rows)
-  tags = tuple(cells[tag_column] for _, cells in rows)
+  words, tags = zip(
+    *((c[word_column], c[tag_column]) for _, c in rows), strict=True
+  )
   return Sentence(f"{path}, line {rows[0][0]}", words, tags)
 
 
@@ -194,10 +169,7 @@ def to_bio2(tags: Sequence[str], scheme: str) -> tuple[str, ...]:
   """A sentence's tags as BIO2: each span starts with B-.
 
   In bio1 a span starts with I-, or with B- right after another of its type; as
-  conlleval does, B- starts one anywhere.
-
-  Raises:
-    ValueError: a tag, or its place, that the scheme does not allow.
+  in conlleval, B- starts one anywhere. What the scheme does not allow raises.
   """
   result, previous = [], OUTSIDE
   for i, tag in enumerate(tags):
@@ -243,14 +215,6 @@ def _in_bio2(sentence: Sentence, scheme: str) -> Sentence:
   except ValueError as e:
     return dataclasses.replace(sentence, fault=str(e))
   return dataclasses.replace(sentence, tags=tags)
-
-
-def _labels(sentences: list[Sentence], plain: bool) -> tuple[str, ...]:
-  tags = {tag for s in sentences if not s.fault for tag in s.tags}
-  if plain:
-    return tuple(sorted(tags))
-  types = sorted({tag[2:] for tag in tags if tag != OUTSIDE})
-  return (OUTSIDE, *(f"{p}-{type_}" for type_ in types for p in "BI"))
 
 
 def _indexed(sentence: Sentence, index: dict[str, int]) -> TaggedExample:

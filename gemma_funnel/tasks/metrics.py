@@ -57,7 +57,7 @@ def compute(
   Raises:
     ValueError: an unknown name, no examples, unequal numbers of them, or a
       metric that does not fit the labels or tags.
-    FloatingPointError: a prediction or reference that is not finite.
+    FloatingPointError: a number that is not finite.
   """
   names = tuple(names)
   check_names(names)
@@ -66,12 +66,10 @@ def compute(
     f"found {len(predictions)} predictions and {len(references)} references; "
     "expected as many of both, and at least one",
   )
-  if "f1" in names:
-    require(
-      len(task_labels) == 2,
-      f"metric 'f1': found {len(task_labels)} labels; expected two (see "
-      "'macro_f1')",
-    )
+  require(
+    "f1" not in names or len(task_labels) == 2,
+    f"metric 'f1': found {len(task_labels)} labels; expected two",
+  )
   with warnings.catch_warnings():
     # Of a single class, of constant or nearly constant input.
     warnings.simplefilter("ignore", UserWarning)
@@ -94,9 +92,7 @@ def _of_tokens(metric: Callable[..., Value]) -> Callable[..., Value]:
   def compute_one(predictions, references) -> Value:
     _check_sentences(predictions, references)
     flat = [[t for s in part for t in s] for part in (predictions, references)]
-    require(
-      bool(flat[0]), "found sentences without words; expected a tag or more"
-    )
+    require(bool(flat[0]), "sentences without words: expected a tag or more")
     return metric(*flat)
 
   return compute_one

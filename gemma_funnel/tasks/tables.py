@@ -20,56 +20,11 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row and where it is from.
+  """A row and where it is from."""
 
-  Attributes:
-    place: "<file>, line <number>", for messages.
-    values: by column; strings, or what JSON holds.
-    fault: what is wrong with the row as a whole; "" where nothing is.
-  """
-
-  place: str
-  values: Mapping[str, Any]
-  fault: str = ""
-
-
-class RowErrors:
-  """Raises what is wrong with a row, or counts the row as left out.
-
-  Attributes:
-    skipped: rows left out, by split.
-  """
-
-  def __init__(self, on_bad: str):
-    require_choice("on_bad", on_bad, ("error", "skip"))
-    self._skip = on_bad == "skip"
-    self.skipped: dict[str, int] = {}
-
-  def keep(
-    self, rows: Iterable[Any], parse: Callable[[Any], T], split: str
-  ) -> list[T]:
-    """Parses rows that have a `place` and a `fault`.
-
-    A row is malformed if it has a fault or `parse` raises ValueError.
-
-    Raises:
-      ValueError: of the first malformed row, with its place, unless such rows
-        are skipped.
-    """
-    kept, first = [], None
-    for row in rows:
-      try:
-        require(not row.fault, row.fault)
-        kept.append(parse(row))
-      except ValueError as error:
-        if not self._skip:
-          raise ValueError(f"{row.place}: {error}") from error
-        first = first or f"{row.place}: {error}"
-        self.skipped[split] = self.skipped.get(split, 0) + 1
-    if first:
-      count = self.skipped[split]
-      cli.say(f"{split}: {count} malformed rows skipped; the first: {first}")
-    return kept
+  place: str  # "<file>, line <number>", for messages.
+  values: Mapping[str, Any]  # By column; strings, or what JSON holds.
+  fault: str = ""  # What is wrong with the row as a whole.
 
 
 def make_task(
@@ -82,23 +37,37 @@ def make_task(
 ) -> Task:
   """A task of rows by split, which `parse` makes examples of.
 
-  Raises:
-    ValueError: a malformed row, unless `config.on_bad` is "skip".
+  Rows have a `place` and a `fault`. One that has a fault, or that `parse`
+  raises ValueError of, is malformed: it is skipped and counted, or raised with
+  its place, as `config.on_bad` says.
   """
-  errors = RowErrors(config.on_bad)
-  splits = {split: errors.keep(rows[split], parse, split) for split in rows}
-  return Task(config.name or "", kind, labels, metrics, splits, errors.skipped)
+  require_choice("on_bad", config.on_bad, ("error", "skip"))
+  splits, skipped = {}, {}
+  for split in rows:
+    kept, faults = [], []
+    for row in rows[split]:
+      try:
+        require(not row.fault, row.fault)
+        kept.append(parse(row))
+      except ValueError as error:
+        faults.append(f"{row.place}: {error}")
+        if config.on_bad == "error":
+          raise ValueError(faults[0]) from error
+    splits[split] = kept
+    if faults:
+      skipped[split] = len(faults)
+      cli.say(
+        f"{split}: {len(faults)} malformed rows skipped; the first: {faults[0]}"
+      )
+  return Task(config.name or "", kind, labels, metrics, splits, skipped)
 
 
 def read_splits(
   config: Any, read: Callable[[str], Sequence[T]]
 ) -> dict[str, list[T]]:
-  """The rows that `read` finds in the files of each split that is named.
+  """The rows that `read` finds in the files of each split, one at least.
 
   A split is one file, or several joined by commas.
-
-  Raises:
-    ValueError: a split without a row.
   """
   splits = {}
   for split in SPLITS:
@@ -117,11 +86,7 @@ def read_splits(
 
 
 def read_text(path: str) -> str:
-  """A file's text; line ends are kept, a byte order mark is not.
-
-  Raises:
-    ValueError: the file cannot be read, or is not UTF-8.
-  """
+  """A UTF-8 file's text; line ends are kept, a byte order mark is not."""
   try:
     return files.read_bytes(os.path.expanduser(path)).decode("utf-8-sig")
   except UnicodeDecodeError as e:
@@ -148,13 +113,8 @@ def read_rows(path: str, columns: Iterable[str], header: bool) -> list[Row]:
     header: whether the first row of a .tsv or .csv names the columns.
 
   Returns:
-    Rows with at least the wanted columns, unless they have a fault: a number
-    of columns that differs from the first row's, or a line that is no JSON
-    object with the wanted keys.
-
-  Raises:
-    ValueError: the file cannot be read, is of another kind, lacks a wanted
-      column or has broken quotes.
+    Rows with the wanted columns, or with a fault: a number of columns that
+    differs from the first row's, or no JSON object with the wanted keys.
   """
   columns, text = tuple(columns), read_text(path)
   extension = os.path.splitext(path)[1]
@@ -166,7 +126,27 @@ def read_rows(path: str, columns: Iterable[str], header: bool) -> list[Row]:
     lines = [(n, line.split("\t")) for n, line in lines_of(text) if line]
   else:
     lines = list(_csv_lines(path, text))
-  return _table_rows(path, lines, columns, header) if lines else []
+  if not lines:
+    return []
+  width = len(lines[0][1])
+  names = lines[0][1] if header else [str(i) for i in range(width)]
+  for column in columns:
+    found = "twice the" if column in names else "no"
+    hint = "" if header else " (header=False: columns are numbers from 0)"
+    require(
+      names.count(column) == 1,
+      f"{path}: {found} column {column!r}; found {names}{hint}",
+    )
+  return [
+    Row(
+      f"{path}, line {number}",
+      dict(zip(names, cells, strict=False)),
+      f"found {len(cells)} columns; expected {width}"
+      if len(cells) != width
+      else "",
+    )
+    for number, cells in lines[1 if header else 0 :]
+  ]
 
 
 def _csv_lines(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
@@ -182,26 +162,6 @@ def _csv_lines(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
     raise ValueError(f"{path}, line {start}: malformed CSV: {e}") from e
 
 
-def _table_rows(path: str, lines, columns, header: bool) -> list[Row]:
-  width = len(lines[0][1])
-  names = lines[0][1] if header else [str(i) for i in range(width)]
-  for column in columns:
-    found = "twice the" if column in names else "no"
-    hint = "" if header else " (header=False: columns are numbers from 0)"
-    require(
-      names.count(column) == 1,
-      f"{path}: {found} column {column!r}; found {names}{hint}",
-    )
-  rows = []
-  for number, cells in lines[1 if header else 0 :]:
-    fault = ""
-    if len(cells) != width:
-      fault = f"found {len(cells)} columns; expected {width}"
-    values = dict(zip(names, cells, strict=False))
-    rows.append(Row(f"{path}, line {number}", values, fault))
-  return rows
-
-
 def _json_row(place: str, line: str, columns: tuple[str, ...]) -> Row:
   try:
     record = json.loads(line)
@@ -210,25 +170,20 @@ def _json_row(place: str, line: str, columns: tuple[str, ...]) -> Row:
   if not isinstance(record, dict):
     found = type(record).__name__
     return Row(place, {}, f"found a JSON {found}; expected an object")
-  missing = [column for column in columns if column not in record]
-  if missing:
-    fault = f"no key {missing[0]!r}; found the keys {sorted(record)}"
-    return Row(place, {}, fault)
+  for column in columns:
+    if column not in record:
+      found = f"found the keys {sorted(record)}"
+      return Row(place, {}, f"no key {column!r}; {found}")
   return Row(place, record)
 
 
 def read_labels(path: str) -> tuple[str, ...]:
-  """The names in a file of labels, one a line.
-
-  Raises:
-    ValueError: the file cannot be read, is empty, or has a name twice.
-  """
+  """The names in a file of labels, one a line, each once."""
   names = [line.strip() for _, line in lines_of(read_text(path))]
   names = [name for name in names if name]
   require(bool(names), f"{path}: no label; expected a label a line")
   for name in names:
-    once = names.count(name) == 1
-    require(once, f"{path}: the label {name!r} occurs more than once")
+    require(names.count(name) == 1, f"{path}: the label {name!r} occurs twice")
   return tuple(names)
 
 

@@ -15,49 +15,31 @@ SPLITS = ("train", "dev", "test")
 
 @dataclasses.dataclass(frozen=True)
 class TextExample:
-  """A text, or a pair of them, and its label.
-
-  Attributes:
-    text: the text.
-    second: the second text of a pair; None where there is no pair.
-    label: an index into the task's labels, or a number (regression).
-  """
+  """A text, or a pair of them, and its label."""
 
   text: str
   second: str | None
-  label: int | float
+  label: int | float  # An index into the labels; of regression, a number.
 
 
 @dataclasses.dataclass(frozen=True)
 class TaggedExample:
-  """A sentence of words, each with a tag.
+  """A sentence of words, each with a tag."""
 
-  Attributes:
-    words: not empty, and none of them is.
-    tags: indices into the task's labels, one for each word.
-    before: the text before each word; None is a space before all but the first.
-  """
-
-  words: tuple[str, ...]
-  tags: tuple[int, ...]
+  words: tuple[str, ...]  # Not empty, and none of them is.
+  tags: tuple[int, ...]  # Indices into the task's labels.
+  # The text before each word; None is a space before all but the first.
   before: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceExample:
-  """Continuations of a prompt, of which one is right.
+  """Continuations of a prompt, of which one is right."""
 
-  Attributes:
-    prompt: what all of them follow; may be empty (minimal pairs).
-    choices: two or more texts.
-    answer: the index of the right one.
-    group: what results are broken down by; "" where nothing is.
-  """
-
-  prompt: str
+  prompt: str  # May be empty (minimal pairs).
   choices: tuple[str, ...]
-  answer: int
-  group: str = ""
+  answer: int  # The index of the right one.
+  group: str = ""  # What results are broken down by.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,37 +64,25 @@ Example = (
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A task, read whole.
+  """A task, read whole."""
 
-  Attributes:
-    name: what tables call it.
-    kind: one of KINDS.
-    labels: names of the labels (classification), or BIO2 tags or plain tags
-      (tagging); () for other kinds.
-    metrics: names that `metrics.compute` knows; the first is the main one.
-    splits: examples by split; a task may lack some. "test" is what results
-      are of; where its labels are not published, it is the development set.
-    skipped: rows left out because they were malformed, by split.
-  """
-
-  name: str
-  kind: str
+  name: str  # What tables call it.
+  kind: str  # One of KINDS.
+  # Names of classes, or tags (BIO2 or plain); () for other kinds.
   labels: tuple[str, ...]
-  metrics: tuple[str, ...]
+  metrics: tuple[str, ...]  # Of `metrics.compute`; the first is the main one.
+  # Results are of "test": the development set where labels are not published.
   splits: Mapping[str, Sequence[Example]]
+  # Malformed rows left out, by split.
   skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def sample(
   examples: Sequence[Any], count: int | None, config: Any, what: str
 ) -> Sequence[Any]:
-  """At most `count` of them, in their order, drawn alike on every machine.
+  """At most `count` (None: all), in their order, drawn alike on every machine.
 
-  Args:
-    examples: any items.
-    count: None is all.
-    config: its `split_seed` seeds the draw.
-    what: a name that tells this draw from others.
+  `config.split_seed` seeds the draw; `what` tells it from other draws.
   """
   if count is None or count >= len(examples):
     return examples

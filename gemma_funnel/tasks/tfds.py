@@ -10,30 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from gemma_funnel.checks import require
+from gemma_funnel.checks import require, require_int
 from gemma_funnel.data.tfds import open_split
 from gemma_funnel.tasks import conll, examples, tables
-from gemma_funnel.tasks.task import ENCODER_KINDS, SPLITS, Task
+from gemma_funnel.tasks.task import SPLITS, Task
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
-  """Columns, splits and official metrics of a set.
+  """Columns, splits and official metrics of a set."""
 
-  Attributes:
-    text: the column of the text, or of the words.
-    metrics: the first is the main one; () is the kind's.
-    second: the column of the second text.
-    label: the column of the label, or of the tags.
-    train, dev, test: names of splits; dev None is taken from train.
-  """
-
-  text: str
-  metrics: tuple[str, ...]
-  second: str | None = None
-  label: str = "label"
+  text: str  # The column of the text, or of the words.
+  metrics: tuple[str, ...]  # The first is the main one; () is the kind's.
+  second: str | None = None  # The column of the second text.
+  label: str = "label"  # The column of the label, or of the tags.
   train: str = "train"
-  dev: str | None = None
+  dev: str | None = None  # None is taken from train.
   test: str = "validation"
 
 
@@ -62,14 +54,7 @@ DATASETS = {
 def load(config: Any) -> Task:
   """Reads a set that has been prepared; see `tasks.load`.
 
-  Args:
-    config: `dataset`, such as "glue/sst2"; `data_dir`; and, where the set is
-      none of DATASETS or others are wanted, the columns `text`, `second`,
-      `label` and the names of the splits `train`, `dev`, `test`.
-
-  Raises:
-    ValueError: the set is not prepared, or a split, a column or a label is not
-      as it should be.
+  Columns and splits are those of DATASETS, unless `config` names others.
   """
   spec = _spec(config)
   sources = {
@@ -88,8 +73,17 @@ def load(config: Any) -> Task:
       f"found {sorted(features)}",
     )
   feature = features[spec.label]
-  kind = _kind(config, spec, feature)
-  feature = getattr(feature, "feature", feature)
+  if hasattr(feature, "feature"):
+    kind, feature = "tagging", feature.feature
+  elif np.issubdtype(feature.np_dtype, np.floating):
+    kind = "regression"
+  else:
+    kind = "classification"
+  require(
+    config.kind in (None, kind),
+    f"kind={config.kind!r}: the column {spec.label!r} of {config.dataset!r} "
+    f"makes it {kind!r}; expected that, or None",
+  )
   names = getattr(feature, "names", None)
   require(
     kind != "tagging" or bool(names),
@@ -119,11 +113,7 @@ def load(config: Any) -> Task:
 
 def _spec(config: Any) -> DatasetSpec:
   """What is known of the set, with what the configuration says otherwise."""
-  require(
-    bool(config.dataset),
-    "dataset is not set; expected a name such as 'glue/sst2' with "
-    "format='tfds'",
-  )
+  require(bool(config.dataset), "dataset is not set: such as 'glue/sst2'")
   keys = ("text", "second", "label", *SPLITS)
   set_ = {key: config[key] for key in keys if config[key]}
   known = DATASETS.get(config.dataset.split(":")[0])
@@ -138,30 +128,10 @@ def _spec(config: Any) -> DatasetSpec:
   return DatasetSpec(metrics=(), **set_)
 
 
-def _kind(config: Any, spec: DatasetSpec, feature: Any) -> str:
-  """What the label's feature makes of the set."""
-  if hasattr(feature, "feature"):
-    kind = "tagging"
-  elif np.issubdtype(feature.np_dtype, np.floating):
-    kind = "regression"
-  else:
-    kind = "classification"
-  require(
-    config.kind in (None, kind),
-    f"kind={config.kind!r}: the column {spec.label!r} of {config.dataset!r} "
-    f"makes it {kind!r}; expected that, or None (format='tfds' reads "
-    f"{list(ENCODER_KINDS)})",
-  )
-  return kind
-
-
 def _row(place: str, record, spec: DatasetSpec, names) -> tables.Row:
   try:
-    values = {
-      column: _text(record[column])
-      for column in (spec.text, spec.second)
-      if column
-    }
+    columns = filter(None, (spec.text, spec.second))
+    values = {column: _text(record[column]) for column in columns}
     values[spec.label] = _label(record[spec.label], names)
   except ValueError as e:
     return tables.Row(place, {}, str(e))
@@ -200,14 +170,9 @@ def _label(value: Any, names: Sequence[str] | None) -> Any:
   if not np.issubdtype(np.asarray(value).dtype, np.integer):
     return value
   require(
-    value != -1,
-    "found the label -1: the labels of this split are hidden; expected a split "
-    "that has labels (GLUE's test has none)",
+    value != -1, "found the label -1: the labels of this split are hidden"
   )
   if names is None:
     return str(value)
-  require(
-    0 <= value < len(names),
-    f"found the label id {value}; expected 0 to {len(names) - 1}",
-  )
+  require_int("label id", int(value), 0, len(names) - 1)
   return names[value]
