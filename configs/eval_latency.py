@@ -34,6 +34,8 @@ def get_config(preset: str = "bench") -> config_dict.ConfigDict:
   config.funnels = ("start=3,stride=2" if full_size else "start=2,stride=2",)
   config.batch_sizes = (1, 8) if full_size else (1,)
   config.lengths = lengths or (model.max_length,)
+  # Tokens after BOS that a funnel of reduce=context drops, as demonstrations.
+  config.context_length = 0
   config.causal = True
   # False: hidden states only. True: logits of all positions too.
   config.head = (False, True)
@@ -45,6 +47,7 @@ def get_config(preset: str = "bench") -> config_dict.ConfigDict:
   config.decode = config_dict.ConfigDict()
   config.decode.batch_sizes = (1, 8) if full_size else (1,)
   config.decode.prompts = (min(256, model.max_length // 2),)
+  config.decode.context_length = 0  # Of each prompt, as above.
   config.decode.new_tokens = min(128, model.max_length // 2 - 1)
 
   # How. Each round runs every variant once, in an order of its own.

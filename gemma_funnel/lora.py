@@ -48,20 +48,12 @@ _BLOCK = 64
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Which matrices have factors, and how they are used.
-
-  Attributes:
-    rank: of the factors.
-    alpha: times A B, over the rank.
-    target: expression that is found in the paths of the matrices that have
-      factors, such as "params/layers/attn/query".
-    base_dtype: what all layers' matrices are kept as; None is as they are.
-  """
+  """Which matrices have factors, and how they are used."""
 
   rank: int
-  alpha: float
-  target: str
-  base_dtype: str | None = None
+  alpha: float  # Times A B, over the rank.
+  target: str  # Found in paths such as "params/layers/attn/query".
+  base_dtype: str | None = None  # Of all layers' matrices; None: as they are.
 
   @property
   def scale(self) -> float:
@@ -79,11 +71,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def make_config(config: ml_collections.ConfigDict) -> LoraConfig | None:
-  """Checks a configuration; None is no LoRA.
-
-  Raises:
-    ValueError: a value that cannot be, named, or qwix is not installed.
-  """
+  """Checks a configuration (ValueError); None is no LoRA."""
   require_int("lora.rank", config.rank, 0)
   require_choice("lora.base_dtype", config.base_dtype, (*BASE_DTYPES, None))
   require(
@@ -133,25 +121,17 @@ class Adapted:
 
   A pytree, all leaves of which begin with the depth, so that a loop over layers
   slices it as it does an array.
-
-  Attributes:
-    base: [L, in.., out..], an array or a qwix QArray.
-    a: [L, in.., rank]; None is no factors.
-    b: [L, rank, out..].
-    scale: of their product.
   """
 
-  base: Any
-  a: jax.Array | None
-  b: jax.Array | None
-  scale: float
+  base: Any  # [L, in.., out..], an array or a qwix QArray.
+  a: jax.Array | None  # [L, in.., rank]; None is no factors.
+  b: jax.Array | None  # [L, rank, out..].
+  scale: float  # Of their product.
 
   def einsum(self, subscripts: str, x: jax.Array) -> jax.Array:
     """The einsum of x and a layer's matrix, of which A B is never made.
 
-    Args:
-      subscripts: in capitals, "x,matrix->result".
-      x: activations, of whose dtype the result is.
+    `subscripts` are capitals, "x,matrix->result"; the result has x's dtype.
     """
     # Else the backward pass would keep what each layer's is made into.
     product = jax.checkpoint(
@@ -236,11 +216,6 @@ def init(params: Params, lora: LoraConfig, key: jax.Array) -> Params:
   """What is trained: factors, float32, and what the funnel learns.
 
   A is He's uniform and B zero (qwix's), so that nothing changes at first.
-
-  Args:
-    params: of a model; may be shapes where the result is to be shapes too.
-    lora: how.
-    key: of the factors.
 
   Raises:
     ValueError: `lora.target` is found in no matrix's path, or the rank is more

@@ -153,6 +153,9 @@ def test_evaluate_errors(run, heldout):
   empty = pipeline.HeldOut((), 1, 0, 0)
   with pytest.raises(ValueError, match="batches is empty"):
     accuracy.evaluate(run[1], empty)
+  model = run[1].with_funnel("start=1,reduce=context")
+  with pytest.raises(ValueError, match="reduce='context'.*trains=False"):
+    accuracy.evaluate(model, heldout)
 
 
 def test_run_of_a_training_run(run, capsys):
@@ -173,7 +176,7 @@ def test_run_of_a_training_run(run, capsys):
   content = json.loads((folder / "eval" / "accuracy.json").read_text())
   assert content["rows"] == rows
   assert content["settings"]["step"] == 7
-  assert content["settings"]["align"] == 12
+  assert content["settings"]["segment_alignment"] == 12
   assert content["settings"]["length"] == LENGTH
   assert content["settings"]["num_documents"] == 2
   png = (folder / "eval" / "accuracy.png").read_bytes()
@@ -234,6 +237,7 @@ def test_run_of_a_converted_checkpoint(run, tmp_path, to):
     (dict(funnels=("half",)), "funnels: 'half'"),
     (dict(funnels=("start=2,stop=9",)), "stop=9 is past .* 4 layers"),
     (dict(funnels=("start=1,recover=none",)), "recover='none' .*tokens"),
+    (dict(funnels=("start=1,reduce=context",)), "reduce='context'.*tokens"),
     (dict(funnels=(NESTED,), length=42), "length=42: .*12.* such as 36"),
     (dict(length=61), "length=61: expected a multiple of 2.* such as 60"),
     (dict(length=258), "length=258: expected at most .*max_length=256"),

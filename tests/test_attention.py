@@ -101,9 +101,9 @@ def _pooled(base, stride, causal, rule, keep_first=False, room=None):
     at.astype(np.int32 if even else np.float32),
     end.astype(np.int32),
     segment.astype(np.int32),
-    base.spacing * stride,
-    even,
-    base.packed,
+    spacing=base.spacing * stride,
+    even=even,
+    packed=base.packed,
   )
 
 

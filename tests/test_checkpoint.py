@@ -398,14 +398,6 @@ def test_what_a_killed_save_left_is_removed(copy, source):
   assert not left.exists()
 
 
-def test_old_checkpoints_are_dropped(source, tmp_path):
-  config = tiny_run.make_config(
-    tmp_path / "run", source, steps=4, checkpoint_every=1, keep=2
-  )
-  tiny_run.train(config)
-  assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["3", "4"]
-
-
 # Elsewhere.
 
 

@@ -19,9 +19,9 @@ import tiny_run
 
 import gemma_funnel
 from gemma_funnel import convert
-from gemma_funnel.config import TransformerConfig, resolve_funnel
+from gemma_funnel.config import RopeScaling, TransformerConfig, resolve_funnel
 from gemma_funnel.convert import __main__ as command
-from gemma_funnel.convert import conversion, param_mapping, verify, writer
+from gemma_funnel.convert import conversion, param_mapping, run, verify, writer
 from gemma_funnel.convert.reader import BLOCK_BYTES, open_checkpoint
 from gemma_funnel.data import sources, tokenizer
 
@@ -240,6 +240,141 @@ def test_what_others_cannot_express_is_refused(source, tmp_path):
     writer.make_spec("hf", odd, (), BFLOAT16).texts["config.json"]
   )
   assert raw["rms_norm_eps"] == 1e-4
+
+
+# Of no Gemma 1 or 2, one by one.
+FIELDS = dict(
+  activation="silu",
+  norm_offset=0.0,
+  embed_scale=1.5,
+  tied=False,
+  qk_norm=True,
+  attention_bias=True,
+  local_rope_base=77.0,
+  rope_scaling=RopeScaling("llama3", 2.0, original_max_length=16),
+)
+
+
+def _random_model(config, funnel=None):
+  model = gemma_funnel.Transformer(config, funnel, rngs=nnx.Rngs(0))
+  keys = iter(jax.random.split(jax.random.key(1), 99))
+  noise = lambda p: p + 0.2 * jax.random.normal(next(keys), p.shape, p.dtype)
+  nnx.update(model, jax.tree.map(noise, nnx.state(model)))
+  return model
+
+
+def test_our_format_carries_any_model(tmp_path, capsys):
+  model = _random_model(TransformerConfig.preset("tiny", **FIELDS), LEARNED)
+  first, there = tmp_path / "first", tmp_path / "there"
+  _write_own(model, first)
+  assert command.main([str(first), str(there), "--to=orbax", "--verify"]) == 0
+  assert "0 differ" in capsys.readouterr().err
+  found = gemma_funnel.load(there)
+  assert found.config == model.config and found.stages == model.stages
+  same(found, model)
+  tokens = verify.make_prompt(model.config.vocab_size)
+  logits = verify.plain_logits(open_checkpoint(there), tokens)
+  expected = model.with_funnel("off")(jnp.asarray(tokens)[None])[0]
+  np.testing.assert_allclose(logits, expected, atol=2e-5)
+  # The head has rows of the vocabulary too.
+  convert.convert(first, tmp_path / "small", "orbax", vocab_size=90)
+  small = gemma_funnel.load(tmp_path / "small")
+  for ours, whole in (
+    (small.embedding, model.embedding),
+    (small.unembedding, model.unembedding),
+  ):
+    np.testing.assert_array_equal(ours[...], whole[...][:90])
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_what_others_cannot_express_is_named(source, tmp_path, field):
+  config = open_checkpoint(source).config
+  odd = dataclasses.replace(config, **{field: FIELDS[field]})
+  for to in FORMATS[1:]:
+    with pytest.raises(ValueError, match=f"cannot have model.{field}="):
+      writer.make_spec(to, odd, (), BFLOAT16)
+  with pytest.raises(ValueError, match=f"cannot have model.{field}="):
+    gemma_funnel.load(source, config=odd)
+  if field == "tied":
+    _write_own(_random_model(odd), tmp_path / "own")
+    with pytest.raises(ValueError, match="tied=False"):
+      convert.convert(tmp_path / "own", tmp_path / "there", "hf")
+    assert not (tmp_path / "there").exists()
+
+
+def test_what_says_the_same_is_no_difference(source):
+  config = open_checkpoint(source).config
+  same_model = dict(
+    embed_scale=math.sqrt(config.embed_dim), local_rope_base=config.rope_base
+  )
+  writer.make_spec(
+    "hf", dataclasses.replace(config, **same_model), (), BFLOAT16
+  )
+
+
+# What version 0.1 wrote.
+
+
+def _old_tree(model):
+  """Its parameters under the names that they had."""
+  params = nnx.to_pure_dict(nnx.state(model))
+  for stage in params["funnel"].values():
+    for part in ("reducer", "recovery"):
+      stage.update(stage.pop(part, {}))
+  return params
+
+
+def _old_config(model):
+  """Without the fields of models that were not there."""
+  fields = model.config.to_dict()
+  return dict(
+    model={k: v for k, v in fields.items() if k not in FIELDS},
+    funnel=gemma_funnel.config.format_funnel(model.stages).replace(
+      "reduce=", "pool="
+    ),
+    data=dict(tokenizer=""),
+  )
+
+
+@pytest.mark.parametrize("kind", ["run", "orbax", "hf"])
+def test_what_version_0_1_wrote_is_read(source, tmp_path, kind, capsys):
+  import orbax.checkpoint as ocp
+
+  config = open_checkpoint(source).config
+  model = _random_model(config, LEARNED + "+start=0,recover=scaled_delta")
+  raw, folder = _old_config(model), tmp_path / "old"
+  params = _old_tree(model)
+  assert "gate" in params["funnel"][2] and "attend" in params["funnel"][1]
+  if kind == "hf":
+    _write_own(model, tmp_path / "own")
+    convert.convert(tmp_path / "own", folder, "hf")
+    names = ("reducer.", "recovery.")
+    learned = load_file(folder / "funnel.safetensors")
+    old = {
+      n.replace(names[0], "").replace(names[1], ""): v
+      for n, v in learned.items()
+    }
+    save_file(old, folder / "funnel.safetensors")
+  else:
+    tree = folder / "params"
+    if kind == "run":
+      step = folder / "checkpoints" / "3"
+      tree = step / "params"
+      (step / "config").mkdir(parents=True)
+      (step / "config" / "metadata").write_text(json.dumps(raw))
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(tree.absolute(), params)
+    if kind == "run":
+      run.write_sums(run.path_of(step))
+    else:
+      raw["gemma_funnel"] = "0.1.0"
+    (folder / "config.json").write_text(json.dumps(raw))
+  assert convert.describe(folder).stages == model.stages
+  capsys.readouterr()
+  same(gemma_funnel.load(folder), model)
+  convert.convert(folder, tmp_path / "new", "orbax")
+  same(gemma_funnel.load(tmp_path / "new"), model)
+  assert "fresh" not in capsys.readouterr().out
 
 
 # Reading back.

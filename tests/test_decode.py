@@ -110,8 +110,8 @@ def test_programs_are_compiled_once(shallow):
   decoder = Decoder(shallow, CACHE)
   for lengths in ([9], [14], [4], [30], [31]):
     decoder.generate(_prompts(*lengths), max_new_tokens=20)
-  assert decoder_lib._advance._cache_size() == 1
-  assert decoder_lib._prefill._cache_size() == 2  # 16 and 32.
+  assert decoder._advance._cache_size() == 1
+  assert decoder._prefill._cache_size() == 2  # 16 and 32.
 
 
 def test_steps_do_not_come_back_to_the_host(decoder):

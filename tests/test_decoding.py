@@ -83,6 +83,19 @@ def test_ideals_are_those_of_flops(model):
     assert row["cache_bytes"] < 1.2 * least
 
 
+def test_a_context_is_dropped_from_prompts(model):
+  funnel, span = "start=1,reduce=context", 6
+  off, row = _measure(model, (funnel,), context_length=span)
+  assert off["error"] is row["error"] is None
+  assert row["first_ideal"] == flops.ideal_reduction(
+    TINY, funnel, 2, 9, head=False, context_length=span
+  )
+  assert row["ideal_cache_bytes"] == flops.cache_bytes(
+    TINY, funnel, 2, 9 + NEW + 1, span
+  )
+  assert row["ideal_cache_bytes"] <= row["cache_bytes"] < off["cache_bytes"]
+
+
 def test_a_failure_is_the_error_of_its_row(model, monkeypatch):
   prefill = decoder_lib.Decoder.prefill
 
@@ -107,6 +120,8 @@ def test_a_failure_is_the_error_of_its_row(model, monkeypatch):
     (dict(new_tokens=-1), "decode.new_tokens=-1"),
     (dict(prompts=(250,)), "250 tokens and 6 new ones are more than .*=256"),
     (dict(funnels=("start=9",)), "start=9"),
+    (dict(funnels=("start=1,reduce=context",)), "decode.context_length=0"),
+    (dict(context_length=8), "decode.context_length=8.*from 0 to 7"),
     (dict(funnels=("start=1,recover=none",)), "'none' .*decode.new_tokens=0"),
   ],
 )

@@ -342,14 +342,6 @@ def test_mistakes_are_named(model, tokenizer, task, changes, message):
     )
 
 
-def test_a_funnel_that_does_not_recover(model, tokenizer):
-  task = make_task("choice", CHOICES)
-  with pytest.raises(ValueError, match="recover='none'"):
-    generative.evaluate(
-      task, model.with_funnel("start=1,recover=none"), tokenizer, Settings()
-    )
-
-
 @pytest.fixture
 def config(model, tokenizer, tmp_path, monkeypatch):
   """configs/eval_task.py, whose checkpoint and task are those here."""

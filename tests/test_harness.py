@@ -316,7 +316,7 @@ def test_arguments_of_generation(adapter, given, limits):
     (dict(batch_size="auto"), "batch_size='auto': expected an integer >= 1"),
     (dict(max_length=65), "max_length=65: expected an integer from 2 to 64"),
     (dict(max_batch_size=64), "max_batch_size=64: expected none"),
-    (dict(funnel="start=1/recover=none"), "recover='none'.*lm_eval"),
+    (dict(funnel="start=1/recover=none"), "recover='none'.*log-likelihoods"),
     (dict(funnel="half"), "half"),
   ],
 )

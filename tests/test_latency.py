@@ -46,8 +46,8 @@ class FakeDevice:
     def compile_program(function, *args, clock):
       del clock
       self.functions.append((function, args))
-      # Functions are partial(_forward, graphdef, head, causal).
-      graphdef, head, _ = function.args
+      # Functions are partial(_forward, graphdef, head, ...).
+      graphdef, head = function.args[:2]
       stages = nnx.merge(graphdef, args[0]).stages
       seconds = cost(stages, head, args[1].shape)
 
@@ -88,7 +88,12 @@ def test_a_planted_clock_gives_its_rows(model, monkeypatch):
 
   device = FakeDevice(monkeypatch, cost)
   rows = device.measure(
-    model, FUNNELS, batch_sizes=(2,), lengths=(12, 24), repeats=3
+    model,
+    ("off", *FUNNELS, FunnelConfig(1, 4, 2)),  # Each is measured once.
+    batch_sizes=(2,),
+    lengths=(12, 24),
+    head=(False, True, False),
+    repeats=3,
   )
   assert [(r["length"], r["head"], r["funnel"]) for r in rows] == [
     (length, head, funnel)
@@ -104,6 +109,10 @@ def test_a_planted_clock_gives_its_rows(model, monkeypatch):
     assert row["reduction"] == pytest.approx(1 - seconds / (slots + head))
     assert row["tokens_per_s"] == pytest.approx(slots / seconds)
     assert row["peak_bytes"] == 100 and row["error"] is None
+  figure = plots.latency(rows)
+  assert len(figure.axes) == 4
+  assert len(figure.axes[0].patches) == 4  # Two funnels at two lengths.
+  assert len(figure.axes[2].lines) == 3
 
 
 def test_rows_agree_with_themselves_and_with_flops(model):
@@ -164,14 +173,50 @@ def test_programs_are_forward_passes_of_the_model(model, monkeypatch):
     )
 
 
-def test_off_is_measured_once_whatever_is_listed(model, monkeypatch):
-  device = FakeDevice(monkeypatch, lambda *_: 1.0)
-  rows = device.measure(
-    model,
-    ("start=1,stride=2", "off", FunnelConfig(1, 4, 2)),
-    head=(False, False),
+def test_a_context_is_dropped_and_its_ideal_is_the_formula(model, monkeypatch):
+  """(L - r)/L * span/length, of what layers compute for each token."""
+  funnel, length, span = "start=1,reduce=context", 32, 24
+  # XLA counts the body of a loop over layers once.
+  config = TransformerConfig.preset("tiny", scan_layers=False)
+  model = nnx.merge(
+    nnx.graphdef(Transformer.abstract(config)), nnx.state(model)
   )
-  assert [row["funnel"] for row in rows] == ["off", "start=1,stride=2"]
+  device = FakeDevice(monkeypatch, lambda *_: 1.0)
+  options = dict(batch_sizes=(2,), lengths=(length,), head=(False,))
+  rows = device.measure(model, (funnel,), context_length=span, **options)
+  off, row = (r["flops"] for r in rows)
+  assert off == flops.forward(TINY, None, 2, length, head=False)
+  L, r = TINY.num_layers, 1
+  ideal = (L - r) / L * span / length
+  assert rows[1]["ideal_reduction"] == 1 - row / off
+  assert rows[1]["ideal_reduction"] == pytest.approx(ideal, rel=0.03)
+
+  function, args = device.functions[1]
+  slots = np.arange(length)
+  context = np.broadcast_to((slots >= 1) & (slots <= span), args[1].shape)
+  expected = model.with_funnel(funnel).encode(
+    args[1], causal=True, context_BT=context, context_length=span
+  )
+  found = jax.jit(function)(*args)
+  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+  # The compiled program is as much shorter.
+  counts = [
+    jax.jit(f).lower(*a).compile().cost_analysis()["flops"]
+    for f, a in device.functions
+  ]
+  assert 1 - counts[1] / counts[0] == pytest.approx(ideal, rel=0.15)
+
+
+@pytest.mark.parametrize("span", [0, 16, -1])
+def test_a_context_that_cannot_be_is_named(model, span):
+  with pytest.raises(ValueError, match=f"context_length={span}.*1?5"):
+    latency.measure(
+      model,
+      ("start=1,reduce=context",),
+      batch_sizes=(1,),
+      lengths=(32, 16),
+      context_length=span,
+    )
 
 
 def test_a_variant_that_fails_has_its_error_in_its_row(model, monkeypatch):
@@ -458,17 +503,3 @@ def test_what_cannot_be_is_said_before_a_checkpoint_is_read(quick, monkeypatch):
     )
     with pytest.raises(ValueError, match=message):
       evaluation.run(config)
-
-
-def test_plot_of_many_lengths_and_funnels(monkeypatch, model):
-  device = FakeDevice(
-    monkeypatch, lambda funnel, head, shape: float(np.prod(shape))
-  )
-  rows = device.measure(
-    model, FUNNELS, batch_sizes=(1, 2), lengths=(16, 32, 64)
-  )
-  figure = plots.latency(rows)
-  assert len(figure.axes) == 8
-  # Two funnels at three lengths.
-  assert len(figure.axes[0].patches) == 6
-  assert len(figure.axes[2].lines) == 3

@@ -96,7 +96,7 @@ def test_attention_scales_and_rotates_queries_and_rotates_keys():
 
 def test_attention_that_starts_at_zero_adds_nothing():
   args = (_states(), _rope(), _attention_fn(lambda q, k, v: q))
-  zero = Attention(CONFIG, nnx.Rngs(0), "funnel/*/attend/attn")
+  zero = Attention(CONFIG, nnx.Rngs(0), "funnel/*/recovery/attend/attn")
   assert np.all(zero(*args)[0] == 0)
   assert np.abs(Attention(CONFIG, nnx.Rngs(0))(*args)[0]).max()
 

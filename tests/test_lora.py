@@ -16,7 +16,7 @@ from gemma_funnel.config import TransformerConfig
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import sharding
 from gemma_funnel.params import path_of
-from gemma_funnel.training import optimizer
+from gemma_funnel.training import objectives, optimizer
 
 CONFIG = dataclasses.replace(
   TransformerConfig.preset("tiny"),
@@ -426,3 +426,42 @@ def test_qwix_is_asked_for(monkeypatch):
   config.base_dtype = "nf4"
   with pytest.raises(ValueError, match="lora.base_dtype='nf4' needs qwix"):
     lora_lib.make_config(config)
+
+
+@pytest.mark.parametrize("name", tuple(optimizer.OPTIONS))
+def test_a_model_with_all_that_a_configuration_adds(name):
+  config = dataclasses.replace(
+    CONFIG, qk_norm=True, attention_bias=True, tied=False
+  )
+  model = Transformer.abstract(config)
+  params = _like(nnx.to_pure_dict(nnx.state(model)), 0, 0.2)
+  base, adapters = lora_lib.freeze(params, LORA), _drawn(params)
+  loss = lambda p: objectives.next_token(
+    nnx.merge(nnx.graphdef(model), p), _batch(), chunk=5
+  )[0]
+  attached = lambda x: loss(lora_lib.attach(base, x, LORA))
+  merged = lambda x: loss(lora_lib.merge(base, x, LORA))
+  np.testing.assert_allclose(attached(adapters), merged(adapters), rtol=1e-5)
+  trees = [(params, loss)]
+  if name != "muon":  # Factors are no matrices of a layer.
+    trees.append((adapters, attached))
+  for tree, function in trees:
+    options = tiny_run.load_config().optimizer
+    options.update(name=name, learning_rate=1e-3, warmup_steps=0)
+    transform = optimizer.make_optimizer(options, 10)[0]
+
+    def step(tree, function=function, transform=transform):
+      value, grads = jax.value_and_grad(function)(tree)
+      updates, _ = transform.update(grads, transform.init(tree), tree)
+      return value, function(optax.apply_updates(tree, updates)), updates
+
+    before, after, updates = jax.jit(step)(tree)
+    assert after < before
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+      assert np.any(update != 0), path_of(path)
+
+
+def _batch():
+  ones = jnp.ones(TOKENS.shape, jnp.int32)
+  places = jnp.cumsum(ones, axis=1) - 1
+  return {"tokens": jnp.asarray(TOKENS), "segment": ones, "position": places}

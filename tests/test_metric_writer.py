@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import re
 import sys
 import types
 
-from etils import epath
 import jax
 import ml_collections
 import pytest
@@ -29,19 +27,6 @@ def _metrics(config, step, steps, clock={}):  # noqa: B006
   mesh = sharding.make_mesh(sharding.default_config(), jax.devices()[:1])
   config.steps, config.mesh = steps, mesh
   return metric_writer.MetricWriter(config, step, clock)
-
-
-def test_lines_of_steps_to_be_taken_again_are_dropped(tmp_path):
-  path = tmp_path / "metrics.jsonl"
-  line = lambda step, kind="train": json.dumps({"step": step, "kind": kind})
-  kept = [line(1), line(2), line(2, "heldout")]
-  path.write_text("\n".join([*kept, line(3), line(4), '{"step": 2, "ki']))
-  metric_writer._Lines(epath.Path(tmp_path), 2)
-  assert path.read_text() == "\n".join(kept) + "\n"
-  metric_writer._Lines(epath.Path(tmp_path), 0)
-  assert path.read_text() == ""
-  metric_writer._Lines(epath.Path(tmp_path / "none"), 3)
-  assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
 def _lines(folder, *kinds):
@@ -96,6 +81,9 @@ def test_a_resumed_run_goes_on_with_the_file(tmp_path):
     with _metrics(_config(tmp_path), begin, 5) as metrics:
       for step in range(begin + 1, end + 1):
         metrics.trained(step, {**VALUES, "loss": float(begin)}, 64)
+    if not begin:
+      with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "ki')  # Cut short by a kill.
   lines = _lines(tmp_path, "train")
   assert [(x["step"], x["loss"]) for x in lines] == [
     (1, 0.0),

@@ -123,12 +123,6 @@ def _at(tree, path):
   return dict(jax.tree_util.tree_leaves_with_path(tree))[path]
 
 
-def test_a_funnel_that_does_not_recover_is_refused():
-  model = _model("start=1,recover=none")
-  with pytest.raises(ValueError, match="recover='none'.*predicting tokens"):
-    objectives.next_token(model, _batch(), chunk=8)
-
-
 def test_targets_of_padding_do_not_matter():
   model, batch = _model(FUNNELS[1]), _batch()
   # Whatever is predicted across a boundary, or by padding, counts for nothing.
@@ -281,14 +275,6 @@ def test_masked_tokens_are_those_of_full_logits(funnel):
     assert metrics["tokens"] == count
 
 
-def test_masked_tokens_need_a_recovery():
-  model = _model("start=1,recover=none")
-  with pytest.raises(ValueError, match="recover='none'.*masked tokens"):
-    objectives.masked_tokens(
-      model, _batch(), jax.random.key(0), rate=0.2, chunk=8
-    )
-
-
 TERMS = dict(temperature=2.0, logits=0.7, hidden=0.3, tokens=0.2)
 
 
@@ -335,6 +321,28 @@ def test_distillation_is_that_of_full_logits():
       np.testing.assert_allclose(metrics[name], value, rtol=1e-4)
 
 
+def test_an_untied_head_has_the_loss_and_the_gradient():
+  model, teacher, batch = _model(tied=False), _model(tied=False), _batch()
+  expected = _naive(model, batch)
+  (graphdef, params), key = nnx.split(model), jax.random.key(0)
+
+  def next_token(model):
+    return objectives.next_token(model, batch, chunk=7)[0]
+
+  np.testing.assert_allclose(
+    next_token(model), expected["nll"] / expected["tokens"], rtol=1e-5
+  )
+  want = _direct(model, teacher, batch, TERMS)[0]
+  distill = lambda m: objectives.distill(m, teacher, batch, chunk=7, **TERMS)[0]
+  np.testing.assert_allclose(distill(model), want, rtol=1e-4)
+  masked = lambda m: objectives.masked_tokens(m, batch, key, rate=0.5, chunk=7)[
+    0
+  ]
+  for loss in (next_token, distill, masked):
+    grads = jax.grad(lambda p: loss(nnx.merge(graphdef, p)))(params)
+    assert jnp.any(grads["unembedding"][...] != 0)
+
+
 def test_a_student_that_is_the_teacher_has_nothing_to_learn():
   model, batch = _model(), _batch()
   terms = TERMS | {"tokens": 0.0}
@@ -355,13 +363,6 @@ def test_no_gradient_enters_the_teacher():
   of_own, of_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(own, params)
   assert all(np.any(g) for g in jax.tree.leaves(of_own))
   assert not any(np.any(g) for g in jax.tree.leaves(of_teacher))
-
-
-def test_a_student_that_does_not_recover_is_refused():
-  with pytest.raises(ValueError, match="recover='none'"):
-    objectives.distill(
-      _model("start=1,recover=none"), _model(), _batch(), chunk=8, **TERMS
-    )
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -409,3 +410,26 @@ def test_nothing_with_a_weight_costs_nothing():
   for label in (jnp.zeros(3), jnp.zeros(3, jnp.int32)):
     batch = {"label": label, "weight": jnp.zeros(3)}
     assert objectives.labelled(jnp.ones((3, 2)), batch, None)[0] == 0
+
+
+@pytest.mark.parametrize(
+  "loss",
+  [
+    lambda m: objectives.next_token(m, _batch(), chunk=8),
+    lambda m: objectives.masked_tokens(
+      m, _batch(), jax.random.key(0), rate=0.2, chunk=8
+    ),
+    lambda m: objectives.distill(m, _model(), _batch(), chunk=8, **TERMS),
+  ],
+  ids=["next_token", "masked", "distill"],
+)
+@pytest.mark.parametrize(
+  "funnel, text",
+  [
+    ("start=1,recover=none", "recover='none'.*predicting.*tokens"),
+    ("start=1,reduce=context", "reduce='context'.*predicting.*trains=False"),
+  ],
+)
+def test_a_funnel_without_a_loss_at_every_token_is_refused(loss, funnel, text):
+  with pytest.raises(ValueError, match=text):
+    loss(_model(funnel))

@@ -239,7 +239,7 @@ def _by_code(target, attribute, make):
 
   def plant(model, monkeypatch):
     replacement = make(getattr(target, attribute))
-    monkeypatch.setattr(writer, attribute, replacement)
+    monkeypatch.setattr(target, attribute, replacement)
     return model
 
   return plant

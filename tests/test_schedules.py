@@ -4,9 +4,12 @@ import collections
 
 import ml_collections
 import pytest
+import tiny_run
 
 from gemma_funnel.config import format_funnel
-from gemma_funnel.training import schedules
+from gemma_funnel.reducers import Reducer
+from gemma_funnel.registry import REDUCERS
+from gemma_funnel.training import pretrain, schedules
 
 DEPTH = 4
 
@@ -16,8 +19,10 @@ def _config(**changes):
   return ml_collections.ConfigDict({**values, "seed": 0, **changes})
 
 
-def _make(needs_all=None, **changes):
-  return schedules.make_schedule(_config(**changes), DEPTH, needs_all)
+def _make(needs_all=None, where=(), **changes):
+  return schedules.make_schedule(
+    _config(**changes), DEPTH, needs_all, **dict(where)
+  )
 
 
 def _strides(schedule, steps):
@@ -74,9 +79,9 @@ def test_draws_begin_where_the_funnel_does():
 def test_members_are_each_funnel_once():
   schedule = _make(funnel_sampled=("start=1,stride=2", *SAMPLED), funnel_from=5)
   assert list(map(format_funnel, schedule.variants)) == [
-    "start=1,stop=4,stride=2,pool=mean,recover=average",
+    "start=1,stop=4,stride=2,reduce=mean,recover=average",
     "off",
-    "start=2,stop=4,stride=3,pool=mean,recover=average",
+    "start=2,stop=4,stride=3,reduce=mean,recover=average",
   ]
   for step in range(200):
     assert schedule.at(step) in schedule.variants
@@ -119,3 +124,39 @@ def test_every_member_has_to_recover_where_tokens_need_states():
     assert len(_make(**changes).variants) >= 1
     with pytest.raises(ValueError, match="recover='none'.*but this test needs"):
       _make("this test", **changes)
+
+
+@REDUCERS.register("untrainable")
+class Untrainable(Reducer):
+  """Cannot be trained in any way that can be asked for."""
+
+  options = ("stride",)
+  trains = packs = bidirectional = False
+
+
+@pytest.mark.parametrize(
+  "can, needs_all, where",
+  [
+    ("trains", "this test", {}),
+    ("packs", None, {"packs": True}),
+    ("bidirectional", None, {"causal": False}),
+  ],
+)
+def test_what_a_reducer_cannot_do_is_refused_by_name(can, needs_all, where):
+  funnel = "start=1,reduce=untrainable"
+  for changes in ({"funnel": funnel}, {"funnel_sampled": ("off", funnel)}):
+    assert _make(**changes)
+    with pytest.raises(ValueError, match=f"reduce='untrainable'.*{can}=False"):
+      _make(needs_all, where, **changes)
+
+
+@pytest.mark.parametrize("objective", ["next_token", "masked"])
+@pytest.mark.parametrize("can", ["trains", "packs"])
+def test_no_objective_takes_such_a_reducer(objective, can, monkeypatch):
+  for name in ("trains", "packs", "bidirectional"):
+    monkeypatch.setattr(Untrainable, name, name != can)
+  config = tiny_run.make_config(
+    "unused", "unused", funnel="start=1,reduce=untrainable", objective=objective
+  )
+  with pytest.raises(ValueError, match=f"'untrainable'.*{can}=False"):
+    pretrain.resolve(config)

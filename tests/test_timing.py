@@ -33,21 +33,6 @@ class Machine:
     return timing.Protocol(clock=self.clock, log=lambda line: None, **kwargs)
 
 
-def test_planted_times_give_exact_medians_and_reductions():
-  machine = Machine()
-  calls = {"off": machine.program("off", 2.0), "f": machine.program("f", 0.5)}
-  times, errors = timing.time_interleaved(
-    calls, machine.protocol(repeats=5, warmup=1)
-  )
-  assert not errors
-  row = timing.summarize(times["f"], times["off"])
-  assert row["times_s"] == [0.5] * 5
-  assert row["latency_s"] == 0.5
-  assert row["spread"] == 0
-  assert row["reduction"] == row["reduction_of_medians"] == 0.75
-  assert row["reduction_quartiles"] == [0.75, 0.75]
-
-
 def test_summary_of_known_quartiles():
   row = timing.summarize([1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 4.0, 4.0, 4.0, 4.0])
   assert row["latency_s"] == 3
@@ -150,19 +135,6 @@ def test_a_failure_stops_one_program_only():
   assert "latency_s" not in rows["bad"]
   assert machine.calls.count("bad") == 3
   assert rows["broken"]["error"] == "MemoryError: while compiling"
-
-
-def test_without_a_baseline_others_still_have_times():
-  machine = Machine()
-  builders = {
-    "off": lambda: timing.Program(machine.program("off", 1.0, 0), 0.0, None),
-    "f": lambda: timing.Program(machine.program("f", 1.0), 0.0, None),
-  }
-  rows = timing.measure_together(
-    builders, {"off": "off", "f": "off"}, machine.protocol(repeats=2)
-  )
-  assert rows["off"]["error"]
-  assert rows["f"]["latency_s"] == 1 and rows["f"]["reduction"] is None
 
 
 def test_arguments_of_a_program_are_no_constants():

@@ -39,6 +39,11 @@ def _config(out, **changes):
 def test_a_table_of_steps(tmp_path):
   config = _config(tmp_path, loss_chunks=(8, 0), remats=("none", "block"))
   config.pretrain.model.vocab_size = 4096
+  batch = training._batch(
+    training._setup(config, training.Variant("off", 8, "none"))
+  )
+  assert np.asarray(batch["segment"]).min() == 1  # Full rows.
+  assert (np.asarray(batch["position"])[:, -1] == 31).all()
   rows = evaluation.run(config)
   named = [(r["funnel"], r["loss_chunk"], r["remat"]) for r in rows]
   assert named == [
@@ -113,11 +118,3 @@ def test_a_step_that_fails_everywhere_is_an_error(tmp_path, monkeypatch):
   monkeypatch.setattr(training._Steps, "build", build)
   with pytest.raises(RuntimeError, match="every variant failed: ValueError"):
     training.run(_config(tmp_path))
-
-
-def test_batches_are_full_rows():
-  config = _config("unused")
-  setup = training._setup(config, training.Variant("off", 8, "none"))
-  batch = training._batch(setup)
-  assert np.asarray(batch["segment"]).min() == 1
-  assert (np.asarray(batch["position"])[:, -1] == 31).all()

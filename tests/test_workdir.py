@@ -6,7 +6,7 @@ import os
 import pytest
 import tiny_run
 
-from gemma_funnel.training import workdir
+from gemma_funnel.training import pretrain, workdir
 
 
 def _config(workdir, **changes):
@@ -104,3 +104,49 @@ def test_a_call_that_failed_early_may_be_corrected(tmp_path):
   workdir.init_workdir(_config(tmp_path))
   written = json.loads((tmp_path / "config.json").read_text())
   assert written["data"]["source"] == "corpus.txt"
+
+
+def _as_version_0_1(folder, funnel, sampled=()):
+  """Rewrites a run's configuration as version 0.1 would have written it."""
+  config = json.loads((folder / "config.json").read_text())
+  for name in (
+    "activation",
+    "norm_offset",
+    "embed_scale",
+    "tied",
+    "qk_norm",
+    "attention_bias",
+    "local_rope_base",
+    "rope_scaling",
+  ):
+    del config["model"][name]
+  config |= {"funnel": funnel, "funnel_sampled": list(sampled)}
+  (folder / "config.json").write_text(json.dumps(config))
+  (folder / "checkpoints").mkdir(exist_ok=True)
+
+
+def test_a_run_of_the_previous_version_goes_on(tmp_path):
+  sampled = ("off", "start=1,stride=4,reduce=strided")
+  config = _config(tmp_path, funnel_sampled=sampled)
+  workdir.init_workdir(pretrain.resolve(config).config)
+  old = ("off", "start=1,stride=4,pool=every")
+  _as_version_0_1(tmp_path, "start=1,stride=2,pool=mean", old)
+  workdir.init_workdir(pretrain.resolve(config).config)
+  config.funnel = "start=1,stride=4"
+  with pytest.raises(ValueError, match="funnel: 'start=1,stride=2,pool=mean'"):
+    workdir.init_workdir(pretrain.resolve(config).config)
+  config.funnel, config.model.qk_norm = "start=1,stride=2", True
+  with pytest.raises(ValueError, match="model.qk_norm: None / True"):
+    workdir.init_workdir(pretrain.resolve(config).config)
+
+
+@pytest.mark.parametrize("what", ["pool=attention", "recover=gate"])
+def test_what_a_funnel_learned_in_the_previous_version(what, tmp_path):
+  funnel = f"start=1,stride=2,{what}"
+  config = pretrain.resolve(_config(tmp_path, funnel=funnel)).config
+  workdir.init_workdir(config)
+  _as_version_0_1(tmp_path, funnel)
+  before = sorted(tmp_path.rglob("*"))
+  with pytest.raises(ValueError, match=f"version 0.1.*{what}.*init_from"):
+    workdir.init_workdir(config)
+  assert sorted(tmp_path.rglob("*")) == before

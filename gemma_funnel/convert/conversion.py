@@ -236,7 +236,7 @@ def _read(
   view: ParamView,
   slices: Slices,
 ) -> np.ndarray:
-  if view.path != ("embedding",):
+  if view.path[-1] not in ("embedding", "unembedding"):
     return source.read(view.path, view.layer, view.axes, slices, spec.dtype)
   # Rows that the source, or a vocabulary made smaller, has not are zeros.
   rows, used = slices["V"], source.rows

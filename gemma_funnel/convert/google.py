@@ -15,6 +15,7 @@ from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert.param_mapping import (
   ParamView,
   Tensor,
+  check_gemma,
   shape_of,
   sizes_of,
 )
@@ -136,6 +137,7 @@ def tensors(
     transposed: whether `gating_einsum` is [2, F, D] instead of [2, D, F].
     rows: of the embedding.
   """
+  check_gemma(config)
   sizes = {**sizes_of(config), "V": rows}
   found, keys = [], {}
 

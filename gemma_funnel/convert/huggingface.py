@@ -20,6 +20,7 @@ from gemma_funnel.convert.param_mapping import (
   ParamView,
   Path,
   Tensor,
+  check_gemma,
   shape_of,
   sizes_of,
 )
@@ -89,6 +90,7 @@ _GEMMA2_LAYER = {
 
 def tensors(config: TransformerConfig) -> list[Tensor]:
   """Every tensor of a causal language model, whose head is tied."""
+  check_gemma(config)
   sizes = sizes_of(config)
 
   def tensor(name: str, path: Path, layer: int | None, axes: str) -> Tensor:

@@ -10,14 +10,35 @@ outermost: "NH D" is [N*H, D].
 from collections.abc import Iterator, Mapping
 import dataclasses
 import math
+import re
 
 from flax import nnx
 import numpy as np
 
 from gemma_funnel import params
+from gemma_funnel.checks import require
 from gemma_funnel.config import FunnelConfig, TransformerConfig
-from gemma_funnel.convert.tensor_io import Index
+from gemma_funnel.convert.tensor_io import Index, TensorReader, rename
 from gemma_funnel.model import Transformer
+
+# Fields that no format of others has, each with what Gemma has there.
+_GEMMA = {
+  "local_rope_base": None,
+  "rope_scaling": None,
+  "norm_offset": 1.0,
+  "activation": "gelu",
+  "embed_scale": None,
+  "tied": True,
+  "qk_norm": False,
+  "attention_bias": False,
+}
+# Where version 0.1 had what a funnel learns, and where it is.
+_OLD_PARTS = {
+  "pool_query": "reducer",
+  "gate": "recovery",
+  "scale": "recovery",
+  "attend": "recovery",
+}
 
 # In our tree, such as ("layers", "attn", "query").
 Path = tuple[str, ...]
@@ -138,6 +159,37 @@ def own_tensors(
     )
     tensors.append(Tensor(".".join(path), shape, tuple(views)))
   return tensors
+
+
+def check_gemma(config: TransformerConfig) -> None:
+  """Checks that the formats of others can express a model.
+
+  Raises:
+    ValueError: it cannot; all fields are named.
+  """
+  same = {
+    "embed_scale": config.embed_scale == math.sqrt(config.embed_dim),
+    "local_rope_base": config.local_rope_base == config.rope_base,
+  }
+  differ = [
+    f"model.{name}={getattr(config, name)!r}"
+    for name, value in _GEMMA.items()
+    if getattr(config, name) != value and not same.get(name)
+  ]
+  require(
+    not differ,
+    f"formats of others cannot have {', '.join(differ)}: expected a Gemma 1 "
+    "or 2, or our own format, orbax",
+  )
+
+
+def current_names(reader: TensorReader) -> TensorReader:
+  """A reader of our names, of files that may have those of version 0.1."""
+  pattern = re.compile(rf"(funnel\.\d+)\.({'|'.join(_OLD_PARTS)})\b")
+  current = lambda old: pattern.sub(
+    lambda m: f"{m[1]}.{_OLD_PARTS[m[2]]}.{m[2]}", old
+  )
+  return rename(reader, {current(old): old for old in reader.tensors})
 
 
 def learned_tensors(tensors: list[Tensor]) -> list[Tensor]:

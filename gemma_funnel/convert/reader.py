@@ -179,12 +179,15 @@ def open_checkpoint(
   tensors = _foreign_tensors(format_, config, sizes, reader)
   if tensors is None:
     tensors, learned = own, []
-  if run and run.lora:
-    reader = LoraTensors(run, open_checkpoint(run.config["init_from"]))
+    if run and run.lora:
+      reader = LoraTensors(run, open_checkpoint(run.config["init_from"]))
+    reader = param_mapping.current_names(reader)
   _check(reader, tensors)
   readers = [reader]
   if learned:
-    beside = SafetensorsFile(weights.folder / detect.LEARNED)
+    beside = param_mapping.current_names(
+      SafetensorsFile(weights.folder / detect.LEARNED)
+    )
     _check(beside, learned)
     readers.append(beside)
     tensors = [*tensors, *learned]

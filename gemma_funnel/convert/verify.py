@@ -119,7 +119,8 @@ def plain_logits(
     read(("embedding",), None, {"V": slice(token, token + 1)})
     for token in map(int, tokens)
   ]
-  hidden_BTD = jnp.concatenate(rows)[None] * math.sqrt(config.embed_dim)
+  scale = config.embed_scale or math.sqrt(config.embed_dim)
+  hidden_BTD = jnp.concatenate(rows)[None] * scale
   graphdef, state = nnx.split(
     nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
   )
@@ -129,9 +130,10 @@ def plain_logits(
     hidden_BTD = _run_layer(
       graphdef, config, config.layers[layer], tuple(paths), params, hidden_BTD
     )
-  scale = 1 + read(("final_norm", "scale"), None, {})
+  scale = config.norm_offset + read(("final_norm", "scale"), None, {})
   hidden_TD = normalize(hidden_BTD[0], config.norm_eps) * scale[None]
-  view = param_mapping.ParamView(("embedding",), None, (), "V D")
+  head = "embedding" if config.tied else "unembedding"
+  view = param_mapping.ParamView((head,), None, (), "V D")
   sizes = param_mapping.sizes_of(config)
   blocks = view.blocks(sizes, _FLOAT32.itemsize, BLOCK_BYTES)
   heads = (read(view.path, None, slices) for slices in blocks)

@@ -20,18 +20,13 @@ _MODULES = {
 
 
 def run(config: Any) -> list[dict[str, Any]]:
-  """Runs the evaluator that a configuration names.
-
-  Args:
-    config: a ConfigDict with a key `evaluator`, and that evaluator's other
-      keys: see configs/eval_*.py.
+  """Runs the evaluator that a configuration names, as configs/eval_*.py do.
 
   Returns:
     The rows of the evaluator's table.
 
   Raises:
-    ValueError: no evaluator of that name, a key that is missing, or a value
-      that it cannot work with.
+    ValueError: no such evaluator, a missing key, or a value out of range.
   """
   name = config.get("evaluator")
   require_choice("evaluator", name, list(_MODULES))

@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 from gemma_funnel import flops
 from gemma_funnel.checks import require, require_int
-from gemma_funnel.config import Funnel, total_stride
+from gemma_funnel.config import Funnel, check_reducers, total_stride
 from gemma_funnel.data import pipeline
 from gemma_funnel.evaluation import cost, load_for_eval, plots, report
 from gemma_funnel.evaluation import funnels as funnels_lib
@@ -49,7 +49,7 @@ def _means(
   rate: float | None = None,
   seed: int = 0,
 ) -> Row:
-  """`loss` in nats, `accuracy` and `num_tokens` of tokens that are predicted."""
+  check_reducers(model.stages, "trains", _RECOVERS)
   graphdef, params = nnx.split(model)
   totals = dict(nll=0.0, correct=0.0, tokens=0.0)
   for number, batch in enumerate(heldout.batches):
@@ -159,7 +159,11 @@ def measure(
 
 def _resolve(model: Transformer, funnels: Sequence[Funnel]):
   return funnels_lib.resolve(
-    funnels, model.config.num_layers, own=model.stages, recovers=_RECOVERS
+    funnels,
+    model.config.num_layers,
+    own=model.stages,
+    recovers=_RECOVERS,
+    trains=True,
   )
 
 
@@ -179,27 +183,21 @@ KEYS = """
 
 
 def run(config: Any) -> list[Row]:
-  """Evaluates what a configuration names, and writes a table and a plot.
+  """Runs configs/eval_accuracy.py; returns the rows of `measure`.
 
   Writes accuracy.json, .md and .png to `config.out`.
 
-  Args:
-    config: a ConfigDict with the keys of configs/eval_accuracy.py.
-
-  Returns:
-    The rows of `measure`.
-
   Raises:
-    ValueError: a key that is missing, or a value out of range.
+    ValueError: a value out of range.
     FloatingPointError: a loss that is not finite.
   """
   require_int("chunk", config.chunk, 1)
   # What can be said before a checkpoint is read.
-  funnels_lib.resolve(config.funnels, own=(), recovers=_RECOVERS)
+  funnels_lib.resolve(config.funnels, own=(), recovers=_RECOVERS, trains=True)
   loaded = load_for_eval.load(config, needs=("length",))
   named = _resolve(loaded.model, config.funnels)
-  align = math.lcm(*map(total_stride, named.values()))
-  heldout, settings = _heldout(config, loaded, align)
+  alignment = math.lcm(*map(total_stride, named.values()))
+  heldout, settings = _heldout(config, loaded, alignment)
   rows = measure(loaded.model, config.funnels, heldout, config.chunk)
   report.write(
     config.out or load_for_eval.default_out(config.checkpoint),
@@ -219,7 +217,7 @@ def run(config: Any) -> list[Row]:
 
 
 def _heldout(
-  config: Any, loaded: load_for_eval.EvalModel, align: int
+  config: Any, loaded: load_for_eval.EvalModel, alignment: int
 ) -> tuple[pipeline.HeldOut, dict[str, Any]]:
   """The batches, and the settings that they follow from."""
   trained = loaded.config or config_dict.create(
@@ -237,9 +235,9 @@ def _heldout(
     f"length={length}: expected at most model.max_length={longest}",
   )
   require(
-    length % align == 0,
-    f"length={length}: expected a multiple of {align}, which all total "
-    f"strides divide, such as {max(1, length // align) * align}",
+    length % alignment == 0,
+    f"length={length}: expected a multiple of {alignment}, which all total "
+    f"strides divide, such as {max(1, length // alignment) * alignment}",
   )
   data = config_dict.ConfigDict(trained.data.to_dict())
   with data.unlocked():
@@ -256,11 +254,11 @@ def _heldout(
     corpus.heldout,
     corpus.tokenizer,
     **sizes,
-    segment_alignment=align,
+    segment_alignment=alignment,
     max_documents=config.max_documents,
   )
   settings = sizes | {
-    "align": align,
+    "segment_alignment": alignment,
     "data": data.to_dict(),
     "num_documents": heldout.num_documents,
     "num_bytes": heldout.num_bytes,

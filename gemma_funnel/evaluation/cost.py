@@ -13,22 +13,11 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """The cost of a pass.
-
-  Attributes:
-    flops: of the pass.
-    baseline_flops: of the pass it is compared with.
-    tokens: that the pass is given.
-  """
+  """The cost of a pass."""
 
   flops: float
-  baseline_flops: float
-  tokens: int
-
-  @property
-  def ideal_reduction(self) -> float:
-    """The share of the baseline's FLOPs that is saved."""
-    return 1 - self.flops / self.baseline_flops
+  baseline_flops: float  # Of the pass it is compared with.
+  tokens: int  # That it is given.
 
   def row(self, measured: Row) -> Row:
     """A row of `timing.measure_together` with what follows from its time.
@@ -37,7 +26,7 @@ class Cost:
     `tokens_per_s`; None where there is no time.
     """
     seconds, reduction = measured.get("latency_s"), measured.get("reduction")
-    ideal = self.ideal_reduction
+    ideal = 1 - self.flops / self.baseline_flops
     comparable = reduction is not None and ideal > 0
     return measured | {
       "ideal_reduction": ideal,
@@ -56,10 +45,11 @@ def of_forward(
   *,
   head: bool = True,
   causal: bool = True,
+  context_length: int = 0,
 ) -> Cost:
   """The cost of a forward pass, against one without a funnel."""
   count = lambda stages: flops.forward(
-    config, stages, batch, length, head=head, causal=causal
+    config, stages, batch, length, head, causal, context_length
   )
   return Cost(count(funnel), count(None), batch * length)
 

@@ -34,6 +34,7 @@ def measure(
   batch_sizes: Sequence[int],
   prompts: Sequence[int],
   new_tokens: int,
+  context_length: int = 0,
   protocol: timing.Protocol = timing.DEFAULT_PROTOCOL,
 ) -> list[Row]:
   """Measures generation with each funnel, and with none.
@@ -44,6 +45,8 @@ def measure(
     batch_sizes: rows B.
     prompts: tokens of each row's prompt.
     new_tokens: steps that are timed after it, one token a row each.
+    context_length: tokens after BOS that `reduce=context` drops, of a prompt
+      without its last token.
     protocol: how times are taken.
 
   Returns:
@@ -58,7 +61,9 @@ def measure(
   Raises:
     ValueError: an argument out of range, or a funnel that does not fit.
   """
-  named = check(model.config, funnels, batch_sizes, prompts, new_tokens)
+  named = check(
+    model.config, funnels, batch_sizes, prompts, new_tokens, context_length
+  )
   base = decoder_lib.unstacked(model)
   cells = [(batch, length) for batch in batch_sizes for length in prompts]
   progress = timing.Progress(
@@ -67,7 +72,9 @@ def measure(
   rows = []
   for batch, length in cells:
     progress.cell((batch, length), f"decode: batch {batch}, prompt {length}")
-    cell = _Cell(base, named, batch, length, new_tokens, protocol)
+    cell = _Cell(
+      base, named, batch, length, new_tokens, context_length, protocol
+    )
     rows += cell.measure()
   return rows
 
@@ -78,6 +85,7 @@ def check(
   batch_sizes: Sequence[int],
   prompts: Sequence[int],
   new_tokens: int,
+  context_length: int = 0,
 ) -> dict[str, funnels_lib.Stages]:
   """Checks the arguments of `measure`, and names its funnels.
 
@@ -97,13 +105,19 @@ def check(
     config.num_layers,
     recovers="decoding (decode.new_tokens=0 leaves it out)",
   )
+  for stages in named.values():
+    funnels_lib.check_context(
+      stages, "decode.context_length", context_length, max(min(prompts) - 2, 0)
+    )
   return funnels_lib.with_off(named)
 
 
 class _Cell:
   """One batch size and prompt length, with all funnels."""
 
-  def __init__(self, model, named, batch, length, new_tokens, protocol):
+  def __init__(
+    self, model, named, batch, length, new_tokens, context_length, protocol
+  ):
     self.config, self.named = model.config, named
     self.batch, self.length, self.new_tokens = batch, length, new_tokens
     self.protocol = protocol
@@ -112,6 +126,9 @@ class _Cell:
     self.prompts = rng.integers(0, vocab_size, (batch, length)).tolist()
     # A token more than is timed: no row is done before the end.
     self.options = dict(max_new_tokens=new_tokens + 1)
+    self.context_length = context_length
+    if context_length:
+      self.options["context_lengths"] = [context_length] * batch
     self.decoders = {
       name: decoder_lib.Decoder(
         model.with_funnel(stages), length + new_tokens + 1
@@ -121,7 +138,7 @@ class _Cell:
     self.cache_bytes = {}
 
   def build(self, name: str, part: str) -> timing.Program:
-    """A program that is compiled by being run once."""
+    # It is compiled by being run once.
     self.protocol.log(f"  compiling {name}, {part}")
     decoder = self.decoders[name]
     prefill = functools.partial(decoder.prefill, self.prompts, **self.options)
@@ -150,17 +167,29 @@ class _Cell:
     for name in self.named:
       row = self._row(name, measured[name, _FIRST], measured[name, _EACH])
       rows.append(row)
-      self.protocol.log(f"  {name}: {_result(row)}")
+      text = f"failed: {row['error']}"
+      if not row["error"]:
+        text = f"first token {row['first_token_s'] * 1e3:.1f} ms, then "
+        text += f"{row['token_s'] * 1e3:.2f} ms each"
+        if name != OFF and row["reduction"] is not None:
+          text += (
+            f", {row['reduction']:.1%} less (ideal {row['ideal_bytes']:.1%}"
+          )
+          text += f" of bytes, {row['ideal_flops']:.1%} of FLOPs)"
+      self.protocol.log(f"  {name}: {text}")
     return rows
 
   def _row(self, name: str, first: Row, each: Row) -> Row:
     stages, config, batch = self.named[name], self.config, self.batch
     # Half of the new tokens are in the cache, on average.
     context = self.length + self.new_tokens // 2
+    span = dict(context_length=self.context_length)
     count_bytes = lambda stages: flops.decode_bytes(
-      config, stages, batch, context
+      config, stages, batch, context, **span
     )
-    count_flops = lambda stages: flops.decode_flops(config, stages, context)
+    count_flops = lambda stages: flops.decode_flops(
+      config, stages, context, **span
+    )
     ideal_bytes = cost_lib.saved(count_bytes, stages)
     seconds, reduction = each.get("latency_s"), each.get("reduction")
     token_s = seconds and seconds / self.new_tokens
@@ -175,7 +204,7 @@ class _Cell:
       "first_spread": first.get("spread"),
       "first_reduction": first.get("reduction"),
       "first_ideal": flops.ideal_reduction(
-        config, stages, batch, self.length, head=False
+        config, stages, batch, self.length, head=False, **span
       ),
       "token_s": token_s,
       "spread": each.get("spread"),
@@ -188,25 +217,10 @@ class _Cell:
       "bytes_per_s": token_s and count_bytes(stages) / token_s,
       "cache_bytes": self.cache_bytes.get(name),
       "ideal_cache_bytes": flops.cache_bytes(
-        config, stages, batch, self.length + self.new_tokens + 1
+        config, stages, batch, self.length + self.new_tokens + 1, **span
       ),
       "times_s": {_FIRST: first.get("times_s"), _EACH: each.get("times_s")},
     }
-
-
-def _result(row: Row) -> str:
-  if row["error"]:
-    return f"failed: {row['error']}"
-  text = (
-    f"first token {row['first_token_s'] * 1e3:.1f} ms, then "
-    f"{row['token_s'] * 1e3:.2f} ms each"
-  )
-  if row["funnel"] != OFF and row["reduction"] is not None:
-    text += (
-      f", {row['reduction']:.1%} less (ideal {row['ideal_bytes']:.1%} of bytes,"
-      f" {row['ideal_flops']:.1%} of FLOPs)"
-    )
-  return text
 
 
 COLUMNS = cost_lib.columns(

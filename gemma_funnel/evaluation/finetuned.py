@@ -39,21 +39,13 @@ _COMMON = """
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """What encoders are measured on.
+  """What encoders are measured on."""
 
-  Attributes:
-    task: of the encoders' head.
-    split: of the task.
-    rows: of that split, from `encode.encode`.
-    batch_size: rows at a time.
-    length: tokens of a row at most.
-  """
-
-  task: Task
+  task: Task  # Of the encoders' head.
   split: str
-  rows: Sequence[encode.Row]
+  rows: Sequence[encode.Row]  # Of that split, from `encode.encode`.
   batch_size: int
-  length: int
+  length: int  # Tokens of a row at most.
 
 
 def run(config: ml_collections.ConfigDict) -> list[Row] | None:
@@ -113,12 +105,7 @@ def of_seed(config: ml_collections.ConfigDict, seed: int):
 def measure(
   encoder: Encoder, examples: Examples, funnels: Sequence[str]
 ) -> list[Row]:
-  """Metrics of an encoder on a task, with each of several funnels.
-
-  Args:
-    encoder: with its own funnel, which "trained" names.
-    examples: of a task of its head.
-    funnels: configurations or strings.
+  """Metrics of an encoder on a task of its head, with each of several funnels.
 
   Returns:
     A row for each funnel: the task's metrics, `funnel`, `resolved`,

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gemma_funnel.checks import require
+from gemma_funnel.checks import require, require_int
 from gemma_funnel.config import (
   OFF,
   Funnel,
   FunnelConfig,
   check_recovers,
+  check_reducers,
   format_funnel,
   parse_funnel,
   resolve_funnel,
@@ -27,6 +28,7 @@ def resolve(
   *,
   own: Funnel = None,
   recovers: str | None = None,
+  trains: bool = False,
 ) -> dict[str, Stages]:
   """Names funnels, each of them once.
 
@@ -36,13 +38,14 @@ def resolve(
       funnels unresolved.
     own: what "trained" stands for, () being off; None refuses that name.
     recovers: what needs a state for every token; None is nothing.
+    trains: whether that takes a loss at every token.
 
   Returns:
     Stages by name, in the order given; () is off. Of equal funnels the first.
 
   Raises:
     ValueError: no funnels, or one that is malformed, does not fit, or does not
-      recover.
+      recover, or has a reducer that cannot.
   """
   require(
     not isinstance(funnels, str) and bool(funnels),
@@ -62,9 +65,27 @@ def resolve(
       raise ValueError(f"funnels: {name or str(funnel)!r}: {error}") from error
     if recovers:
       check_recovers(stages, recovers)
+    if trains:
+      check_reducers(stages, "trains", recovers)
     if stages not in named.values():
       named[name] = stages
   return named
+
+
+def check_context(
+  stages: Stages, key: str, context_length: int, longest: int
+) -> None:
+  """Checks the tokens after BOS that `reduce=context` drops: at most `longest`.
+
+  Raises:
+    ValueError: too many, or none with a funnel that drops them.
+  """
+  require_int(key, context_length, 0, longest)
+  require(
+    context_length > 0 or all(s.reduce != "context" for s in stages),
+    f"funnels: reduce=context drops no tokens with {key}=0: expected 1 to "
+    f"{longest}",
+  )
 
 
 def with_off(named: Mapping[str, Stages]) -> dict[str, Stages]:

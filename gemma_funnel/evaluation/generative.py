@@ -16,7 +16,6 @@ import numpy as np
 
 from gemma_funnel import atomic, flops, tasks
 from gemma_funnel.checks import require
-from gemma_funnel.config import check_recovers
 from gemma_funnel.data.tokenizer import BOS_ID, Tokenizer
 from gemma_funnel.decode import decoder as decoder_lib
 from gemma_funnel.evaluation import (
@@ -46,13 +45,7 @@ _RECOVERS = "a task that a language model answers"
 def evaluate(
   task: Task, model: Transformer, tokenizer: Tokenizer, settings: Settings
 ) -> Row:
-  """Metrics of a task.
-
-  Args:
-    task: of one of GENERATIVE_KINDS.
-    model: with the funnel to run it with.
-    tokenizer: the model's.
-    settings: how to put the task.
+  """Metrics of a task of one of GENERATIVE_KINDS, with the model's funnel.
 
   Returns:
     `num_examples`, and `num_cut`, how many lost the beginning of their prompt.
@@ -79,12 +72,8 @@ def evaluate(
 def predict(
   task: Task, model: Transformer, tokenizer: Tokenizer, settings: Settings
 ) -> list[Row]:
-  """What a model makes of each example; JSON values, in order.
-
-  Args and errors are those of `evaluate`.
-  """
+  """What a model makes of each example, as JSON values; see `evaluate`."""
   check(task, settings)
-  check_recovers(model.stages, f"the task {task.name}")
   longest, most = settings.max_length, model.config.max_length
   require(
     longest is None or longest <= most,
@@ -245,15 +234,7 @@ COLUMNS = cost.columns(
   "ideal_reduction",
 )
 _SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
-KEYS = (
-  "checkpoint",
-  "tokenizer",
-  "dtype",
-  "funnels",
-  "task",
-  "out",
-  *_SETTINGS,
-)
+KEYS = (*"checkpoint tokenizer dtype funnels task out".split(), *_SETTINGS)
 
 
 def measure(
@@ -303,19 +284,13 @@ def measure(
 
 
 def run(config: Any) -> list[Row]:
-  """Puts a task to a checkpoint, and writes a table, a plot and predictions.
+  """Runs configs/eval_task.py; returns the rows of `measure`.
 
   Writes TASK.json, .md, .png and TASK.predictions.jsonl to `config.out`. A
   fine-tuned run is measured on what its head is for: see `finetuned.evaluate`.
 
-  Args:
-    config: a ConfigDict with the keys of configs/eval_task.py.
-
-  Returns:
-    The rows of `measure`.
-
   Raises:
-    ValueError: a key that is missing, or a value out of range.
+    ValueError: a value out of range.
     FloatingPointError: a log-likelihood that is not finite.
   """
   settings = _settings(config)

@@ -50,35 +50,22 @@ def _check_sweep(config, batch_sizes, lengths) -> None:
 
 def random_model(config: TransformerConfig, seed: int = 0) -> Transformer:
   """A model of random weights, made on the device in `param_dtype`."""
-  params = _random_params(config, jax.random.key(seed))
+  make = lambda key: nnx.state(Transformer(config, rngs=nnx.Rngs(key)))
+  params = jax.jit(make)(jax.random.key(seed))
   return nnx.merge(nnx.graphdef(Transformer.abstract(config)), params)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _random_params(config, key):
-  return nnx.state(Transformer(config, rngs=nnx.Rngs(key)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Variant:
-  """A program that each cell (batch size, length) times.
-
-  Attributes:
-    label: what progress lines call it.
-    about: what its rows say of it.
-    baseline: the key of the variant that it is compared with.
-    function: of `params` and a cell's inputs.
-    cost: of a batch size and a length.
-    layers: times and costs are those of as many layers, and rows of one.
-  """
+  """A program that each cell (batch size, length) times."""
 
   label: str
-  about: Row
-  baseline: Hashable
-  function: Callable[..., jax.Array]
+  about: Row  # What its rows say of it.
+  baseline: Hashable  # The key of the variant that it is compared with.
+  function: Callable[..., jax.Array]  # Of `params` and a cell's inputs.
   params: nnx.State
-  cost: Callable[[int, int], Cost]
-  layers: int = 1
+  cost: Callable[[int, int], Cost]  # Of a batch size and a length.
+  layers: int = 1  # Of the program; rows and costs are of one.
 
   def build(self, inputs: jax.Array, protocol) -> timing.Program:
     protocol.log(f"  compiling {self.label}")
@@ -118,27 +105,25 @@ def _measure(
       protocol,
     )
     for key, variant in variants.items():
-      rows.append(variant.row(cell, measured[key]))
-      protocol.log(f"  {variant.label}: {_result(rows[-1])}")
+      row = variant.row(cell, measured[key])
+      rows.append(row)
+      text = "failed" if row["error"] else f"{row['latency_s'] * 1e3:.2f} ms"
+      if row["ideal_reduction"] and row.get("reduction") is not None:
+        text += f", {row['reduction']:.1%} less"
+        text += f" (ideal {row['ideal_reduction']:.1%})"
+      protocol.log(f"  {variant.label}: {text}")
   return rows
 
 
-def _result(row: Row) -> str:
-  if row["error"]:
-    return "failed"
-  text = f"{row['latency_s'] * 1e3:.2f} ms"
-  if row["ideal_reduction"] and row["reduction"] is not None:
-    text += (
-      f", {row['reduction']:.1%} less (ideal {row['ideal_reduction']:.1%})"
-    )
-  return text
-
-
-def _forward(graphdef, head, causal, params, tokens_BT):
+def _forward(graphdef, head, causal, context_length, params, tokens_BT):
   model = nnx.merge(graphdef, params)
-  if head:
-    return model(tokens_BT, causal=causal)
-  return model.encode(tokens_BT, causal=causal)
+  options = {}
+  if context_length:
+    slot_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
+    options["context_BT"] = (slot_BT > 0) & (slot_BT <= context_length)
+    options["context_length"] = context_length
+  call = model if head else model.encode
+  return call(tokens_BT, causal=causal, **options)
 
 
 def measure(
@@ -149,6 +134,7 @@ def measure(
   lengths: Sequence[int],
   head: Sequence[bool] = (False, True),
   causal: bool = True,
+  context_length: int = 0,
   protocol: timing.Protocol = timing.DEFAULT_PROTOCOL,
 ) -> list[Row]:
   """Measures forward passes with each funnel, and with none.
@@ -162,6 +148,7 @@ def measure(
     head: of False and True, those to measure: a forward pass to the hidden
       states, and one to the logits [B, T, V].
     causal: whether attention is causal.
+    context_length: tokens after BOS that `reduce=context` drops, < T.
     protocol: how times are taken.
 
   Returns:
@@ -181,6 +168,10 @@ def measure(
   named = funnels_lib.resolve(
     funnels, config.num_layers, recovers=_recovers(head)
   )
+  for stages in named.values():
+    funnels_lib.check_context(
+      stages, "context_length", context_length, min(lengths) - 1
+    )
   named = funnels_lib.with_off(named)
   models = {k: nnx.split(model.with_funnel(s)) for k, s in named.items()}
   variants = {}
@@ -192,10 +183,15 @@ def measure(
       label=f"{name}, {'with' if h else 'without'} the head",
       about={"head": h, "funnel": name, "resolved": format_funnel(stages)},
       baseline=(OFF, h),
-      function=functools.partial(_forward, graphdef, h, causal),
+      function=functools.partial(_forward, graphdef, h, causal, context_length),
       params=params,
       cost=functools.partial(
-        cost_lib.of_forward, config, stages, head=h, causal=causal
+        cost_lib.of_forward,
+        config,
+        stages,
+        head=h,
+        causal=causal,
+        context_length=context_length,
       ),
     )
   # A kernel that cannot run is named before anything runs.
@@ -215,11 +211,6 @@ def _recovers(head: Sequence[bool]) -> str | None:
   if True in head:
     return "head=True (head=(False,) measures the encoder)"
   return None
-
-
-def _trunk(graphdef, causal, params, hidden_BTD):
-  stream = make_stream(hidden_BTD)
-  return nnx.merge(graphdef, params).trunk(stream, causal=causal).hidden_BTD
 
 
 def measure_layer_kinds(
@@ -265,11 +256,16 @@ def measure_layer_kinds(
   for kind in kinds:
     short = layers(kind, _LAYERS)
     graphdef = nnx.graphdef(Transformer.abstract(short))
+
+    def trunk(params, hidden_BTD, graphdef=graphdef):
+      model = nnx.merge(graphdef, params)
+      return model.trunk(make_stream(hidden_BTD), causal=causal).hidden_BTD
+
     variants[kind] = _Variant(
       label=f"{kind} layers",
       about={"kind": kind, "window": short.layers[0].window},
       baseline=_BASE_KIND,
-      function=functools.partial(_trunk, graphdef, causal),
+      function=trunk,
       params=params,
       cost=functools.partial(cost, kind),
       layers=_LAYERS,
@@ -292,7 +288,7 @@ LAYER_KIND_COLUMNS = cost_lib.columns(
   *cost_lib.TIMES,
 )
 KEYS = """
-  funnels batch_sizes lengths causal head layer_kinds decode warmup repeats
+  funnels batch_sizes lengths context_length causal head layer_kinds decode warmup repeats
   seed checkpoint model out
 """.split()
 # What a configuration decides of a checkpoint's model: how it runs.
@@ -300,19 +296,13 @@ _HOW = ("dtype", "softmax_dtype", "kernel", "scan_layers", "remat")
 
 
 def run(config: Any) -> list[Row]:
-  """Measures what a configuration asks for, and writes tables and plots.
+  """Runs configs/eval_latency.py; returns the rows of `measure`.
 
   Writes latency.json, .md and .png to `config.out`, and layer_kinds and decode
   likewise.
 
-  Args:
-    config: a ConfigDict with the keys of configs/eval_latency.py.
-
-  Returns:
-    The rows of `measure`.
-
   Raises:
-    ValueError: a key that is missing, or a value out of range.
+    ValueError: a value out of range.
     RuntimeError: every variant failed.
   """
   protocol = timing.Protocol(config.repeats, config.warmup, config.seed)
@@ -339,7 +329,7 @@ def run(config: Any) -> list[Row]:
   )
 
   def write(name, rows, columns, what, plot, notes=notes):
-    settings = ("checkpoint", "causal", "repeats", "warmup", "seed")
+    settings = "checkpoint causal context_length repeats warmup seed".split()
     report.write(
       config.out,
       name,
@@ -354,7 +344,13 @@ def run(config: Any) -> list[Row]:
       notes=notes,
     )
 
-  rows = measure(model, config.funnels, head=config.head, **sweep)
+  rows = measure(
+    model,
+    config.funnels,
+    head=config.head,
+    context_length=config.context_length,
+    **sweep,
+  )
   what = f"Latency of {model.config.num_layers} layers"
   write("latency", rows, COLUMNS, what, plots.latency)
   if config.layer_kinds:
@@ -386,7 +382,10 @@ def _get_model(config: Any) -> Transformer:
 
 def _check_fits(config: Any, model: TransformerConfig) -> None:
   """Checks that a model of these sizes can be measured as configured."""
-  funnels_lib.resolve(config.funnels, model.num_layers)
   _check_sweep(model, config.batch_sizes, config.lengths)
+  for stages in funnels_lib.resolve(config.funnels, model.num_layers).values():
+    funnels_lib.check_context(
+      stages, "context_length", config.context_length, min(config.lengths) - 1
+    )
   if config.decode.new_tokens:
     decoding.check(model, config.funnels, **config.decode)

@@ -17,7 +17,6 @@ except ImportError as error:
 from ml_collections import config_dict
 
 from gemma_funnel.checks import require, require_int
-from gemma_funnel.config import check_recovers
 from gemma_funnel.data.tokenizer import BOS_ID
 from gemma_funnel.decode.sampling import Sampling
 from gemma_funnel.evaluation import load_for_eval
@@ -82,7 +81,6 @@ class GemmaFunnel(LM):
     model = load_for_eval.on_this_device(loaded.model)
     if funnel is not None:
       model = model.with_funnel(funnel.replace("/", ","))
-    check_recovers(model.stages, "lm_eval")
     longest = model.config.max_length
     if max_length is not None:
       max_length = _int("max_length", max_length)
@@ -152,12 +150,10 @@ class GemmaFunnel(LM):
 
 def _int(name: str, value: Any) -> int:
   """An integer of at least 1, which lm_eval may give as a text."""
-  try:
-    count = value if isinstance(value, bool) else int(value)
-  except (TypeError, ValueError):
-    count = value
-  require_int(name, count, 1)
-  return count
+  if isinstance(value, str) and value.isdecimal():
+    value = int(value)
+  require_int(name, value, 1)
+  return value
 
 
 def _limits(given: dict[str, Any], default: int) -> Limits:

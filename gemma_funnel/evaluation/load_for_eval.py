@@ -16,31 +16,22 @@ from gemma_funnel.model import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class EvalModel:
-  """A checkpoint that was read.
-
-  Attributes:
-    path: where it was.
-    model: with its own funnel, if it has one.
-    tokenizer_path: of the checkpoint, or the one that was named.
-    config: of the training run; None for other checkpoints.
-    restored_step: of the training run; None for other checkpoints.
-  """
+  """A checkpoint that was read."""
 
   path: str
-  model: Transformer
+  model: Transformer  # With its own funnel, if it has one.
   tokenizer_path: str
+  # Of a training run; None for other checkpoints.
   config: config_dict.ConfigDict | None = None
   restored_step: int | None = None
 
   def load_tokenizer(self) -> tokenizer_lib.Tokenizer:
-    """Reads the tokenizer."""
     path = self.tokenizer_path
     return tokenizer_lib.find_tokenizer(
       path, path, self.model.config.vocab_size
     )
 
   def title(self, what: str) -> str:
-    """The title of a table of `what`."""
     step = self.restored_step
     return f"{what}: {self.path}" + ("" if step is None else f", step {step}")
 

@@ -141,13 +141,7 @@ def main_metric(task: Task) -> str:
 def prompt_maker(
   task: Task, settings: Settings, answer_of: Callable[[Any], str]
 ) -> Callable[[Any], str]:
-  """A function that makes an example's prompt, few-shot examples first.
-
-  Args:
-    task: the few-shot examples are the first of its train split.
-    settings: how many they are, and the formats.
-    answer_of: the right answer of an example.
-  """
+  """A function that makes an example's prompt, few-shot examples first."""
   shots = "".join(
     settings.shot_format.format(prompt=shot.prompt, answer=answer_of(shot))
     for shot in task.splits.get("train", ())[: settings.few_shot]
@@ -162,9 +156,7 @@ def extract(text: str, pattern: str | None) -> str | None:
   if pattern is None:
     return text
   match = re.search(pattern, text)
-  if match is None:
-    return None
-  return match[1] if match.re.groups else match[0]
+  return match and match[1 if match.re.groups else 0]
 
 
 def normalize(text: str | None, settings: Settings) -> str:

@@ -21,19 +21,12 @@ MISSING = "-"
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """A column of a table.
+  """A column of a table."""
 
-  Attributes:
-    key: of the value in a row.
-    header: in the table, unit included.
-    format: a format specification, such as ".2f"; "" is `str`.
-    scale: factor of numbers, such as 1e3 from s to ms; None is 1.
-  """
-
-  key: str
-  header: str
-  format: str = ""
-  scale: float | None = None
+  key: str  # Of the value in a row.
+  header: str  # Unit included.
+  format: str = ""  # A format specification, such as ".2f"; "" is `str`.
+  scale: float | None = None  # Of numbers, such as 1e3 from s to ms.
 
   def text(self, row: Row) -> str:
     """The cell of `row`; what is absent or None is a dash."""
@@ -51,11 +44,9 @@ class Column:
 
 
 def environment() -> dict[str, Any]:
-  """Where a result was measured: devices, versions, and peak memory.
+  """Where a result was measured, as JSON values: devices and versions.
 
-  Returns:
-    JSON values. `device_peak_bytes` is the most memory the process has had on
-    the first device so far; None where the backend does not count it.
+  `device_peak_bytes` is the process's most memory on the first device so far.
   """
   device = jax.devices()[0]
   stats = device.memory_stats() or {}

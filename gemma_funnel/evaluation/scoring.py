@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma_funnel import generate
 from gemma_funnel.checks import require, require_int
-from gemma_funnel.config import check_recovers
+from gemma_funnel.config import check_recovers, check_reducers
 from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from gemma_funnel.decode import decoder as decoder_lib
 from gemma_funnel.decode.sampling import GREEDY, Sampling
@@ -26,7 +26,7 @@ from gemma_funnel.model import Transformer
 # (context, continuation), token ids.
 Pair = tuple[Sequence[int], Sequence[int]]
 
-_SMALLEST_LENGTH = 32
+_LOG2_SMALLEST = 5
 # Positions of a batch whose logits are in memory at one time.
 _LOGITS = 256
 # Tokens between looks for a stop string.
@@ -35,42 +35,26 @@ _CHUNK = 16
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """What a model makes of a continuation.
+  """What a model makes of a continuation."""
 
-  Attributes:
-    log_likelihood: the sum over its tokens, in nats.
-    is_greedy: whether each of them was the likeliest.
-    num_tokens: how many there are.
-  """
-
-  log_likelihood: float
-  is_greedy: bool
+  log_likelihood: float  # The sum over its tokens, in nats.
+  is_greedy: bool  # Whether each of them was the likeliest.
   num_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """How a text is continued.
-
-  Attributes:
-    max_new_tokens: at most.
-    stop: strings that end a text, and are no part of it; so does EOS.
-    sampling: how tokens are drawn.
-  """
+  """How a text is continued."""
 
   max_new_tokens: int
-  stop: tuple[str, ...] = ()
+  stop: tuple[str, ...] = ()  # Ends a text, and is no part of it; so is EOS.
   sampling: Sampling = GREEDY
 
 
 def bucket_lengths(longest: int) -> tuple[int, ...]:
   """Powers of two below `longest`, and `longest`: what to pad requests to."""
-  powers = []
-  length = _SMALLEST_LENGTH
-  while length < longest:
-    powers.append(length)
-    length *= 2
-  return (*powers, longest)
+  powers = (2**n for n in range(_LOG2_SMALLEST, longest.bit_length()))
+  return (*(p for p in powers if p < longest), longest)
 
 
 def encode_pair(
@@ -185,9 +169,10 @@ class Scorer:
 
     Raises:
       ValueError: a continuation that is empty or longer than `max_length`; a
-        token id outside the vocabulary.
+        token id outside the vocabulary; a reducer that allows no loss at each token.
       FloatingPointError: a score that is not finite.
     """
+    check_reducers(self.model.stages, "trains", "log-likelihoods")
     vocab_size = self.model.config.vocab_size
     fitted = [
       _fit(number, pair, self.max_length, vocab_size)
@@ -291,7 +276,6 @@ class Scorer:
 
 
 def _num_fed(pair: Pair) -> int:
-  """How many tokens a pass is given; nothing follows the last one."""
   return len(pair[0]) + len(pair[1]) - 1
 
 
@@ -339,17 +323,11 @@ def _arrays(batch, batch_size, length) -> dict[str, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _batch_scores(graphdef, params, inputs):
-  """Sums over each row's continuation.
+  """Of each row's continuation: the log-likelihood, float32 [B], and how many
+  of its tokens were the likeliest, int32 [B].
 
-  Logits are made of continuations only, a piece of each at a time.
-
-  Args:
-    graphdef, params: the model.
-    inputs: of `_arrays`. Row b has `count_B[b]` targets, of which the first is
-      predicted at `first_B[b]`.
-
-  Returns:
-    Log-likelihoods, float32 [B], and tokens that were the likeliest, int32 [B].
+  Logits are made of continuations only, a piece of each at a time. Row b has
+  `count_B[b]` targets, of which the first is predicted at `first_B[b]`.
   """
   model = nnx.merge(graphdef, params)
   hidden_BTD = model.encode(

@@ -33,19 +33,11 @@ def require_ints(name: str, values: Any, least: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """How times are taken.
+  """How times are taken."""
 
-  Attributes:
-    repeats: rounds that count, >= 1.
-    warmup: rounds before them that do not, >= 0.
-    seed: of the order within rounds, and of random inputs, >= 0.
-    clock: seconds.
-    log: what progress lines go to.
-  """
-
-  repeats: int = 9
-  warmup: int = 2
-  seed: int = 0
+  repeats: int = 9  # Rounds that count.
+  warmup: int = 2  # Rounds before them that do not.
+  seed: int = 0  # Of the order within rounds, and of random inputs.
   clock: Clock = time.perf_counter
   log: Callable[[str], None] = functools.partial(print, flush=True)
 
@@ -60,35 +52,21 @@ DEFAULT_PROTOCOL = Protocol()
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled program with its arguments.
-
-  Attributes:
-    call: runs it.
-    compile_s: seconds that compiling took.
-    peak_bytes: memory for arguments, results and temporaries; None where the
-      backend does not say.
-  """
+  """A compiled program with its arguments."""
 
   call: Callable[[], Any]
   compile_s: float
-  peak_bytes: int | None
+  peak_bytes: int | None  # See `peak_bytes`.
 
 
 def compile_program(
   function: Callable[..., Any], *args: Any, clock: Clock = time.perf_counter
 ) -> Program:
-  """Compiles `function` for `args`, of which none becomes a constant.
-
-  Args:
-    function: traceable.
-    *args: trees of arrays.
-    clock: seconds.
-  """
+  """Compiles `function` for `args`, of which none becomes a constant."""
   start = clock()
   compiled = jax.jit(function).lower(*args).compile()
-  compile_s = clock() - start
   call = functools.partial(compiled, *args)
-  return Program(call, compile_s, peak_bytes(compiled))
+  return Program(call, clock() - start, peak_bytes(compiled))
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int | None:
@@ -109,14 +87,9 @@ def time_interleaved(
 ) -> tuple[dict[Hashable, list[float]], dict[Hashable, str]]:
   """Times calls in rounds, each call once a round, in a random order.
 
-  Args:
-    calls: what to time; results are waited for, and dropped.
-    protocol: how.
-
   Returns:
-    Seconds of each call, one for each of `protocol.repeats` rounds, so that
-    entry i of all is of one round; and errors of calls that failed, which are
-    not run again and have no times.
+    Seconds of each call, entry i of the i-th round that counts; and errors of
+    calls that failed, which are not run again and have no times.
   """
   rng = np.random.default_rng(protocol.seed)
   times = {key: [] for key in calls}
@@ -139,11 +112,7 @@ def time_interleaved(
 
 
 def summarize(times: Sequence[float], baseline: Sequence[float] | None) -> Row:
-  """Statistics of one variant's times.
-
-  Args:
-    times: seconds, one a round.
-    baseline: those of what to compare with, in the same rounds; or None.
+  """Statistics of times, beside a baseline's of the same rounds if there is one.
 
   Returns:
     `latency_s`, the median; `spread`, the interquartile range over it;
@@ -179,12 +148,7 @@ def measure_together(
   baselines: Mapping[Hashable, Hashable],
   protocol: Protocol,
 ) -> dict[Hashable, Row]:
-  """Compiles and times programs that are to be compared with each other.
-
-  Args:
-    builders: compile each of them.
-    baselines: the key of what each is compared with.
-    protocol: how times are taken.
+  """Builds programs, and times each beside the one that `baselines` names.
 
   Returns:
     Of each: what `summarize` gives, `compile_s`, `peak_bytes` and `error`. A
@@ -218,14 +182,10 @@ class Progress:
   """Says what is next, and how long the rest takes, judged by its FLOPs."""
 
   def __init__(self, work: Mapping[Hashable, float], protocol: Protocol):
-    self._work = work
-    self._protocol = protocol
-    self._start = protocol.clock()
-    self._done = 0.0
-    self._count = 0
+    self._work, self._protocol = work, protocol
+    self._start, self._done, self._count = protocol.clock(), 0.0, 0
 
   def cell(self, key: Hashable, text: str) -> None:
-    """Announces a cell of the sweep."""
     line = f"[{self._count + 1}/{len(self._work)}] {text}"
     if self._done:
       elapsed = self._protocol.clock() - self._start

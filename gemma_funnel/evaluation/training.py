@@ -15,7 +15,7 @@ import numpy as np
 
 from gemma_funnel.checks import require, require_positive
 from gemma_funnel.config import OFF
-from gemma_funnel.evaluation import plots, report, timing
+from gemma_funnel.evaluation import cost, plots, report, timing
 from gemma_funnel.parallel import sharding
 from gemma_funnel.parallel.hardware import chip_of
 from gemma_funnel.training import init_state, pretrain
@@ -23,17 +23,9 @@ from gemma_funnel.training import step as step_lib
 from gemma_funnel.training.spec import RunSpec
 
 Row = dict[str, Any]
-KEYS = (
-  "pretrain",
-  "funnels",
-  "loss_chunks",
-  "remats",
-  "memory_limit_gib",
-  "warmup",
-  "repeats",
-  "seed",
-  "out",
-)
+KEYS = """
+  pretrain funnels loss_chunks remats memory_limit_gib warmup repeats seed out
+""".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +63,21 @@ class _Steps:
   """Compiled steps that share weights, optimizer state and a batch."""
 
   def __init__(self, config: ml_collections.ConfigDict, protocol):
-    self.config, self.protocol = config, protocol
-    self.limit = _memory_limit(config)
-    self.state = None
+    self.config, self.protocol, self.state = config, protocol, None
+    stats = jax.devices()[0].memory_stats() or {}
+    if config.memory_limit_gib is not None:  # Bytes that a step may use.
+      self.limit = config.memory_limit_gib * 2**30
+    elif "bytes_limit" in stats:
+      self.limit = stats["bytes_limit"]
+    else:
+      page, pages = map(os.sysconf, ("SC_PAGE_SIZE", "SC_AVPHYS_PAGES"))
+      self.limit = 0.9 * page * pages
 
   def build(self, variant: Variant) -> timing.Program:
-    """Compiles a step.
-
-    Raises:
-      MemoryError: it needs more than there is.
-    """
-    self.protocol.log(f"  compiling {_name(variant)}")
+    """Compiles a step; one that needs more than there is fails when called."""
+    chunk = f"chunk {variant.chunk}" if variant.chunk else "whole loss"
+    name = f"{variant.funnel}, {chunk}, remat {variant.remat}"
+    self.protocol.log(f"  compiling {name}")
     setup = _setup(self.config, variant)
     mesh = setup.mesh
     began = self.protocol.clock()
@@ -95,12 +91,9 @@ class _Steps:
       args = (abstract, frozen, batch, key)
       compiled = step.lower(setup.stages, *args).compile()
     compile_s = self.protocol.clock() - began
-    memory = compiled.memory_analysis()
-    kinds = ("argument", "output", "temp")
-    peak = sum(getattr(memory, f"{kind}_size_in_bytes") for kind in kinds)
-    peak -= memory.alias_size_in_bytes
+    peak = timing.peak_bytes(compiled)
     call = functools.partial(self._call, compiled, frozen, batch, key)
-    if peak > self.limit:
+    if (peak or 0) > self.limit:
       call = functools.partial(_too_large, peak, self.limit)
     elif self.state is None:
       with jax.set_mesh(mesh):
@@ -116,16 +109,6 @@ def _too_large(peak: int, limit: float):
   raise MemoryError(
     f"it needs {peak / 2**30:.1f} GiB, of {limit / 2**30:.1f}: not run"
   )
-
-
-def _memory_limit(config: ml_collections.ConfigDict) -> float:
-  """Bytes of a device that a step may use."""
-  if config.memory_limit_gib is not None:
-    return config.memory_limit_gib * 2**30
-  stats = jax.devices()[0].memory_stats() or {}
-  if "bytes_limit" in stats:
-    return stats["bytes_limit"]
-  return 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _batch(spec: RunSpec) -> dict[str, jax.Array]:
@@ -154,54 +137,6 @@ def measure(config: ml_collections.ConfigDict) -> list[Row]:
   Raises:
     ValueError: a value that cannot be.
   """
-  _check(config)
-  protocol = timing.Protocol(config.repeats, config.warmup, config.seed)
-  variants = _variants(config)
-  setups = {variant: _setup(config, variant) for variant in variants}
-  steps = _Steps(config, protocol)
-  measured = timing.measure_together(
-    {v: functools.partial(steps.build, v) for v in variants}, variants, protocol
-  )
-  rows = []
-  for variant, base in variants.items():
-    row = _row(variant, measured[variant], setups[variant])
-    setup = setups[base]
-    ideal = 1 - row["flops"] / setup.task.step_flops(setup, setup.stages)
-    row["ideal_reduction"] = ideal
-    reduction = row.get("reduction")
-    if ideal > 0 and reduction is not None:
-      row["measured_over_ideal"] = reduction / ideal
-    peak, other = row.get("peak_bytes"), measured[base].get("peak_bytes")
-    if peak and other:
-      row["memory_ratio"] = peak / other
-    rows.append(row)
-  return rows
-
-
-def _row(variant: Variant, measured: Row, setup: RunSpec) -> Row:
-  flops = setup.task.step_flops(setup, setup.stages)
-  row = {
-    "batch": setup.batch_size,
-    "length": setup.length,
-    "funnel": variant.funnel,
-    "loss_chunk": variant.chunk,
-    "remat": variant.remat,
-    "flops": flops,
-    **measured,
-  }
-  seconds = measured.get("latency_s")
-  if seconds:
-    row["tokens_per_s"] = setup.batch_size * setup.length / seconds
-    row["flops_per_s"] = flops / seconds
-    chip = chip_of(setup.mesh.devices.flat[0])
-    if chip:
-      row["mfu"] = row["flops_per_s"] / (chip.flops * setup.mesh.size)
-  return row
-
-
-def _check(config: ml_collections.ConfigDict) -> None:
-  missing = [key for key in KEYS if key not in config]
-  require(not missing, f"the configuration lacks {missing}")
   timing.require_ints("loss_chunks", tuple(config.loss_chunks), 0)
   require(
     len(config.remats) > 0,
@@ -209,30 +144,46 @@ def _check(config: ml_collections.ConfigDict) -> None:
   )
   if config.memory_limit_gib is not None:
     require_positive("memory_limit_gib", config.memory_limit_gib)
+  protocol = timing.Protocol(config.repeats, config.warmup, config.seed)
+  variants = _variants(config)
+  setups = {variant: _setup(config, variant) for variant in variants}
+  steps = _Steps(config, protocol)
+  measured = timing.measure_together(
+    {v: functools.partial(steps.build, v) for v in variants}, variants, protocol
+  )
+  flops = {v: s.task.step_flops(s, s.stages) for v, s in setups.items()}
+  rows = []
+  for variant, base in variants.items():
+    setup, found = setups[variant], measured[variant]
+    row = {
+      "batch": setup.batch_size,
+      "length": setup.length,
+      "funnel": variant.funnel,
+      "loss_chunk": variant.chunk,
+      "remat": variant.remat,
+    }
+    tokens = setup.batch_size * setup.length
+    row |= cost.Cost(flops[variant], flops[base], tokens).row(found)
+    chip = chip_of(setup.mesh.devices.flat[0])
+    if chip and row["flops_per_s"]:
+      row["mfu"] = row["flops_per_s"] / (chip.flops * setup.mesh.size)
+    peak, other = row.get("peak_bytes"), measured[base].get("peak_bytes")
+    if peak and other:
+      row["memory_ratio"] = peak / other
+    rows.append(row)
+  return rows
 
 
-def _name(variant: Variant) -> str:
-  chunk = f"chunk {variant.chunk}" if variant.chunk else "whole loss"
-  return f"{variant.funnel}, {chunk}, remat {variant.remat}"
-
-
-COLUMNS = (
-  report.Column("batch", "batch", "d"),
-  report.Column("length", "length", "d"),
-  report.Column("funnel", "funnel"),
+COLUMNS = cost.columns(
+  "batch",
+  "length",
+  "funnel",
   report.Column("loss_chunk", "loss chunk", "d"),
   report.Column("remat", "remat"),
-  report.Column("latency_s", "step ms", ".1f", 1e3),
-  report.Column("spread", "spread %", ".1f", 100),
-  report.Column("reduction", "reduction %", ".1f", 100),
-  report.Column("ideal_reduction", "ideal %", ".1f", 100),
-  report.Column("measured_over_ideal", "measured / ideal", ".2f"),
-  report.Column("tokens_per_s", "tokens/s", ",.0f"),
-  report.Column("flops_per_s", "TFLOP/s", ".3f", 1e-12),
-  report.Column("mfu", "MFU %", ".1f", 100),
-  report.Column("peak_bytes", "memory MiB", ",.0f", 2**-20),
+  *cost.TIMES[:-1],
+  cost.percent("mfu", "MFU"),
   report.Column("memory_ratio", "memory ratio", ".2f"),
-  report.Column("error", "error"),
+  "error",
 )
 
 

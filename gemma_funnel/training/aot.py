@@ -36,40 +36,24 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A step on a mesh; bytes are a chip's, seconds a step's.
-
-  Attributes:
-    mesh: sizes of its axes.
-    remat: what the backward pass recomputes.
-    accumulate: parts of the batch, one after the other.
-    parameters, optimizer: bytes of the training state.
-    activations: kept from the forward pass for the backward pass, about.
-    temporaries: all else that the program needs at its peak.
-    memory: of a chip.
-    model_flops: of a step on all chips (`flops.train_step`).
-    sent: by each chip, by axes of the mesh.
-    compute_s, send_s, memory_s: least times of a step.
-    model_s: least time of `model_flops`.
-    compile_s: what compiling took here.
-    error: why it does not compile; None if it does.
-  """
+  """A step on a mesh; bytes are a chip's, seconds a step's least times."""
 
   mesh: dict[str, int]
   remat: str
   accumulate: int
-  parameters: float
+  parameters: float  # Bytes, as the next four.
   optimizer: float
-  activations: float = math.nan
-  temporaries: float = math.nan
-  memory: int = 0
-  model_flops: float = math.nan
-  sent: dict[str, float] = dataclasses.field(default_factory=dict)
+  activations: float = math.nan  # Kept for the backward pass, about.
+  temporaries: float = math.nan  # All else, at the program's peak.
+  memory: int = 0  # Of a chip.
+  model_flops: float = math.nan  # On all chips (`flops.train_step`).
+  sent: dict[str, float] = dataclasses.field(default_factory=dict)  # By axes.
   compute_s: float = math.nan
   send_s: float = math.nan
   memory_s: float = math.nan
-  model_s: float = math.nan
-  compile_s: float = math.nan
-  error: str | None = None
+  model_s: float = math.nan  # Of `model_flops`.
+  compile_s: float = math.nan  # Compiling here.
+  error: str | None = None  # Why it does not compile.
 
   @property
   def total(self) -> float:
@@ -114,12 +98,8 @@ class Plan:
 def slice_devices(topology: str, slices: int = 1) -> list[jax.Device]:
   """Devices of slices that are not there, to compile for.
 
-  Args:
-    topology: such as "v5p:4x4x4" or "v5e:4x4".
-    slices: how many of them.
-
   Raises:
-    ValueError: no such topology, or no libtpu.
+    ValueError: no such topology (as "v5p:4x4x4"), or no libtpu.
   """
   from jax.experimental import topologies
 
@@ -258,14 +238,7 @@ def _bounds(spec: RunSpec, sent: dict[str, float]) -> dict[str, object]:
 
 
 class _Work:
-  """What a step has to do, by arithmetic alone, and guesses of what it takes.
-
-  Attributes:
-    chip: that runs it.
-    count: parameters.
-    itemsize: bytes of a number in the compute dtype.
-    step, layers: FLOPs of a step, and of the layers' forward pass.
-  """
+  """What a step has to do, by arithmetic alone, and guesses of what it takes."""
 
   def __init__(self, spec: RunSpec):
     device = spec.mesh.devices.flat[0]
@@ -276,6 +249,7 @@ class _Work:
     self.model = spec.model_config
     self.itemsize = jnp.dtype(self.model.dtype).itemsize
     self.count = flops.parameters(self.model, spec.stages).total
+    # FLOPs of a step, and of the layers' forward pass.
     self.step = spec.task.step_flops(spec, spec.stages)
     self.layers = self._forward(spec.stages)
 
@@ -363,11 +337,7 @@ def search(
   What fits by a guess of its memory is ordered by a guess of the time for what
   it computes and sends, one after the other; the first that fits is the last.
 
-  Args:
-    config: the rest of it.
-    devices: to run on.
-    remats: to choose from.
-    most: compilations.
+  There are `most` compilations at most.
   """
   for parts, sizes, remat in _promising(config, devices, remats):
     changed = config.copy_and_resolve_references()

@@ -10,7 +10,6 @@ import json
 import os
 from typing import Any
 
-from etils import epath
 import jax
 import ml_collections
 
@@ -34,14 +33,7 @@ class Checkpoints:
     keep_best: int = 0,
     keep_period: int | None = None,
   ):
-    """Opens the run in `workdir`.
-
-    Args:
-      workdir: the run's folder.
-      keep: how many checkpoints to keep, the newest; None is all.
-      keep_best: how many more, those of the least held-out loss.
-      keep_period: more still, each whose step is a multiple of it.
-    """
+    """Opens the run in `workdir`; `keep` is as in `LoopSpec`, None is all."""
     import orbax.checkpoint as ocp
 
     self._ocp = ocp
@@ -96,11 +88,9 @@ class Checkpoints:
 
     Args:
       step: how many steps have been taken.
-      trees: of arrays, by name: "params" the model's parameters, "opt_state"
-        the optimizer's state, and others.
-      progress: where the run is, its data among it, as JSON can hold it; the
-        same in all processes.
-      config: the run's ConfigDict.
+      trees: of arrays, by name: "params", "opt_state" and others.
+      progress: where the run and its data are; JSON, the same in all processes.
+      config: the run's.
       loss: held out, if it has just been measured.
     """
     if step in steps_in(self._folder):
@@ -137,20 +127,19 @@ class Checkpoints:
     in a line each.
 
     Args:
-      trees: as for `save`, of ShapeDtypeStructs with shardings: on whatever
-        mesh.
+      trees: as for `save`, of ShapeDtypeStructs with shardings, of any mesh.
 
     Returns:
-      (step, trees, progress).
-
-    Raises:
-      ValueError: all of them are damaged.
+      (step, trees, progress). ValueError where all of them are damaged.
     """
     step, damaged = find_intact(self._workdir)
     if damaged:
       if jax.process_index() == 0:
         for broken in damaged:
-          _set_aside(self._folder / str(broken))
+          number, name = 0, f"{broken}.damaged"
+          while (target := self._folder / f"{name}{number or ''}").exists():
+            number += 1
+          (self._folder / str(broken)).rename(target)
       processes.broadcast_from_host0(None)  # All wait for process 0.
       self._manager.reload()
     args = self._ocp.args
@@ -163,10 +152,3 @@ class Checkpoints:
     )
     found = {name: restored[name] for name in trees}
     return step, found, restored["progress"]
-
-
-def _set_aside(folder: epath.Path) -> None:
-  name, number = f"{folder.name}.damaged", 0
-  while (target := folder.parent / f"{name}{number or ''}").exists():
-    number += 1
-  folder.rename(target)

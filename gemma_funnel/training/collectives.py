@@ -67,27 +67,18 @@ _PAIRS = re.compile(r"source_target_pairs=(\{\{.*?\}\})")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """An operation, and what each device sends for it in a step.
+  """An operation, and what each device sends for it in a step."""
 
-  Attributes:
-    kind: one of KINDS.
-    axes: of the mesh, that its groups lie along.
-    bytes: that a device sends, in all the times that it runs.
-    times: how often that is; at least, where a loop's count is not known.
-  """
-
-  kind: str
-  axes: tuple[str, ...]
-  bytes: float
-  times: int
+  kind: str  # One of KINDS.
+  axes: tuple[str, ...]  # Of the mesh, that its groups lie along.
+  bytes: float  # In all the times that it runs.
+  times: int  # At least, where a loop's count is not known.
 
 
 def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
-  """The collective operations of a compiled program.
+  """The collective operations of a compiled program's text.
 
-  Args:
-    text: `compiled.as_text()`, or as the compiler dumps it.
-    mesh: that it was compiled for; partitions are its devices in order.
+  Partitions are the mesh's devices in order.
   """
   computations = dict(_computations(text))
   times = _times(computations)

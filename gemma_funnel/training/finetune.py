@@ -33,24 +33,14 @@ CLASS_WEIGHTS = ("none", "balanced")
 
 @dataclasses.dataclass(frozen=True)
 class LabelTask(spec_lib.RunTask):
-  """Labels of a task, predicted by a head on the model.
-
-  Attributes:
-    task: with "train", "dev" and "test".
-    rows: of each split.
-    head: what is put on the trunk.
-    class_weights: of the loss; None is 1 for all.
-    causal: whether tokens see only those before them.
-    tokenizer: path of what `rows` were encoded with.
-    stopping: by the task's main metric on the development split.
-  """
+  """Labels of a task, predicted by a head on the model."""
 
   task: Task
-  rows: Mapping[str, Sequence[encode.Row]]
+  rows: Mapping[str, Sequence[encode.Row]]  # Of each split.
   head: HeadConfig
-  class_weights: tuple[float, ...] | None
+  class_weights: tuple[float, ...] | None  # Of the loss; None is 1 for all.
   causal: bool
-  tokenizer: str
+  tokenizer: str  # Path of what `rows` were encoded with.
   stopping: spec_lib.StoppingSpec
 
   def describe(self, spec: RunSpec, num_params: int) -> str:
@@ -162,7 +152,10 @@ def resolve(
   tagging = task.kind == "tagging"
   head = HeadConfig(len(task.labels) or 1, per_token=tagging, **config.head)
   funnels = schedules.make_schedule(
-    config, sizes.num_layers, "a label for every token" if tagging else None
+    config,
+    sizes.num_layers,
+    "a label for every token" if tagging else None,
+    causal=config.causal,
   )
   rows = {
     split: encode.encode(
@@ -188,22 +181,14 @@ def resolve(
 
 
 def num_steps(config: Any, num_rows: int) -> int:
-  """Steps of `config.epochs` epochs of so many rows.
-
-  Raises:
-    ValueError: no positive number of epochs.
-  """
+  """Steps of `config.epochs` epochs of so many rows."""
   checks.require_positive("epochs", config.epochs)
   epoch = encode.steps_of_epoch(num_rows, config.batch_size)
   return max(1, math.ceil(config.epochs * epoch))
 
 
 def check_task(task: Task) -> Task:
-  """Checks that a head can be trained for it.
-
-  Raises:
-    ValueError: a task of another kind, or without a split.
-  """
+  """The task; raises ValueError where no head can be trained for it."""
   if task.kind not in ENCODER_KINDS:
     raise ValueError(
       f"task {task.name} is of kind {task.kind!r}: expected one of "
@@ -326,16 +311,7 @@ def measure(
   batch_size: int,
   length: int,
 ) -> dict[str, float | None]:
-  """The task's metrics on a split.
-
-  Args:
-    encoder: with the funnel to run it with.
-    task: what `rows` are of.
-    split: "dev" or "test".
-    rows: of that split, from `encode.encode`.
-    batch_size: rows at a time.
-    length: tokens of a row at most.
-  """
+  """The task's metrics on a split, of its rows."""
   predicted = predict(
     encoder, task, split, rows, batch_size=batch_size, length=length
   )

@@ -128,11 +128,7 @@ def model_params(spec: RunSpec, params: Params, frozen_params) -> Params:
 def variant_models(
   spec: RunSpec, others: Iterable[Stages] = ()
 ) -> dict[Stages, Transformer]:
-  """Abstract models of all the run's variants, and of `others`.
-
-  Raises:
-    ValueError: a variant that learns what the run's own funnel has not.
-  """
+  """Abstract models of all variants, checked by `select_params`, and others."""
   models = {
     stages: Transformer.abstract(spec.model_config, stages)
     for stages in (*spec.funnels.variants, *others)

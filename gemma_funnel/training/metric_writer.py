@@ -26,13 +26,7 @@ class MetricWriter:
   """
 
   def __init__(self, spec: RunSpec, step: int, clock: Mapping[str, float] = {}):
-    """Opens the metrics of a run.
-
-    Args:
-      spec: of the run: where it is, how long, and what of it is told.
-      step: steps taken so far; what is written of later ones is dropped.
-      clock: of an earlier call, that the run goes on from.
-    """
+    """Opens the metrics of a run, and drops what is written of later steps."""
     self._spec, self._loop = spec, spec.loop
     self._last: tuple[int, float] | None = None
     self._slots, self._flops, self._away = 0, 0.0, 0.0
@@ -120,11 +114,7 @@ class MetricWriter:
   ) -> None:
     """Writes the metrics of a step, and prints every `log_every`-th.
 
-    Args:
-      step: its number, from 1.
-      values: "loss", "learning_rate" and "grad_norm", and any others.
-      slots: tokens of its batch, padding included.
-      flops: that its step takes on all devices; None is not known.
+    `slots` counts padding too; `flops` are of all devices, None is not known.
     """
     self._write(step, "train", values)
     now = time.monotonic()

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gemma_funnel.config import check_recovers
+from gemma_funnel.config import check_recovers, check_reducers
 from gemma_funnel.data.tokenizer import BOS_ID, MASK_ID
 from gemma_funnel.layers import normalize
 from gemma_funnel.model import Transformer, head_logits
@@ -69,7 +69,7 @@ def _sum_chunks(
 def _chunked_loss(
   function: Callable[..., Sums],
   chunk: int,
-  embedding_VD: jax.Array,
+  head_VD: jax.Array,
   hidden_BTD: jax.Array,
   factors: Sums,
   fixed: tuple[jax.Array, ...],
@@ -79,45 +79,39 @@ def _chunked_loss(
 
   The forward pass computes the gradients of each piece beside its logits, which
   the backward pass then does not need (Liger Kernel, arXiv 2410.10989, section
-  3.2). Gradients enter the embedding and the hidden states only.
+  3.2). Gradients enter the head and the hidden states only.
 
-  Args:
-    function: (embedding, *fixed, hidden, *arrays) of one piece to float32
-      sums, to which padding (zeros) must add nothing.
-    chunk: positions of each row a piece, >= 1.
-    embedding_VD, hidden_BTD: the head, and final hidden states.
-    factors: weights of the sums in the loss, known before.
-    fixed, arrays: arrays that each piece has whole, or [B, T, ...] a part of.
+  `function` takes (head, *fixed, hidden, *arrays) of one piece to float32 sums,
+  to which padding (zeros) must add nothing; `factors` are their weights in the
+  loss. Each piece has all of `fixed`, and its part of `arrays`, [B, T, ...].
   """
-  sums = _sum_chunks(
-    function, (embedding_VD, *fixed), (hidden_BTD, *arrays), chunk
-  )
+  sums = _sum_chunks(function, (head_VD, *fixed), (hidden_BTD, *arrays), chunk)
   return sum(f * sums[name] for name, f in factors.items()), sums
 
 
 def _chunked_forward(
-  function, chunk, embedding_VD, hidden_BTD, factors, fixed, arrays
+  function, chunk, head_VD, hidden_BTD, factors, fixed, arrays
 ):
-  def loss(embedding_VD, hidden_BCD, *rest):
-    sums = function(embedding_VD, *fixed, hidden_BCD, *rest)
+  def loss(head_VD, hidden_BCD, *rest):
+    sums = function(head_VD, *fixed, hidden_BCD, *rest)
     return sum(f * sums[name] for name, f in factors.items()), sums
 
   def piece(so_far, inputs):
     sums, gradient_VD = so_far
     (_, more), (d_VD, d_BCD) = jax.value_and_grad(
       loss, argnums=(0, 1), has_aux=True
-    )(embedding_VD, *inputs)
+    )(head_VD, *inputs)
     sums = jax.tree.map(jnp.add, sums, more)
     return (sums, gradient_VD + d_VD.astype(gradient_VD.dtype)), d_BCD
 
   inputs = tuple(_pieces(x, chunk) for x in (hidden_BTD, *arrays))
-  shapes = jax.eval_shape(loss, embedding_VD, *(x[0] for x in inputs))[1]
+  shapes = jax.eval_shape(loss, head_VD, *(x[0] for x in inputs))[1]
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  start = (zeros, jnp.zeros(embedding_VD.shape, jnp.float32))
+  start = (zeros, jnp.zeros(head_VD.shape, jnp.float32))
   (sums, d_VD), d_PBCD = jax.lax.scan(piece, start, inputs)
   total = sum(f * sums[name] for name, f in factors.items())
   d_BTD = _whole(d_PBCD, hidden_BTD.shape[1])
-  return (total, sums), (d_VD.astype(embedding_VD.dtype), d_BTD)
+  return (total, sums), (d_VD.astype(head_VD.dtype), d_BTD)
 
 
 def _chunked_backward(function, chunk, gradients, cotangents):
@@ -155,11 +149,11 @@ def _chosen(logits_BCV, target_BC) -> jax.Array:
 
 
 def _logit_sums(model: Transformer) -> Callable[..., Sums]:
-  """(embedding, hidden, target, weight) of a piece to its sums."""
+  """(head, hidden, target, weight) of a piece to its sums."""
   config = model.config
 
-  def sums(embedding_VD, hidden_BCD, target_BC, weight_BC):
-    logits_BCV = head_logits(embedding_VD, hidden_BCD, config.final_softcap)
+  def sums(head_VD, hidden_BCD, target_BC, weight_BC):
+    logits_BCV = head_logits(head_VD, hidden_BCD, config.final_softcap)
     return _token_sums(logits_BCV, target_BC, weight_BC)
 
   return sums
@@ -168,6 +162,7 @@ def _logit_sums(model: Transformer) -> Callable[..., Sums]:
 def _next_tokens(model: Transformer, tokens_BT, segment_BT, position_BT):
   """(hidden states, (the token that follows each, its float32 weight))."""
   check_recovers(model.stages, "predicting tokens")
+  check_reducers(model.stages, "trains", "predicting tokens")
   hidden_BTD = model.encode(tokens_BT, segment_BT, position_BT, causal=True)
   is_same_BT = segment_BT == jnp.roll(segment_BT, -1, axis=1)
   follows_BT = (is_same_BT & (segment_BT != 0)).at[:, -1].set(False)
@@ -186,14 +181,7 @@ def next_token_sums(
   """Sums over the tokens that follow another within their segment.
 
   Logits are made for `chunk` positions of each row at a time: [B, chunk, V] is
-  the most that exists.
-
-  Args:
-    model: causal, with or without a funnel.
-    tokens_BT: int32 token ids.
-    segment_BT: int32 segments, 0 is padding.
-    position_BT: int32 positions within segments.
-    chunk: positions a piece, >= 1.
+  the most that exists. Segment 0 is padding.
 
   Returns:
     float32 scalars: "nll", negative log likelihoods in nats; "square_log_z",
@@ -208,10 +196,8 @@ def next_token_sums(
 
 
 def _all_sums(model: Transformer, hidden_BTD, targets, chunk: int) -> Sums:
-  embedding = (model.embedding[...],)
-  return _sum_chunks(
-    _logit_sums(model), embedding, (hidden_BTD, *targets), chunk
-  )
+  arrays = (hidden_BTD, *targets)
+  return _sum_chunks(_logit_sums(model), (model.head_VD,), arrays, chunk)
 
 
 def _mean_loss(
@@ -223,13 +209,7 @@ def _mean_loss(
   if z_loss:
     factors["square_log_z"] = z_loss / count
   loss, sums = _chunked_loss(
-    _logit_sums(model),
-    chunk,
-    model.embedding[...],
-    hidden_BTD,
-    factors,
-    (),
-    targets,
+    _logit_sums(model), chunk, model.head_VD, hidden_BTD, factors, (), targets
   )
   return loss, _metrics(sums)
 
@@ -252,7 +232,7 @@ def next_token(
   Args:
     model: the model.
     batch: "tokens", "segment" and "position", int32 [B, T].
-    chunk: see `next_token_sums`.
+    chunk: positions that have logits at a time.
     z_loss: weight of the mean squared log partition function, which keeps
       logits from drifting (PaLM, arXiv 2204.02311, section 5).
 
@@ -305,6 +285,7 @@ def mask(
 def _masked(model: Transformer, batch: Batch, key: jax.Array, rate: float):
   """(hidden states, (the tokens that were there, which are to be predicted))."""
   check_recovers(model.stages, "predicting masked tokens")
+  check_reducers(model.stages, "trains", "predicting masked tokens")
   tokens_BT, segment_BT = batch["tokens"], batch["segment"]
   shown_BT, weight_BT = mask(
     tokens_BT, segment_BT, key, rate, model.config.vocab_size
@@ -335,15 +316,7 @@ def masked_tokens(
   chunk: int,
   z_loss: float = 0.0,
 ) -> tuple[jax.Array, Sums]:
-  """Mean cross-entropy of masked tokens; as `next_token` otherwise.
-
-  Args:
-    model: read in both directions.
-    batch: "tokens", "segment" and "position", int32 [B, T].
-    key: of what is masked.
-    rate: share of tokens that are to be predicted.
-    chunk, z_loss: see `next_token`.
-  """
+  """Mean cross-entropy of a share of tokens; as `next_token` otherwise."""
   return _mean_loss(model, *_masked(model, batch, key, rate), chunk, z_loss)
 
 
@@ -363,15 +336,8 @@ def distill(
   The loss is a weighted sum of: KL(teacher || student) of next-token
   distributions at a temperature, times its square (Hinton et al., arXiv
   1503.02531); the mean squared difference of RMS-normalised final hidden
-  states; and the student's own next-token cross-entropy.
-
-  Args:
-    model: the student.
-    teacher: what it is to agree with; no gradient enters it.
-    batch: "tokens", "segment" and "position", int32 [B, T].
-    chunk: see `next_token_sums`.
-    temperature: > 0, of both distributions.
-    logits, hidden, tokens: weights of the three terms.
+  states; and the student's own next-token cross-entropy. `logits`, `hidden` and
+  `tokens` are their weights. No gradient enters the teacher.
 
   Returns:
     The loss, and {"loss": the cross-entropy, "accuracy", "tokens", "kl",
@@ -401,10 +367,10 @@ def distill(
   total, sums = _chunked_loss(
     piece,
     chunk,
-    model.embedding[...],
+    model.head_VD,
     student_BTD,
     {name: weight / count for name, weight in weights.items()},
-    (teacher.embedding[...],),
+    (teacher.head_VD,),
     (teacher_BTD, *rest),
   )
   metrics = {name: sums[name] / count for name in ("kl", "hidden")}

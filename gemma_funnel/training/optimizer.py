@@ -238,8 +238,15 @@ def make_optimizer(
     row = params_lib.row_of(path)
     return row is None or row.decays
 
+  # optax.clip_by_global_norm chooses for each entry, which makes XLA store the
+  # clipped gradients: that takes longer than Adam.
+  def clip(updates, _):
+    most = config.clip_norm
+    factor = most / jnp.maximum(optax.tree.norm(updates), most)
+    return jax.tree.map(lambda x: x * factor, updates)
+
   chain = optax.chain(
-    _clip(config.clip_norm),
+    optax.stateless(clip),
     optax.chain(
       scale_by(config.name, options),
       optax.add_decayed_weights(
@@ -301,15 +308,9 @@ def grad_norm(config: Any, grads) -> jax.Array:
 def apply_updates(weights, updates, key: jax.Array, stochastic: bool = False):
   """weights + updates, added in float32 and rounded to the weights' dtypes.
 
-  What is frozen is returned as it is.
-
-  Args:
-    weights: parameters.
-    updates: of the optimizer.
-    key: of the step; used if `stochastic`.
-    stochastic: rounds bfloat16 weights up or down at random, in proportion to
-      how near each is, so that updates below half a unit in the last place are
-      not lost (arXiv 2010.06192).
+  What is frozen is returned as it is. `stochastic` rounds bfloat16 weights up
+  or down at random, in proportion to how near each is, so that updates below
+  half a unit in the last place are not lost (arXiv 2010.06192).
   """
   key = jax.random.fold_in(key, _SALT) if stochastic else key
   flat, tree = jax.tree.flatten(updates, is_leaf=_is_masked)
@@ -344,15 +345,9 @@ class AverageState(NamedTuple):
 
 
 def averaged(opt_state, weights):
-  """Weights in which what is trained is its moving average.
+  """`weights` with moving averages of what is trained; None without any.
 
-  Args:
-    opt_state: of an optimizer of `make_optimizer`.
-    weights: of the same step. Leaves may be shared, with the state too: copy
-      them if a step is to give these away.
-
-  Returns:
-    A tree like `weights`, of the same dtypes; None if `ema_decay` is unset.
+  Leaves may be shared, with the state too: copy what a step is to give away.
   """
   found = [part for part in opt_state if isinstance(part, AverageState)]
   if not found:
@@ -373,27 +368,11 @@ def _average(decay: float) -> optax.GradientTransformation:
     return AverageState(jax.tree.map(jnp.copy, params))
 
   def update(updates, state, params):
-    average = jax.tree.map(
-      lambda a, p, u: decay * a + (1 - decay) * (p + u),
-      state.average,
-      params,
-      updates,
-    )
+    mix = lambda a, p, u: decay * a + (1 - decay) * (p + u)
+    average = jax.tree.map(mix, state.average, params, updates)
     return updates, AverageState(average)
 
   return optax.GradientTransformation(init, update)
-
-
-def _clip(most: float) -> optax.GradientTransformation:
-  """optax.clip_by_global_norm, by one factor."""
-
-  # Optax's choice for each entry makes XLA store the clipped gradients, which
-  # takes longer than Adam.
-  def clip(updates, _):
-    factor = most / jnp.maximum(optax.tree.norm(updates), most)
-    return jax.tree.map(lambda x: x * factor, updates)
-
-  return optax.stateless(clip)
 
 
 def _in_float32(

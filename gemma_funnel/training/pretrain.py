@@ -52,30 +52,17 @@ class LatencySpec:
 
 @dataclasses.dataclass(frozen=True)
 class TextTask(spec_lib.RunTask):
-  """Text, what is predicted of it, and what is reported at the end.
+  """Text, what is predicted of it, and what is reported at the end."""
 
-  Attributes:
-    objective: one of OBJECTIVES.
-    mask_rate: share of the tokens that "masked" predicts.
-    distill: terms of "distill".
-    z_loss: weight of the squared log partition function.
-    loss_chunk: positions of a row that have logits at one time.
-    funnel: the run's own funnel as it was written, for tables.
-    data: keys of `pipeline.default_config`.
-    eval_documents: held-out documents that an evaluation reads; None is all.
-    heldout_documents: those of the report.
-    latency: of the report.
-  """
-
-  objective: str
-  mask_rate: float
+  objective: str  # One of OBJECTIVES.
+  mask_rate: float  # Share of the tokens that "masked" predicts.
   distill: DistillSpec
-  z_loss: float
-  loss_chunk: int
-  funnel: str | None
-  data: ml_collections.FrozenConfigDict
-  eval_documents: int | None
-  heldout_documents: int | None
+  z_loss: float  # Weight of the squared log partition function.
+  loss_chunk: int  # Positions of a row that have logits at one time.
+  funnel: str | None  # As it was written, for tables.
+  data: ml_collections.FrozenConfigDict  # Keys of `pipeline.default_config`.
+  eval_documents: int | None  # Of an evaluation; None is all.
+  heldout_documents: int | None  # Of the report.
   latency: LatencySpec
 
   # Data are resumed at a number of rows, whatever the batch.
@@ -202,7 +189,11 @@ def resolve(
     lengths = {"latency.length": task.latency.length}
     spec_lib.check_lengths(lengths, opened.model_config)
   funnels = schedules.make_schedule(
-    config, opened.model_config.num_layers, "training to predict tokens"
+    config,
+    opened.model_config.num_layers,
+    "training to predict tokens",
+    causal=task.causal,
+    packs=True,
   )
   spec = opened.finish(funnels, task, config.steps)
   _check_packing(spec)

@@ -1,6 +1,5 @@
 """Which funnel each step of training runs with."""
 
-from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
@@ -11,6 +10,7 @@ from gemma_funnel import checks
 from gemma_funnel.config import (
   FunnelConfig,
   check_recovers,
+  check_reducers,
   resolve_funnel,
   total_stride,
 )
@@ -22,18 +22,11 @@ _SALT = 0x66756E6E
 
 @dataclasses.dataclass(frozen=True)
 class FunnelSchedule:
-  """The funnel of each step: none, one, one from a step on, or drawn.
+  """The funnel of each step: none, one, one from a step on, or drawn."""
 
-  Attributes:
-    funnel: what the checkpoint is said to be trained with.
-    from_step: the first step that is funnelled, counted from 0.
-    sampled: what each step from `from_step` on draws one of; () is `funnel`.
-    seed: of the draws.
-  """
-
-  funnel: Stages
-  from_step: int = 0
-  sampled: tuple[Stages, ...] = ()
+  funnel: Stages  # What the checkpoint is said to be trained with.
+  from_step: int = 0  # The first that is funnelled, counted from 0.
+  sampled: tuple[Stages, ...] = ()  # What steps draw from; () is `funnel`.
   seed: int = 0
 
   @property
@@ -63,18 +56,25 @@ class FunnelSchedule:
 
 
 def make_schedule(
-  config: Any, num_layers: int, needs_all: str | None
+  config: Any,
+  num_layers: int,
+  needs_all: str | None,
+  *,
+  causal: bool = True,
+  packs: bool = False,
 ) -> FunnelSchedule:
   """The schedule of a configuration.
 
   Args:
     config: with `funnel`, `funnel_from`, `funnel_sampled` and `seed`.
     num_layers: depth of the model.
-    needs_all: what needs a state for every token; None if nothing does.
+    needs_all: what takes a loss at every token; None if nothing does.
+    causal: whether tokens see only those before them.
+    packs: whether rows hold several segments.
 
   Raises:
-    ValueError: a funnel that does not fit, or leaves tokens without a state; a
-      negative `funnel_from`.
+    ValueError: a funnel that does not fit, leaves tokens without a state, or
+      has a reducer that cannot be trained so; a negative `funnel_from`.
   """
   checks.require_int("funnel_from", config.funnel_from)
   if isinstance(config.funnel_sampled, str):
@@ -82,20 +82,24 @@ def make_schedule(
       f"funnel_sampled={config.funnel_sampled!r}: expected a tuple of funnels, "
       "such as ('off', 'start=2,stride=2')"
     )
+  sampled = []
+  for funnel in config.funnel_sampled:
+    try:
+      sampled.append(resolve_funnel(funnel, num_layers))
+    except ValueError as error:
+      raise ValueError(f"funnel_sampled: {funnel!r}: {error}") from error
   schedule = FunnelSchedule(
     resolve_funnel(config.funnel, num_layers),
     config.funnel_from,
-    tuple(_resolved(config.funnel_sampled, num_layers)),
+    tuple(sampled),
     config.seed,
   )
-  for stages in schedule.variants if needs_all else ():
-    check_recovers(stages, needs_all)
+  for stages in schedule.variants:
+    if needs_all:
+      check_recovers(stages, needs_all)
+      check_reducers(stages, "trains", needs_all)
+    if packs:
+      check_reducers(stages, "packs", "packed rows")
+    if not causal:
+      check_reducers(stages, "bidirectional", "causal=False")
   return schedule
-
-
-def _resolved(funnels: Sequence[str], num_layers: int):
-  for funnel in funnels:
-    try:
-      yield resolve_funnel(funnel, num_layers)
-    except ValueError as error:
-      raise ValueError(f"funnel_sampled: {funnel!r}: {error}") from error

@@ -42,18 +42,11 @@ Evaluate = Callable[[nnx.Module], dict[str, float | None]]
 
 @dataclasses.dataclass(frozen=True)
 class RollbackSpec:
-  """Return to the last checkpoint after a spike of the loss.
+  """Return to the last checkpoint after a spike of the loss."""
 
-  Attributes:
-    factor: a spike is so many times the median of the last losses; None never
-      returns.
-    window: losses that the median is of.
-    most: rollbacks of a run.
-  """
-
-  factor: float | None = None
-  window: int = 100
-  most: int = 3
+  factor: float | None = None  # Of the median of the last losses.
+  window: int = 100  # Losses that the median is of.
+  most: int = 3  # Rollbacks of a run.
 
   def __post_init__(self):
     if self.factor is not None:
@@ -65,43 +58,24 @@ class RollbackSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LoopSpec:
-  """How a run steps, reports and saves, whatever it trains.
+  """How a run steps, reports and saves, whatever it trains."""
 
-  Attributes:
-    accumulate: parts of a batch that are computed one after the other.
-    log_every: steps between lines of progress.
-    eval_every: steps between evaluations.
-    checkpoint_every: steps between checkpoints.
-    checkpoint_minutes: minutes between checkpoints besides; None is never.
-    keep: newest checkpoints that are kept.
-    keep_best: checkpoints of least held-out loss that are kept besides.
-    keep_period: checkpoints at its multiples are kept besides.
-    on_nonfinite: "stop" at a loss or gradient that is not finite, or "skip"
-      the step.
-    max_skipped: steps skipped in a row at most.
-    rollback: what follows a spike of the loss.
-    watchdog_minutes: silence after which the process ends; None never does.
-      It has to be longer than a compilation.
-    tensorboard: whether TensorBoard's files are written.
-    wandb: project on Weights & Biases; None is none.
-    profile_steps: first and last step of a trace; () is none.
-  """
-
-  accumulate: int = 1
-  log_every: int = 20
+  accumulate: int = 1  # Parts of a batch, computed one after the other.
+  log_every: int = 20  # Steps, as the next two.
   eval_every: int = 100
   checkpoint_every: int = 100
-  checkpoint_minutes: float | None = None
-  keep: int = 2
-  keep_best: int = 0
-  keep_period: int | None = None
-  on_nonfinite: str = "stop"
-  max_skipped: int = 10
+  checkpoint_minutes: float | None = None  # Besides; None is never.
+  keep: int = 2  # The newest checkpoints; the next two are kept besides.
+  keep_best: int = 0  # Those of the least held-out loss.
+  keep_period: int | None = None  # Those at its multiples.
+  on_nonfinite: str = "stop"  # Or "skip" a step of a loss that is not finite.
+  max_skipped: int = 10  # In a row.
   rollback: RollbackSpec = RollbackSpec()
+  # Silence after which the process ends: longer than a compilation.
   watchdog_minutes: float | None = None
   tensorboard: bool = True
-  wandb: str | None = None
-  profile_steps: tuple[int, ...] = ()
+  wandb: str | None = None  # A project.
+  profile_steps: tuple[int, ...] = ()  # First and last step of a trace.
 
   def __post_init__(self):
     every = ("log_every", "eval_every", "checkpoint_every")
@@ -123,11 +97,7 @@ class LoopSpec:
 
 
 def loop_config(**changes: Any) -> dict[str, Any]:
-  """The keys of `LoopSpec` and `mesh` for a configuration, with defaults.
-
-  Args:
-    **changes: other values. `mesh` has the axes of `sharding.make_mesh`.
-  """
+  """The keys of `LoopSpec` and `mesh`, with defaults but for `changes`."""
   values = {**_defaults(LoopSpec), "mesh": sharding.default_config().to_dict()}
   unknown = changes.keys() - values.keys()
   checks.require(not unknown, f"the loop has no keys {sorted(unknown)}")
@@ -163,33 +133,20 @@ def read(spec_class, config: Any):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSpec:
-  """An optimizer, and what the step must know of it.
-
-  Attributes:
-    transform: of all parameters that are trained.
-    schedule: learning rate by step.
-    freeze: expression of the paths that are not trained; None is none.
-    stochastic_rounding: of updated bfloat16 parameters.
-  """
+  """An optimizer, and what the step must know of it."""
 
   transform: optax.GradientTransformation
-  schedule: optax.Schedule
-  freeze: str | None
-  stochastic_rounding: bool
+  schedule: optax.Schedule  # Learning rate by step.
+  freeze: str | None  # Expression of the paths that are not trained.
+  stochastic_rounding: bool  # Of updated bfloat16 parameters.
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseCheckpoint:
-  """The checkpoint that a run starts from, by its configuration.
-
-  Attributes:
-    path: of the checkpoint.
-    stages: funnel that it was trained with, resolved.
-    tokenizer_path: of its tokenizer.
-  """
+  """The checkpoint that a run starts from, by its configuration."""
 
   path: str
-  stages: tuple[FunnelConfig, ...]
+  stages: tuple[FunnelConfig, ...]  # That it was trained with, resolved.
   tokenizer_path: str
 
 
@@ -197,32 +154,20 @@ class BaseCheckpoint:
 class StoppingSpec:
   """Training ends when a held-out metric no longer improves.
 
-  Attributes:
-    metric: its name among the held-out metrics; more is better.
-    patience: evaluations in a row without improvement that end the run; None
-      never does. The parameters of the best evaluation are the result either
-      way.
+  The parameters of the best evaluation are the result.
   """
 
-  metric: str
-  patience: int | None
+  metric: str  # Among the held-out ones; more is better.
+  patience: int | None  # Evaluations in a row without improvement.
 
 
 class RunTask:
-  """What a run trains for: `pretrain.TextTask` or `finetune.LabelTask`.
-
-  Attributes:
-    causal: whether tokens see only those before them.
-    distills: whether the base checkpoint without a funnel is a teacher.
-    stopping: None trains to the last step and keeps the last parameters.
-    free_keys: keys of the configuration that may change when a run resumes,
-      besides those of `workdir`.
-  """
+  """What a run trains for: `pretrain.TextTask` or `finetune.LabelTask`."""
 
   causal: bool
-  distills = False
-  stopping: StoppingSpec | None = None
-  free_keys: tuple[str, ...] = ()
+  distills = False  # Whether `init_from` without a funnel is a teacher.
+  stopping: StoppingSpec | None = None  # None keeps the last parameters.
+  free_keys: tuple[str, ...] = ()  # May change when a run resumes.
 
   def describe(self, spec: "RunSpec", num_params: int) -> str:
     """A line on what is trained."""
@@ -270,36 +215,19 @@ class RunTask:
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-  """A run, before any long work.
+  """A run, before any long work."""
 
-  Attributes:
-    config: what a run's folder stores and is compared by, with all that was
-      left open filled in. It is never read for a value.
-    workdir: folder of the run.
-    seed: of initialisation, and of the keys of all steps.
-    steps: of the whole run.
-    batch_size: rows of a step, on all devices.
-    length: tokens of a row.
-    model_config: of the trunk.
-    funnels: which funnel each step runs with.
-    base: checkpoint to start from; None starts afresh.
-    lora: None trains all parameters.
-    mesh: of the devices.
-    optimizer: of what is trained.
-    loop: how it steps, reports and saves.
-    task: what it trains for.
-  """
-
+  # What the folder stores and is compared by; never read for a value.
   config: ml_collections.ConfigDict
   workdir: str
-  seed: int
+  seed: int  # Of initialisation, and of the keys of all steps.
   steps: int
-  batch_size: int
-  length: int
-  model_config: TransformerConfig
+  batch_size: int  # Rows of a step, on all devices.
+  length: int  # Tokens of a row.
+  model_config: TransformerConfig  # Of the trunk.
   funnels: schedules.FunnelSchedule
-  base: BaseCheckpoint | None
-  lora: lora_lib.LoraConfig | None
+  base: BaseCheckpoint | None  # None starts afresh.
+  lora: lora_lib.LoraConfig | None  # None trains all parameters.
   mesh: jax.sharding.Mesh
   optimizer: OptimizerSpec
   loop: LoopSpec
@@ -362,10 +290,6 @@ def open_run(
   config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> Opened:
   """Resolves sizes, base checkpoint and mesh of a configuration.
-
-  Args:
-    config: as in configs/; it is copied.
-    devices: to train on; None is all.
 
   Raises:
     ValueError: a value that cannot be, or no checkpoint at `init_from`.

@@ -18,7 +18,7 @@ def make_train_step(
   """One pure step, jitted, compiled for each variant.
 
   Args:
-    spec: its mesh, optimizer and loop.
+    spec: of the run.
     loss: as of `RunTask.make_loss`. Its metrics hold "loss", and "weight" if
       the loss is a mean over something else than rows: how much.
     state_shapes: with shardings.

@@ -24,25 +24,17 @@ from gemma_funnel.training import step as step_lib
 from gemma_funnel.training import watchdog as watchdog_lib
 from gemma_funnel.training.init_state import Params, TrainState
 from gemma_funnel.training.metric_writer import MetricWriter
-from gemma_funnel.training.spec import Evaluate, RunSpec, StoppingSpec
+from gemma_funnel.training.spec import Evaluate, RunSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """How a call of `train` ended.
+  """How a call of `train` ended."""
 
-  Attributes:
-    model: what the task assembles of the last parameters, or of the best ones
-      where a metric ends the run.
-    data: what the task loaded: the corpus of text.
-    steps: how many the run has taken in all.
-    finished: False if a SIGTERM ended it early.
-  """
-
-  model: nnx.Module
-  data: Any
-  steps: int
-  finished: bool
+  model: nnx.Module  # Of the last parameters, or the best by `stopping`.
+  data: Any  # What the task loaded: the corpus of text.
+  steps: int  # That the run has taken in all.
+  finished: bool  # False if a SIGTERM ended it early.
 
 
 def train(
@@ -152,7 +144,8 @@ class _Trainer:
       _say(f"resuming {spec.workdir} at step {self.step}")
     else:
       self.state = init()
-      self.best = _first_best(spec.task.stopping, self.state.params)
+      if spec.task.stopping:
+        self.best = _best(self.state.params, -math.inf, 0, 0)
     count = sum(x.size for x in jax.tree.leaves(self.state_shapes.params))
     _say(f"{spec.workdir}: {spec.task.describe(spec, count)}")
 
@@ -190,8 +183,7 @@ class _Trainer:
     params, opt_state = self.state_shapes
     trees = {**params, "opt_state": opt_state}
     if self.spec.task.stopping:
-      first = lambda p: _first_best(self.spec.task.stopping, p)
-      best = jax.eval_shape(first, params)
+      best = jax.eval_shape(lambda p: _best(p, -math.inf, 0, 0), params)
       trees["best"] = sharding.place(best, self.spec.mesh)
     self.step, trees, progress = self.checkpoints.restore(trees)
     self.best = trees.get("best")
@@ -369,7 +361,3 @@ def _best(params: Params, value: float, step: int, waited):
     "step": jnp.int32(step),
     "waited": jnp.int32(waited),
   }
-
-
-def _first_best(stopping: StoppingSpec | None, params: Params):
-  return None if stopping is None else _best(params, -math.inf, 0, 0)

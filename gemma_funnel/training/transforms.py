@@ -26,12 +26,7 @@ _MUON_RMS = 0.2
 def scale_by(
   name: str, options: dict[str, Any]
 ) -> optax.GradientTransformation:
-  """An optimizer as far as its direction of ascent.
-
-  Args:
-    name: "adamw", "adafactor", "lion" or "muon".
-    options: the optimizer's own; see `optimizer.OPTIONS`.
-  """
+  """An optimizer of `optimizer.OPTIONS`, as far as its direction of ascent."""
   match name:
     case "adamw":
       return optax.scale_by_adam(**options)
@@ -42,7 +37,7 @@ def scale_by(
     case "adafactor":
       parts = [
         _scale_by_factored_rms(options["b2"], options["eps"]),
-        _clip_by_rms(),
+        _map_with_path(_clip_rms),
       ]
       if options["b1"]:
         parts.append(optax.ema(options["b1"], debias=False))
@@ -148,18 +143,12 @@ def _scale_by_factored_rms(b2, eps) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-def _clip_by_rms() -> optax.GradientTransformation:
+def _clip_rms(path, update):
   """Adafactor's: no layer's update of a parameter has an RMS above one."""
-
-  def clip(path, update):
-    row = params.row_of(params.path_of(path))
-    first = 1 if row and row.stacked else 0
-    mean = jnp.mean(
-      jnp.square(update), axis=range(first, update.ndim), keepdims=True
-    )
-    return update / jnp.maximum(1.0, jnp.sqrt(mean))
-
-  return _map_with_path(clip)
+  row = params.row_of(params.path_of(path))
+  axes = range(1 if row and row.stacked else 0, update.ndim)
+  mean = jnp.mean(jnp.square(update), axis=axes, keepdims=True)
+  return update / jnp.maximum(1.0, jnp.sqrt(mean))
 
 
 def _map_with_path(function) -> optax.GradientTransformation:

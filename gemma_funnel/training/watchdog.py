@@ -93,11 +93,7 @@ class Spikes:
   """Finds losses far above those just before."""
 
   def __init__(self, factor: float | None, window: int):
-    """
-    Args:
-      factor: of the median of the last losses; None finds none.
-      window: how many losses those are, and how many there must be.
-    """
+    """A `factor` of the median of `window` losses; None finds none."""
     self._factor, self._window = factor, window
     self._losses = collections.deque(maxlen=window)
 

@@ -1,6 +1,7 @@
 """The folder of a run: its configuration, and which keys may change."""
 
 from collections.abc import Sequence
+import dataclasses
 import json
 from typing import Any
 
@@ -10,8 +11,15 @@ import jax
 import ml_collections
 
 from gemma_funnel import atomic
+from gemma_funnel.config import (
+  TransformerConfig,
+  format_funnel,
+  parse_funnel,
+  resolve_funnel,
+)
 from gemma_funnel.convert.run import CONFIG, FOLDER, TOKENIZER, path_of
 from gemma_funnel.parallel import processes
+from gemma_funnel.registry import RECOVERIES, REDUCERS
 
 # Keys that may differ between the calls of one run: its place, its devices, how
 # often it reports and saves.
@@ -55,9 +63,7 @@ def init_workdir(
 ) -> None:
   """Makes `config.workdir` the folder of the run that `config` describes.
 
-  Args:
-    config: with `workdir`.
-    free: further keys that may differ from those of the run that is there.
+  Keys of `free` too may differ from those of the run that is there.
 
   Raises:
     ValueError: it holds a run of another configuration, or other files; it
@@ -99,6 +105,8 @@ def _init_workdir(
         + ". Name another workdir, or remove that one."
       )
     if not differences:
+      if begun:
+        _check_learned(there)
       return
   elif begun:
     raise ValueError(
@@ -131,8 +139,51 @@ def _differences(
   there: dict, here: dict, free: Sequence[str]
 ) -> list[tuple[str, Any, Any]]:
   there, here = (flatten_dict(x, sep=".") for x in (there, here))
+  one, other = _canonical(there), _canonical(here)
   return [
     (key, there.get(key), here.get(key))
-    for key in sorted((there.keys() | here.keys()) - set(free))
-    if there.get(key) != here.get(key)
+    for key in sorted((one.keys() | other.keys()) - set(free))
+    if one.get(key) != other.get(key)
   ]
+
+
+def _canonical(config: dict[str, Any]) -> dict[str, Any]:
+  """Flat keys; those a previous version has not are what they default to."""
+  config = dict(config)
+  depth = config.get("model.num_layers", 0)
+  for name in ("funnel", "funnel_sampled"):
+    value = config.get(name)
+    if isinstance(value, list):
+      config[name] = [_resolved(text, depth) for text in value]
+    elif name in config:
+      config[name] = _resolved(value, depth)
+  if depth:
+    for field in dataclasses.fields(TransformerConfig):
+      key = f"model.{field.name}"
+      if field.default is None and any(k.startswith(f"{key}.") for k in config):
+        continue  # A record, not left out.
+      if field.default is not dataclasses.MISSING:
+        config.setdefault(key, field.default)
+  return config
+
+
+def _resolved(funnel: Any, depth: int) -> Any:
+  try:
+    return format_funnel(resolve_funnel(funnel, depth))
+  except ValueError:  # Of a reducer that is not registered here.
+    return funnel
+
+
+def _check_learned(there: dict) -> None:
+  """Refuses version 0.1's checkpoints of what a funnel learns."""
+  model = there.get("model", {})
+  if "num_layers" not in model or "activation" in model:
+    return
+  for funnel in (there.get("funnel"), *(there.get("funnel_sampled") or ())):
+    for stage in parse_funnel(funnel):
+      if REDUCERS[stage.reduce].rows or RECOVERIES[stage.recover].rows:
+        raise ValueError(
+          f"workdir={there.get('workdir')} was written by version 0.1, and its "
+          f"funnel {funnel!r} learns parameters, which have other paths now: "
+          "finish it with that version, or start another run from it (init_from)"
+        )
