@@ -19,13 +19,7 @@ class TextExample:
 
   text: str
   second: str | None
-<<<<<<< HEAD
   label: int | float  # An index into the labels; of regression, a number.
-=======
-  label: (
-    int | float
-  )  # An index into the task's labels; of regression, a number.
->>>>>>> main
 
 
 @dataclasses.dataclass(frozen=True)
