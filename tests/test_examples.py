@@ -258,7 +258,7 @@ class TestPerplexity:
     ({"kind": None}, "kind=None: expected one of"),
     ({"kind": "tagging"}, "kind='tagging': expected one of"),
     ({"label": None}, "label is not set"),
-    ({"prompt": "text"}, "prompt='text': kind='classification' has no such"),
+    ({"prompt": "text"}, "prompt='text': kind='classification' does not"),
     ({"answer_pattern": "x"}, "answer_pattern='x'"),
     ({"text": "none"}, r"train.tsv: no column 'none'; found \['text'"),
     ({"kind": "regression", "labels": "x"}, "labels='x'.*does not use it"),
