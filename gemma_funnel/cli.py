@@ -43,8 +43,7 @@ def guard(run: Callable[[], int]) -> int:
   try:
     return run()
   except (ValueError, FloatingPointError) as error:
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    if not pathlib.Path(raised_in).is_relative_to(_PACKAGE):
+    if not is_named(error):
       raise
     say(f"error: {error}")
     return 2
@@ -54,6 +53,12 @@ def guard(run: Callable[[], int]) -> int:
     # Or Python, ending, would flush what is left and tell of it.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141  # As of a command that SIGPIPE ends.
+
+
+def is_named(error: Exception) -> bool:
+  """Whether the package itself raised it, so that its text is the user's."""
+  raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+  return pathlib.Path(raised_in).is_relative_to(_PACKAGE)
 
 
 def describe_funnels() -> str:

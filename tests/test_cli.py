@@ -1,6 +1,5 @@
 """The command line: a mistake is one line, not a traceback."""
 
-import functools
 import io
 import re
 import subprocess
@@ -29,29 +28,40 @@ def run_main(monkeypatch, capsys):
   """cli.main in this process, with flags of its own: (status, stderr)."""
 
   def call(run, *args):
-    own = dict(flag_values=flags.FlagValues())
-    for module, name in (
-      (cli.config_flags, "DEFINE_config_file"),
-      (flags, "mark_flag_as_required"),
-    ):
-      defined = functools.partial(getattr(module, name), **own)
-      monkeypatch.setattr(module, name, defined)
-    monkeypatch.setattr(flags, "FLAGS", own["flag_values"])
+    values = flags.FlagValues()
     # What absl.app defines, and what its run() reads.
-    argv = ["train.py", *args]
-    app_run = lambda main, flags_parser: main(flags_parser(argv))
-    monkeypatch.setattr(cli.app, "run", app_run)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    monkeypatch.setattr(cli, "config_flags", _Own(values))
+    monkeypatch.setattr(
+      flags,
+      "mark_flag_as_required",
+      lambda name: flags._validators.mark_flag_as_required(name, values),
+    )
+    monkeypatch.setattr(
+      cli.app, "run", lambda main, flags_parser: main(flags_parser(sys.argv))
+    )
     capsys.readouterr()
     try:
       cli.main(run)
       status = 0
     except SystemExit as stop:
       status = stop.code
-    finally:
-      monkeypatch.undo()
     return status, capsys.readouterr().err
 
   return call
+
+
+class _Own:
+  """config_flags that define their flag in `values`."""
+
+  def __init__(self, values):
+    self._values = values
+
+  def DEFINE_config_file(self, *args):  # noqa: N802
+    from ml_collections import config_flags
+
+    return config_flags.DEFINE_config_file(*args, flag_values=self._values)
 
 
 def _assert_refused(result, text):
@@ -111,17 +121,20 @@ def test_config_files_that_cannot_be_loaded(run_main, tmp_path):
 
 
 def test_files_that_are_not_what_they_should_be(run_main, source, tmp_path):
-  def refuse(text, *changes, workdir=tmp_path / "run"):
-    args = tiny_run.command(workdir, source, *changes)[2:]
+  def refuse(text, workdir=tmp_path / "run", **changes):
+    args = tiny_run.command(
+      workdir,
+      source,
+      *(f"--config.{k.replace('__', '.')}={v}" for k, v in changes.items()),
+    )[2:]
     _assert_refused(run_main(experiment.run, *args), text)
 
   empty = tmp_path / "empty.txt"
   empty.write_text("")
-  refuse("split is empty", f"--config.data.source={empty}")
+  refuse("split is empty", data__source=empty)
   broken = tmp_path / "broken.model"
   broken.write_bytes(b"\x00not a model")
-  tokenizer = f"--config.data.tokenizer={broken}"
-  refuse("broken.model: not a SentencePiece model", tokenizer)
+  refuse("broken.model: not a SentencePiece model", data__tokenizer=broken)
   refuse("is a file", workdir=empty)
   taken = tmp_path / "taken"
   taken.mkdir()
@@ -134,11 +147,15 @@ def test_a_tokenizer_larger_than_the_vocabulary(run_main, source, tmp_path):
 
   config = tiny_run.make_config(tmp_path, source)
   pipeline.load_corpus(config.data, 512, tmp_path)
-  tokenizer = f"--config.data.tokenizer={tmp_path / 'tokenizer.model'}"
-  changes = "--config.model.vocab_size=400", tokenizer
-  args = tiny_run.command(tmp_path / "run", source, *changes)[2:]
-  refused = run_main(experiment.run, *args)
-  _assert_refused(refused, "512 pieces.* vocab_size=400")
+  args = tiny_run.command(
+    tmp_path / "run",
+    source,
+    "--config.model.vocab_size=400",
+    f"--config.data.tokenizer={tmp_path / 'tokenizer.model'}",
+  )
+  _assert_refused(
+    run_main(experiment.run, *args[2:]), "512 pieces.* vocab_size=400"
+  )
 
 
 def test_a_workdir_of_another_run(run_main, source, tmp_path):
@@ -151,21 +168,35 @@ def test_a_workdir_of_another_run(run_main, source, tmp_path):
 
 
 def test_errors_of_the_package_alone_are_lines(run_main):
-  def bug(config):
+  def named(config):
+    del config
+    experiment.trainer.sharding.spec_of("nothing", (1,), None)
+
+  def not_named(config):
+    del config
     raise ValueError("a bug")
 
-  named = lambda _: experiment.trainer.sharding.spec_of("nothing", (1,), None)
+  def from_elsewhere(config):
+    del config
+    int("x")
+
   args = (f"--config={CONFIG}",)
   _assert_refused(run_main(named, *args), "no sharding rule")
-  for run in (bug, lambda config: int("x")):
+  for bug in (not_named, from_elsewhere):
     with pytest.raises(ValueError):
-      run_main(run, *args)
+      run_main(bug, *args)
 
 
 def test_the_configuration_is_handed_on(run_main):
-  seen, changes = [], ("steps=7", "data.heldout=x.txt", "model.attn_softcap=2")
-  flags = [f"--config.{change}" for change in changes]
-  assert run_main(seen.append, f"--config={CONFIG}", *flags) == (0, "")
+  seen = []
+  status, err = run_main(
+    seen.append,
+    f"--config={CONFIG}",
+    "--config.steps=7",
+    "--config.data.heldout=x.txt",
+    "--config.model.attn_softcap=2",
+  )
+  assert (status, err) == (0, "")
   (config,) = seen
   assert (config.steps, config.data.heldout) == (7, "x.txt")
   assert config.model.attn_softcap == 2.0
@@ -173,8 +204,9 @@ def test_the_configuration_is_handed_on(run_main):
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_exits_with_status_two(source, tmp_path):
-  change = "--config.optimizer.learning_rate=1e30"
-  args = tiny_run.command(tmp_path / "run", source, change)
+  args = tiny_run.command(
+    tmp_path / "run", source, "--config.optimizer.learning_rate=1e30"
+  )
   _, err = tiny_run.finish(tiny_run.start(args), 2)
   _assert_refused((2, err), "is (nan|inf) at step 3; the last good checkpoint")
 

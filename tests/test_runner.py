@@ -10,6 +10,7 @@ import pytest
 import tiny_run
 import tiny_study
 
+from gemma_funnel import reducers
 from gemma_funnel.registry import REDUCERS
 from gemma_funnel.study import grid, runner
 from gemma_funnel.training import finetune, trainer
@@ -183,7 +184,8 @@ def test_a_dry_run_trains_nothing(inputs, tmp_path, count, capsys, monkeypatch):
 def test_help_tells_of_the_axes():
   command = [sys.executable, "-m", "gemma_funnel.study", "--help"]
   out, _ = tiny_run.finish(tiny_run.start(command))
-  for text in (*grid.AXES, *grid.PRETRAININGS, *REDUCERS, "--dry-run"):
+  own = [k for k, v in REDUCERS.items() if v.__module__ == reducers.__name__]
+  for text in (*grid.AXES, *grid.PRETRAININGS, *own, "--dry-run"):
     assert text in out
 
 
