@@ -161,8 +161,8 @@ def own_tensors(
   return tensors
 
 
-def check_gemma(config: TransformerConfig) -> None:
-  """Checks that the formats of others can express a model.
+def check_gemma(config: TransformerConfig, where: str = "") -> None:
+  """Checks that the formats of others can express a model; `where` it lies.
 
   Raises:
     ValueError: it cannot; all fields are named.
@@ -178,8 +178,8 @@ def check_gemma(config: TransformerConfig) -> None:
   ]
   require(
     not differ,
-    f"formats of others cannot have {', '.join(differ)}: expected a Gemma 1 "
-    "or 2, or our own format, orbax",
+    f"{where and f'{where}: '}formats of others cannot have "
+    f"{', '.join(differ)}: expected a Gemma 1 or 2, or our own format, orbax",
   )
 
 

@@ -208,6 +208,8 @@ def open_checkpoint(
 
 def _foreign_tensors(format_, config, sizes, reader) -> list[Tensor] | None:
   """What the files of others hold; None for ours."""
+  if format_ in ("huggingface", "gemma_pytorch", "google"):
+    param_mapping.check_gemma(config, reader.where)
   match format_:
     case "huggingface":
       return huggingface.tensors(config)
