@@ -90,7 +90,7 @@ class TestStdlib:
 
 
 class TestFiles:
-  @pytest.mark.parametrize("end", ["", "\n", "\n\n", "no line end"])
+  @pytest.mark.parametrize("end", ["", "\n", "\n\n", "x" * 50_000])
   def test_text_is_cut_at_line_ends(self, tmp_path, end):
     text = "".join(f"line {i} \x0c\x85é\u2028\r\n" for i in range(5000)) + end
     path = tmp_path / "big.txt"
@@ -104,12 +104,6 @@ class TestFiles:
       assert document.text.endswith("\n")
       size = len(document.text.encode())
       assert 0 <= size - files.TEXT_DOCUMENT_BYTES < 40
-
-  def test_one_long_line_is_one_document(self, tmp_path):
-    path = tmp_path / "line.txt"
-    path.write_text("x" * 50_000)
-    (document,) = sources.file_documents([str(path)], "text")
-    assert document.text == "x" * 50_000
 
   def test_one_big_file_has_both_splits(self, tmp_path):
     path = tmp_path / "big.txt"
