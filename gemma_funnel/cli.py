@@ -43,8 +43,7 @@ def guard(run: Callable[[], int]) -> int:
   try:
     return run()
   except (ValueError, FloatingPointError) as error:
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    if not pathlib.Path(raised_in).is_relative_to(_PACKAGE):
+    if not is_named(error):
       raise
     say(f"error: {error}")
     return 2
@@ -54,6 +53,12 @@ def guard(run: Callable[[], int]) -> int:
     # Or Python, ending, would flush what is left and tell of it.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141  # As of a command that SIGPIPE ends.
+
+
+def is_named(error: Exception) -> bool:
+  """Whether the package itself raised it, so that its text is the user's."""
+  raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+  return pathlib.Path(raised_in).is_relative_to(_PACKAGE)
 
 
 def describe_funnels() -> str:
@@ -159,6 +164,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     # A file that cannot be loaded is told of when it is first used.
     flags.FLAGS.config.to_dict()
     return rest
+  except SystemExit:  # absl's of --help, which is no mistake.
+    sys.exit(0)
   except Exception as error:  # Whatever config_flags raises, it is the user's.
     say(f"error: {_in_one_line(error)}")
     sys.exit(2)

@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 from flax import nnx
 
@@ -34,6 +35,7 @@ from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from gemma_funnel.decode.decoder import Decoder, Generation
 from gemma_funnel.decode.sampling import Sampling
 from gemma_funnel.model import Transformer
+from gemma_funnel.tasks import tables
 
 _MAX_NEW_TOKENS = 128
 _PROGRESS_SECONDS = 10.0
@@ -53,14 +55,11 @@ class GenerationRequest:
   texts: list[str]
   prompts: list[list[int]]  # BOS, the context's token ids, the text's.
   context_length: int | None  # Tokens that the funnel drops; None: it does not.
-  sampling: Sampling
-  stop_ids: list[int]
-  max_new_tokens: int
   cache_length: int
-  num_samples: int
   batch_size: int
-  chunk: int  # Tokens between looks at the device.
-  seed: int
+  max_new_tokens: int
+  num_samples: int
+  options: dict[str, Any]  # Others of `Decoder.stream`.
   as_text: bool  # The one continuation is text, not JSON.
 
   def stream(
@@ -68,17 +67,13 @@ class GenerationRequest:
   ) -> Iterator[list[Generation]]:
     """What the decoder has so far of some prompts, at each look."""
     length = self.context_length
-    lengths = None if length is None else [length] * len(prompts)
     return decoder.stream(
       prompts,
       max_new_tokens=self.max_new_tokens,
-      sampling=self.sampling,
-      stop_ids=self.stop_ids,
-      chunk=self.chunk,
-      seed=self.seed,
-      first_row=first_row,
       num_samples=self.num_samples,
-      context_lengths=lengths,
+      first_row=first_row,
+      context_lengths=None if length is None else [length] * len(prompts),
+      **self.options,
     )
 
   def is_finished(self, result: Generation) -> bool:
@@ -160,42 +155,6 @@ class _Throughput:
     return f"{text}; {rate:.1f} tokens/s, compiling included"
 
 
-# (default, help) by flag; "N: " is an integer, "X: " a number, others are text.
-_FLAGS = dict(
-  checkpoint=(None, "DIR: a training run, or whatever gemma_funnel.load reads"),
-  prompt=(None, "TEXT: may be repeated"),
-  prompts=(None, 'FILE: JSON lines with a "prompt" each'),
-  context=(None, "FILE: a text before each prompt, such as demonstrations"),
-  funnel=(
-    None,
-    "STAGES: 'off', or such as start=6,stride=2 (default: as trained, or off)",
-  ),
-  dtype=(None, "NAME: (default: as trained; float32 if that is not known)"),
-  tokenizer=(
-    None,
-    "FILE: SentencePiece model or tokenizer.json (default: the checkpoint's)",
-  ),
-  max_new_tokens=(
-    None,
-    f"N: stop id included (default: {_MAX_NEW_TOKENS}, or what fits)",
-  ),
-  temperature=(0.0, "X: 0 (default) is greedy"),
-  top_k=(None, "N: draws from the N likeliest tokens"),
-  top_p=(1.0, "X: draws from a nucleus of probability X"),
-  min_p=(0.0, "X: draws from what is X times as likely as the likeliest token"),
-  repetition_penalty=(1.0, "X: 1 is none"),
-  stop_id=(None, f"N: may be repeated (default: {EOS_ID}, EOS)"),
-  num_samples=(1, "N: of each prompt (default: 1)"),
-  seed=(0, "N: of what is drawn (default: 0)"),
-  cache_length=(
-    None,
-    "N: tokens of a prompt and its continuation (default: what is needed)",
-  ),
-  batch_size=(8, "N: prompts that run together, with all samples (default: 8)"),
-  chunk=(8, "N: tokens between looks at the device (default: 8)"),
-)
-
-
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(
     prog="python -m gemma_funnel.generate",
@@ -205,17 +164,40 @@ def _parser() -> argparse.ArgumentParser:
     epilog=cli.describe_funnels(),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  special = {
-    "checkpoint": dict(required=True),
-    "prompt": dict(action="append"),
-    "stop_id": dict(action="append"),
-    "dtype": dict(choices=config_lib.DTYPES, metavar=None),
-  }
-  for name, (default, text) in _FLAGS.items():
-    metavar, _, text = text.partition(": ")
-    options = {"type": {"N": int, "X": float}.get(metavar), "metavar": metavar}
-    options |= special.get(name, {})
-    parser.add_argument(f"--{name}", default=default, help=text, **options)
+
+  def add(name: str, metavar: str, text: str, default=None, **options) -> None:
+    text += "" if default is None else " (default: %(default)s)"
+    options |= dict(type={"N": int, "X": float}.get(metavar), default=default)
+    parser.add_argument(f"--{name}", metavar=metavar, help=text, **options)
+
+  run = "a training run, or whatever gemma_funnel.load reads"
+  add("checkpoint", "DIR", run, required=True)
+  add("prompt", "TEXT", "may be repeated", action="append")
+  add("prompts", "FILE", 'JSON lines with a "prompt" each')
+  add("context", "FILE", "a text before each prompt, such as demonstrations")
+  stages = "'off', or such as start=6,stride=2 (default: as trained, or off)"
+  add("funnel", "STAGES", stages)
+  dtype = "(default: as trained; float32 if that is not known)"
+  add("dtype", None, dtype, choices=config_lib.DTYPES)
+  model = "SentencePiece model or tokenizer.json (default: the checkpoint's)"
+  add("tokenizer", "FILE", model)
+  new = f"stop id included (default: {_MAX_NEW_TOKENS}, or what fits)"
+  add("max_new_tokens", "N", new)
+  add("temperature", "X", "0 is greedy", 0.0)
+  add("top_k", "N", "draws from the N likeliest tokens")
+  add("top_p", "X", "draws from a nucleus of probability X", 1.0)
+  add(
+    "min_p", "X", "draws from what is X times as likely as the likeliest", 0.0
+  )
+  add("repetition_penalty", "X", "1 is none", 1.0)
+  stop = f"may be repeated (default: {EOS_ID}, EOS)"
+  add("stop_id", "N", stop, action="append")
+  add("num_samples", "N", "of each prompt", 1)
+  add("seed", "N", "of what is drawn", 0)
+  length = "tokens of a prompt and its continuation (default: what is needed)"
+  add("cache_length", "N", length)
+  add("batch_size", "N", "prompts that run together, with all samples", 8)
+  add("chunk", "N", "tokens between looks at the device", 8)
   return parser
 
 
@@ -250,13 +232,13 @@ def prepare(args: argparse.Namespace) -> GenerationRequest:
   stop_ids = [EOS_ID] if args.stop_id is None else args.stop_id
   for stop_id in stop_ids:
     require_int("--stop_id", stop_id, 0, vocab_size - 1)
-  context = None
+  start = [BOS_ID]
   if args.context is not None:
-    text = _decoded(files.read_bytes(args.context), args.context)
-    context = _encode(tokenizer, args.context, text)
+    text = tables.read_text(args.context)
+    start += _encode(tokenizer, args.context, text)
   places, texts = zip(*_read_prompts(args), strict=True)
   prompts = [
-    [BOS_ID, *(context or ()), *_encode(tokenizer, place, text)]
+    start + _encode(tokenizer, place, text)
     for place, text in zip(places, texts, strict=True)
   ]
   new, cache_length = _lengths(args, found.config.max_length, places, prompts)
@@ -267,15 +249,14 @@ def prepare(args: argparse.Namespace) -> GenerationRequest:
     tokenizer=tokenizer,
     texts=list(texts),
     prompts=prompts,
-    context_length=len(context) if drops else None,
-    sampling=sampling,
-    stop_ids=stop_ids,
-    max_new_tokens=new,
+    context_length=len(start) - 1 if drops else None,
     cache_length=cache_length,
-    num_samples=args.num_samples,
     batch_size=args.batch_size,
-    chunk=args.chunk,
-    seed=args.seed,
+    max_new_tokens=new,
+    num_samples=args.num_samples,
+    options=dict(
+      sampling=sampling, stop_ids=stop_ids, chunk=args.chunk, seed=args.seed
+    ),
     as_text=args.prompts is None and len(prompts) == args.num_samples == 1,
   )
 
@@ -300,24 +281,11 @@ def _find_tokenizer(args, found: convert.Description) -> Tokenizer:
 def _read_prompts(args) -> Iterator[tuple[str, str]]:
   """(what an error calls it, the text) of each prompt."""
   if args.prompts is not None:
-    lines = files.read_bytes(args.prompts).split(b"\n")
-    full = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    require(
-      bool(full),
-      f"{args.prompts} has no prompts: expected JSON lines with a 'prompt'",
-    )
-    for number, line in full:
-      place = f"{args.prompts}, line {number}"
-      try:
-        record = json.loads(line.decode("utf-8"))
-      except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not JSON: {error}") from error
-      text = record.get("prompt") if isinstance(record, dict) else None
-      require(
-        isinstance(text, str),
-        f"{place}: expected an object with a text 'prompt'",
-      )
-      yield place, text
+    rows = tables.json_rows(args.prompts, ("prompt",))
+    require(bool(rows), f"{args.prompts} has no prompts: expected JSON lines")
+    for row in rows:
+      require(not row.fault, f"{row.place}: {row.fault}")
+      yield row.place, row.values["prompt"]
   elif args.prompt is not None:
     many = len(args.prompt) > 1
     for number, text in enumerate(args.prompt, start=1):
@@ -325,23 +293,15 @@ def _read_prompts(args) -> Iterator[tuple[str, str]]:
   else:
     if sys.stdin.isatty():
       cli.say("the prompt is read from stdin, to its end (Ctrl-D)")
-    yield "stdin", _decoded(sys.stdin.buffer.read(), "stdin")
-
-
-def _decoded(content: bytes, place: str) -> str:
-  try:
-    return content.decode("utf-8")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{place} is not UTF-8: {error}") from error
+    try:
+      yield "stdin", sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+      raise ValueError(f"stdin is not UTF-8: {error}") from error
 
 
 def _encode(tokenizer: Tokenizer, place: str, text: str) -> list[int]:
   require(text != "", f"{place} is empty: expected a text")
-  try:
-    text.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise ValueError(f"{place} is not Unicode text: {error}") from error
-  return tokenizer.encode(text)
+  return tokenizer.encode(files.check_text(text, place, "prompt"))
 
 
 def _lengths(args, most: int, places, prompts) -> tuple[int, int]:
@@ -412,26 +372,23 @@ def write_lines(
           said = time.perf_counter()
     except KeyboardInterrupt:
       interrupted = True
-    _write("".join(_line(request, start, result) for result in results))
+    for result in results:
+      values = {
+        "prompt": request.texts[start + result.prompt],
+        "sample": result.sample,
+        "text": decode(request.tokenizer, result.tokens),
+        "tokens": result.tokens,
+        "stopped": result.stopped,
+      }
+      if not request.is_finished(result):
+        values["interrupted"] = True
+      _write(json.dumps(values, ensure_ascii=False) + "\n")
     if interrupted:
       return True
     if start + size < len(prompts):
       _say_progress(request, start, results, throughput)
       said = time.perf_counter()
   return False
-
-
-def _line(request: GenerationRequest, start: int, result: Generation) -> str:
-  values = {
-    "prompt": request.texts[start + result.prompt],
-    "sample": result.sample,
-    "text": decode(request.tokenizer, result.tokens),
-    "tokens": result.tokens,
-    "stopped": result.stopped,
-  }
-  if not request.is_finished(result):
-    values["interrupted"] = True
-  return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def _say_progress(

@@ -62,11 +62,9 @@ class LoraConfig:
 
 def default_config() -> ml_collections.ConfigDict:
   """The keys of a configuration; a rank of 0 is no LoRA."""
+  dtype = config_dict.placeholder(str)
   return config_dict.create(
-    rank=0,
-    alpha=16.0,
-    target="attn|mlp",
-    base_dtype=config_dict.placeholder(str),
+    rank=0, alpha=16.0, target="attn|mlp", base_dtype=dtype
   )
 
 
@@ -86,11 +84,9 @@ def make_config(config: ml_collections.ConfigDict) -> LoraConfig | None:
     raise ValueError(
       f"lora.target={config.target!r} is no regular expression: {error}"
     ) from error
-  if config.rank == 0:
-    return None
   if config.base_dtype is not None:
     _qwix(config.base_dtype)
-  return LoraConfig(**config)
+  return LoraConfig(**config) if config.rank else None
 
 
 def of_run(config: Mapping[str, Any]) -> LoraConfig | None:
@@ -167,10 +163,9 @@ def freeze(params: Params, lora: LoraConfig) -> Params:
   """A model's parameters that are not trained, quantised as `lora` says.
 
   What the funnel learns is among them, as its initial value; `attach` uses the
-  trained one.
-
-  Scales have the parameters' dtype: one for each output of a matrix in 8 bits,
-  one for each 64 inputs of an output in 4. Peak memory is both trees'.
+  trained one. Scales have the parameters' dtype: one for each output of a
+  matrix in 8 bits, one for each 64 inputs of an output in 4. Peak memory is
+  both trees'.
   """
   if lora.base_dtype is None:
     return params
@@ -183,8 +178,8 @@ def freeze(params: Params, lora: LoraConfig) -> Params:
 
 
 def freeze_placed(
-  params: dict[str, Any], lora: LoraConfig, mesh: jax.sharding.Mesh | None
-) -> dict[str, Any]:
+  params: Params, lora: LoraConfig, mesh: jax.sharding.Mesh | None
+) -> Params:
   """`freeze` of parameters on a mesh, which are given away."""
   function = functools.partial(freeze, lora=lora)
   placed = mesh and shardings(jax.eval_shape(function, params), mesh)
@@ -193,23 +188,19 @@ def freeze_placed(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _quantise(input_axes, base_dtype: str, x_L: jax.Array):
-  qwix = _qwix(base_dtype)
   inputs = [x_L.ndim - 1 + axis for axis in input_axes]
   tiled, shared = {}, inputs
   if base_dtype != "int8":
     shared = inputs[-1:]
     tiled = {i: math.gcd(_BLOCK, x_L.shape[1 + i]) for i in shared}
-  channels = [axis for axis in range(x_L.ndim - 1) if axis not in shared]
-  # A layer at a time: four bits are found by comparing with 16 values.
-  return jax.lax.map(
-    lambda x: qwix.quantize(
-      x,
-      "nf4" if base_dtype == "nf4" else jnp.dtype(base_dtype),
-      channelwise_axes=channels,
-      tiled_axes=tiled,
-    ),
-    x_L,
+  quantize = functools.partial(
+    _qwix(base_dtype).quantize,
+    qtype="nf4" if base_dtype == "nf4" else jnp.dtype(base_dtype),
+    channelwise_axes=[i for i in range(x_L.ndim - 1) if i not in shared],
+    tiled_axes=tiled,
   )
+  # A layer at a time: four bits are found by comparing with 16 values.
+  return jax.lax.map(quantize, x_L)
 
 
 def init(params: Params, lora: LoraConfig, key: jax.Array) -> Params:
@@ -240,9 +231,8 @@ def init(params: Params, lora: LoraConfig, key: jax.Array) -> Params:
       in_axis=range(1, len(shape_a) - 1), out_axis=-1, batch_axis=(0,)
     )
     keys = tuple(part.key for part in path)
-    adapters[*keys, "a"] = he_uniform(
-      jax.random.fold_in(key, len(found)), shape_a, jnp.float32
-    )
+    own = jax.random.fold_in(key, len(found))
+    adapters[*keys, "a"] = he_uniform(own, shape_a, jnp.float32)
     adapters[*keys, "b"] = jnp.zeros(shape_b, jnp.float32)
   require(
     bool(adapters),
@@ -260,10 +250,9 @@ def attach(base: Params, adapters: Params, lora: LoraConfig) -> Params:
 
   Differentiable with respect to `adapters`; `base` has no gradient.
   """
-
-  def adapt(x, factors):
-    return Adapted(x, factors.get("a"), factors.get("b"), lora.scale)
-
+  adapt = lambda x, factors: Adapted(
+    x, factors.get("a"), factors.get("b"), lora.scale
+  )
   return _joined(adapt, jax.lax.stop_gradient(base), adapters)
 
 
@@ -277,12 +266,9 @@ def merge(base: Params, adapters: Params, lora: LoraConfig) -> Params:
     dense = _dense(x)
     if not factors:
       return dense
-    a, b = factors["a"], factors["b"]
-    product = jnp.matmul(
-      a.reshape(len(a), -1, lora.rank),
-      b.reshape(len(b), lora.rank, -1),
-      precision="highest",
-    ).reshape(dense.shape)
+    a = factors["a"].reshape(len(dense), -1, lora.rank)
+    b = factors["b"].reshape(len(dense), lora.rank, -1)
+    product = jnp.matmul(a, b, precision="highest").reshape(dense.shape)
     whole = dense.astype(jnp.float32) + lora.scale * product
     return whole.astype(dense.dtype)
 

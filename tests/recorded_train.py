@@ -1,6 +1,6 @@
 """train.py, which also writes a digest of each batch that it is given.
 
-RECORD names the file; a line is of the rows of this process for one step.
+RECORD.0 is the file of process 0; a line is of its rows for one step.
 """
 
 import hashlib
@@ -9,6 +9,8 @@ import pathlib
 import runpy
 import sys
 
+import jax
+
 from gemma_funnel.parallel import sharding
 
 _put = sharding.put_batch
@@ -16,7 +18,7 @@ _put = sharding.put_batch
 
 def _recorded(host, mesh):
   digest = hashlib.sha256(host["tokens"].tobytes()).hexdigest()
-  with open(os.environ["RECORD"], "a") as f:
+  with open(f"{os.environ['RECORD']}.{jax.process_index()}", "a") as f:
     f.write(digest + "\n")
   return _put(host, mesh)
 

@@ -247,18 +247,12 @@ def test_run_of_a_converted_checkpoint(run, tmp_path, to):
     (dict(chunk=0), "chunk=0: expected an integer >= 1"),
   ],
 )
-def test_bad_configurations_are_named(run, changes, message):
+def test_bad_configurations_are_named(run, changes, message, monkeypatch):
+  if "funnels: " in message or "recover" in message:  # Before a run is read.
+    monkeypatch.setattr(convert, "load_run", None)
   config = get_config(**(dict(checkpoint=str(run[0])) | changes))
   with pytest.raises(ValueError, match=message):
     evaluation.run(config)
-
-
-def test_a_funnel_that_cannot_be_is_said_before_a_run_is_read(run, monkeypatch):
-  monkeypatch.setattr(convert, "load_run", None)
-  for funnel in ("start=1,recover=none", "half"):
-    config = get_config(checkpoint=str(run[0]), funnels=(funnel,))
-    with pytest.raises(ValueError, match="recover='none'|funnels: 'half'"):
-      evaluation.run(config)
 
 
 def test_other_folders_need_a_tokenizer_and_a_length(tmp_path):

@@ -18,6 +18,7 @@ from gemma_funnel.tasks.task import (
 def _load(tmp_path, files, **keys):
   """Files by split: a list is written as .jsonl, a string as .tsv."""
   config = tasks.default_config()
+  config.update(keys)
   for split, content in files.items():
     is_json = isinstance(content, list)
     path = tmp_path / f"{split}.{'jsonl' if is_json else 'tsv'}"
@@ -25,7 +26,6 @@ def _load(tmp_path, files, **keys):
       content = "".join(json.dumps(row) + "\n" for row in content)
     path.write_text(content)
     config[split] = str(path)
-  config.update(keys)
   return tasks.load(config)
 
 
@@ -53,10 +53,9 @@ class TestClassification:
   def test_labels_are_those_of_train_sorted(self, tmp_path):
     task = _classify(tmp_path)
     assert task.labels == ("neg", "pos")
-    assert task.splits["train"] == (
-      TextExample("x", None, 1),
-      TextExample("y", None, 0),
-      TextExample("z", None, 1),
+    assert task.splits["train"] == tuple(
+      TextExample(text, None, label)
+      for text, label in (("x", 1), ("y", 0), ("z", 1))
     )
     assert task.metrics == ("accuracy", "macro_f1")
     assert not task.skipped
@@ -81,15 +80,14 @@ class TestClassification:
 
   @pytest.mark.parametrize("split", ["dev", "test"])
   def test_unknown_label(self, tmp_path, split):
-    with pytest.raises(
-      ValueError, match=rf"{split}.tsv, line 3: found the label 'new'.*neg, pos"
-    ):
+    message = f"{split}.tsv, line 3: found the label 'new'.*neg, pos"
+    with pytest.raises(ValueError, match=message):
       _classify(tmp_path, **{split: _TEST + "v\tnew\n"})
-
-  def test_id_out_of_range(self, tmp_path):
     labels = _write_labels(tmp_path, "pos\nneg\n")
-    with pytest.raises(ValueError, match="test.tsv, line 2: .*'2'.*below 2"):
-      _classify(tmp_path, test="text\tlabel\nu\t2\n", labels=labels)
+    with pytest.raises(
+      ValueError, match=f"{split}.tsv, line 3: .*'2'.*below 2"
+    ):
+      _classify(tmp_path, **{split: _TEST + "v\t2\n"}, labels=labels)
 
   def test_several_labels_in_a_cell(self, tmp_path):
     train = "text\tlabel\nx\t1\ny\t3\nz\t1,3\n"
@@ -122,17 +120,15 @@ class TestClassification:
 
   def test_bad_json(self, tmp_path):
     rows = [{"text": "x", "label": True}, {"text": "y", "label": 0}]
-    task = _classify(tmp_path, rows, rows, rows)
-    assert task.labels == ("0", "true")
-    for value, message in [
-      (["x"], "'text' is a list"),
-      ("\ud800", "not Unicode"),
+    assert _classify(tmp_path, rows, rows, rows).labels == ("0", "true")
+    for text, label, message in [
+      (["x"], 0, "'text' is a list"),
+      ("\ud800", 0, "not Unicode"),
+      ("x", None, "found the label None"),
     ]:
-      bad = [*rows, {"text": value, "label": 0}]
+      bad = [*rows, {"text": text, "label": label}]
       with pytest.raises(ValueError, match=f"jsonl, line 3: .*{message}"):
         _classify(tmp_path, rows, rows, bad)
-    with pytest.raises(ValueError, match="found the label None"):
-      _classify(tmp_path, rows, rows, [{"text": "x", "label": None}])
 
   @pytest.mark.parametrize("content", ["", "text\tlabel\n"])
   def test_empty_file(self, tmp_path, content):
@@ -145,31 +141,30 @@ class TestClassification:
 
 
 class TestRegression:
+  def _load(self, tmp_path, *test):
+    rows = [{"text": "x", "label": 1}]
+    test = [{"text": "x", "label": value} for value in test]
+    files = dict(train=rows, dev=rows, test=test)
+    return _load(tmp_path, files, kind="regression", text="text", label="label")
+
   def test_numbers(self, tmp_path):
-    rows = [{"text": "x", "label": 1}, {"text": "y", "label": "-2.5e1"}]
-    files = dict(train=rows, dev=rows, test=rows)
-    task = _load(tmp_path, files, kind="regression", text="text", label="label")
+    task = self._load(tmp_path, 1, "-2.5e1")
     assert [e.label for e in task.splits["test"]] == [1.0, -25.0]
     assert task.labels == ()
     assert task.metrics == ("pearson", "spearman")
 
   @pytest.mark.parametrize("value", ["nan", "inf", "four", "", None, True, [1]])
   def test_no_finite_number(self, tmp_path, value):
-    rows = [{"text": "x", "label": 1}]
-    files = dict(train=rows, dev=rows, test=[{"text": "x", "label": value}])
     with pytest.raises(ValueError, match="line 1: .*expected a finite number"):
-      _load(tmp_path, files, kind="regression", text="text", label="label")
+      self._load(tmp_path, value)
 
 
 class TestChoice:
   def test_minimal_pairs(self, tmp_path):
-    row = {"good": "She runs.", "bad": "She run.", "uid": "agreement"}
-    keys = dict(kind="choice", choices="good, bad", group="uid")
-    task = _load(tmp_path, {"test": [row]}, **keys)
-    choices = "She runs.", "She run."
-    assert task.splits == {
-      "test": (ChoiceExample("", choices, 0, "agreement"),)
-    }
+    row = {"sentence_good": "a", "sentence_bad": "b", "UID": "agreement"}
+    task = _load(tmp_path, {"test": [row]}, **tasks.preset("blimp"))
+    expected = ChoiceExample("", ("a", "b"), 0, "agreement")
+    assert task.splits == {"test": (expected,)}
     assert task.metrics == ("accuracy",)
 
   @pytest.mark.parametrize(
@@ -233,23 +228,29 @@ class TestGeneration:
 
 
 class TestPerplexity:
-  def test_a_text_file_is_one_document(self, tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"one\r\n\ntwo\n")
-    task = _load(tmp_path, {}, kind="perplexity", test=str(tmp_path / "a.txt"))
-    assert task.splits["test"] == (Document("one\r\n\ntwo\n"),)
-    assert task.metrics == ()
-
   def test_a_table_has_many(self, tmp_path):
     rows = {"test": [{"t": "one"}, {"t": "two"}]}
     task = _load(tmp_path, rows, kind="perplexity", text="t")
     assert task.splits["test"] == (Document("one"), Document("two"))
+    assert task.metrics == ()
     with pytest.raises(ValueError, match="text is not set"):
       _load(tmp_path, rows, kind="perplexity")
 
-  def test_empty(self, tmp_path):
-    (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="a.txt: no rows"):
-      _load(tmp_path, {}, kind="perplexity", test=str(tmp_path / "a.txt"))
+  def test_a_text_is_a_document_or_its_lines_are(self, tmp_path):
+    path = tmp_path / "text.txt"
+    load = lambda documents: _load(
+      tmp_path, {}, kind="perplexity", test=str(path), documents=documents
+    )
+    text = "one\x85still one\r\n\n  \ntwo\n"
+    path.write_bytes(text.encode())
+    assert load("file").splits["test"] == (Document(text),)
+    lines = Document("one\x85still one"), Document("two")
+    assert load("line").splits["test"] == lines
+    with pytest.raises(ValueError, match="documents='page'"):
+      load("page")
+    path.write_text(" \n")
+    with pytest.raises(ValueError, match="text.txt: no rows"):
+      load("file")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ class TestPerplexity:
     ({"kind": None}, "kind=None: expected one of"),
     ({"kind": "tagging"}, "kind='tagging': expected one of"),
     ({"label": None}, "label is not set"),
-    ({"prompt": "text"}, "prompt='text': kind='classification' has no such"),
+    ({"prompt": "text"}, "prompt='text': kind='classification' does not"),
     ({"answer_pattern": "x"}, "answer_pattern='x'"),
     ({"text": "none"}, r"train.tsv: no column 'none'; found \['text'"),
     ({"kind": "regression", "labels": "x"}, "labels='x'.*does not use it"),
@@ -295,18 +296,4 @@ def test_a_split_may_be_several_files(tmp_path):
   assert texts("train") == ["of a", "of b"] and texts("dev") == ["of c,d"]
   config.train = at("a", "missing")
   with pytest.raises(ValueError, match="missing.tsv: cannot be read"):
-    tasks.load(config)
-
-
-def test_a_text_is_a_document_or_its_lines_are(tmp_path):
-  path = tmp_path / "text.txt"
-  path.write_text("one\x85still one\n\n  \ntwo\n")
-  config = tasks.default_config()
-  config.update(kind="perplexity", test=str(path))
-  assert len(tasks.load(config).splits["test"]) == 1
-  config.documents = "line"
-  texts = [e.text for e in tasks.load(config).splits["test"]]
-  assert texts == ["one\x85still one", "two"]
-  config.documents = "page"
-  with pytest.raises(ValueError, match="documents='page'"):
     tasks.load(config)

@@ -12,7 +12,7 @@ import tiny_run
 
 from gemma_funnel import evaluation
 from gemma_funnel.config import format_funnel
-from gemma_funnel.evaluation import finetuned, load_for_eval
+from gemma_funnel.evaluation import finetuned, funnels, load_for_eval
 from gemma_funnel.evaluation.scoring import Scorer
 from gemma_funnel.tasks.task import Task
 from gemma_funnel.training import step
@@ -251,10 +251,12 @@ def test_funnels_are_checked_before_training(config, folder):
   with pytest.raises(ValueError, match="funnels: 'half'"):
     finetuned.run(config)
   assert not (folder / "never").exists()
+  head = ml_collections.ConfigDict(dict(per_token=False))
   bad = ("start=1,recover=none",)
-  assert finetuned._resolve(bad, (), 2, False)
+  assert funnels.resolve(bad, 2, **finetuned._needs(head))
+  head.per_token = True
   with pytest.raises(ValueError, match="recover='none'.*every token"):
-    finetuned._resolve(bad, (), 2, True)
+    funnels.resolve(bad, 2, **finetuned._needs(head))
 
 
 def test_a_run_without_a_head_needs_another_kind(config, pretrained):

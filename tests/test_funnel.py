@@ -228,7 +228,7 @@ def test_a_step_makes_the_group_that_reduce_would_make(pool):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("pool", POOLS)
-def test_what_is_even_stays_so_by_default(pool, causal):
+def test_what_is_uniform_stays_so_by_default(pool, causal):
   """Kernels skip least where it is not known."""
   stream = _stream([[1] * LENGTH])
   for stride in (2, 3):
@@ -333,7 +333,7 @@ def _before_and_deep(funnel: FunnelConfig, causal: bool):
 @pytest.mark.parametrize(
   "recover", [name for name in RECOVERIES if RECOVERIES[name].upsamples]
 )
-def test_restore_is_the_definition(recover, pool, causal):
+def test_upsample_is_the_definition(recover, pool, causal):
   funnel = FunnelConfig(0, stride=2, reduce=pool, recover=recover)
   stage = _stage(funnel)
   before, short, deep, gather_index_BT = _before_and_deep(funnel, causal)

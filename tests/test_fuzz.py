@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_read_or_refused(copy, monkeypatch, name):
         counts["read"] += 1
       except ValueError as error:
         # Named, and one line at the command.
-        assert "src" in str(error) and cli._is_ours(error), (what, error)
+        assert "src" in str(error) and cli.is_named(error), (what, error)
         counts["refused"] += 1
       except Exception as error:
         raise AssertionError(what) from error
@@ -170,7 +170,7 @@ def test_any_value_of_a_configuration(copy, name, file):
           with bounded_time(2):
             convert.describe(file.parent)
         except ValueError as error:
-          assert "src" in str(error) and cli._is_ours(error), (key, odd)
+          assert "src" in str(error) and cli.is_named(error), (key, odd)
           refused += 1
         except Exception as error:
           raise AssertionError(f"{key}={odd}") from error

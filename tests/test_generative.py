@@ -37,6 +37,8 @@ CHOICES = (
   ChoiceExample("one two", (" three", " four five six", " ü"), 0, "a"),
   ChoiceExample("a cat", (" sat", " satsatsat"), 1, "b"),
   ChoiceExample("red green", (" blue", " grey", " blue"), 0, "b"),
+  # A minimal pair has no prompt.
+  ChoiceExample("", ("the cat sat", "cat the sat"), 0, "b"),
 )
 
 
@@ -72,14 +74,14 @@ def test_choices_are_told_by_log_likelihood(model, tokenizer):
     ]
     assert record["log_likelihoods"] == pytest.approx(expected, rel=1e-4)
     assert record["chosen"] == np.argmax(expected)
-    sizes = [len(c[1:].encode()) for c in example.choices]
+    sizes = [len(c.lstrip().encode()) for c in example.choices]
     assert record["chosen_norm"] == np.argmax(np.divide(expected, sizes))
   found = generative.summarize("choice", records)
   right = [r["correct"] for r in records]
   assert found["accuracy"] == np.mean(right)
   assert found["groups"]["b"]["accuracy"] == np.mean(right[1:])
   assert found["groups"]["a"]["num_examples"] == 1
-  assert found["num_examples"] == 3 and found["num_cut"] == 0
+  assert found["num_examples"] == 4 and found["num_cut"] == 0
 
 
 def choice_record(scores, choices, answer, group=""):
@@ -99,23 +101,11 @@ def test_ties_are_wrong_and_counted():
   assert "groups" not in found
 
 
-def test_the_norm_is_of_bytes_without_the_space_before():
+@pytest.mark.parametrize("score, chosen", [(-7.9, 1), (-8.1, 0)])
+def test_the_norm_is_of_bytes_without_the_space_before(score, chosen):
   # 4 characters, and of bytes 4 or 8; the space before would make them 5 or 9.
-  record = choice_record([-4.0, -7.9], (" abcd", " üüüü"), 1)
-  assert record["chosen"] == 0 and record["chosen_norm"] == 1
-  record = choice_record([-4.0, -8.1], (" abcd", " üüüü"), 0)
-  assert record["chosen_norm"] == 0
-
-
-def test_minimal_pairs_have_no_prompt(model, tokenizer):
-  pair = ChoiceExample("", ("the cat sat", "cat the sat"), 0, "order")
-  task = make_task("choice", [pair, dataclasses.replace(pair, answer=1)])
-  [first, second] = generative.predict(task, model, tokenizer, SETTINGS)
-  expected = [
-    log_likelihood(model, tokenizer, "", text) for text in pair.choices
-  ]
-  assert first["log_likelihoods"] == pytest.approx(expected, rel=1e-4)
-  assert first["correct"] != second["correct"]
+  record = choice_record([-4.0, score], (" abcd", " üüüü"), 1)
+  assert (record["chosen"], record["chosen_norm"]) == (0, chosen)
 
 
 def test_few_shots_come_first(model, tokenizer, monkeypatch):
@@ -374,7 +364,7 @@ def test_run_writes_a_table_and_predictions(config, model, tokenizer, capsys):
   assert content["settings"]["prompt_format"] == "{prompt}"
   lines = (out / "my_task.predictions.jsonl").read_text().splitlines()
   names = [json.loads(line)["funnel"] for line in lines]
-  assert names == ["as trained"] * 3 + ["off"] * 3
+  assert names == ["as trained"] * 4 + ["off"] * 4
   assert (out / "my_task.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
   assert "accuracy %" in capsys.readouterr().out
 
@@ -400,7 +390,7 @@ def test_defaults_of_the_configuration_are_those_of_settings():
     (dict(funnels=("half",)), "funnels: 'half'"),
     (dict(funnels=("start=1,recover=none",)), "recover='none'"),
     (dict(stop="x"), "stop='x': expected a tuple"),
-    (dict(few_shot=5), "few_shot=5: task my task has 0"),
+    (dict(few_shot=5), "few_shot=5: my task has 0"),
   ],
 )
 def test_run_names_mistakes_before_it_loads(

@@ -8,6 +8,8 @@ import pytest
 import tiny_study
 from tiny_study import ONE
 
+from gemma_funnel.reducers import Reducer
+from gemma_funnel.registry import REDUCERS
 from gemma_funnel.study import grid
 
 
@@ -19,6 +21,43 @@ def files(tmp_path_factory):
 @pytest.fixture
 def study(files):
   return lambda **axes: tiny_study.make_study("w", "s", files, **axes)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+  """Reducers of somebody else: one without a stride, one for causal models."""
+
+  class Whole(Reducer):
+    """keeps all slots"""
+
+    def length(self, length, causal, context_length=0):
+      return length
+
+  class OneWay(Whole):
+    """of causal models only"""
+
+    bidirectional = False
+
+  monkeypatch.setitem(REDUCERS, "test_whole", Whole)
+  monkeypatch.setitem(REDUCERS, "test_one_way", OneWay)
+
+
+def test_any_registered_reducer_is_a_value(study, registered):
+  trained = [n for n in REDUCERS if REDUCERS[n].trains and n != "test_one_way"]
+  config = study(
+    task=("words",), stride=(2, 4), reduce=tuple(trained), recover=("repeat",)
+  )
+  found = collections.defaultdict(set)
+  for cell in grid.make(config).cells:
+    found[cell.axes["reduce"]].add(cell.axes["stride"])
+  # Where there are no strides, those of the axis make no difference.
+  assert found == {
+    None: {None},
+    **dict.fromkeys(trained, {2, 4}),
+    "test_whole": {None},
+  }
+  config.axes.update(reduce=("test_one_way",), stride=(2,), task=("pairs",))
+  assert grid.make(config).cells  # A language model's task is causal.
 
 
 def _kinds(cells):
@@ -247,9 +286,8 @@ def test_work_that_is_left(study):
   # All the fine-tunings of one pretraining but one cell.
   first, _, tunings = made.branches[-1]
   tuning, (cell,) = next(iter(tunings.items()))
-  left = made.work(done - {cell.hash})
-  alone = made._pretraining_work(first), made._tuning_work(first, tuning)
-  assert left == sum(alone)
+  alone = made._work_of(grid.Branch(first, [], {tuning: [cell]}))
+  assert made.work(done - {cell.hash}) == sum(alone)
   assert made.work(done - {cell.hash}, {first}) == alone[1]
   text = made.describe(done - {cell.hash}, 1e9)
   assert f"{len(made.cells)} cells, 1 to be measured" in text
@@ -269,14 +307,16 @@ def test_work_that_is_left(study):
     ("seed", (0.5,), "axes.seed=0.5"),
     ("start", (2,), "funnel.start=2 must be below"),
     ("stride", (0,), "funnel.stride=0"),
-    ("reduce", ("sum",), "funnel.reduce='sum'"),
-    ("recover", ("half",), "funnel.recover='half'"),
+    ("reduce", ("mean", "sum"), "axes.reduce='sum': .*'strided', 'mean'"),
+    ("reduce", ("context",), "'context' cannot be used .*trains=False"),
+    ("reduce", ("test_one_way",), "'test_one_way' .* task words, causal=False"),
+    ("recover", ("half",), "axes.recover='half'"),
     ("recover", ("none",), "recover='none'.*task pairs needs a state"),
     ("stride", (3,), "length=32 must be a multiple .* 3"),
   ],
   ids=str,
 )
-def test_an_axis_that_cannot_be(axis, values, text, study):
+def test_an_axis_that_cannot_be(axis, values, text, study, registered):
   with pytest.raises(ValueError, match=text):
     grid.make(study(**{axis: values}))
 

@@ -5,11 +5,11 @@ ten minutes.
 """
 
 import collections
+import functools
 import os
 import pathlib
 import random
 import signal
-import socket
 import time
 
 from flax import nnx
@@ -59,23 +59,11 @@ def _start(workdir, source, count):
     str(workdir), source, *FLAGS, f"--config.steps={STEPS[count]}"
   )
   command[1] = str(tiny_run.ROOT / "tests" / "recorded_train.py")
-  joint = []
   if count > 1:
-    with socket.socket() as free:
-      free.bind(("localhost", 0))
-      port = free.getsockname()[1]
-    joint = [
-      f"--config.mesh.data={count}",
-      f"--coordinator=localhost:{port}",
-      f"--num_processes={count}",
-      "--config.watchdog_minutes=1",
-    ]
-  started = []
-  for i in range(count):
-    own = [*joint, f"--process_id={i}"] if joint else []
-    os.environ["RECORD"] = f"{workdir}.{i}"
-    started.append(tiny_run.start([*command, *own]))
-  return started
+    command.append(f"--config.mesh.data={count}")
+    command.append("--config.watchdog_minutes=1")
+  os.environ["RECORD"] = str(workdir)
+  return tiny_run.start_all(command, count)
 
 
 def _records(workdir, count):
@@ -86,22 +74,16 @@ def _records(workdir, count):
   ]
 
 
-def _params(workdir):
-  run = convert.load_run(str(workdir))
-  return run.step, jax.device_get(nnx.to_pure_dict(nnx.state(run.model)))
-
-
 @pytest.fixture(scope="module")
 def whole(folder, source):
   """By the number of processes, the folder of a run that nothing befell."""
-  done = {}
 
+  @functools.cache
   def run(count):
-    if count not in done:
-      done[count] = folder / f"whole{count}"
-      for process in _start(done[count], source, count):
-        tiny_run.finish(process)
-    return done[count]
+    done = folder / f"whole{count}"
+    for process in _start(done, source, count):
+      tiny_run.finish(process)
+    return done
 
   return run
 
@@ -151,9 +133,10 @@ def test_killed_at_any_moment(count, whole, source, folder):
   print(f"killed {len(kinds)} times: {collections.Counter(kinds)}")
   assert len(kinds) == kills, kinds
   assert "finished" in said[0][0]
-  (step, params), (want_step, want) = map(_params, (workdir, whole(count)))
-  assert step == want_step == STEPS[count]
-  jax.tree.map(np.testing.assert_array_equal, params, want)
+  got, want = (convert.load_run(str(x)) for x in (workdir, whole(count)))
+  assert got.step == want.step == STEPS[count]
+  got, want = (jax.device_get(nnx.state(run.model)) for run in (got, want))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
   losses = tiny_run.train_losses(workdir)
   assert losses == tiny_run.train_losses(whole(count))
   assert list(losses) == list(range(1, STEPS[count] + 1))

@@ -102,7 +102,7 @@ def test_a_planted_clock_gives_its_rows(model, monkeypatch):
     for funnel in ("off", *FUNNELS)
   ]
   for row in rows:
-    slots, head = 2 * row["length"], 100 if row["head"] else 0
+    slots, head = 2 * row["length"], 100 * row["head"]
     stride = {"off": 1, FUNNELS[0]: 2, FUNNELS[1]: 3}[row["funnel"]]
     seconds = slots / stride + head
     assert row["latency_s"] == pytest.approx(seconds)
@@ -155,22 +155,6 @@ def test_rows_agree_with_themselves_and_with_flops(model):
       )
     assert row["peak_bytes"] > 4 * flops.parameters(TINY).total
   json.dumps(rows, allow_nan=False)
-
-
-def test_programs_are_forward_passes_of_the_model(model, monkeypatch):
-  device = FakeDevice(monkeypatch, lambda *_: 1.0)
-  device.measure(model, batch_sizes=(2,), lengths=(16,))
-  for (function, args), (funnel, head) in zip(
-    device.functions,
-    [(None, False), (FUNNELS[0], False), (None, True), (FUNNELS[0], True)],
-    strict=True,
-  ):
-    expected = model.with_funnel(funnel).encode(args[1], causal=True)
-    if head:
-      expected = nnx.jit(Transformer.logits)(model, expected)
-    np.testing.assert_allclose(
-      jax.jit(function)(*args), expected, rtol=2e-5, atol=2e-5
-    )
 
 
 def test_a_context_is_dropped_and_its_ideal_is_the_formula(model, monkeypatch):
@@ -402,10 +386,18 @@ def test_run_fails_if_nothing_could_run(quick, monkeypatch, model):
     ({"decode.new_tokens": 500}, "decode: a prompt of 8 tokens and 500"),
     ({"model.num_heads": 3}, "model.num_heads=3"),
     (dict(lengths=None), r"lacks \['lengths'\]"),
+    (dict(funnels=("start=1,recover=none",)), "recover='none'"),
+    (dict(funnels=("half",)), "funnels: 'half'"),
   ],
 )
-def test_bad_configurations_are_named(quick, changes, message):
-  config = get_config(**quick)
+def test_mistakes_are_named_before_a_checkpoint_is_read(
+  quick, monkeypatch, changes, message
+):
+  checkpoint = None
+  if "funnels" in changes:
+    monkeypatch.setattr(convert, "load", None)
+    checkpoint = "somewhere"
+  config = get_config(**quick, checkpoint=checkpoint)
   if "lengths" in changes:
     del config.lengths
   else:
@@ -456,7 +448,10 @@ def test_known_names_stand_for_funnels():
 LEARNED = "start=0,stride=3,recover=gate+start=1,pool=attention,recover=attend"
 
 
-def test_variants_run_with_what_they_learn(model, monkeypatch, capsys):
+@pytest.mark.parametrize("head", [False, True])
+def test_variants_are_the_model_with_what_they_learn(
+  model, monkeypatch, capsys, head
+):
   learned = model.with_funnel(LEARNED)
   for part in (
     learned.funnel[0].recovery.gate,
@@ -466,18 +461,22 @@ def test_variants_run_with_what_they_learn(model, monkeypatch, capsys):
   capsys.readouterr()
   device = FakeDevice(monkeypatch, lambda *_: 1.0)
   device.measure(
-    learned, (LEARNED,), batch_sizes=(2,), lengths=(16,), head=(False,)
+    learned, (LEARNED,), batch_sizes=(2,), lengths=(16,), head=(head,)
   )
   assert capsys.readouterr().out == ""  # Nothing is made afresh.
-  plain, (function, args) = device.functions
-  # The model itself is in memory once.
-  for params in (plain[1][0], args[0]):
-    assert params["embedding"][...] is model.embedding[...]
-  found = jax.jit(function)(*args)
-  expected = learned.encode(args[1], causal=True)
-  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
-  fresh = model.with_funnel(LEARNED).encode(args[1], causal=True)
-  assert np.max(np.abs(found - fresh)) > 1e-3
+  run = nnx.jit(lambda m, x: (m if head else m.encode)(x, causal=True))
+  outputs = []
+  for (function, args), funnel in zip(
+    device.functions, ("off", LEARNED), strict=True
+  ):
+    # The model itself is in memory once.
+    assert args[0]["embedding"][...] is model.embedding[...]
+    outputs.append(jax.jit(function)(*args))
+    variant = learned.with_funnel(funnel)
+    expected = run(variant, args[1])
+    np.testing.assert_allclose(outputs[-1], expected, rtol=2e-5, atol=2e-5)
+  fresh = run(model.with_funnel(LEARNED), args[1])
+  assert np.max(np.abs(outputs[1] - fresh)) > 1e-3
 
 
 def test_without_recovery_only_the_encoder_is_measured(model, monkeypatch):
@@ -490,16 +489,3 @@ def test_without_recovery_only_the_encoder_is_measured(model, monkeypatch):
   assert [row["error"] for row in rows] == [None, None]
   function, args = device.functions[1]
   assert jax.eval_shape(function, *args).shape == (1, 5, TINY.embed_dim)
-
-
-def test_what_cannot_be_is_said_before_a_checkpoint_is_read(quick, monkeypatch):
-  monkeypatch.setattr(convert, "load", None)
-  for funnels_, message in (
-    (("start=1,recover=none",), "recover='none'"),
-    (("half",), "funnels: 'half'"),
-  ):
-    config = get_config(
-      **quick | dict(funnels=funnels_), checkpoint="somewhere"
-    )
-    with pytest.raises(ValueError, match=message):
-      evaluation.run(config)

@@ -48,7 +48,8 @@ def _by_depth(model, funnel, causal=True, **kwargs):
 def _states_of(graphdef, params):
   model = nnx.merge(graphdef, params)
   segment_BT = jnp.ones((2, 13), jnp.int32)
-  states = layer_similarity.states(model, _tokens(), segment_BT, True)
+  found = layer_similarity.states(model, _tokens(), segment_BT, True)
+  states = list(found.values())
   return states, model.final_norm(states[-1])
 
 

@@ -3,12 +3,15 @@
 import json
 import pathlib
 import shutil
+import sys
 import types
 
 import pytest
 import tiny_run
 import tiny_study
 
+from gemma_funnel import reducers
+from gemma_funnel.registry import REDUCERS
 from gemma_funnel.study import grid, runner
 from gemma_funnel.training import finetune, trainer
 
@@ -176,6 +179,14 @@ def test_a_dry_run_trains_nothing(inputs, tmp_path, count, capsys, monkeypatch):
   assert "14 cells, 14 to be measured, from 3 pretr" in capsys.readouterr().out
   assert count == {"pretrain": 0, "finetune": 0}
   assert not (tmp_path / "study").exists()
+
+
+def test_help_tells_of_the_axes():
+  command = [sys.executable, "-m", "gemma_funnel.study", "--help"]
+  out, _ = tiny_run.finish(tiny_run.start(command))
+  own = [k for k, v in REDUCERS.items() if v.__module__ == reducers.__name__]
+  for text in (*grid.AXES, *grid.PRETRAININGS, *own, "--dry-run"):
+    assert text in out
 
 
 def test_lines_of_results(tmp_path):

@@ -11,7 +11,6 @@ from tiny_language_model import VOCAB, make_model
 
 from gemma_funnel.data.tokenizer import BOS_ID
 from gemma_funnel.evaluation import scoring
-from gemma_funnel.model import Transformer
 
 LONGEST = 64
 FUNNELS = ("off", "start=1,stride=3")
@@ -65,30 +64,13 @@ def test_scores_equal_full_logits(model, funnel):
     assert score.num_tokens == len(continuation)
 
 
-def test_padding_and_batch_do_not_matter(model):
-  model = model.with_funnel(FUNNELS[1])
+@pytest.mark.parametrize("funnel", [FUNNELS[1], "start=1,reduce=attention"])
+def test_padding_and_batch_do_not_matter(model, funnel):
+  model = model.with_funnel(funnel)
   requests = draw_requests(1)
   expected = values(score_pairs(model, requests, **SHAPE))
   found = score_pairs(model, requests, batch_size=3, lengths=(61,))
   np.testing.assert_allclose(values(found), expected, rtol=2e-5)
-
-
-def test_padding_is_told_from_tokens(model, monkeypatch):
-  class Seen(Exception):
-    """Has what the model is given."""
-
-  def encode(self, tokens_BT, segment_BT, *, causal):
-    raise Seen(tokens_BT, segment_BT, causal)
-
-  monkeypatch.setattr(Transformer, "encode", encode)
-  inputs = scoring._arrays([((2, 5), (7, 8)), ((2,), (9,))], 3, 5)
-  with pytest.raises(Seen) as seen:
-    scoring._batch_scores.__wrapped__(*nnx.split(model), inputs)
-  tokens, segment, causal = seen.value.args
-  # The last token of each is not fed; a row of none has a query that sees.
-  assert tokens.tolist() == [[2, 5, 7, 0, 0], [2, 0, 0, 0, 0], [0] * 5]
-  assert segment.tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
-  assert causal is True
 
 
 def test_pieces_of_logits_do_not_matter(model, monkeypatch):

@@ -110,9 +110,8 @@ def test_keys(tmp_path, keys, message):
 
 def test_train_too_small_to_divide(tmp_path):
   path = _write(tmp_path, "one.jsonl", 1)
-  config = _config(tmp_path, train=path, test=path)
   with pytest.raises(ValueError, match="train has 1 example, too few"):
-    tasks.load(config)
+    tasks.load(_config(tmp_path, train=path, test=path))
 
 
 def test_every_kind_of_a_table_has_metrics_that_fit():
@@ -144,16 +143,3 @@ def test_presets_by_name():
     assert (config.format, config.dataset) == ("tfds", dataset)
   with pytest.raises(ValueError, match="task='cola2': expected one of .*cola"):
     tasks.preset("cola2")
-
-
-def test_minimal_pairs_are_read_by_their_columns(tmp_path):
-  config = tasks.preset("blimp")
-  path = tmp_path / "pairs.jsonl"
-  path.write_text(
-    '{"sentence_good": "she runs", "sentence_bad": "she run", "UID": "verb"}\n'
-  )
-  config.test = str(path)
-  task = tasks.load(config)
-  (example,) = task.splits["test"]
-  assert task.kind == "choice" and example.choices == ("she runs", "she run")
-  assert (example.answer, example.group, example.prompt) == (0, "verb", "")

@@ -23,13 +23,8 @@ def _one_device():
 
 def _config(out, **changes):
   config = tiny_run.load_config("eval_training")
-  config.pretrain.update_from_flattened_dict(
-    {
-      key: value
-      for key, value in tiny_run.CHANGES.items()
-      if key not in ("funnel",)
-    }
-  )
+  changed = {k: v for k, v in tiny_run.CHANGES.items() if k != "funnel"}
+  config.pretrain.update_from_flattened_dict(changed)
   config.update(out=str(out), funnels=(FUNNEL,), repeats=2, warmup=1)
   config.update(changes)
   return config
@@ -39,9 +34,8 @@ def _config(out, **changes):
 def test_a_table_of_steps(tmp_path):
   config = _config(tmp_path, loss_chunks=(8, 0), remats=("none", "block"))
   config.pretrain.model.vocab_size = 4096
-  batch = training._batch(
-    training._setup(config, training.Variant("off", 8, "none"))
-  )
+  setup = training._setup(config, training.Variant("off", 8, "none"))
+  batch = training._batch(setup)
   assert np.asarray(batch["segment"]).min() == 1  # Full rows.
   assert (np.asarray(batch["position"])[:, -1] == 31).all()
   rows = evaluation.run(config)

@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -141,6 +142,19 @@ def start(args: list[str], devices: int = 1) -> subprocess.Popen:
   )
   process.files = files
   return process
+
+
+def start_all(args: list[str], count: int, devices: int = 1, flags=()) -> list:
+  """Starts the processes of one run; `flags` are of the last of them."""
+  if count == 1:
+    return [start([*args, *flags], devices)]
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  joint = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+  own = [[f"--process_id={i}"] for i in range(count)]
+  own[-1] += flags
+  return [start([*args, *joint, *more], devices) for more in own]
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:

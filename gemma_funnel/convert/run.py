@@ -78,11 +78,7 @@ def find_intact(workdir: str | os.PathLike) -> tuple[int, list[int]]:
   Raises:
     ValueError: there is none.
   """
-  found = None
-  if jax.process_index() == 0:
-    folder = path_of(workdir) / FOLDER
-    found = processes.result_of(lambda: _find_intact(folder))
-  return processes.value_of(processes.broadcast_from_host0(found))
+  return processes.on_host0(lambda: _find_intact(path_of(workdir) / FOLDER))
 
 
 def _find_intact(folder: epath.Path) -> tuple[int, list[int]]:

@@ -17,15 +17,14 @@ from gemma_funnel import flops
 from gemma_funnel.checks import require, require_int
 from gemma_funnel.config import Funnel, check_reducers, total_stride
 from gemma_funnel.data import pipeline
-from gemma_funnel.evaluation import cost, load_for_eval, plots, report
 from gemma_funnel.evaluation import funnels as funnels_lib
+from gemma_funnel.evaluation import load_for_eval, plots, report
 from gemma_funnel.evaluation.funnels import TRAINED as TRAINED
 from gemma_funnel.model import Transformer
 from gemma_funnel.training import objectives
 
-_MAX_EXPONENT = 709.0
 _BATCH_SIZE = 8  # Where neither the configuration nor a run has one.
-_RECOVERS = "predicting tokens"
+_NEEDS = dict(recovers="predicting tokens", trains=True)
 
 Row = dict[str, Any]
 
@@ -42,14 +41,8 @@ def _sums(graphdef, chunk, rate, params, batch, key):
   )
 
 
-def _means(
-  model: Transformer,
-  heldout: pipeline.HeldOut,
-  chunk: int,
-  rate: float | None = None,
-  seed: int = 0,
-) -> Row:
-  check_reducers(model.stages, "trains", _RECOVERS)
+def _means(model, heldout, chunk: int, rate=None, seed: int = 0) -> Row:
+  check_reducers(model.stages, "trains", _NEEDS["recovers"])
   graphdef, params = nnx.split(model)
   totals = dict(nll=0.0, correct=0.0, tokens=0.0)
   for number, batch in enumerate(heldout.batches):
@@ -68,12 +61,12 @@ def _means(
 def evaluate(
   model: Transformer, heldout: pipeline.HeldOut, chunk: int = 512
 ) -> Row:
-  """Next-token statistics of a model on held-out text.
+  """Next-token statistics of a model, with its funnel, on held-out text.
 
   Args:
     model: with the funnel to run it with.
     heldout: batches whose segments start at multiples of the total stride.
-    chunk: positions of a row whose logits are in memory at one time, >= 1.
+    chunk: positions of a row whose logits are in memory at one time.
 
   Returns:
     `loss`, nats a token; `perplexity`, its exponential, None where that is out
@@ -93,7 +86,7 @@ def evaluate(
     raise FloatingPointError(f"the loss on held-out text is {loss}")
   bits = loss * row["num_tokens"] / math.log(2)
   return row | {
-    "perplexity": math.exp(loss) if loss < _MAX_EXPONENT else None,
+    "perplexity": load_for_eval.perplexity(loss),
     "bits_per_byte": bits / heldout.num_bytes,
   }
 
@@ -128,10 +121,8 @@ def measure(
   """Evaluates a model with each of several funnels.
 
   Args:
-    model: a model with the funnel it was trained with, if any.
+    model, heldout, chunk: as for `evaluate`.
     funnels: configurations or strings; "trained" is the model's own.
-    heldout: batches whose segments start at multiples of every total stride.
-    chunk: see `evaluate`.
 
   Returns:
     A row for each funnel: what `evaluate` returns, `funnel`, `resolved`,
@@ -140,46 +131,34 @@ def measure(
     included.
 
   Raises:
-    ValueError: a funnel that is malformed or does not fit or recover, or see
-      `evaluate`.
+    ValueError: a funnel that cannot be, or see `evaluate`.
   """
-  named = _resolve(model, funnels)
+  named = funnels_lib.resolve_for(model, funnels, **_NEEDS)
   length = heldout.batches[0]["tokens"].shape[1]
   unigram = pipeline.unigram_bits_per_byte(heldout)
 
   def measure_one(stages):
-    return evaluate(model.with_funnel(stages), heldout, chunk) | {
-      "unigram_bits_per_byte": unigram,
-      "ideal_reduction": flops.ideal_reduction(model.config, stages, 1, length),
-    }
+    ideal = flops.ideal_reduction(model.config, stages, 1, length)
+    about = {"unigram_bits_per_byte": unigram, "ideal_reduction": ideal}
+    return evaluate(model.with_funnel(stages), heldout, chunk) | about
 
   what = f"{len(heldout.batches)} batches of held-out text"
   return funnels_lib.measure_each(what, named, measure_one)
 
 
-def _resolve(model: Transformer, funnels: Sequence[Funnel]):
-  return funnels_lib.resolve(
-    funnels,
-    model.config.num_layers,
-    own=model.stages,
-    recovers=_RECOVERS,
-    trains=True,
-  )
-
-
-COLUMNS = cost.columns(
+COLUMNS = report.columns(
   "funnel",
   "resolved",
   "loss",
   "perplexity",
   "bits_per_byte",
   report.Column("unigram_bits_per_byte", "unigram bits/byte", ".4f"),
-  cost.percent("accuracy", "top-1", ".2f"),
+  report.percent("accuracy", "top-1", ".2f"),
   "ideal_reduction",
 )
-KEYS = """
-  checkpoint tokenizer funnels batch_size length max_documents chunk data out
-""".split()
+KEYS = (
+  "checkpoint tokenizer funnels batch_size length max_documents chunk data out"
+).split()
 
 
 def run(config: Any) -> list[Row]:
@@ -193,9 +172,9 @@ def run(config: Any) -> list[Row]:
   """
   require_int("chunk", config.chunk, 1)
   # What can be said before a checkpoint is read.
-  funnels_lib.resolve(config.funnels, own=(), recovers=_RECOVERS, trains=True)
+  funnels_lib.resolve(config.funnels, own=(), **_NEEDS)
   loaded = load_for_eval.load(config, needs=("length",))
-  named = _resolve(loaded.model, config.funnels)
+  named = funnels_lib.resolve_for(loaded.model, config.funnels, **_NEEDS)
   alignment = math.lcm(*map(total_stride, named.values()))
   heldout, settings = _heldout(config, loaded, alignment)
   rows = measure(loaded.model, config.funnels, heldout, config.chunk)
@@ -247,9 +226,8 @@ def _heldout(
     if config.data.heldout is not None:
       data.heldout = config.data.heldout
     data.tokenizer = loaded.tokenizer_path
-  corpus = pipeline.load_corpus(
-    data, loaded.model.config.vocab_size, config.checkpoint
-  )
+  vocab_size = loaded.model.config.vocab_size
+  corpus = pipeline.load_corpus(data, vocab_size, config.checkpoint)
   heldout = pipeline.heldout_batches(
     corpus.heldout,
     corpus.tokenizer,

@@ -18,11 +18,11 @@ import ml_collections
 from gemma_funnel import flops, tasks
 from gemma_funnel.checks import require
 from gemma_funnel.data import tokenizer as tokenizer_lib
-from gemma_funnel.evaluation import cost, load_for_eval, plots, report
 from gemma_funnel.evaluation import funnels as funnels_lib
+from gemma_funnel.evaluation import load_for_eval, plots, report
 from gemma_funnel.evaluation.funnels import TRAINED
 from gemma_funnel.evaluation.prompts import Settings
-from gemma_funnel.heads import Encoder
+from gemma_funnel.heads import Encoder, HeadConfig
 from gemma_funnel.tasks import encode
 from gemma_funnel.tasks.task import ENCODER_KINDS, Task
 from gemma_funnel.training import finetune, trainer
@@ -74,8 +74,9 @@ def run(config: ml_collections.ConfigDict) -> list[Row] | None:
   # All that can be wrong of a seed is found before the first is trained.
   specs = [finetune.resolve(of_seed(config, s), task) for s in config.seeds]
   funnels = (TRAINED, *config.eval_funnels)
-  own, sizes = specs[0].stages, specs[0].model_config
-  _resolve(funnels, own, sizes.num_layers, specs[0].task.head.per_token)
+  own, depth = specs[0].stages, specs[0].model_config.num_layers
+  needs = _needs(specs[0].task.head)
+  funnels_lib.resolve(funnels, depth, own=own, **needs)
   measured = []
   for spec in specs:
     result = trainer.train(spec)
@@ -102,6 +103,10 @@ def of_seed(config: ml_collections.ConfigDict, seed: int):
   return config
 
 
+def _needs(head: HeadConfig) -> dict[str, Any]:
+  return dict(recovers="a label for every token" if head.per_token else None)
+
+
 def measure(
   encoder: Encoder, examples: Examples, funnels: Sequence[str]
 ) -> list[Row]:
@@ -113,40 +118,24 @@ def measure(
     the funnel saves at `length` tokens.
 
   Raises:
-    ValueError: a funnel that is malformed, does not fit, or does not recover
-      under a head that needs it.
+    ValueError: a funnel that cannot be under the head.
   """
   task, config = examples.task, encoder.model.config
+  split, rows, length = examples.split, examples.rows, examples.length
+  sizes = dict(batch_size=examples.batch_size, length=length)
 
   def measure_one(stages):
-    found = finetune.measure(
-      encoder.with_funnel(stages),
-      task,
-      examples.split,
-      examples.rows,
-      batch_size=examples.batch_size,
-      length=examples.length,
-    )
-    return found | {
-      "num_examples": len(task.splits[examples.split]),
+    made = encoder.with_funnel(stages)
+    return finetune.measure(made, task, split, rows, **sizes) | {
+      "num_examples": len(task.splits[split]),
       "ideal_reduction": flops.ideal_reduction(
-        config, stages, 1, examples.length, head=False, causal=encoder.causal
+        config, stages, 1, length, head=False, causal=encoder.causal
       ),
     }
 
-  named = _resolve_for(encoder, funnels)
+  needs = _needs(encoder.head.config)
+  named = funnels_lib.resolve_for(encoder.model, funnels, **needs)
   return funnels_lib.measure_each(f"task {task.name}", named, measure_one)
-
-
-def _resolve(funnels, own, num_layers: int, per_token: bool):
-  recovers = "a label for every token" if per_token else None
-  return funnels_lib.resolve(funnels, num_layers, own=own, recovers=recovers)
-
-
-def _resolve_for(encoder: Encoder, funnels):
-  model, head = encoder.model, encoder.head.config
-  depth = model.config.num_layers
-  return _resolve(funnels, model.stages, depth, head.per_token)
 
 
 def _over_seeds(task: Task, measured: Sequence[Sequence[Row]]) -> list[Row]:
@@ -166,20 +155,13 @@ def _over_seeds(task: Task, measured: Sequence[Sequence[Row]]) -> list[Row]:
   return rows
 
 
-def _report(
-  out: str,
-  name: str,
-  rows: Sequence[Row],
-  examples: Examples,
-  title: str,
-  settings: dict[str, Any],
-) -> None:
-  task = examples.task
-  columns = cost.columns(
+def _report(out, name, rows, examples: Examples, title, settings) -> None:
+  task, metrics = examples.task, examples.task.metrics
+  columns = report.columns(
     "funnel",
     "resolved",
-    *(cost.percent(metric, metric, ".2f") for metric in task.metrics),
-    cost.percent("spread", f"deviation of {task.metrics[0]}", ".2f"),
+    *(report.percent(metric, metric, ".2f") for metric in metrics),
+    report.percent("spread", f"deviation of {metrics[0]}", ".2f"),
     report.Column("seeds", "seeds", "d"),
     "ideal_reduction",
   )
@@ -200,48 +182,53 @@ def find_runs(path: str | None) -> list[str]:
   folder = pathlib.Path(path)
   if (folder / finetune.HEAD_FILE).is_file():
     return [str(folder)]
-  number = lambda p: int(p.parent.name.removeprefix("seed_"))
-  found = [
-    p
-    for p in folder.glob(f"seed_*/{finetune.HEAD_FILE}")
-    if re.fullmatch(r"seed_\d+", p.parent.name)
-  ]
-  return [str(p.parent) for p in sorted(found, key=number)]
+  seeds = {}
+  for head in folder.glob(f"seed_*/{finetune.HEAD_FILE}"):
+    if match := re.fullmatch(r"seed_(\d+)", head.parent.name):
+      seeds[int(match[1])] = str(head.parent)
+  return [seeds[n] for n in sorted(seeds)]
 
 
 def evaluate(config: Any, settings: Settings) -> list[Row]:
   """Measures the runs of `find_runs` on their task, or on another with the
-  same labels, and writes the table that `run` writes, as TASK.json, .md, .png.
+  same labels; returns and writes the table of `run`, as TASK.json, .md, .png.
 
-  Args:
-    config: as in configs/eval_task.py.
-    settings: only `split` and `max_examples` count.
-
-  Returns:
-    As `run`.
+  Of `settings` only `split` and `max_examples` count.
 
   Raises:
     ValueError: a key that a head has no use for; seeds that are not of one
       configuration; a task whose labels, or their kind, are not the runs'.
   """
-  _check_unused(config, settings)
-  folders = find_runs(config.checkpoint)
-  loaded = [finetune.load(folder) for folder in folders]
-  _, labels, trained = loaded[0]
-  for folder, (_, _, other) in zip(folders, loaded, strict=True):
+  path, split = config.checkpoint, settings.split
+  for key in ("tokenizer", "dtype"):
+    require(
+      config[key] is None,
+      f"{key}={config[key]!r}: expected none, {path} is a fine-tuned run with "
+      "its own",
+    )
+  for field in dataclasses.fields(Settings):
+    value = getattr(settings, field.name)
+    require(
+      field.name in _USED or value == field.default,
+      f"{field.name}={value!r}: expected {field.default!r}, it is of tasks "
+      f"without a head, and {path} is a fine-tuned run",
+    )
+  folders = find_runs(path)
+  encoders, labels, configs = zip(*map(finetune.load, folders), strict=True)
+  trained = configs[0]
+  for folder, other in zip(folders, configs, strict=True):
     _check_same(folders[0], trained, folder, other)
   on_device = load_for_eval.on_this_device
   encoders = [
     Encoder(on_device(encoder.model), encoder.head, causal=encoder.causal)
-    for encoder, _, _ in loaded
+    for encoder in encoders
   ]
-  _resolve_for(encoders[0], config.funnels)
-  task = _read_task(config, trained, settings)
-  _check_labels(task, labels, encoders[0].head.config, config.checkpoint)
-  tokenizer = tokenizer_lib.find_tokenizer(
-    trained.tokenizer, "", encoders[0].model.config.vocab_size
-  )
-  split, length = settings.split, trained.length
+  model, head = encoders[0].model, encoders[0].head.config
+  funnels_lib.resolve_for(model, config.funnels, **_needs(head))
+  task = _read_task(config.task, trained, settings)
+  _check_labels(task, labels[0], head, path)
+  vocab_size, length = model.config.vocab_size, trained.length
+  tokenizer = tokenizer_lib.find_tokenizer(trained.tokenizer, "", vocab_size)
   rows = encode.encode(
     task, task.splits[split], tokenizer, length, trained.long
   )
@@ -251,30 +238,14 @@ def evaluate(config: Any, settings: Settings) -> list[Row]:
     task, [measure(encoder, examples, config.funnels) for encoder in encoders]
   )
   _report(
-    config.out or load_for_eval.default_out(config.checkpoint),
+    config.out or load_for_eval.default_out(path),
     report.file_name(task.name),
     rows,
     examples,
-    f"{task.name}: {config.checkpoint}, {split} split",
+    f"{task.name}: {path}, {split} split",
     {"config": config.to_dict(), "trained": trained.to_dict()},
   )
   return rows
-
-
-def _check_unused(config: Any, settings: Settings) -> None:
-  for key in ("tokenizer", "dtype"):
-    require(
-      config[key] is None,
-      f"{key}={config[key]!r}: expected none, {config.checkpoint} is a "
-      "fine-tuned run with its own",
-    )
-  for field in dataclasses.fields(Settings):
-    value = getattr(settings, field.name)
-    require(
-      field.name in _USED or value == field.default,
-      f"{field.name}={value!r}: expected {field.default!r}, it is of tasks "
-      f"without a head, and {config.checkpoint} is a fine-tuned run",
-    )
 
 
 def _check_same(first: str, one, folder: str, other) -> None:
@@ -286,9 +257,9 @@ def _check_same(first: str, one, folder: str, other) -> None:
     )
 
 
-def _read_task(config: Any, trained: Any, settings: Settings) -> Task:
-  """The task that `config` names, or the run's; cut to `max_examples`."""
-  given, default = config.task, tasks.default_config()
+def _read_task(given, trained, settings: Settings) -> Task:
+  """The task that is `given`, or the run's; cut to `max_examples`."""
+  default = tasks.default_config()
   changed = [key for key in default if given[key] != default[key]]
   named = {"train", "dev", "test", "dataset", "format"}.intersection(changed)
   if changed and not named:
@@ -308,9 +279,8 @@ def _read_task(config: Any, trained: Any, settings: Settings) -> Task:
 
 def _check_labels(task: Task, labels, head, path: str) -> None:
   wanted = "tagging" if head.per_token else "classification or regression"
-  fits = head.per_token == (task.kind == "tagging")
   require(
-    task.kind in ENCODER_KINDS and fits,
+    task.kind in ENCODER_KINDS and head.per_token == (task.kind == "tagging"),
     f"task {task.name} is of kind {task.kind!r}: expected {wanted}, which "
     f"{path} is fine-tuned for",
   )

@@ -14,6 +14,7 @@ from gemma_funnel.config import (
   parse_funnel,
   resolve_funnel,
 )
+from gemma_funnel.model import Transformer
 
 # The checkpoint's own funnel, in configurations and in tables.
 TRAINED, AS_TRAINED = "trained", "as trained"
@@ -34,18 +35,17 @@ def resolve(
 
   Args:
     funnels: funnels or their strings, such as "start=2,stride=2" or "off".
-    num_layers: of the model; None checks what needs no model, and leaves the
+    num_layers: of the model; None checks what needs none, and leaves the
       funnels unresolved.
     own: what "trained" stands for, () being off; None refuses that name.
-    recovers: what needs a state for every token; None is nothing.
+    recovers: what needs a state for every token, if anything does.
     trains: whether that takes a loss at every token.
 
   Returns:
     Stages by name, in the order given; () is off. Of equal funnels the first.
 
   Raises:
-    ValueError: no funnels, or one that is malformed, does not fit, or does not
-      recover, or has a reducer that cannot.
+    ValueError: no funnels, or one that cannot be.
   """
   require(
     not isinstance(funnels, str) and bool(funnels),
@@ -73,7 +73,7 @@ def resolve(
 
 
 def check_context(
-  stages: Stages, key: str, context_length: int, longest: int
+  named: Mapping[str, Stages], key: str, context_length: int, longest: int
 ) -> None:
   """Checks the tokens after BOS that `reduce=context` drops: at most `longest`.
 
@@ -81,11 +81,20 @@ def check_context(
     ValueError: too many, or none with a funnel that drops them.
   """
   require_int(key, context_length, 0, longest)
+  drops = any(s.reduce == "context" for x in named.values() for s in x)
   require(
-    context_length > 0 or all(s.reduce != "context" for s in stages),
+    context_length > 0 or not drops,
     f"funnels: reduce=context drops no tokens with {key}=0: expected 1 to "
     f"{longest}",
   )
+
+
+def resolve_for(
+  model: Transformer, funnels: Sequence[Funnel], **needs: Any
+) -> dict[str, Stages]:
+  """`resolve` for a model, whose own funnel is the trained one."""
+  depth = model.config.num_layers
+  return resolve(funnels, depth, own=model.stages, **needs)
 
 
 def with_off(named: Mapping[str, Stages]) -> dict[str, Stages]:

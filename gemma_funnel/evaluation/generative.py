@@ -8,18 +8,15 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import math
-import os
 import re
+import statistics
 from typing import Any
-
-import numpy as np
 
 from gemma_funnel import atomic, flops, tasks
 from gemma_funnel.checks import require
 from gemma_funnel.data.tokenizer import BOS_ID, Tokenizer
 from gemma_funnel.decode import decoder as decoder_lib
 from gemma_funnel.evaluation import (
-  cost,
   finetuned,
   load_for_eval,
   plots,
@@ -38,7 +35,6 @@ from gemma_funnel.model import Transformer
 from gemma_funnel.tasks.task import Task
 
 Row = dict[str, Any]
-_MAX_EXPONENT = 709.0
 _RECOVERS = "a task that a language model answers"
 
 
@@ -52,14 +48,13 @@ def evaluate(
     What is not finite is None. By kind:
     "choice": `accuracy` by summed log-likelihoods; `accuracy_norm` by those a
       byte of the choice without the spaces before it (lm_eval's acc_bytes);
-      `num_ties`, examples whose likeliest choices are equally likely, which
-      count as wrong; and `groups`, the same by group.
+      `num_ties` of the likeliest, which count as wrong; `groups`, the same by
+      group.
     "perplexity": `loss` in nats a token; `perplexity`, its exponential;
-      `bits_per_byte` of UTF-8; `word_perplexity` (words as lm_eval counts them:
-      pieces between spaces, empty ones at either end included); `num_tokens`.
-    "generation": `exact_match`, after runs of spaces became one and those at
-      either end were dropped; and `num_found`, answers that `answer_pattern`
-      found.
+      `bits_per_byte` of UTF-8; `word_perplexity` (words as lm_eval's: pieces
+      between spaces, empty ones at either end included); `num_tokens`.
+    "generation": `exact_match`, of answers as `prompts.normalize` has them; and
+      `num_found`, answers that `answer_pattern` found.
 
   Raises:
     ValueError: a task of another kind, no examples, a setting that does not
@@ -90,11 +85,11 @@ def _predict_choices(task, examples, scorer: Scorer, settings) -> list[Row]:
     task, settings, lambda e: e.choices[e.answer]
   )
   pairs = []
-  for number, example in enumerate(examples):
+  for number, e in enumerate(examples):
     try:
-      prompt = prompt_of(example)
+      prompt = prompt_of(e)
       pairs.append(
-        [encode_pair(scorer.tokenizer, prompt, c) for c in example.choices]
+        [encode_pair(scorer.tokenizer, prompt, c) for c in e.choices]
       )
     except ValueError as error:
       raise ValueError(
@@ -103,10 +98,12 @@ def _predict_choices(task, examples, scorer: Scorer, settings) -> list[Row]:
   scores = iter(scorer.loglikelihood([p for same in pairs for p in same]))
   records = []
   for example, same in zip(examples, pairs, strict=True):
-    found = [next(scores).log_likelihood for _ in same]
+    record = _choice_record(
+      example, [next(scores).log_likelihood for _ in same]
+    )
     num_fed = max(len(a) + len(b) - 1 for a, b in same)
-    cut = {"num_fed": num_fed, "cut": num_fed > scorer.max_length}
-    records.append(_choice_record(example, found) | cut)
+    cut = num_fed > scorer.max_length
+    records.append(record | {"num_fed": num_fed, "cut": cut})
   return records
 
 
@@ -130,19 +127,19 @@ def _choice_record(example, scores: Sequence[float]) -> Row:
 
 def _predict_texts(task, examples, scorer: Scorer, settings) -> list[Row]:
   del task, settings
-  texts = [scorer.tokenizer.encode(example.text) for example in examples]
+  texts = [example.text for example in examples]
+  ids = [scorer.tokenizer.encode(text) for text in texts]
+  found = scorer.rolling(ids)
   return [
     {
       "log_likelihood": total,
-      "num_tokens": len(ids),
-      "num_bytes": len(example.text.encode()),
-      "num_words": len(re.split(r"\s+", example.text)),
-      "num_fed": min(1 + len(ids), scorer.max_length),
+      "num_tokens": len(tokens),
+      "num_bytes": len(text.encode()),
+      "num_words": len(re.split(r"\s+", text)),
+      "num_fed": min(1 + len(tokens), scorer.max_length),
       "cut": False,
     }
-    for example, ids, total in zip(
-      examples, texts, scorer.rolling(texts), strict=True
-    )
+    for text, tokens, total in zip(texts, ids, found, strict=True)
   ]
 
 
@@ -150,13 +147,12 @@ def _predict_generated(task, examples, scorer: Scorer, settings) -> list[Row]:
   prompt_of = prompts.prompt_maker(task, settings, lambda e: e.answers[0])
   ids = [[BOS_ID, *scorer.tokenizer.encode(prompt_of(e))] for e in examples]
   room = scorer.prompt_room(settings.max_new_tokens)
-  texts = scorer.generate_until(
-    ids, Limits(settings.max_new_tokens, settings.stop)
-  )
+  limits = Limits(settings.max_new_tokens, settings.stop)
+  texts = scorer.generate_until(ids, limits)
+  normal = lambda text: prompts.normalize(text, settings)
   records = []
   for example, prompt, text in zip(examples, ids, texts, strict=True):
     found = prompts.extract(text, settings.answer_pattern)
-    normal = lambda text: prompts.normalize(text, settings)
     right = {normal(answer) for answer in example.answers}
     records.append(
       {
@@ -194,12 +190,11 @@ def summarize(kind: str, records: Sequence[Row]) -> Row:
     case "perplexity":
       nll, tokens = -total("log_likelihood"), total("num_tokens")
       require(tokens > 0, "the texts have no tokens: expected one at least")
-      power = lambda x: math.exp(x) if x < _MAX_EXPONENT else None
       return counts | {
         "loss": nll / tokens,
-        "perplexity": power(nll / tokens),
+        "perplexity": load_for_eval.perplexity(nll / tokens),
         "bits_per_byte": nll / math.log(2) / total("num_bytes"),
-        "word_perplexity": power(nll / total("num_words")),
+        "word_perplexity": load_for_eval.perplexity(nll / total("num_words")),
         "num_tokens": tokens,
       }
   return counts | {
@@ -218,13 +213,13 @@ def _rates(records: Sequence[Row]) -> Row:
   }
 
 
-COLUMNS = cost.columns(
+COLUMNS = report.columns(
   "funnel",
   "resolved",
-  cost.percent("accuracy", "accuracy", ".2f"),
-  cost.percent("accuracy_norm", "a byte,", ".2f"),
+  report.percent("accuracy", "accuracy", ".2f"),
+  report.percent("accuracy_norm", "a byte,", ".2f"),
   report.Column("num_ties", "ties", "d"),
-  cost.percent("exact_match", "exact match", ".2f"),
+  report.percent("exact_match", "exact match", ".2f"),
   report.Column("num_found", "answers found", "d"),
   "loss",
   "perplexity",
@@ -251,11 +246,7 @@ def measure(
     `metric` and `value`, the main one, and `ideal_reduction`, the share of a
     pass's FLOPs saved at the examples' mean length, head included (None for
     "generation"). And what `predict` returns, with `funnel`.
-
-  Raises:
-    ValueError, FloatingPointError: see `evaluate`.
   """
-  check(task, settings)
   metric = main_metric(task)
   if task.kind == "generation":
     # Otherwise each funnel's decoder would hold a copy of all layers.
@@ -267,13 +258,10 @@ def measure(
     predictions.append(records)
     found, saved = summarize(task.kind, records), None
     if task.kind != "generation":
-      length = max(1, round(float(np.mean([r["num_fed"] for r in records]))))
+      length = max(1, round(statistics.fmean(r["num_fed"] for r in records)))
       saved = flops.ideal_reduction(model.config, stages, 1, length)
-    return found | {
-      "metric": metric,
-      "value": found[metric],
-      "ideal_reduction": saved,
-    }
+    about = {"metric": metric, "value": found[metric]}
+    return found | about | {"ideal_reduction": saved}
 
   rows = funnels_lib.measure_each(f"task {task.name}", funnels, measure_one)
   return rows, [
@@ -290,8 +278,7 @@ def run(config: Any) -> list[Row]:
   fine-tuned run is measured on what its head is for: see `finetuned.evaluate`.
 
   Raises:
-    ValueError: a value out of range.
-    FloatingPointError: a log-likelihood that is not finite.
+    ValueError, FloatingPointError: see `evaluate`.
   """
   settings = _settings(config)
   if finetuned.find_runs(config.checkpoint):
@@ -302,15 +289,9 @@ def run(config: Any) -> list[Row]:
   check(task, settings)
   loaded = load_for_eval.load(config, dtype=config.dtype)
   model = load_for_eval.on_this_device(loaded.model)
-  named = funnels_lib.resolve(
-    config.funnels,
-    model.config.num_layers,
-    own=model.stages,
-    recovers=_RECOVERS,
-  )
-  rows, predictions = measure(
-    task, model, named, loaded.load_tokenizer(), settings
-  )
+  named = funnels_lib.resolve_for(model, config.funnels, recovers=_RECOVERS)
+  tokenizer = loaded.load_tokenizer()
+  rows, predictions = measure(task, model, named, tokenizer, settings)
   out = config.out or load_for_eval.default_out(config.checkpoint)
   name = report.file_name(task.name)
   report.write(
@@ -322,7 +303,7 @@ def run(config: Any) -> list[Row]:
     plots.task,
     settings={
       **loaded.settings(),
-      "model": model.config.to_dict(),
+      "model": model.config.to_dict(),  # As it ran here.
       "task": config.task.to_dict(),
       "skipped": dict(task.skipped),
       **dataclasses.asdict(settings),
@@ -330,14 +311,11 @@ def run(config: Any) -> list[Row]:
     notes=[f"{rows[0]['num_examples']} examples of split {settings.split}."],
   )
   lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
-  path = os.path.join(out, f"{name}.predictions.jsonl")
-  atomic.write_text(path, "".join(lines))
+  atomic.write_text(f"{out}/{name}.predictions.jsonl", "".join(lines))
   return rows
 
 
 def _settings(config: Any) -> Settings:
   """Settings of a configuration; what is unset is as `Settings` has it."""
   values = {name: config[name] for name in _SETTINGS}
-  if values["stop"] is not None and not isinstance(values["stop"], str):
-    values["stop"] = tuple(values["stop"])
   return Settings(**{k: v for k, v in values.items() if v is not None})

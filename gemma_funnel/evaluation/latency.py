@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any
 
 from flax import nnx
@@ -23,10 +24,8 @@ from gemma_funnel.config import (
   TransformerConfig,
   format_funnel,
 )
-from gemma_funnel.evaluation import cost as cost_lib
 from gemma_funnel.evaluation import decoding, plots, report, timing
 from gemma_funnel.evaluation import funnels as funnels_lib
-from gemma_funnel.evaluation.cost import Cost
 from gemma_funnel.evaluation.load_for_eval import reconfigured
 from gemma_funnel.model import Transformer
 from gemma_funnel.stream import make_stream
@@ -36,6 +35,13 @@ _LAYERS = 2
 _BASE_KIND = "global"
 
 Row = dict[str, Any]
+
+
+def random_model(config: TransformerConfig, seed: int = 0) -> Transformer:
+  """A model of random weights, made on the device in `param_dtype`."""
+  make = lambda key: nnx.state(Transformer(config, rngs=nnx.Rngs(key)))
+  params = jax.jit(make)(jax.random.key(seed))
+  return nnx.merge(nnx.graphdef(Transformer.abstract(config)), params)
 
 
 def _check_sweep(config, batch_sizes, lengths) -> None:
@@ -48,11 +54,26 @@ def _check_sweep(config, batch_sizes, lengths) -> None:
   )
 
 
-def random_model(config: TransformerConfig, seed: int = 0) -> Transformer:
-  """A model of random weights, made on the device in `param_dtype`."""
-  make = lambda key: nnx.state(Transformer(config, rngs=nnx.Rngs(key)))
-  params = jax.jit(make)(jax.random.key(seed))
-  return nnx.merge(nnx.graphdef(Transformer.abstract(config)), params)
+def _recovers(head: Sequence[bool]) -> str | None:
+  needed = "head=True (head=(False,) measures the encoder)"
+  return needed if True in head else None
+
+
+def _check(
+  config, funnels, batch_sizes, lengths, head, context_length
+) -> dict[str, funnels_lib.Stages]:
+  """Checks the arguments of `measure`, and names its funnels."""
+  _check_sweep(config, batch_sizes, lengths)
+  require(
+    bool(head) and all(isinstance(h, bool) for h in head),
+    f"head={head!r}: expected one or both of False and True",
+  )
+  named = funnels_lib.resolve(
+    funnels, config.num_layers, recovers=_recovers(head)
+  )
+  longest = min(lengths) - 1
+  funnels_lib.check_context(named, "context_length", context_length, longest)
+  return funnels_lib.with_off(named)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,23 +85,8 @@ class _Variant:
   baseline: Hashable  # The key of the variant that it is compared with.
   function: Callable[..., jax.Array]  # Of `params` and a cell's inputs.
   params: nnx.State
-  cost: Callable[[int, int], Cost]  # Of a batch size and a length.
-  layers: int = 1  # Of the program; rows and costs are of one.
-
-  def build(self, inputs: jax.Array, protocol) -> timing.Program:
-    protocol.log(f"  compiling {self.label}")
-    return timing.compile_program(
-      self.function, self.params, inputs, clock=protocol.clock
-    )
-
-  def row(self, cell: tuple[int, int], measured: Row) -> Row:
-    if not measured["error"]:
-      measured = measured | {
-        "latency_s": measured["latency_s"] / self.layers,
-        "times_s": [s / self.layers for s in measured["times_s"]],
-      }
-    about = {"batch": cell[0], "length": cell[1], **self.about}
-    return about | self.cost(*cell).row(measured)
+  flops: Callable[[int, int], float]  # Of a batch size and a length.
+  layers: int = 1  # Of the program; rows and FLOPs are of one.
 
 
 def _measure(
@@ -90,22 +96,32 @@ def _measure(
   protocol: timing.Protocol,
 ) -> list[Row]:
   """A row for each cell and variant."""
-  work = {c: sum(v.cost(*c).flops for v in variants.values()) for c in cells}
-  progress = timing.Progress(work, protocol)
+  work = {c: sum(v.flops(*c) for v in variants.values()) for c in cells}
   rows = []
-  for cell in cells:
-    progress.cell(cell, f"batch {cell[0]}, length {cell[1]}")
+
+  def build(variant, inputs):
+    protocol.log(f"  compiling {variant.label}")
+    return timing.compile_program(
+      variant.function, variant.params, inputs, clock=protocol.clock
+    )
+
+  for cell in timing.progress(work, "batch {}, length {}", protocol):
     inputs = make_inputs(cell)
     measured = timing.measure_together(
-      {
-        key: functools.partial(variant.build, inputs, protocol)
-        for key, variant in variants.items()
-      },
+      {k: functools.partial(build, v, inputs) for k, v in variants.items()},
       {key: variant.baseline for key, variant in variants.items()},
       protocol,
     )
     for key, variant in variants.items():
-      row = variant.row(cell, measured[key])
+      found = measured[key]
+      if not found["error"]:
+        found["latency_s"] /= variant.layers
+        found["times_s"] = [s / variant.layers for s in found["times_s"]]
+      row = {"batch": cell[0], "length": cell[1], **variant.about}
+      baseline = variants[variant.baseline].flops(*cell)
+      row |= timing.with_rates(
+        found, variant.flops(*cell), baseline, math.prod(cell)
+      )
       rows.append(row)
       text = "failed" if row["error"] else f"{row['latency_s'] * 1e3:.2f} ms"
       if row["ideal_reduction"] and row.get("reduction") is not None:
@@ -140,59 +156,36 @@ def measure(
   """Measures forward passes with each funnel, and with none.
 
   Args:
-    model: all variants run with its parameters; its own funnel is unused.
+    model: its parameters are those of all variants; its own funnel is unused.
     funnels: what to compare with no funnel, as configurations or strings. What
       one learns is the model's where its own funnel has that, or else fresh.
-    batch_sizes: rows B.
-    lengths: tokens T of a row.
-    head: of False and True, those to measure: a forward pass to the hidden
-      states, and one to the logits [B, T, V].
+    batch_sizes, lengths: rows B, and tokens T of a row.
+    head: what to measure: False, passes to the hidden states; True, to logits.
     causal: whether attention is causal.
     context_length: tokens after BOS that `reduce=context` drops, < T.
     protocol: how times are taken.
 
   Returns:
     A row for each batch size, length, `head` and funnel, "off" first: what
-    `timing.measure_together` and `Cost.row` give against "off".
+    `timing.measure_together` and `with_rates` give against "off".
 
   Raises:
-    ValueError: an argument out of range, a funnel that does not recover what
-      the head needs, or a model that cannot run here.
+    ValueError: an argument that cannot be, or a model that cannot run here.
   """
   config = model.config
-  _check_sweep(config, batch_sizes, lengths)
-  require(
-    bool(head) and all(isinstance(h, bool) for h in head),
-    f"head={head!r}: expected one or both of False and True",
-  )
-  named = funnels_lib.resolve(
-    funnels, config.num_layers, recovers=_recovers(head)
-  )
-  for stages in named.values():
-    funnels_lib.check_context(
-      stages, "context_length", context_length, min(lengths) - 1
-    )
-  named = funnels_lib.with_off(named)
+  named = _check(config, funnels, batch_sizes, lengths, head, context_length)
   models = {k: nnx.split(model.with_funnel(s)) for k, s in named.items()}
   variants = {}
-  for h, (name, stages) in itertools.product(
-    dict.fromkeys(head), named.items()
-  ):
-    graphdef, params = models[name]
+  spans = dict(causal=causal, context_length=context_length)
+  for h, name in itertools.product(dict.fromkeys(head), named):
+    (graphdef, params), stages = models[name], named[name]
     variants[name, h] = _Variant(
       label=f"{name}, {'with' if h else 'without'} the head",
       about={"head": h, "funnel": name, "resolved": format_funnel(stages)},
       baseline=(OFF, h),
       function=functools.partial(_forward, graphdef, h, causal, context_length),
       params=params,
-      cost=functools.partial(
-        cost_lib.of_forward,
-        config,
-        stages,
-        head=h,
-        causal=causal,
-        context_length=context_length,
-      ),
+      flops=functools.partial(flops.forward, config, stages, head=h, **spans),
     )
   # A kernel that cannot run is named before anything runs.
   for variant, length in itertools.product(variants.values(), lengths):
@@ -205,12 +198,6 @@ def measure(
 
   cells = list(itertools.product(batch_sizes, lengths))
   return _measure(variants, cells, draw_tokens, protocol)
-
-
-def _recovers(head: Sequence[bool]) -> str | None:
-  if True in head:
-    return "head=True (head=(False,) measures the encoder)"
-  return None
 
 
 def measure_layer_kinds(
@@ -232,9 +219,6 @@ def measure_layer_kinds(
   Returns:
     A row for each batch size, length and `kind`, "global" first: what
     `measure` has in a row, against "global", and `window`.
-
-  Raises:
-    ValueError: an argument out of range.
   """
   _check_sweep(config, batch_sizes, lengths)
   kinds = (_BASE_KIND, *set(ATTENTION_KINDS) - {_BASE_KIND})
@@ -243,12 +227,6 @@ def measure_layer_kinds(
     return dataclasses.replace(
       config, num_layers=count, attention_pattern=(kind,), vocab_size=1
     )
-
-  def cost(kind, batch, length):
-    count = lambda kind: flops.forward(
-      layers(kind, 1), None, batch, length, head=False, causal=causal
-    )
-    return Cost(count(kind), count(_BASE_KIND), batch * length)
 
   # Parameters know no window: all kinds run with the same.
   params = nnx.state(random_model(layers(_BASE_KIND, _LAYERS), protocol.seed))
@@ -267,7 +245,9 @@ def measure_layer_kinds(
       baseline=_BASE_KIND,
       function=trunk,
       params=params,
-      cost=functools.partial(cost, kind),
+      flops=functools.partial(
+        flops.forward, layers(kind, 1), None, head=False, causal=causal
+      ),
       layers=_LAYERS,
     )
 
@@ -279,13 +259,13 @@ def measure_layer_kinds(
   return _measure(variants, cells, draw_hidden, protocol)
 
 
-COLUMNS = cost_lib.columns("batch", "length", "head", "funnel", *cost_lib.TIMES)
-LAYER_KIND_COLUMNS = cost_lib.columns(
+COLUMNS = report.columns("batch", "length", "head", "funnel", *report.TIMES)
+LAYER_KIND_COLUMNS = report.columns(
   "batch",
   "length",
   report.Column("kind", "layer"),
   report.Column("window", "window", "d"),
-  *cost_lib.TIMES,
+  *report.TIMES,
 )
 KEYS = """
   funnels batch_sizes lengths context_length causal head layer_kinds decode warmup repeats
@@ -306,86 +286,71 @@ def run(config: Any) -> list[Row]:
     RuntimeError: every variant failed.
   """
   protocol = timing.Protocol(config.repeats, config.warmup, config.seed)
-  # What can be said before a checkpoint is read.
-  funnels_lib.resolve(config.funnels, recovers=_recovers(config.head))
   decodes = config.decode.new_tokens != 0
   require(
     config.causal or not decodes,
     "causal=False measures an encoder, which does not decode: expected "
     f"decode.new_tokens=0, found {config.decode.new_tokens}",
   )
-  model = _get_model(config)
-  sweep = dict(
-    batch_sizes=config.batch_sizes,
-    lengths=config.lengths,
-    causal=config.causal,
-    protocol=protocol,
+  # What can be said before a checkpoint is read, and then before it is run.
+  funnels_lib.resolve(config.funnels, recovers=_recovers(config.head))
+  wanted, model = TransformerConfig.from_dict(config.model), None
+  if config.checkpoint is not None:
+    model = convert.load(config.checkpoint, OFF, wanted.param_dtype)
+  sweep = dict(batch_sizes=config.batch_sizes, lengths=config.lengths)
+  asked = dict(head=config.head, context_length=config.context_length)
+  sizes = model.config if model else wanted
+  _check(sizes, config.funnels, **sweep, **asked)
+  if decodes:
+    decoding.check(sizes, config.funnels, **config.decode)
+  if model:
+    model = reconfigured(
+      model, **{name: getattr(wanted, name) for name in _HOW}
+    )
+  else:
+    model = random_model(wanted, config.seed)
+  sweep |= dict(causal=config.causal, protocol=protocol)
+  how = (
+    f"Medians of {config.repeats} interleaved rounds after {config.warmup} of "
+    "warm-up. Spread: interquartile range / median. Measured reduction: 1 - "
+    "median of the rounds' time / baseline."
   )
-  how = f"Medians of {config.repeats} interleaved rounds after "
-  notes = (
-    f"{how}{config.warmup} of warm-up. Spread: interquartile range / median. "
-    "Measured reduction: 1 - median of the rounds' time / baseline.",
-    "Ideal reduction: the same of FLOPs, counting what masks let through.",
+  ideal = "Ideal reduction: the same of FLOPs, counting what masks let through."
+  settings = {"model": model.config.to_dict()} | {
+    key: config[key]
+    for key in "checkpoint causal context_length repeats warmup seed".split()
+  }
+  about = (
+    f"width {model.config.embed_dim}, {model.config.dtype} (parameters "
+    f"{model.config.param_dtype}), attention kernel {model.config.kernel}"
   )
 
-  def write(name, rows, columns, what, plot, notes=notes):
-    settings = "checkpoint causal context_length repeats warmup seed".split()
+  def write(name, rows, columns, what, plot, *notes):
+    title = f"{what}: {about}"
     report.write(
       config.out,
       name,
       rows,
       columns,
-      f"{what}: width {model.config.embed_dim}, {model.config.dtype} "
-      f"(parameters {model.config.param_dtype}), attention kernel "
-      f"{model.config.kernel}",
+      title,
       plot,
-      settings={"model": model.config.to_dict()}
-      | {key: config[key] for key in settings},
+      settings=settings,
       notes=notes,
     )
 
-  rows = measure(
-    model,
-    config.funnels,
-    head=config.head,
-    context_length=config.context_length,
-    **sweep,
-  )
+  rows = measure(model, config.funnels, **asked, **sweep)
   what = f"Latency of {model.config.num_layers} layers"
-  write("latency", rows, COLUMNS, what, plots.latency)
+  write("latency", rows, COLUMNS, what, plots.latency, how, ideal)
   if config.layer_kinds:
     kinds = measure_layer_kinds(model.config, **sweep)
-    what = "Latency of one layer"
-    write("layer_kinds", kinds, LAYER_KIND_COLUMNS, what, plots.layer_kinds)
+    what, columns = "Latency of one layer", LAYER_KIND_COLUMNS
+    write("layer_kinds", kinds, columns, what, plots.layer_kinds, how, ideal)
   if decodes:
     decoded = decoding.measure(
       model, config.funnels, protocol=protocol, **config.decode
     )
-    said = (notes[0], *decoding.NOTES)
-    what, plot = "Generation", plots.decoding
-    write("decode", decoded, decoding.COLUMNS, what, plot, said)
+    columns, notes = decoding.COLUMNS, (how, *decoding.NOTES)
+    write("decode", decoded, columns, "Generation", plots.decoding, *notes)
   if all(row["error"] for row in rows):
     raise RuntimeError(f"no variant could run: {rows[0]['error']}")
   return rows
-
-
-def _get_model(config: Any) -> Transformer:
-  """The checkpoint's model, or a random one; checks what it costs to check."""
-  wanted = TransformerConfig.from_dict(config.model)
-  if config.checkpoint is None:
-    _check_fits(config, wanted)
-    return random_model(wanted, config.seed)
-  model = convert.load(config.checkpoint, OFF, wanted.param_dtype)
-  _check_fits(config, model.config)
-  return reconfigured(model, **{name: getattr(wanted, name) for name in _HOW})
-
-
-def _check_fits(config: Any, model: TransformerConfig) -> None:
-  """Checks that a model of these sizes can be measured as configured."""
-  _check_sweep(model, config.batch_sizes, config.lengths)
-  for stages in funnels_lib.resolve(config.funnels, model.num_layers).values():
-    funnels_lib.check_context(
-      stages, "context_length", config.context_length, min(config.lengths) - 1
-    )
-  if config.decode.new_tokens:
-    decoding.check(model, config.funnels, **config.decode)

@@ -29,6 +29,7 @@ from gemma_funnel.evaluation.scoring import (
 
 NAME = "gemma_funnel"
 _COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+_FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @register_model(NAME)
@@ -48,7 +49,7 @@ class GemmaFunnel(LM):
     max_batch_size: int | None = None,
     device: str | None = None,
   ):
-    """Loads a model.
+    """Loads a model; raises ValueError where an argument cannot be.
 
     Args:
       checkpoint: a training run, or whatever `gemma_funnel.load` reads.
@@ -56,16 +57,12 @@ class GemmaFunnel(LM):
         ends an argument of lm_eval's.
       tokenizer: a file, where the checkpoint has none.
       dtype: None is as trained for a run, and float32 for other checkpoints.
-      batch_size: rows of a pass; lm_eval may give it as a text.
+      batch_size: rows of a pass.
       max_length: tokens of a pass at most; None is the model's max_length.
       max_gen_toks: tokens to generate where a task does not say.
       seed: of what is drawn where a task wants samples.
-      max_batch_size: lm_eval's; only None is possible.
-      device: PyTorch's, which lm_eval's command always gives; it is unused.
-
-    Raises:
-      ValueError: an argument out of range, or a checkpoint or funnel that
-        cannot be used.
+      max_batch_size, device: lm_eval's; the first must be None, the second,
+        which its command always gives, is unused.
     """
     super().__init__()
     del device
@@ -86,9 +83,8 @@ class GemmaFunnel(LM):
       max_length = _int("max_length", max_length)
       require_int("max_length", max_length, 2, longest)
     lengths = bucket_lengths(max_length or longest)
-    self.scorer = Scorer(
-      model, loaded.load_tokenizer(), batch_size, lengths, seed
-    )
+    tokenizer = loaded.load_tokenizer()
+    self.scorer = Scorer(model, tokenizer, batch_size, lengths, seed)
 
   @property
   def tokenizer_name(self) -> str:
@@ -105,7 +101,6 @@ class GemmaFunnel(LM):
     self, requests: Sequence[Any], disable_tqdm: bool = False
   ) -> list[tuple[float, bool]]:
     """Log-likelihoods of continuations, in nats, and whether they are greedy."""
-    del disable_tqdm
     scores = self.scorer.loglikelihood(
       [encode_pair(self.scorer.tokenizer, *r.args) for r in requests]
     )
@@ -116,7 +111,6 @@ class GemmaFunnel(LM):
     self, requests: Sequence[Any], disable_tqdm: bool = False
   ) -> list[float]:
     """Log-likelihoods of whole texts, in nats, by windows."""
-    del disable_tqdm
     texts = [self.scorer.tokenizer.encode(r.args[0]) for r in requests]
     found = self.scorer.rolling(texts)
     return self._cache("loglikelihood_rolling", requests, found)
@@ -124,22 +118,14 @@ class GemmaFunnel(LM):
   def generate_until(
     self, requests: Sequence[Any], disable_tqdm: bool = False
   ) -> list[str]:
-    """Continuations up to EOS or a stop string.
-
-    Raises:
-      ValueError: an argument of generation that is not known.
-    """
-    del disable_tqdm
-    groups: dict[Limits, list[int]] = {}
-    for number, request in enumerate(requests):
-      limits = _limits(request.args[1], self.max_gen_toks)
-      groups.setdefault(limits, []).append(number)
+    """Continuations up to EOS or a stop string."""
+    encode = self.scorer.tokenizer.encode
+    given = [_limits(r.args[1], self.max_gen_toks) for r in requests]
     texts = [""] * len(requests)
-    for limits, numbers in groups.items():
+    for limits in dict.fromkeys(given):
+      numbers = [n for n, other in enumerate(given) if other == limits]
       same = [requests[n] for n in numbers]
-      prompts = [
-        [BOS_ID, *self.scorer.tokenizer.encode(r.args[0])] for r in same
-      ]
+      prompts = [[BOS_ID, *encode(r.args[0])] for r in same]
       found = self.scorer.generate_until(prompts, limits)
       if limits.sampling.temperature == 0:
         self._cache("generate_until", same, found)
@@ -171,11 +157,7 @@ def _limits(given: dict[str, Any], default: int) -> Limits:
   temperature = given.pop("temperature", None)
   if do_sample is None:
     do_sample = bool(temperature)
-  filters = {
-    name: given.pop(name)
-    for name in ("top_k", "top_p", "min_p", "repetition_penalty")
-    if name in given
-  }
+  filters = {name: given.pop(name) for name in _FILTERS if name in given}
   require(
     not given,
     f"generation_kwargs {sorted(given)} are not known: expected until, "

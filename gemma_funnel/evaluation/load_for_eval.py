@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -52,8 +53,7 @@ def load(
   Args:
     config: with the keys `checkpoint`, `tokenizer` and `needs`.
     needs: keys that only a training run may leave unset.
-    dtype: of parameters and compute; None is as trained for a run, and float32
-      for other checkpoints.
+    dtype: of all; None is as trained for a run, and float32 for others.
 
   Raises:
     ValueError: nothing there, a key that is missing, or a tokenizer beside that
@@ -101,8 +101,10 @@ def reconfigured(model: Transformer, **changes: Any) -> Transformer:
 
 
 def on_this_device(model: Transformer) -> Transformer:
-  """The model with the attention kernel that suits the devices here.
-
-  A run's own kernel is that of the devices it was trained on.
-  """
+  """The model with the kernel of the devices here, not of those of its run."""
   return reconfigured(model, kernel="auto")
+
+
+def perplexity(nats: float) -> float | None:
+  """The exponential; None where that is out of a float's range."""
+  return math.exp(nats) if nats < 709 else None

@@ -48,33 +48,22 @@ def _plot_reductions(
   axes, rows, place, title, measured="reduction", ideal="ideal_reduction"
 ) -> None:
   """A bar for each funnel but the first, which is off, at each `place`."""
-  names, places = (
-    _unique(rows, "funnel")[1:],
-    [*dict.fromkeys(map(place, rows))],
-  )
+  names = _unique(rows, "funnel")[1:]
+  places = list(dict.fromkeys(map(place, rows)))
   width = 0.8 / max(1, len(names))
   for n, name in enumerate(names):
-    at = {
-      places.index(place(r)) + (n + 0.5) * width - 0.4: r
-      for r in rows
-      if r["funnel"] == name
-    }
-    drawn = {x: r for x, r in at.items() if r.get(measured) is not None}
-    values = 100 * np.array([r[measured] for r in drawn.values()])
-    quartiles = [
-      r.get(f"{measured}_quartiles", [r[measured]] * 2) for r in drawn.values()
-    ]
-    errors = abs(100 * np.reshape(quartiles, (-1, 2)).T - values)
+    own = [r for r in rows if r["funnel"] == name]
+    x = np.array([places.index(place(r)) for r in own])
+    x = x + (n + 0.5) * width - 0.4
+    share = lambda key: np.array([r.get(key) for r in own], float)
+    values = 100 * share(measured)
+    quartiles = [r.get(f"{measured}_quartiles") or [np.nan] * 2 for r in own]
+    errors = np.nan_to_num(abs(100 * np.transpose(quartiles) - values))
     style = dict(color=f"C{n}", ecolor="0.4", capsize=2)
-    label = f"{name}, measured"
-    axes.bar([*drawn], values, 0.9 * width, yerr=errors, label=label, **style)
-    axes.hlines(
-      [100 * r[ideal] for r in at.values()],
-      [x - 0.45 * width for x in at],
-      [x + 0.45 * width for x in at],
-      colors="black",
-      label="ideal",
-    )
+    label, half = f"{name}, measured", 0.45 * width
+    axes.bar(x, values, 2 * half, yerr=errors, label=label, **style)
+    style = dict(colors="black", label="ideal")
+    axes.hlines(100 * share(ideal), x - half, x + half, **style)
   axes.axhline(0, color="0.6", linewidth=0.8)
   axes.set_xticks(range(len(places)), [str(p) for p in places])
   axes.set_ylabel("latency reduction (%)")

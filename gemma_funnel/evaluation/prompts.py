@@ -18,37 +18,26 @@ METRICS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How a task is put to a model.
+  """How a task is put to a model."""
 
-  Attributes:
-    batch_size: rows of a pass.
-    max_length: tokens that a pass is given at most; None is the model's
-      max_length. A prompt too long loses its beginning, but BOS.
-    split: the split that is measured.
-    max_examples: only the first so many of it; None is all.
-    few_shot: examples put before each prompt, the first of the train split.
-    shot_format: of each of them, with {prompt} and {answer}, the first right
-      one.
-    prompt_format: of the prompt itself, with {prompt}.
-    max_new_tokens: of a generated answer.
-    stop: strings that end it, and are no part of it; so does EOS.
-    answer_pattern: a regular expression whose first group (or match, without
-      one) is the answer within what was generated. Commas between digits and a
-      full stop at its end are dropped. None takes all that was generated.
-    lower_case: whether answers are compared without regard to case.
-  """
-
-  batch_size: int = 8
+  batch_size: int = 8  # Rows of a pass.
+  # Tokens of a pass at most; None is the model's max_length. A prompt too long
+  # loses its beginning, but BOS.
   max_length: int | None = None
   split: str = "test"
-  max_examples: int | None = None
+  max_examples: int | None = None  # The split's first ones; None is all.
+  # Examples before each prompt, the first of the train split, and what they and
+  # the prompt look like. {answer} is the first right one.
   few_shot: int = 0
   shot_format: str = "{prompt}{answer}\n\n"
   prompt_format: str = "{prompt}"
-  max_new_tokens: int = 128
-  stop: tuple[str, ...] = ()
+  max_new_tokens: int = 128  # Of a generated answer.
+  stop: Sequence[str] = ()  # Ends it, and is no part of it; so does EOS.
+  # A regular expression whose first group (or match, without one) is the answer
+  # within what was generated; then commas between digits and a full stop at its
+  # end are dropped. None takes all that was generated.
   answer_pattern: str | None = None
-  lower_case: bool = False
+  lower_case: bool = False  # Whether case does not matter.
 
   def __post_init__(self):
     require_int("batch_size", self.batch_size, 1)
@@ -58,21 +47,21 @@ class Settings:
       if getattr(self, name) is not None:
         require_int(name, getattr(self, name), least)
     require_choice("split", self.split, SPLITS)
+    texts = all(isinstance(s, str) and s for s in self.stop)
     require(
-      not isinstance(self.stop, str)
-      and all(isinstance(s, str) and s for s in self.stop),
+      texts and not isinstance(self.stop, str),
       f"stop={self.stop!r}: expected a tuple of texts, none of them empty",
     )
+    object.__setattr__(self, "stop", tuple(self.stop))
     _check_format("prompt_format", self.prompt_format, ("prompt",))
     _check_format("shot_format", self.shot_format, ("prompt", "answer"))
-    if self.answer_pattern is not None:
-      try:
-        re.compile(self.answer_pattern)
-      except re.error as error:
-        raise ValueError(
-          f"answer_pattern={self.answer_pattern!r} is no regular expression: "
-          f"{error}"
-        ) from error
+    pattern = self.answer_pattern
+    try:
+      re.compile(pattern or "")
+    except re.error as error:
+      raise ValueError(
+        f"answer_pattern={pattern!r} is no regular expression: {error}"
+      ) from error
 
 
 def _check_format(name: str, text: str, fields: Sequence[str]) -> None:
@@ -104,21 +93,20 @@ def check(task: Task, settings: Settings) -> None:
     f"task {task.name} has no examples in split={settings.split!r}: those "
     f"with some are {sorted(k for k, v in task.splits.items() if v)}",
   )
-  few_shot, there = settings.few_shot, len(task.splits.get("train", ()))
-  require(
-    not few_shot or task.kind != "perplexity",
-    f"few_shot={few_shot}: perplexity has no prompts",
-  )
-  require(
-    few_shot <= there,
-    f"few_shot={few_shot}: task {task.name} has {there} examples in its train "
-    "split",
-  )
-  require(
-    not few_shot or settings.split != "train",
-    f"few_shot={few_shot} with split='train' would show answers: expected "
-    "another split",
-  )
+  few_shot, split = settings.few_shot, settings.split
+  there = len(task.splits.get("train", ()))
+  for ok, why in (
+    (task.kind != "perplexity", ": perplexity has no prompts"),
+    (
+      few_shot <= there,
+      f": {task.name} has {there} examples in its train split",
+    ),
+    (
+      split != "train",
+      " would show answers of split='train': expected another",
+    ),
+  ):
+    require(ok or not few_shot, f"few_shot={few_shot}{why}")
   main_metric(task)
 
 

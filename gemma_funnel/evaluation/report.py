@@ -43,19 +43,68 @@ class Column:
     return str(value).replace("|", "\\|")
 
 
+def percent(key: str, header: str, format: str = ".1f") -> Column:
+  """A column of shares, in percent."""
+  return Column(key, f"{header} %", format, 100)
+
+
+# What several tables have.
+_COLUMNS = {
+  column.key: column
+  for column in (
+    Column("batch", "batch", "d"),
+    Column("length", "length", "d"),
+    Column("head", "vocabulary head"),
+    Column("funnel", "funnel"),
+    Column("resolved", "stages"),
+    Column("latency_s", "latency ms", ".3f", 1e3),
+    percent("spread", "spread"),
+    percent("reduction", "latency reduction, measured"),
+    percent("ideal_reduction", "FLOPs saved"),
+    Column("measured_over_ideal", "measured / ideal", ".2f"),
+    Column("tokens_per_s", "tokens/s", ",.0f"),
+    Column("flops_per_s", "TFLOP/s", ".3f", 1e-12),
+    Column("peak_bytes", "memory MiB", ",.1f", 2**-20),
+    Column("loss", "loss (nats/token)", ".4f"),
+    Column("perplexity", "perplexity", ".3f"),
+    Column("bits_per_byte", "bits/byte", ".4f"),
+    Column("error", "error"),
+  )
+}
+
+
+def columns(*columns: str | Column) -> tuple[Column, ...]:
+  """Columns of a table: those that several have by their keys, and others."""
+  return tuple(_COLUMNS[c] if isinstance(c, str) else c for c in columns)
+
+
+# What every table of times ends with.
+TIMES = columns(
+  "latency_s",
+  "spread",
+  "reduction",
+  percent("ideal_reduction", "latency reduction, ideal"),
+  "measured_over_ideal",
+  "tokens_per_s",
+  "flops_per_s",
+  "peak_bytes",
+  "error",
+)
+
+
 def environment() -> dict[str, Any]:
   """Where a result was measured, as JSON values: devices and versions.
 
   `device_peak_bytes` is the process's most memory on the first device so far.
   """
   device = jax.devices()[0]
-  stats = device.memory_stats() or {}
+  memory = device.memory_stats() or {}
   return {
     "platform": device.platform,
     "device_kind": device.device_kind,
     "num_devices": jax.device_count(),
     "num_host_cores": os.cpu_count(),
-    "device_peak_bytes": stats.get("peak_bytes_in_use"),
+    "device_peak_bytes": memory.get("peak_bytes_in_use"),
     "jax": jax.__version__,
     "python": platform.python_version(),
     "xla_flags": os.environ.get("XLA_FLAGS"),
@@ -70,19 +119,13 @@ def device() -> str:
 
 def revision() -> str | None:
   """The git commit of this package's files; None where there is none."""
+  command = "git describe --always --dirty --abbrev=10".split()
   folder = os.path.dirname(os.path.abspath(__file__))
+  options = dict(stderr=subprocess.DEVNULL, text=True, timeout=10)
   try:
-    described = subprocess.run(
-      ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-      cwd=folder,
-      capture_output=True,
-      text=True,
-      timeout=10,
-      check=True,
-    )
+    return subprocess.check_output(command, cwd=folder, **options).strip()
   except (OSError, subprocess.SubprocessError):
     return None
-  return described.stdout.strip() or None
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
@@ -96,20 +139,12 @@ def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
   cells += [[c.text(row) for c in columns] for row in rows]
   widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
 
-  def line(texts):
-    padded = [
-      text.rjust(width) if column.format else text.ljust(width)
-      for text, width, column in zip(texts, widths, columns, strict=True)
-    ]
-    return "| " + " | ".join(padded) + " |"
-
-  rule = [
-    "-" * (width + 1) + (":" if column.format else "-")
-    for width, column in zip(widths, columns, strict=True)
-  ]
-  return "\n".join(
-    [line(cells[0]), "|" + "|".join(rule) + "|", *map(line, cells[1:])]
-  )
+  shapes = [(">" if c.format else "<") for c in columns]
+  shapes = [f"{side}{n}" for side, n in zip(shapes, widths, strict=True)]
+  lines = ["| " + " | ".join(map(format, row, shapes)) + " |" for row in cells]
+  ends = zip(widths, columns, strict=True)
+  rule = ["-" * (n + 1) + (":" if c.format else "-") for n, c in ends]
+  return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
 
 
 def write(
@@ -131,11 +166,11 @@ def write(
   Args:
     out_dir: the folder; it is made if need be.
     name: files are called `name`.json, `name`.md and `name`.png.
-    rows: the result; values are what JSON can hold, and finite.
-    columns: what the table shows.
+    rows: what JSON can hold, finite.
+    columns: of the table.
     title: a line above the table.
     plot_fn: draws the rows, as a matplotlib Figure; None draws nothing.
-    settings: what the result depends on, kept in the JSON.
+    settings: what the result depends on, for the JSON.
     notes: lines below the table.
 
   Returns:

@@ -91,18 +91,11 @@ def encode_pair(
 
 
 def windows(ids: Sequence[int], length: int) -> Iterator[Pair]:
-  """Pairs that predict each token of a long text once.
+  """Pairs that predict each token of a long text, without BOS, once.
 
   As lm_eval's `get_rolling_token_windows` of length - 1 with context_len=1:
   windows overlap by one token, the last one by as many as there is room for.
-  Unlike there, every window begins with BOS.
-
-  Args:
-    ids: of the text, without BOS.
-    length: tokens that a window feeds, BOS included, >= 2.
-
-  Raises:
-    ValueError: `length` out of range.
+  Unlike there, every window of `length` fed tokens begins with BOS.
   """
   require(
     length >= 2, f"length={length}: expected 2 or more, of which one is BOS"
@@ -118,24 +111,17 @@ def windows(ids: Sequence[int], length: int) -> Iterator[Pair]:
 class Scorer:
   """A language model that scores and continues texts, given as token ids.
 
-  Attributes:
-    model: with the funnel to run it with.
-    tokenizer: the model's; only `generate_until` needs it.
-    batch_size: rows of a pass, >= 1.
-    lengths: rising; passes are padded to the least that holds them, and the
-      last one is the most tokens that a pass is given. None is `bucket_lengths`
-      of the model's max_length.
-    seed: of what is drawn.
-
   Raises:
-    ValueError: an attribute out of range, or a funnel that does not recover.
+    ValueError: a value out of range, or a funnel that does not recover.
   """
 
-  model: Transformer
-  tokenizer: Tokenizer | None = None
-  batch_size: int = 8
+  model: Transformer  # With the funnel to run it with.
+  tokenizer: Tokenizer | None = None  # Only `generate_until` needs it.
+  batch_size: int = 8  # Rows of a pass.
+  # Rising: passes are padded to the least that holds them, and the last one is
+  # the most tokens of a pass. None is `bucket_lengths` of the model's.
   lengths: Sequence[int] | None = None
-  seed: int = 0
+  seed: int = 0  # Of what is drawn.
 
   def __post_init__(self):
     check_recovers(self.model.stages, "log-likelihoods")
@@ -143,7 +129,7 @@ class Scorer:
     longest = self.model.config.max_length
     lengths = self.lengths
     lengths = bucket_lengths(longest) if lengths is None else tuple(lengths)
-    rising = all(a < b for a, b in zip(lengths, lengths[1:], strict=False))
+    rising = list(lengths) == sorted(set(lengths))
     require(
       bool(lengths) and rising and 1 <= lengths[0] and lengths[-1] <= longest,
       f"lengths={lengths}: expected rising integers from 1 to "
@@ -161,29 +147,27 @@ class Scorer:
 
     Args:
       pairs: (context, continuation) each. BOS is put before a context that does
-        not begin with it. A context too long loses its beginning, but BOS. The
+        not begin with it; one too long loses its beginning, but BOS. The
         continuation's last token is not fed.
-
-    Returns:
-      A score for each pair, in their order.
 
     Raises:
       ValueError: a continuation that is empty or longer than `max_length`; a
-        token id outside the vocabulary; a reducer that allows no loss at each token.
+        token id outside the vocabulary; a reducer that allows no such loss.
       FloatingPointError: a score that is not finite.
     """
     check_reducers(self.model.stages, "trains", "log-likelihoods")
     vocab_size = self.model.config.vocab_size
     fitted = [
-      _fit(number, pair, self.max_length, vocab_size)
+      _fit(f"request {number}", *pair, self.max_length, vocab_size)
       for number, pair in enumerate(pairs)
     ]
+    num_fed = lambda pair: len(pair[0]) + len(pair[1]) - 1
     # The longest first: what does not fit into memory is known at once.
-    unique = sorted(set(fitted), key=lambda pair: (-_num_fed(pair), pair))
+    unique = sorted(set(fitted), key=lambda pair: (-num_fed(pair), pair))
     graphdef, params = nnx.split(self.model)
     scores = {}
     while unique:
-      length = min(n for n in self.lengths if n >= _num_fed(unique[0]))
+      length = min(n for n in self.lengths if n >= num_fed(unique[0]))
       batch, unique = unique[: self.batch_size], unique[self.batch_size :]
       inputs = _arrays(batch, self.batch_size, length)
       log_p_B, hits_B = jax.device_get(_batch_scores(graphdef, params, inputs))
@@ -197,11 +181,7 @@ class Scorer:
   def rolling(self, texts: Sequence[Sequence[int]]) -> list[float]:
     """Log-likelihoods of whole texts by windows, in nats; 0 for an empty one.
 
-    Args:
-      texts: token ids of each, without BOS, of any length.
-
-    Raises:
-      ValueError, FloatingPointError: as `loglikelihood`.
+    Texts are token ids without BOS, of any length. Raises as `loglikelihood`.
     """
     pairs = [list(windows(ids, self.max_length)) for ids in texts]
     scores = iter(self.loglikelihood([pair for text in pairs for pair in text]))
@@ -214,12 +194,8 @@ class Scorer:
   ) -> list[str]:
     """Texts that go on from prompts, up to EOS or the first stop string.
 
-    Args:
-      prompts: token ids, BOS first. One too long loses tokens after BOS.
-      limits: of all continuations.
-
-    Raises:
-      ValueError: no room for a prompt beside `max_new_tokens`, or see `Decoder`.
+    Prompts are token ids, BOS first; one too long loses tokens after BOS.
+    Raises ValueError where `max_new_tokens` leaves no room for a prompt.
     """
     room = self.prompt_room(limits.max_new_tokens)
     if not prompts:
@@ -227,27 +203,34 @@ class Scorer:
     cut = lambda ids: [*ids[:1], *ids[1:][max(0, len(ids) - room) :]]
     prompts = [cut(list(ids)) for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
-    decoder = decoder_lib.Decoder(
-      self.model, len(prompts[order[0]]) + limits.max_new_tokens
-    )
+    cache_length = len(prompts[order[0]]) + limits.max_new_tokens
+    decoder = decoder_lib.Decoder(self.model, cache_length)
     texts = [""] * len(prompts)
     size = min(self.batch_size, len(prompts))
     for start in range(0, len(order), size):
       batch = order[start : start + size]
       # A batch that is not full would be compiled for anew.
       full = batch + batch[-1:] * (size - len(batch))
-      found = self._generate(decoder, [prompts[n] for n in full], limits, start)
+      for results in decoder.stream(
+        [prompts[n] for n in full],
+        max_new_tokens=limits.max_new_tokens,
+        sampling=limits.sampling,
+        stop_ids=[EOS_ID],
+        seed=self.seed,
+        first_row=start,
+        chunk=_CHUNK,
+      ):
+        found = [generate.decode(self.tokenizer, r.tokens) for r in results]
+        ended = [any(s in text for s in limits.stop) for text in found]
+        if all(e or r.stopped for e, r in zip(ended, results, strict=True)):
+          break
       for number, text in zip(batch, found, strict=False):
         ends = [text.find(s) for s in limits.stop if s in text]
         texts[number] = text[: min(ends, default=len(text))]
     return texts
 
   def prompt_room(self, max_new_tokens: int) -> int:
-    """Tokens that a prompt has at most beside its continuation.
-
-    Raises:
-      ValueError: there is no room.
-    """
+    """Tokens that a prompt has at most beside its continuation."""
     require(
       max_new_tokens < self.max_length,
       f"max_new_tokens={max_new_tokens}: expected less than the "
@@ -255,43 +238,19 @@ class Scorer:
     )
     return self.max_length - max_new_tokens
 
-  def _generate(self, decoder, prompts, limits: Limits, first_row: int):
-    """Whole texts of a batch, until each has ended."""
-    for results in decoder.stream(
-      prompts,
-      max_new_tokens=limits.max_new_tokens,
-      sampling=limits.sampling,
-      stop_ids=[EOS_ID],
-      seed=self.seed,
-      first_row=first_row,
-      chunk=_CHUNK,
-    ):
-      texts = [generate.decode(self.tokenizer, r.tokens) for r in results]
-      if all(
-        result.stopped or any(s in text for s in limits.stop)
-        for result, text in zip(results, texts, strict=True)
-      ):
-        break
-    return texts
 
-
-def _num_fed(pair: Pair) -> int:
-  return len(pair[0]) + len(pair[1]) - 1
-
-
-def _fit(number: int, pair: Pair, longest: int, vocab_size: int) -> Pair:
+def _fit(what: str, context, continuation, longest, vocab_size) -> Pair:
   """The pair as tuples that begin with BOS and fit."""
-  context, continuation = (tuple(map(int, ids)) for ids in pair)
+  context = tuple(map(int, context))
+  continuation = tuple(map(int, continuation))
   require(
     1 <= len(continuation) <= longest,
-    f"request {number} has a continuation of {len(continuation)} tokens: "
-    f"expected 1 to {longest}, which a pass is given",
+    f"{what} has a continuation of {len(continuation)} tokens: expected 1 to "
+    f"{longest}, which a pass is given",
   )
   for i in (*context, *continuation):
-    require(
-      0 <= i < vocab_size,
-      f"request {number} has the token id {i}: expected 0 to {vocab_size - 1}",
-    )
+    fits, most = 0 <= i < vocab_size, vocab_size - 1
+    require(fits, f"{what} has the token id {i}: expected 0 to {most}")
   if context[:1] == (BOS_ID,):
     context = context[1:]
   room = longest - len(continuation)
@@ -301,33 +260,26 @@ def _fit(number: int, pair: Pair, longest: int, vocab_size: int) -> Pair:
 def _arrays(batch, batch_size, length) -> dict[str, np.ndarray]:
   """Pairs, padded to `batch_size` rows of `length` tokens."""
   shape = batch_size, length
-  tokens_BT, target_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-  segment_BT = np.zeros(shape, np.int32)
-  first_B, count_B = np.zeros((2, batch_size), np.int32)
+  zeros = lambda shape, *names: {n: np.zeros(shape, np.int32) for n in names}
+  inputs = zeros(shape, "tokens_BT", "segment_BT", "target_BT")
+  inputs |= zeros(batch_size, "first_B", "count_B")
   for row, (context, continuation) in enumerate(batch):
-    count = len(context) + len(continuation) - 1
-    tokens_BT[row, :count] = (context + continuation)[:-1]
-    segment_BT[row, :count] = 1
-    target_BT[row, : len(continuation)] = continuation
-    first_B[row], count_B[row] = len(context) - 1, len(continuation)
+    fed = (context + continuation)[:-1]
+    inputs["tokens_BT"][row, : len(fed)] = fed
+    inputs["segment_BT"][row, : len(fed)] = 1
+    inputs["target_BT"][row, : len(continuation)] = continuation
+    inputs["first_B"][row] = len(context) - 1
+    inputs["count_B"][row] = len(continuation)
   # A row of padding alone would have queries that see nothing.
-  segment_BT[len(batch) :, 0] = 1
-  return {
-    "tokens_BT": tokens_BT,
-    "segment_BT": segment_BT,
-    "target_BT": target_BT,
-    "first_B": first_B,
-    "count_B": count_B,
-  }
+  inputs["segment_BT"][len(batch) :, 0] = 1
+  return inputs
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _batch_scores(graphdef, params, inputs):
   """Of each row's continuation: the log-likelihood, float32 [B], and how many
-  of its tokens were the likeliest, int32 [B].
-
-  Logits are made of continuations only, a piece of each at a time. Row b has
-  `count_B[b]` targets, of which the first is predicted at `first_B[b]`.
+  of its `count_B` tokens, the first predicted at `first_B`, were the likeliest,
+  int32 [B]. Logits are made of continuations only, a piece of each at a time.
   """
   model = nnx.merge(graphdef, params)
   hidden_BTD = model.encode(
@@ -346,15 +298,11 @@ def _batch_scores(graphdef, params, inputs):
     target_BC = inputs["target_BT"][:, jnp.minimum(nth_1C[0], length - 1)]
     hidden_BCD = jnp.take_along_axis(hidden_BTD, at_BC[..., None], axis=1)
     logits_BCV = model.logits(hidden_BCD)
-    chosen_BC = jnp.take_along_axis(
-      logits_BCV, target_BC[..., None], axis=-1
-    ).squeeze(-1)
-    log_p_BC = chosen_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+    chosen_BC1 = jnp.take_along_axis(logits_BCV, target_BC[..., None], axis=-1)
+    log_p_BC = chosen_BC1[..., 0] - jax.nn.logsumexp(logits_BCV, axis=-1)
     hit_BC = counts_BC & (jnp.argmax(logits_BCV, axis=-1) == target_BC)
-    return (
-      log_p_B + jnp.sum(jnp.where(counts_BC, log_p_BC, 0), axis=1),
-      hits_B + jnp.sum(hit_BC, axis=1, dtype=jnp.int32),
-    )
+    log_p_B += jnp.sum(jnp.where(counts_BC, log_p_BC, 0), axis=1)
+    return log_p_B, hits_B + jnp.sum(hit_BC, axis=1, dtype=jnp.int32)
 
   pieces = (jnp.max(inputs["count_B"]) + size - 1) // size
   zeros = jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.int32)

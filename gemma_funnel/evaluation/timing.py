@@ -6,7 +6,7 @@ ratios of two times of one round do not change: the measured reduction is 1 minu
 the median of these ratios.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import time
@@ -56,7 +56,7 @@ class Program:
 
   call: Callable[[], Any]
   compile_s: float
-  peak_bytes: int | None  # See `peak_bytes`.
+  peak_bytes: int | None
 
 
 def compile_program(
@@ -82,6 +82,11 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int | None:
   )
 
 
+def _one_line(error: Exception) -> str:
+  text = " ".join(str(error).split())
+  return f"{type(error).__name__}: {text[:200]}"
+
+
 def time_interleaved(
   calls: Mapping[Hashable, Callable[[], Any]], protocol: Protocol
 ) -> tuple[dict[Hashable, list[float]], dict[Hashable, str]]:
@@ -96,8 +101,7 @@ def time_interleaved(
   errors = {}
   for number in range(protocol.warmup + protocol.repeats):
     keys = list(times)
-    for index in rng.permutation(len(keys)):
-      key = keys[index]
+    for key in (keys[i] for i in rng.permutation(len(keys))):
       start = protocol.clock()
       try:
         jax.block_until_ready(calls[key]())
@@ -120,27 +124,16 @@ def summarize(times: Sequence[float], baseline: Sequence[float] | None) -> Row:
     `reduction_quartiles` of 1 - these ratios, low and high; and
     `reduction_of_medians`, which has the drift between rounds in it.
   """
-  low, median, high = (float(q) for q in np.quantile(times, (0.25, 0.5, 0.75)))
-  row = {
-    "latency_s": median,
-    "spread": (high - low) / median,
-    "reduction": None,
-    "reduction_quartiles": None,
-    "reduction_of_medians": None,
-    "times_s": list(times),
-  }
+  low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
+  row = {"latency_s": median, "spread": (high - low) / median}
+  names = "reduction", "reduction_quartiles", "reduction_of_medians"
+  row |= dict.fromkeys(names) | {"times_s": list(times)}
   if baseline is not None:
     saved = 1 - np.asarray(times) / np.asarray(baseline)
-    quartiles = np.quantile(saved, (0.25, 0.75))
     row["reduction"] = float(np.median(saved))
-    row["reduction_quartiles"] = [float(q) for q in quartiles]
+    row["reduction_quartiles"] = np.quantile(saved, (0.25, 0.75)).tolist()
     row["reduction_of_medians"] = 1 - median / float(np.median(baseline))
   return row
-
-
-def _one_line(error: Exception) -> str:
-  text = " ".join(str(error).split())
-  return f"{type(error).__name__}: {text[:200]}"
 
 
 def measure_together(
@@ -166,31 +159,52 @@ def measure_together(
   errors.update(failed)
   for key, error in errors.items():
     protocol.log(f"  {key} failed: {error}")
-  rows = {}
-  for key in builders:
-    row = {"error": errors.get(key)}
-    if key in programs:
-      row["compile_s"] = programs[key].compile_s
-      row["peak_bytes"] = programs[key].peak_bytes
-    if key in times:
-      row |= summarize(times[key], times.get(baselines[key]))
-    rows[key] = row
+  rows = {key: {"error": errors.get(key)} for key in builders}
+  for key, program in programs.items():
+    about = {"compile_s": program.compile_s, "peak_bytes": program.peak_bytes}
+    rows[key] |= about
+  for key, own in times.items():
+    rows[key] |= summarize(own, times.get(baselines[key]))
   return rows
 
 
-class Progress:
-  """Says what is next, and how long the rest takes, judged by its FLOPs."""
+def progress(
+  work: Mapping[tuple[Any, ...], float], text: str, protocol: Protocol
+) -> Iterator[tuple[Any, ...]]:
+  """Goes through cells: says what is next, and how long the rest takes.
 
-  def __init__(self, work: Mapping[Hashable, float], protocol: Protocol):
-    self._work, self._protocol = work, protocol
-    self._start, self._done, self._count = protocol.clock(), 0.0, 0
+  Args:
+    work: of each cell, in any unit, such as FLOPs.
+    text: a format of a cell's members.
+    protocol: its clock and log.
+  """
+  start, left = protocol.clock(), sum(work.values())
+  for number, (cell, cost) in enumerate(work.items(), 1):
+    line = f"[{number}/{len(work)}] {text.format(*cell)}"
+    if number > 1:
+      done = sum(work.values()) - left
+      seconds = (protocol.clock() - start) * left / done
+      line += f" (about {seconds:.0f} s left)"
+    protocol.log(line)
+    yield cell
+    left -= cost
 
-  def cell(self, key: Hashable, text: str) -> None:
-    line = f"[{self._count + 1}/{len(self._work)}] {text}"
-    if self._done:
-      elapsed = self._protocol.clock() - self._start
-      rest = sum(self._work.values()) - self._done
-      line += f" (about {elapsed * rest / self._done:.0f} s left)"
-    self._protocol.log(line)
-    self._done += self._work[key]
-    self._count += 1
+
+def with_rates(
+  measured: Row, flops: float, baseline: float, tokens: int
+) -> Row:
+  """A row of `measure_together` with what follows from a pass's FLOPs.
+
+  Adds `ideal_reduction`, against `baseline` FLOPs, `measured_over_ideal`,
+  `flops`, `flops_per_s` and `tokens_per_s`; None where there is no time.
+  """
+  seconds, reduction = measured.get("latency_s"), measured.get("reduction")
+  ideal = 1 - flops / baseline
+  comparable = reduction is not None and ideal > 0
+  return measured | {
+    "ideal_reduction": ideal,
+    "measured_over_ideal": reduction / ideal if comparable else None,
+    "flops": flops,
+    "flops_per_s": flops / seconds if seconds else None,
+    "tokens_per_s": tokens / seconds if seconds else None,
+  }

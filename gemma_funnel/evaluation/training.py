@@ -15,7 +15,7 @@ import numpy as np
 
 from gemma_funnel.checks import require, require_positive
 from gemma_funnel.config import OFF
-from gemma_funnel.evaluation import cost, plots, report, timing
+from gemma_funnel.evaluation import plots, report, timing
 from gemma_funnel.parallel import sharding
 from gemma_funnel.parallel.hardware import chip_of
 from gemma_funnel.training import init_state, pretrain
@@ -35,20 +35,6 @@ class Variant:
   funnel: str
   chunk: int
   remat: str
-
-
-def _variants(config: ml_collections.ConfigDict) -> dict[Variant, Variant]:
-  """All variants, and what each is compared with."""
-  base = Variant(OFF, config.loss_chunks[0], config.remats[0])
-  changes = dict(
-    funnel=config.funnels, chunk=config.loss_chunks, remat=config.remats
-  )
-  others = [
-    dataclasses.replace(base, **{name: value})
-    for name, values in changes.items()
-    for value in values
-  ]
-  return dict.fromkeys([base, *others], base)
 
 
 def _setup(config: ml_collections.ConfigDict, variant: Variant):
@@ -79,25 +65,20 @@ class _Steps:
     name = f"{variant.funnel}, {chunk}, remat {variant.remat}"
     self.protocol.log(f"  compiling {name}")
     setup = _setup(self.config, variant)
-    mesh = setup.mesh
     began = self.protocol.clock()
     init, state_shapes = init_state.make_init(setup)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(setup.mesh):
       loss = setup.task.make_loss(setup)
       step = step_lib.make_train_step(setup, loss, state_shapes)
-      batch = _batch(setup)
-      key = jax.random.key(0)
-      frozen_params = init_state.load_frozen(setup)
-      args = (state_shapes, frozen_params, batch, key)
-      compiled = step.lower(setup.stages, *args).compile()
-    compile_s = self.protocol.clock() - began
-    peak = timing.peak_bytes(compiled)
-    call = functools.partial(self._call, compiled, frozen_params, batch, key)
-    if (peak or 0) > self.limit:
-      call = functools.partial(_too_large, peak, self.limit)
-    elif self.state is None:
-      with jax.set_mesh(mesh):
-        self.state = init(frozen_params)
+      args = init_state.load_frozen(setup), _batch(setup), jax.random.key(0)
+      compiled = step.lower(setup.stages, state_shapes, *args).compile()
+      compile_s = self.protocol.clock() - began
+      peak = timing.peak_bytes(compiled)
+      call = functools.partial(self._call, compiled, *args)
+      if (peak or 0) > self.limit:
+        call = functools.partial(_too_large, peak, self.limit)
+      elif self.state is None:
+        self.state = init(args[0])
     return timing.Program(call, compile_s, peak)
 
   def _call(self, compiled, *rest):
@@ -130,9 +111,8 @@ def measure(config: ml_collections.ConfigDict) -> list[Row]:
 
   Returns:
     A row for each variant: `funnel`, `loss_chunk`, `remat`; what
-    `timing.measure_together` gives; `ideal_reduction`, of FLOPs, with
-    `measured_over_ideal`; `memory_ratio` to what it is compared with;
-    `tokens_per_s`, `flops_per_s` and, on a device whose peak is known, `mfu`.
+    `timing.measure_together` and `with_rates` give; `memory_ratio` to what it
+    is compared with; and, on a device whose peak is known, `mfu`.
 
   Raises:
     ValueError: a value that cannot be.
@@ -145,7 +125,14 @@ def measure(config: ml_collections.ConfigDict) -> list[Row]:
   if config.memory_limit_gib is not None:
     require_positive("memory_limit_gib", config.memory_limit_gib)
   protocol = timing.Protocol(config.repeats, config.warmup, config.seed)
-  variants = _variants(config)
+  base = Variant(OFF, config.loss_chunks[0], config.remats[0])
+  changes = [
+    *(dict(funnel=value) for value in config.funnels),
+    *(dict(chunk=value) for value in config.loss_chunks),
+    *(dict(remat=value) for value in config.remats),
+  ]
+  variants = [base, *(dataclasses.replace(base, **c) for c in changes)]
+  variants = dict.fromkeys(variants, base)  # What each is compared with.
   setups = {variant: _setup(config, variant) for variant in variants}
   steps = _Steps(config, protocol)
   measured = timing.measure_together(
@@ -153,7 +140,7 @@ def measure(config: ml_collections.ConfigDict) -> list[Row]:
   )
   flops = {v: s.task.step_flops(s, s.stages) for v, s in setups.items()}
   rows = []
-  for variant, base in variants.items():
+  for variant in variants:
     setup, found = setups[variant], measured[variant]
     row = {
       "batch": setup.batch_size,
@@ -163,7 +150,7 @@ def measure(config: ml_collections.ConfigDict) -> list[Row]:
       "remat": variant.remat,
     }
     tokens = setup.batch_size * setup.length
-    row |= cost.Cost(flops[variant], flops[base], tokens).row(found)
+    row |= timing.with_rates(found, flops[variant], flops[base], tokens)
     chip = chip_of(setup.mesh.devices.flat[0])
     if chip and row["flops_per_s"]:
       row["mfu"] = row["flops_per_s"] / (chip.flops * setup.mesh.size)
@@ -174,14 +161,14 @@ def measure(config: ml_collections.ConfigDict) -> list[Row]:
   return rows
 
 
-COLUMNS = cost.columns(
+COLUMNS = report.columns(
   "batch",
   "length",
   "funnel",
   report.Column("loss_chunk", "loss chunk", "d"),
   report.Column("remat", "remat"),
-  *cost.TIMES[:-1],
-  cost.percent("mfu", "MFU"),
+  *report.TIMES[:-1],
+  report.percent("mfu", "MFU"),
   report.Column("memory_ratio", "memory ratio", ".2f"),
   "error",
 )

@@ -15,19 +15,12 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Peaks of a chip.
+  """Peaks of a chip."""
 
-  Attributes:
-    flops: bfloat16 FLOP/s.
-    memory: bytes.
-    bandwidth: of memory, bytes/s.
-    link: between chips, bytes/s out of each.
-  """
-
-  flops: float
-  memory: int
-  bandwidth: float
-  link: float
+  flops: float  # bfloat16 FLOP/s.
+  memory: int  # Bytes.
+  bandwidth: float  # Of memory, bytes/s.
+  link: float  # Between chips, bytes/s out of each.
 
 
 _GB = 10**9

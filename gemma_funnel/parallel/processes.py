@@ -65,19 +65,30 @@ def join(
   what = "all processes that jax finds of this cluster"
   if coordinator:
     what = f"{num_processes} processes at {coordinator}"
-  peer = coordinator if process_id else None
-  give_up = threading.Timer(timeout_s, _give_up, (what, timeout_s, peer))
-  give_up.daemon = True
-  give_up.start()
+
+  def give_up():
+    why = "some of them have not come"
+    if process_id:
+      try:
+        socket.create_connection(_address(coordinator), timeout=2).close()
+        why = "it answers, so other processes have not come"
+      except OSError as error:
+        why = f"process 0 is not there: {error}"
+    text = f"error: waited {timeout_s:.0f} s for {what}: {why}"
+    print(text, file=sys.stderr, flush=True)
+    os._exit(1)
+
+  timer = threading.Timer(timeout_s, give_up)
+  timer.daemon = True
+  timer.start()
   try:
     # Longer than ours: jax ends the process in its own words when it is over.
-    jax.distributed.initialize(
-      *explicit, initialization_timeout=round(timeout_s) + 60
-    )
+    longer = round(timeout_s) + 60
+    jax.distributed.initialize(*explicit, initialization_timeout=longer)
   except (ValueError, RuntimeError) as error:
     raise ValueError(f"cannot join {what}: {error}") from error
   finally:
-    give_up.cancel()
+    timer.cancel()
 
 
 def _address(coordinator: str) -> tuple[str, int]:
@@ -87,22 +98,6 @@ def _address(coordinator: str) -> tuple[str, int]:
     f"--coordinator={coordinator!r}: expected HOST:PORT",
   )
   return host, int(port)
-
-
-def _give_up(what: str, timeout_s: float, coordinator: str | None) -> None:
-  why = "some of them have not come"
-  if coordinator:
-    try:
-      socket.create_connection(_address(coordinator), timeout=2).close()
-      why = "it answers, so other processes have not come"
-    except OSError as error:
-      why = f"process 0 is not there: {error}"
-  print(
-    f"error: waited {timeout_s:.0f} s for {what}: {why}",
-    file=sys.stderr,
-    flush=True,
-  )
-  os._exit(1)
 
 
 def gather(value: Any) -> list[Any]:
@@ -124,16 +119,18 @@ def broadcast_from_host0(value: Any) -> Any:
   return gather(value if jax.process_index() == 0 else None)[0]
 
 
-def result_of(function: Callable[[], Any]) -> dict[str, Any]:
-  """A function's value, or its ValueError's text, to be sent elsewhere."""
-  try:
-    return {"value": function()}
-  except ValueError as error:
-    return {"error": str(error)}
+def on_host0(function: Callable[[], Any]) -> Any:
+  """Process 0's value of a function, a JSON one; all processes call it.
 
-
-def value_of(result: dict[str, Any]) -> Any:
-  """The value in a `result_of`; raises its ValueError."""
+  All of them raise the ValueError that it raises.
+  """
+  result = None
+  if jax.process_index() == 0:
+    try:
+      result = {"value": function()}
+    except ValueError as error:
+      result = {"error": str(error)}
+  result = broadcast_from_host0(result)
   if "error" in result:
     raise ValueError(result["error"])
   return result["value"]
@@ -148,36 +145,24 @@ def assert_same_config(config: ml_collections.ConfigDict) -> None:
   """
   if jax.process_count() == 1:
     return
-  own = {
-    "time": time.time(),
-    "host": socket.gethostname(),
-    "code": _code_digest(),
-    "jax": jax.__version__,
-    "local devices": jax.local_device_count(),
-    "config": flatten_dict(json.loads(config.to_json()), sep="."),
-  }
-  everyone = gather(own)
-  lead = everyone[0]
-  for number, other in enumerate(everyone[1:], 1):
+  digest = hashlib.sha256()
+  for path in sorted(_PACKAGE.rglob("*.py")):
+    digest.update(path.relative_to(_PACKAGE).as_posix().encode())
+    digest.update(path.read_bytes())
+  values = flatten_dict(json.loads(config.to_json()), sep=".")
+  same = {f"config.{key}": value for key, value in values.items()}
+  same["code"], same["jax"] = digest.hexdigest()[:12], jax.__version__
+  same["local devices"] = jax.local_device_count()
+  own = {"time": time.time(), "host": socket.gethostname(), "same": same}
+  lead, *others = gather(own)
+  for number, other in enumerate(others, 1):
     who = f"process {number} ({other['host']}) and process 0 ({lead['host']})"
-    keys = sorted(lead["config"].keys() | other["config"].keys())
-    for key in keys:
-      a, b = other["config"].get(key), lead["config"].get(key)
-      require(a == b, f"{who} differ in config.{key}: {a!r} and {b!r}")
-    for name in ("code", "jax", "local devices"):
-      a, b = other[name], lead[name]
-      require(a == b, f"{who} differ in {name}: {a} and {b}")
+    for name in sorted(lead["same"].keys() | other["same"].keys()):
+      a, b = other["same"].get(name), lead["same"].get(name)
+      require(a == b, f"{who} differ in {name}: {a!r} and {b!r}")
     apart = other["time"] - lead["time"]
     require(
       abs(apart) <= _CLOCKS_APART,
       f"{who} have clocks that are {apart:+.0f} s apart: expected at most "
       f"{_CLOCKS_APART:.0f}",
     )
-
-
-def _code_digest() -> str:
-  digest = hashlib.sha256()
-  for path in sorted(_PACKAGE.rglob("*.py")):
-    digest.update(path.relative_to(_PACKAGE).as_posix().encode())
-    digest.update(path.read_bytes())
-  return digest.hexdigest()[:12]

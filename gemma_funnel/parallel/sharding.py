@@ -30,7 +30,7 @@ def default_config() -> ml_collections.ConfigDict:
 def make_mesh(
   config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-  """A mesh with the axes `mesh.AXES`.
+  """A mesh with the axes `mesh.AXES`, of all devices if none are given.
 
   Neighbours along an axis are neighbours in the network of a slice as far as
   jax knows it; only "slice" crosses from one slice of TPUs to another.
@@ -38,14 +38,29 @@ def make_mesh(
   Args:
     config: the size of each axis, 1 where it has none; one of them may be -1,
       for what is left.
-    devices: what it is made of; None is all there are.
 
   Raises:
     ValueError: the sizes do not make up the number of devices, or an axis
       would cross slices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = _axis_sizes(config, len(devices))
+  require(
+    set(config) <= set(AXES),
+    f"mesh has the axes {list(config)}: expected {list(AXES)}",
+  )
+  sizes = {axis: config.get(axis, 1) for axis in AXES}
+  free = [axis for axis, size in sizes.items() if size == -1]
+  known = math.prod(size for size in sizes.values() if size != -1)
+  require(
+    all(size >= 1 or size == -1 for size in sizes.values()) and len(free) <= 1,
+    f"mesh {sizes}: expected sizes >= 1, and -1 for one axis at most",
+  )
+  if free and len(devices) % known == 0:
+    sizes[free[0]] = len(devices) // known
+  require(
+    math.prod(sizes.values()) == len(devices),
+    f"mesh {sizes} does not divide {len(devices)} devices",
+  )
   slices = len({getattr(d, "slice_index", 0) for d in devices})
   require(
     slices == 1 or sizes["slice"] == slices,
@@ -62,29 +77,6 @@ def make_mesh(
     )
   types = (jax.sharding.AxisType.Auto,) * len(AXES)
   return jax.sharding.Mesh(grid, AXES, types)
-
-
-def _axis_sizes(
-  config: ml_collections.ConfigDict, count: int
-) -> dict[str, int]:
-  require(
-    set(config) <= set(AXES),
-    f"mesh has the axes {list(config)}: expected {list(AXES)}",
-  )
-  sizes = {axis: config.get(axis, 1) for axis in AXES}
-  free = [axis for axis, size in sizes.items() if size == -1]
-  known = math.prod(size for size in sizes.values() if size != -1)
-  require(
-    all(size >= 1 or size == -1 for size in sizes.values()) and len(free) <= 1,
-    f"mesh {sizes}: expected sizes >= 1, and -1 for one axis at most",
-  )
-  if free and count % known == 0:
-    sizes[free[0]] = count // known
-  require(
-    math.prod(sizes.values()) == count,
-    f"mesh {sizes} does not divide {count} devices",
-  )
-  return sizes
 
 
 def describe(mesh: jax.sharding.Mesh) -> str:
@@ -145,12 +137,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
 def shardings_of(tree, mesh: jax.sharding.Mesh | None):
   """Shardings for a tree of parameters, or of an optimizer's state.
 
-  Args:
-    tree: of arrays or shapes.
-    mesh: None is the default device.
-
-  Raises:
-    ValueError: see `spec_of`.
+  Without a mesh it is the default device. Raises what `spec_of` does.
   """
 
   def of(path, leaf):
@@ -168,11 +155,8 @@ def place(tree, mesh: jax.sharding.Mesh | None):
 
 def with_shardings(tree, shardings):
   """A tree of arrays or shapes as ShapeDtypeStructs with their shardings."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    tree,
-    shardings,
-  )
+  give = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(give, tree, shardings)
 
 
 def cache_sharding(
@@ -183,10 +167,8 @@ def cache_sharding(
   Rows or heads that the mesh does not divide are kept whole.
   """
   by_row, by_head = parts(P(ROWS, HEADS), mesh)
-  return NamedSharding(
-    mesh,
-    P(None if rows % by_row else ROWS, None if kv_heads % by_head else HEADS),
-  )
+  heads = None if kv_heads % by_head else HEADS
+  return NamedSharding(mesh, P(None if rows % by_row else ROWS, heads))
 
 
 @functools.lru_cache(maxsize=8)
@@ -218,12 +200,10 @@ def row_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
 def put_batch(
   batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
-  """The global batch, of each process's share of the rows.
+  """The global batch on a mesh, of each process's share of the rows.
 
-  Args:
-    batch: arrays [rows, ..] of `row_share(mesh)`; those of [rows, T, ..] are
-      split over tokens too.
-    mesh: where it goes.
+  Arrays are [rows, ..] of `row_share(mesh)`; [rows, T, ..] are split over
+  tokens too.
   """
   index, count = row_share(mesh)
 

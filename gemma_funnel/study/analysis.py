@@ -10,7 +10,7 @@ Two choices are compared over *pairings*: cells that differ in that choice alone
 and have the same seed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import math
 import operator
@@ -76,17 +76,13 @@ def mean_and_spread(values: Iterable[float]) -> Spread | None:
 class Results:
   """Rows, sorted out.
 
-  Attributes:
-    cells: the last value of each cell, with these keys besides: `role`
-      ("baseline", "funnel" where there is one at inference, else "plain"),
-      and of those that have a baseline `drop`, its `unit` and `baseline`.
-    failures: the last row of cells that have no value.
-    similarity: the last row of each.
+  Cells have a `role` besides: "baseline", "funnel" where there is one at
+  inference, else "plain"; and those with a baseline `drop`, `unit`, `baseline`.
   """
 
-  cells: tuple[Row, ...]
-  failures: tuple[Row, ...]
-  similarity: tuple[Row, ...]
+  cells: tuple[Row, ...]  # The last value of each.
+  failures: tuple[Row, ...]  # The last row of cells that have no value.
+  similarity: tuple[Row, ...]  # The last row of each.
 
   def compared(self, role: str = "funnel") -> list[Row]:
     """The cells of a role that have a drop."""
@@ -129,8 +125,19 @@ def organise(rows: Iterable[Row]) -> Results:
   cells = [{**r, "role": _role(r)} for r in found if r["kind"] == "cell"]
   subject = operator.itemgetter("model", "task", "seed", "metric")
   baselines = {subject(c): c["value"] for c in cells if c["role"] == "baseline"}
+  for cell in cells:
+    baseline = baselines.get(subject(cell))
+    if baseline is None or cell["role"] == "baseline":
+      continue
+    if cell["higher_is_better"]:
+      drop, unit = 100 * (baseline - cell["value"]), POINTS
+    elif baseline > 0:
+      drop, unit = 100 * (cell["value"] / baseline - 1), PERCENT
+    else:
+      continue
+    cell.update(baseline=baseline, drop=drop, unit=unit)
   return Results(
-    tuple(_with_drop(c, baselines.get(subject(c))) for c in cells),
+    tuple(cells),
     tuple(row for row in found if row["kind"] == "failure"),
     tuple(similarity.values()),
   )
@@ -153,21 +160,6 @@ def _role(cell: Row) -> str:
   plain = cell["pretraining"] == "standard" and cell["funnel"] == OFF
   untouched = cell["finetuning"] in ("off", None)
   return "baseline" if plain and untouched else "plain"
-
-
-def _with_drop(cell: Row, baseline: float | None) -> Row:
-  if baseline is None or cell["role"] == "baseline":
-    return cell
-  if cell["higher_is_better"]:
-    drop, unit = 100 * (baseline - cell["value"]), POINTS
-  elif baseline > 0:
-    drop, unit = 100 * (cell["value"] / baseline - 1), PERCENT
-  else:
-    return cell
-  return {**cell, "baseline": baseline, "drop": drop, "unit": unit}
-
-
-# --- Comparing ------------------------------------------------------------
 
 
 def over_seeds(cells: Iterable[Row], key: str = "drop") -> Spread | None:
@@ -224,14 +216,11 @@ def differences(
 
 
 class Rank(NamedTuple):
-  """A level of an axis, its drop, and in how many pairings it is best.
-
-  `pairings` are those that have every level; a tie is a win of each.
-  """
+  """A level of an axis, among the pairings that have every level."""
 
   level: Any
   drop: Spread
-  wins: int
+  wins: int  # Pairings in which it is best; a tie is a win of each.
   pairings: int
 
 
@@ -250,9 +239,6 @@ def ranked(cells: Sequence[Row], axis: str) -> list[Rank]:
   return sorted(order, key=lambda rank: rank.drop.mean)
 
 
-# --- Findings -------------------------------------------------------------
-
-
 def claims(results: Results) -> list[str]:
   """What the numbers say, a line each; drops in their unit.
 
@@ -264,17 +250,19 @@ def claims(results: Results) -> list[str]:
   plain = grouped(results.compared("plain"), ("model", "unit"))
   several = len({model for model, _ in groups}) > 1
   for (model, unit), cells in groups.items():
-    axes = ("recover", "reduce", "stride")
-    said = [_claim_best(cells, axis, unit) for axis in axes]
-    said += _claim_training(cells, unit)
-    said += _claim_cost(plain.get((model, unit), []), unit)
-    said += [_claim_start(cells, unit), _claim_tasks(cells, unit)]
+    said = [
+      *(_best(cells, axis, unit) for axis in ("recover", "reduce", "stride")),
+      *_training(cells, unit),
+      *_cost(plain.get((model, unit), []), unit),
+      _start(cells, unit),
+      _tasks(cells, unit),
+    ]
     prefix = f"{model}: " if several else ""
     lines += [prefix + line for line in said if line]
   return lines
 
 
-def _mean_text(spread: Spread, unit: str) -> str:
+def _mean(spread: Spread, unit: str) -> str:
   """The mean of differences, and their spread."""
   text = f"{spread.mean:+.2f}"
   if spread.deviation is not None:
@@ -282,24 +270,25 @@ def _mean_text(spread: Spread, unit: str) -> str:
   return f"{text} {unit}"
 
 
-def _verdict(values, unit: str, both: str, better: str, worse: str):
-  """(one of three sentences about paired differences, their numbers)."""
+def _verdict(values, unit: str, both: str, better: str, worse: str) -> str:
+  """One of three sentences about paired differences, and their numbers."""
   spread = mean_and_spread(values)
-  numbers = f"({_mean_text(spread, unit)}, n={spread.n})"
+  numbers = f"({_mean(spread, unit)}, n={spread.n})"
   if not spread.is_clear:
-    return f"{both} are not distinguishable", numbers
+    return f"{both} are not distinguishable {numbers}"
   sign, line = (1, better) if spread.mean > 0 else (-1, worse)
   wins = sum(sign * value > _TIE for value in values)
-  return f"{line} in {wins} of {spread.n} pairings", numbers
+  return f"{line} in {wins} of {spread.n} pairings {numbers}"
 
 
-def _claim_best(cells: Sequence[Row], axis: str, unit: str) -> str | None:
+def _best(cells: Sequence[Row], axis: str, unit: str) -> str | None:
+  """Which level of an axis is best."""
   order = ranked(cells, axis)
   if len(order) < 2:
     return None
   first, second = order[0].level, order[1].level
   spread = mean_and_spread(differences(cells, axis, first, second))
-  text = _mean_text(spread, unit)
+  text = _mean(spread, unit)
   if not spread.is_clear or spread.mean < 0:
     return (
       f"{axis}: {first} and {second}, the best of {len(order)}, are not "
@@ -311,26 +300,21 @@ def _claim_best(cells: Sequence[Row], axis: str, unit: str) -> str | None:
   )
 
 
-def _claim_training(cells: Sequence[Row], unit: str) -> list[str]:
+def _training(cells: Sequence[Row], unit: str) -> Iterator[str]:
   """Each pretraining against the standard one; fine-tuning on against off."""
-  lines = []
   names = [v for v in levels(cells, "pretraining") if v != "standard"]
   asked = [("pretraining", "pretraining", name, "standard") for name in names]
   for name in ("on", "sampled"):
     asked.append(("funnel at fine-tuning", "finetuning", name, "off"))
   for what, axis, name, other in asked:
     if values := differences(cells, axis, name, other):
-      said = [
-        f"{name} {verb} {other}" for verb in ("and", "beats", "is worse than")
-      ]
-      line, numbers = _verdict(values, unit, *said)
-      lines.append(f"{what}: {line} {numbers}")
-  return lines
+      verbs = ("and", "beats", "is worse than")
+      said = [f"{name} {verb} {other}" for verb in verbs]
+      yield f"{what}: {_verdict(values, unit, *said)}"
 
 
-def _claim_cost(cells: Sequence[Row], unit: str) -> list[str]:
+def _cost(cells: Sequence[Row], unit: str) -> Iterator[str]:
   """What each other pretraining does to the model without a funnel."""
-  lines = []
   cells = [c for c in cells if c["finetuning"] in ("off", None)]
   for (name,), part in grouped(cells, ("pretraining",)).items():
     if name == "standard":
@@ -339,36 +323,35 @@ def _claim_cost(cells: Sequence[Row], unit: str) -> list[str]:
     line = "is not distinguishable from standard"
     if spread.is_clear:
       line = f"{'costs' if spread.mean > 0 else 'improves'} the model"
-    lines.append(
+    yield (
       f"pretraining: {name} {line} where the funnel is off at inference "
-      f"(drop {_mean_text(spread, unit)}, {spread.n} cells)"
+      f"(drop {_mean(spread, unit)}, {spread.n} cells)"
     )
-  return lines
 
 
-def _claim_start(cells: Sequence[Row], unit: str) -> str | None:
+def _start(cells: Sequence[Row], unit: str) -> str | None:
+  """Whether a late start is better than an early one, and what it saves."""
   starts = levels(cells, "start")
-  early, late = (starts or [None])[0], (starts or [None])[-1]
+  early, late = (*starts, None)[0], [None, *starts][-1]
   values = differences(cells, "start", late, early)
   if early == late or not values:
     return None
-  line, numbers = _verdict(
+  line = _verdict(
     values,
     unit,
     f"{late} and {early}",
     f"later is better: {late} against {early}",
     f"earlier is better: {early} against {late}",
   )
-  by_start = grouped(cells, ("start",))
-  saved = [
-    statistics.fmean(c.get("ideal_reduction") or 0 for c in by_start[start,])
-    for start in (late, early)
-  ]
-  least, most = (f"{100 * share:.0f} %" for share in saved)
-  return f"start: {line} {numbers}, with {least} against {most} of FLOPs saved"
+  shares = {
+    start: 100 * statistics.fmean(c.get("ideal_reduction") or 0 for c in part)
+    for (start,), part in grouped(cells, ("start",)).items()
+  }
+  saved = f"{shares[late]:.0f} % against {shares[early]:.0f} %"
+  return f"start: {line}, with {saved} of FLOPs saved"
 
 
-def _claim_tasks(cells: Sequence[Row], unit: str) -> str:
+def _tasks(cells: Sequence[Row], unit: str) -> str:
   """Tasks by drop; ">" where a neighbour's is distinguishable, else "~"."""
   groups = grouped(cells, ("task",))
   drops = {task: over_seeds(part) for (task,), part in groups.items()}

@@ -19,8 +19,10 @@ from gemma_funnel.config import (
   FunnelConfig,
   TransformerConfig,
   check_recovers,
+  check_reducers,
   resolve_funnel,
 )
+from gemma_funnel.registry import RECOVERIES, REDUCERS
 from gemma_funnel.tasks.task import GENERATIVE_KINDS, Task
 from gemma_funnel.training import finetune, metric_writer, optimizer, pretrain
 
@@ -29,16 +31,18 @@ from gemma_funnel.training import finetune, metric_writer, optimizer, pretrain
 # distilled into the cell's own.
 PRETRAININGS = ("standard", "aware", "switched", "sampled", "distilled")
 _FUNNELLED = ("aware", "switched", "distilled")
-SWITCH = ("off", "on")
 # "sampled": each step draws one of the study's funnels, or none; the result is
 # measured with all of them.
-FINETUNINGS = (*SWITCH, "sampled")
+FINETUNINGS = ("off", "on", "sampled")
+INFERENCES = ("off", "on")
 FUNNEL_AXES = ("start", "stop", "stride", "reduce", "recover")
 _TRAINING_AXES = ("model", "pretraining", "finetuning", "inference")
 AXES = (*_TRAINING_AXES, *FUNNEL_AXES, "task", "seed")
 # Keys of a training that the study sets itself.
-_FUNNEL_KEYS = ("funnel", "funnel_from", "funnel_sampled")
-_SHARED_KEYS = ("workdir", "model", "init_from", *_FUNNEL_KEYS)
+_SHARED_KEYS = (
+  *("workdir", "model", "init_from"),
+  *("funnel", "funnel_from", "funnel_sampled"),
+)
 _STUDY_KEYS = {
   "pretrain": (*_SHARED_KEYS, "objective", "latency"),
   "finetune": (*_SHARED_KEYS, "seeds", "tokenizer", "task", "eval_funnels"),
@@ -66,19 +70,12 @@ def _hash(*parts: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-  """A model trained on text.
+  """A model trained on text."""
 
-  Attributes:
-    model: its name.
-    kind: one of PRETRAININGS.
-    funnel: that it is trained with; "off" for none, and for "sampled".
-    hash: of all that determines it.
-  """
-
-  model: str
-  kind: str
-  funnel: str
-  hash: str
+  model: str  # Its name.
+  kind: str  # One of PRETRAININGS.
+  funnel: str  # That it is trained with; "off" for none, and for "sampled".
+  hash: str  # Of all that determines it.
 
   def config(self, study: Any, folder: str) -> ml_collections.ConfigDict:
     """The configuration of `pretrain.resolve`; `init_from` is left open."""
@@ -91,36 +88,22 @@ class Pretraining:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-  """A fine-tuning of a pretrained model.
-
-  Attributes:
-    task: its name.
-    funnel: that it is tuned with, "off", or "sampled".
-    seed: of the fine-tuning.
-  """
+  """A fine-tuning of a pretrained model."""
 
   task: str
-  funnel: str
+  funnel: str  # That it is tuned with, "off", or "sampled".
   seed: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One number of the study.
-
-  Attributes:
-    pretraining: what it starts from.
-    tuning: the fine-tuning; None for a task without it.
-    measured_with: the funnel at inference, or "off".
-    axes: values of the axes, the funnel and the hash, as in a line of results.
-    hash: of all that determines it.
-  """
+  """One number of the study."""
 
   pretraining: Pretraining
-  tuning: Tuning | None
-  measured_with: str
-  axes: Mapping[str, Any]
-  hash: str
+  tuning: Tuning | None  # None for a task without fine-tuning.
+  measured_with: str  # The funnel at inference, or "off".
+  axes: Mapping[str, Any]  # And the funnel and the hash: a line of results.
+  hash: str  # Of all that determines it.
 
   @property
   def task(self) -> str:
@@ -130,7 +113,13 @@ class Cell:
 def funnel_axes(funnel: FunnelConfig | None) -> dict[str, Any]:
   """A funnel in a line of results: its string, and the value of each axis."""
   axes = {name: funnel and getattr(funnel, name) for name in FUNNEL_AXES}
+  if funnel and not _has_stride(funnel.reduce):
+    axes["stride"] = None
   return {"funnel": str(funnel) if funnel else OFF, **axes}
+
+
+def _has_stride(reducer: str) -> bool:
+  return "stride" in REDUCERS.find(reducer).options
 
 
 class Branch(NamedTuple):
@@ -158,25 +147,40 @@ def make(study: ml_collections.ConfigDict) -> "Grid":
   Raises:
     ValueError: an axis, a funnel, a task or a training that cannot be.
   """
-  _check(study)
-  read = {name: _read_task(study, name) for name in study.axes.task}
-  excluded = [_parse_exclusion(study, text) for text in study.exclude]
+  excluded = _check(study)
+  read = {name: _load_task(study, name) for name in study.axes.task}
   cells = {}
   for values in itertools.product(*(study.axes[axis] for axis in AXES)):
     axes = dict(zip(AXES, values, strict=True))
-    if read[axes["task"]].kind in GENERATIVE_KINDS:
+    kind = read[axes["task"]].kind
+    if kind in GENERATIVE_KINDS:
       axes["finetuning"] = None
     if not any(exclusion.items() <= axes.items() for exclusion in excluded):
-      cell = _make_cell(study, axes, read[axes["task"]].kind)
+      cell = _make_cell(study, axes, kind)
       cells.setdefault(cell.hash, cell)
   require(bool(cells), "the study has no cells: exclude leaves nothing")
   made = Grid(study, read, tuple(cells.values()))
-  made.check()
+  for pretraining in made.pretrainings:
+    config = pretraining.config(study, "")
+    if pretraining.kind == "distilled":
+      # Its teacher is yet to be trained: that, and all else, can be checked.
+      pretrain.resolve(made.teacher(pretraining).config(study, ""))
+      config.objective = "next_token"
+    pretrain.resolve(config)
   return made
 
 
-def _check(study: Any) -> None:
-  known = _known(study)
+def _check(study: Any) -> list[dict[str, Any]]:
+  """Checks the axes; returns the values of them to leave out."""
+  known = {
+    "model": tuple(study.models),
+    "task": tuple(study.tasks),
+    "pretraining": PRETRAININGS,
+    "finetuning": FINETUNINGS,
+    "inference": INFERENCES,
+    "reduce": tuple(REDUCERS),
+    "recover": tuple(RECOVERIES),
+  }
   for axis in AXES:
     values = study.axes.get(axis)
     require(
@@ -187,49 +191,40 @@ def _check(study: Any) -> None:
       require_choice(f"axes.{axis}", value, known.get(axis, values))
   for seed in study.axes.seed:
     require_int("axes.seed", seed)
-  for name in study.axes.task:
-    tuned = study.finetune.copy_and_resolve_references().lock()
-    try:
-      tuned.update(study.tasks[name].tune)
-    except (AttributeError, KeyError, TypeError) as error:
-      text = f"tasks.{name}.tune: {error}; expected keys of finetune"
-      raise ValueError(text) from error
+  excluded = []
+  for text in study.exclude:  # Such as "pretraining=aware,inference=off".
+    found = {}
+    for item in text.split(","):
+      key, equals, value = (part.strip() for part in item.partition("="))
+      require(
+        bool(equals) and key in AXES,
+        f"exclude: {text!r}: expected such as 'pretraining=aware,"
+        f"inference=off', of the axes {list(AXES)}",
+      )
+      require_choice(
+        f"exclude: {text!r}: {key}", value, known.get(key, (value,))
+      )
+      found[key] = int(value) if value.lstrip("-").isdigit() else value
+      if (key, value) == ("stop", "None"):
+        found[key] = None
+    excluded.append(found)
+  return excluded
 
 
-def _known(study: Any) -> dict[str, tuple[str, ...]]:
-  """Values that are known of some axes."""
-  return {
-    "model": tuple(study.models),
-    "task": tuple(study.tasks),
-    "pretraining": PRETRAININGS,
-    "finetuning": FINETUNINGS,
-    "inference": SWITCH,
-  }
-
-
-def _parse_exclusion(study: Any, text: str) -> dict[str, Any]:
-  """{"pretraining": "aware", ..} of "pretraining=aware,finetuning=off"."""
-  found, known = {}, _known(study)
-  for item in text.split(","):
-    key, equals, value = (part.strip() for part in item.partition("="))
-    require(
-      bool(equals) and key in AXES,
-      f"exclude: {text!r}: expected such as 'pretraining=aware,inference=off', "
-      f"of the axes {list(AXES)}",
-    )
-    if key in known:
-      require_choice(f"exclude: {text!r}: {key}", value, known[key])
-    found[key] = int(value) if value.lstrip("-").isdigit() else value
-    if (key, value) == ("stop", "None"):
-      found[key] = None
-  return found
-
-
-def _read_task(study: Any, name: str) -> Task:
+def _load_task(study: Any, name: str) -> Task:
+  """Reads a task, and checks what it is fine-tuned with."""
+  config = study.finetune.copy_and_resolve_references().lock()
+  try:
+    config.update(study.tasks[name].tune)
+  except (AttributeError, KeyError, TypeError) as error:
+    text = f"tasks.{name}.tune: {error}; expected keys of finetune"
+    raise ValueError(text) from error
   try:
     task = tasks.load(study.tasks[name].task)
     if task.kind not in GENERATIVE_KINDS:
       finetune.check_task(task)
+      steps = finetune.num_steps(config, len(task.splits["train"]))
+      optimizer.make_optimizer(config.optimizer, steps)
   except ValueError as error:
     raise ValueError(f"tasks.{name}: {error}") from error
   return task
@@ -240,8 +235,13 @@ def _make_cell(study: Any, axes: Mapping[str, Any], task_kind: str) -> Cell:
   model, kind, task = axes["model"], axes["pretraining"], axes["task"]
   finetuning, seed = axes["finetuning"], axes["seed"]
   funnel = _resolve(study, model, [axes[name] for name in FUNNEL_AXES])
+  tune = study.tasks[task].tune
   if task_kind not in ("classification", "regression"):
     check_recovers((funnel,), f"task {task}")
+  if task_kind == "generation":
+    check_reducers((funnel,), "decodes", f"task {task}")
+  if finetuning and not tune.get("causal", study.finetune.causal):
+    check_reducers((funnel,), "bidirectional", f"task {task}, causal=False")
   if task_kind in GENERATIVE_KINDS:
     seed = study.pretrain.seed
   if kind not in _FUNNELLED and "on" not in (finetuning, axes["inference"]):
@@ -273,9 +273,14 @@ def _make_cell(study: Any, axes: Mapping[str, Any], task_kind: str) -> Cell:
 
 
 def _resolve(study: Any, model: str, values: Any) -> FunnelConfig:
-  """The funnel of these values of FUNNEL_AXES."""
-  funnel = FunnelConfig(**dict(zip(FUNNEL_AXES, values, strict=True)))
-  return resolve_funnel(funnel, study.models[model].num_layers)[0]
+  """The funnel of these values of FUNNEL_AXES, which can be trained with."""
+  axes = dict(zip(FUNNEL_AXES, values, strict=True))
+  if not _has_stride(axes["reduce"]):
+    del axes["stride"]
+  layers = study.models[model].num_layers
+  [funnel] = resolve_funnel(FunnelConfig(**axes), layers)
+  check_reducers((funnel,), "trains", "a study, which trains with it")
+  return funnel
 
 
 def all_funnels(study: Any, model: str) -> tuple[str, ...]:
@@ -320,17 +325,11 @@ def _set_shared(config, study, model: str, funnel: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """A study's cells, in the order in which they are run.
-
-  Attributes:
-    study: its configuration.
-    tasks: by name, as read.
-    cells: all of them, each once.
-  """
+  """A study's cells, in the order in which they are run."""
 
   study: ml_collections.ConfigDict
-  tasks: Mapping[str, Task]
-  cells: tuple[Cell, ...]
+  tasks: Mapping[str, Task]  # By name, as read.
+  cells: tuple[Cell, ...]  # All of them, each once.
 
   @functools.cached_property
   def branches(self) -> tuple[Branch, ...]:
@@ -359,25 +358,6 @@ class Grid:
       named = found.setdefault(cell.pretraining.model, {OFF: None})
       named[cell.measured_with] = None
     return {model: tuple(named) for model, named in found.items()}
-
-  def check(self) -> None:
-    """Raises a ValueError for a training that cannot be, as far as is known."""
-    for pretraining in self.pretrainings:
-      config = pretraining.config(self.study, "")
-      if pretraining.kind == "distilled":
-        # Its teacher is yet to be trained: that, and all else, can be checked.
-        pretrain.resolve(self.teacher(pretraining).config(self.study, ""))
-        config.objective = "next_token"
-      pretrain.resolve(config)
-    tunings = {c.tuning.task: c.tuning for c in self.cells if c.tuning}
-    for name, tuning in tunings.items():
-      config = self.finetune_config(self.pretrainings[0], tuning)
-      rows = len(self.tasks[name].splits["train"])
-      try:
-        steps = finetune.num_steps(config, rows)
-        optimizer.make_optimizer(config.optimizer, steps)
-      except ValueError as error:
-        raise ValueError(f"tasks.{name}: {error}") from error
 
   def finetune_config(
     self,
@@ -412,28 +392,23 @@ class Grid:
   def _work_of(self, branch: Branch, trained=()) -> list[float]:
     """FLOPs of each training of a branch."""
     first, found = branch.pretraining, []
+    model = TransformerConfig.from_dict(self.study.models[first.model])
     if branch.cells and first not in trained:
-      found.append(self._pretraining_work(first))
-    return found + [self._tuning_work(first, t) for t in branch.tunings]
-
-  def _pretraining_work(self, pretraining: Pretraining) -> float:
-    config = pretraining.config(self.study, "")
-    model = TransformerConfig.from_dict(config.model)
-    shape = config.batch_size, config.length
-    each = flops.forward(model, pretraining.funnel, *shape)
-    # A teacher's forward pass besides.
-    passes = 4.0 if pretraining.kind == "distilled" else 3.0
-    return passes * each * config.steps
-
-  def _tuning_work(self, pretraining: Pretraining, tuning: Tuning) -> float:
-    config = self.finetune_config(pretraining, tuning)
-    model = TransformerConfig.from_dict(config.model)
-    rows = len(self.tasks[tuning.task].splits["train"]) * config.epochs
-    # Rows are shorter than the limit; how much is the tokenizer's to say.
-    length = max(1, config.length // 2)
-    # Sampled ones are counted as the longest of them, which has none.
-    shape = dict(batch=1, length=length, head=False, causal=False)
-    return 3.0 * rows * flops.forward(model, config.funnel, **shape)
+      config = first.config(self.study, "")
+      shape = config.batch_size, config.length
+      # A teacher's forward pass besides.
+      passes = 4.0 if first.kind == "distilled" else 3.0
+      each = flops.forward(model, first.funnel, *shape)
+      found.append(passes * each * config.steps)
+    for tuning in branch.tunings:
+      config = self.finetune_config(first, tuning)
+      rows = len(self.tasks[tuning.task].splits["train"]) * config.epochs
+      # Rows are shorter than the limit; how much is the tokenizer's to say.
+      length = max(1, config.length // 2)
+      # Sampled ones are counted as the longest of them, which has none.
+      shape = dict(batch=1, length=length, head=False, causal=False)
+      found.append(3.0 * rows * flops.forward(model, config.funnel, **shape))
+    return found
 
   def describe(self, done: set[str], rate: float, overhead: float = 6.0) -> str:
     """What will be run, and about how long it takes.
@@ -455,9 +430,12 @@ class Grid:
         f"{metric_writer.duration(seconds)}"
       )
     left = sum(cell.hash not in done for cell in self.cells)
-    begin = f"{len(self.cells)} cells, {left} to be measured, from "
-    begin += f"{len(lines)} pretrainings:"
-    end = (
-      f"in all about {metric_writer.duration(total)}, by {rate:.2g} FLOP/s here"
+    return "\n".join(
+      [
+        f"{len(self.cells)} cells, {left} to be measured, from {len(lines)} "
+        "pretrainings:",
+        *lines,
+        f"in all about {metric_writer.duration(total)}, by {rate:.2g} FLOP/s "
+        "here",
+      ]
     )
-    return "\n".join([begin, *lines, end])

@@ -1,7 +1,6 @@
 """Plots of a study, out of its organised results."""
 
 from collections.abc import Callable, Iterator, Sequence
-import io
 import textwrap
 from typing import Any, NamedTuple
 
@@ -36,15 +35,11 @@ class Plot(NamedTuple):
   caption: str
   alt: str
 
-  def png(self) -> bytes:
-    buffer = io.BytesIO()
-    self.figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
 
 def draw(results: Results) -> Iterator[Plot]:
   """The plots that there are results for; many panels are several figures."""
   cells, baselines = results.compared(), results.baselines
+  started = [c for c in cells if c.get("start") is not None]
   kinds = (
     (
       "tradeoff",
@@ -57,11 +52,7 @@ def draw(results: Results) -> Iterator[Plot]:
     ),
     (
       "start",
-      _panels(
-        [c for c in cells if c.get("start") is not None],
-        baselines,
-        ("task", "pretraining"),
-      ),
+      _panels(started, baselines, ("task", "pretraining")),
       _plot_start,
       "Metric against the layer at which the funnel starts; means over all "
       "other choices, bars are the spread over seeds of the change from the "
@@ -93,7 +84,7 @@ def _figure(panels: Sequence[Panel], plot: Callable) -> Any:
   # A legend needs room even below a single panel.
   figure = report.new_figure(max(6.0, 4.2 * across), 1.0 + 3.2 * down)
   grid = figure.subplots(down, across, squeeze=False).flatten()
-  style = _Style([row for _, rows in panels for row in rows])
+  looks = _Looks([row for _, rows in panels for row in rows])
   handles = {}
   for axes in grid[len(panels) :]:
     axes.set_axis_off()
@@ -102,50 +93,39 @@ def _figure(panels: Sequence[Panel], plot: Callable) -> Any:
     axes.tick_params(labelsize=8)
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
-    x_label, y_label = plot(axes, rows, style)
+    x_label, y_label = plot(axes, rows, looks)
     axes.set_xlabel(x_label, fontsize=8)
     axes.set_ylabel(y_label, fontsize=8)
     for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
-  figure.legend(
-    handles.values(),
-    handles.keys(),
-    loc="outside lower center",
-    ncols=min(len(handles), 1 + across),
-    fontsize=8,
-  )
+  style = dict(loc="outside lower center", fontsize=8)
+  style["ncols"] = min(len(handles), 1 + across)
+  figure.legend(handles.values(), handles.keys(), **style)
   return figure
 
 
-class _Style:
-  """Looks of the values of axes, the same in all panels of a figure.
-
-  A recovery has a colour; a pretraining a marker and dashes.
-  """
+class _Looks:
+  """The same in all panels of a figure: a recovery has a colour, a pretraining
+  a marker and dashes."""
 
   def __init__(self, rows: Sequence[Row]):
-    recoveries = levels(rows, "recover")
-    pretrainings = levels(rows, "pretraining")
-    cycle = lambda names, looks: {
-      name: looks[n % len(looks)] for n, name in enumerate(names)
+    cycle = lambda axis, looks: {
+      name: looks[n % len(looks)] for n, name in enumerate(levels(rows, axis))
     }
-    self._colors = cycle(recoveries, COLORS)
-    self.recover_markers = cycle(recoveries, MARKERS)
-    self.markers = cycle(pretrainings, MARKERS)
-    self.dashes = cycle(pretrainings, DASHES)
+    self._colors = cycle("recover", COLORS)
+    self.recover_markers = cycle("recover", MARKERS)
+    self.markers = cycle("pretraining", MARKERS)
+    self.dashes = cycle("pretraining", DASHES)
 
   def color(self, row: Row) -> str:
     # Funnels of several stages have no single recovery.
     return self._colors.get(row.get("recover"), OTHER)
 
   def explain(self, axes, rows: Sequence[Row], marks: bool = True) -> None:
-    """Legend entries: a colour a recovery, a marker or dashes a pretraining.
-
-    All combinations of them would be too many entries.
-    """
+    """Legend entries of each axis; all combinations would be too many."""
     for name in levels(rows, "recover"):
-      color = self._colors[name]
-      _entry(axes, f"recover {name}", color=color, linewidth=4)
+      look = dict(color=self._colors[name], linewidth=4)
+      _entry(axes, f"recover {name}", **look)
     if any(row.get("recover") is None for row in rows):
       _entry(axes, "several stages", linewidth=4)
     for name in levels(rows, "pretraining"):
@@ -160,22 +140,23 @@ def _entry(axes, label: str, **look) -> None:
   axes.plot([], [], label=label, **{"color": OTHER, **look})
 
 
-def _title(*parts: Any) -> str:
+def _title(rows: Sequence[Row], model: str, *parts: Any) -> str:
+  """The parts of a title, with the model where rows are of several."""
+  several = len({row["model"] for row in rows}) > 1
+  parts = (model if several else None, *parts)
   text = ", ".join(str(part) for part in parts if part is not None)
   return "\n".join(textwrap.wrap(text, 44))
 
 
 def _panels(cells, baselines, keys) -> list[Panel]:
   """Panels of cells by `keys`, each with its baseline."""
-  several = len({cell["model"] for cell in cells}) > 1
   panels = []
   for key, part in grouped(cells, ("model", "metric", *keys)).items():
     model, metric, task, *pretraining = key
     subject = lambda c: (c["model"], c["metric"], c["task"])
     mine = [c for c in baselines if subject(c) == (model, metric, task)]
     kind = f"{pretraining[0]} pretraining" if pretraining else None
-    title = _title(model if several else None, task, kind)
-    panels.append((title, mine + part))
+    panels.append((_title(cells, model, task, kind), mine + part))
   return panels
 
 
@@ -188,10 +169,7 @@ def _split(rows: Sequence[Row]) -> tuple[list[Row], float, str]:
   return cells, value, cells[0]["metric"] + better
 
 
-# --- Metric against saving ------------------------------------------------
-
-
-def _plot_tradeoff(axes, rows, style: _Style) -> tuple[str, str]:
+def _plot_tradeoff(axes, rows, looks: _Looks) -> tuple[str, str]:
   cells, baseline, y_label = _split(rows)
   measured = all(c.get("reduction") is not None for c in cells)
   key = "reduction" if measured else "ideal_reduction"
@@ -204,31 +182,24 @@ def _plot_tradeoff(axes, rows, style: _Style) -> tuple[str, str]:
     if x is None:
       continue
     points.append((100 * x.mean, y))
-    color = style.color(part[0])
+    color = looks.color(part[0])
     axes.plot(
       *points[-1],
-      linestyle="none",
-      marker=style.markers[pretraining],
+      looks.markers[pretraining],
       markersize=5.5,
       markeredgecolor=color,
       markerfacecolor="white" if finetuning == "off" else color,
       alpha=0.85,
       zorder=3,
     )
-  style.explain(axes, cells)
+  looks.explain(axes, cells)
   if any(c["finetuning"] == "off" for c in cells):
     look = dict(marker="o", linestyle="none", markerfacecolor="white")
     _entry(axes, _NOT_TUNED, **look)
   front = pareto(points, cells[0]["higher_is_better"])
   if len(front) > 1:
-    axes.plot(
-      *zip(*front, strict=True),
-      color="0.35",
-      linewidth=1,
-      drawstyle="steps-pre",
-      zorder=2,
-      label="Pareto front",
-    )
+    look = dict(color="0.35", linewidth=1, drawstyle="steps-pre", zorder=2)
+    axes.plot(*zip(*front, strict=True), label="Pareto front", **look)
   axes.margins(0.08)
   return "time saved (%)" if measured else "FLOPs saved, ideal (%)", y_label
 
@@ -246,10 +217,7 @@ def pareto(
   return front[::-1]
 
 
-# --- Metric against start -------------------------------------------------
-
-
-def _plot_start(axes, rows, style: _Style) -> tuple[str, str]:
+def _plot_start(axes, rows, looks: _Looks) -> tuple[str, str]:
   cells, baseline, y_label = _split(rows)
   axes.axhline(baseline, color="black", linestyle="--", label="baseline")
   starts = levels(cells, "start")
@@ -270,10 +238,10 @@ def _plot_start(axes, rows, style: _Style) -> tuple[str, str]:
       yerr=[s.deviation or 0 for s in spreads],
       capsize=2,
       markersize=4.5,
-      marker=style.recover_markers[recover],
+      marker=looks.recover_markers[recover],
       linewidth=1.2,
       linestyle=":" if untuned else "-",
-      color=style.color(part[0]),
+      color=looks.color(part[0]),
       markerfacecolor="white" if untuned else None,
       label="" if untuned else f"recover {recover}",
     )
@@ -284,11 +252,7 @@ def _plot_start(axes, rows, style: _Style) -> tuple[str, str]:
   return "first layer of the funnel", y_label
 
 
-# --- Bottleneck by depth --------------------------------------------------
-
-
 def _depth_panels(rows: Sequence[Row]) -> list[Panel]:
-  several = len({row["model"] for row in rows}) > 1
   # Stages of several funnels are not to be shaded in one panel.
   rows = [
     {**row, "stages": row["funnel"] if row.get("start") is None else None}
@@ -297,14 +261,12 @@ def _depth_panels(rows: Sequence[Row]) -> list[Panel]:
   panels = []
   for key, part in grouped(rows, ("model", *SHAPE, "stages")).items():
     model, start, _, stride, reduce, stages = key
-    parts = (stages,)
+    parts = [stages]
     if stages is None:
-      parts = (
-        f"layers {start} to {_last(part[0])}",
-        f"stride {stride}",
-        reduce,
-      )
-    panels.append((_title(model if several else None, *parts), part))
+      parts = [f"layers {start} to {_last(part[0])}", reduce]
+      if stride is not None:
+        parts.insert(1, f"stride {stride}")
+    panels.append((_title(rows, model, *parts), part))
   return panels
 
 
@@ -315,9 +277,7 @@ def _last(row: Row) -> int:
   return max(point["layer"] for point in row["layers"])
 
 
-def _plot_depth(axes, rows, style: _Style) -> tuple[str, str]:
-  from matplotlib import ticker
-
+def _plot_depth(axes, rows, looks: _Looks) -> tuple[str, str]:
   start = rows[0].get("start")
   if start is not None:
     span = start - 0.5, _last(rows[0]) + 0.5
@@ -331,13 +291,13 @@ def _plot_depth(axes, rows, style: _Style) -> tuple[str, str]:
         x = point["layer"] + 0.5 * recovery
         values.setdefault((x, recovery), []).append(point["cosine"])
     mean = {x: sum(values[x]) / len(values[x]) for x in sorted(values)}
-    color = style.color(part[0])
+    color = looks.color(part[0])
     axes.plot(
       [x for x, _ in mean],
       mean.values(),
       color=color,
       linewidth=1.3,
-      linestyle=style.dashes[pretraining],
+      linestyle=looks.dashes[pretraining],
       marker="s" if finetuning == "on" else "o",
       markersize=3.5,
       markerfacecolor="white" if finetuning == "off" else color,
@@ -346,12 +306,12 @@ def _plot_depth(axes, rows, style: _Style) -> tuple[str, str]:
     if crosses:
       look = dict(color=color, markersize=7, markeredgewidth=1.6)
       axes.plot(*zip(*crosses, strict=True), "x", **look)
-  style.explain(axes, rows, marks=False)
+  looks.explain(axes, rows, marks=False)
   tuned = {row["finetuning"] for row in rows}
   look = dict(linestyle="none", markersize=4)
   if "off" in tuned:
     _entry(axes, _NOT_TUNED, marker="o", markerfacecolor="white", **look)
   if "on" in tuned:
     _entry(axes, "tuned with the funnel", marker="s", **look)
-  axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+  axes.locator_params("x", integer=True)
   return "layer", "cosine"

@@ -1,6 +1,4 @@
-"""The study: what funnels cost and save, as one grid of trainings.
-
-  python -m gemma_funnel.study --config=configs/ablation_quick.py
+"""Runs a study: what funnels cost and save, as one grid of trainings.
 
 Trainings are shared: one pretraining serves all its fine-tunings, and each of
 those all funnels that it is measured with. Each result is a line of
@@ -13,7 +11,6 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import time
 from typing import Any
 
@@ -23,7 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gemma_funnel import cli, convert, flops
+from gemma_funnel import atomic, convert, flops
 from gemma_funnel.config import OFF, TransformerConfig, parse_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.data.tokenizer import Tokenizer
@@ -47,11 +44,7 @@ _LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "word_perplexity")
 def run(config: ml_collections.ConfigDict) -> None:
   """Runs what is left of a study, and writes its tables, plots and report.
 
-  Args:
-    config: as in configs/ablation_quick.py.
-
-  Raises:
-    ValueError: a configuration that cannot be, before anything is trained.
+  A configuration that cannot be is a ValueError before anything is trained.
   """
   if not jax.config.jax_compilation_cache_dir:
     # Trainings that differ by a seed or by their data share programs.
@@ -93,19 +86,17 @@ class Results:
     self._path = pathlib.Path(workdir) / RESULTS
     self.lines: list[dict[str, Any]] = []
     text = self._path.read_text() if self._path.exists() else ""
-    whole = text.splitlines(keepends=True)
-    for number, line in enumerate(whole, 1):
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
       try:
         self.lines.append(json.loads(line))
       except json.JSONDecodeError as error:
-        if number < len(whole):
+        if number < len(lines):
           raise ValueError(f"{self._path}, line {number}: {error}") from error
-        whole.pop()  # Cut short by a kill.
-    kept = "".join(whole)
-    if kept and not kept.endswith("\n"):
-      kept += "\n"  # Cut before its end.
+        lines.pop()  # Cut short by a kill.
+    kept = "".join(f"{line}\n" for line in lines)
     if kept != text:
-      self._path.write_text(kept)
+      atomic.write_text(self._path, kept)
 
   def add(self, line: Mapping[str, Any]) -> None:
     """Writes a line; it is on disk when this returns."""
@@ -129,7 +120,6 @@ class Runner:
     self._grid, self._config = study_grid, study_grid.study
     self._folder = pathlib.Path(self._config.workdir)
     self._results = Results(self._config.workdir)
-    self._start = time.monotonic()
     self._trained: set[Pretraining] = set()
     self._common = {"git": report.revision(), "device": report.device()}
     # Of cells that have a result, or have failed.
@@ -149,29 +139,32 @@ class Runner:
 
   def run(self) -> None:
     """Runs what is left; a failure leaves out the cells that depend on it."""
-    total = self._grid.work(self.done)
+    total, start = self._grid.work(self.done), time.monotonic()
+
+    def say():
+      share = 1 - self._grid.work(self.done, self._trained) / total
+      spent = time.monotonic() - start
+      eta = (
+        metric_writer.duration(spent * (1 - share) / share) if share else "?"
+      )
+      print(f"study: {share:.0%} of the training done, ETA {eta}", flush=True)
+
+    def run_branch(branch: Branch, left: Branch) -> None:
+      path = self._pretrained(branch.pretraining)
+      for cell in left.generative:
+        self._guarded([cell], self._generative, cell, path)
+      say()
+      for tuning, cells in left.tunings.items():
+        # Whatever is left of them, it is the same training: one folder.
+        first = branch.tunings[tuning][0]
+        folder = f"{pathlib.Path(path).name}-{first.hash}"
+        self._guarded(cells, self._tuned, tuning, cells, path, folder)
+        say()
+
     for branch in self._grid.branches:
       left = branch.left(self.done)
       if left.cells:
-        self._guarded(left.cells, self._run_branch, branch, left, total)
-
-  def _run_branch(self, branch: Branch, left: Branch, total: float) -> None:
-    path = self._pretrained(branch.pretraining)
-    for cell in left.generative:
-      self._guarded([cell], self._generative, cell, path)
-    self._say(total)
-    for tuning, cells in left.tunings.items():
-      # Whatever is left of them, it is the same training: one folder.
-      first = branch.tunings[tuning][0]
-      folder = f"{pathlib.Path(path).name}-{first.hash}"
-      self._guarded(cells, self._tuned, tuning, cells, path, folder)
-      self._say(total)
-
-  def _say(self, total: float) -> None:
-    spent = time.monotonic() - self._start
-    share = 1 - self._grid.work(self.done, self._trained) / total
-    eta = metric_writer.duration(spent * (1 - share) / share) if share else "?"
-    print(f"study: {share:.0%} of the training done, ETA {eta}", flush=True)
+        self._guarded(left.cells, run_branch, branch, left)
 
   def _guarded(self, cells: list[Cell], function, *args) -> None:
     """Calls `function`; where it fails, so do those of `cells` not done."""
@@ -239,25 +232,16 @@ class Runner:
     )
     batch = heldout.batches[0]
     # A document a row: nothing is packed, whatever the funnel.
-    segment = (batch["segment"] == 1).astype(np.int32)
+    tokens, segment = batch["tokens"], (batch["segment"] == 1).astype(np.int32)
+    about = dict(kind="similarity", hash=pretraining.hash, finetuning=None)
+    about |= dict(model=pretraining.model, pretraining=pretraining.kind)
     for name in names:
-      if name == OFF:
-        continue
-      layers = layer_similarity.by_depth(
-        result.model, name, batch["tokens"], segment, causal=True
-      )
-      self._results.add(
-        {
-          "kind": "similarity",
-          "hash": pretraining.hash,
-          "model": pretraining.model,
-          "pretraining": pretraining.kind,
-          "finetuning": None,
-          **grid.funnel_axes(parse_funnel(name)[0]),
-          **self._common,
-          "layers": layers,
-        }
-      )
+      if name != OFF:
+        axes = grid.funnel_axes(parse_funnel(name)[0])
+        layers = layer_similarity.by_depth(
+          result.model, name, tokens, segment, causal=True
+        )
+        self._results.add({**about, **axes, **self._common, "layers": layers})
 
   def _generative(self, cell: Cell, path: str) -> None:
     """Measures a cell of a task that needs no fine-tuning."""
@@ -284,21 +268,14 @@ class Runner:
     result = trainer.train(spec)
     if not result.finished:
       raise KeyboardInterrupt
-    more = {
-      "num_test": len(task.splits["test"]),
-      "train_s": time.monotonic() - start,
-      "steps": result.steps,
-    }
+    more = {"num_test": len(task.splits["test"]), "steps": result.steps}
+    more["train_s"] = time.monotonic() - start
 
     def measure(cell: Cell) -> None:
-      metrics = finetune.measure(
-        result.model.with_funnel(cell.measured_with),
-        task,
-        "test",
-        spec.task.rows["test"],
-        batch_size=spec.batch_size,
-        length=spec.length,
-      )
+      model, rows = result.model, spec.task.rows["test"]
+      model = model.with_funnel(cell.measured_with)
+      shape = dict(batch_size=spec.batch_size, length=spec.length)
+      metrics = finetune.measure(model, task, "test", rows, **shape)
       self._measured(cell, task.metrics[0], metrics, more)
 
     for cell in cells:
@@ -317,21 +294,13 @@ class Runner:
     shape = funnel, settings.batch_size, settings.length
     encoder = dict(head=False, causal=False)
     timed = self._latencies.get((name, funnel), {})
-    self._add(
-      cell,
-      {
-        "kind": "cell",
-        "metric": metric,
-        "value": value,
-        "metrics": metrics,
-        "higher_is_better": metric not in _LOWER_IS_BETTER,
-        "ideal_reduction": flops.ideal_reduction(model, *shape, **encoder),
-        "flops": flops.forward(model, *shape, **encoder),
-        "latency_s": timed.get("latency_s"),
-        "reduction": 0.0 if funnel == OFF else timed.get("reduction"),
-        **more,
-      },
-    )
+    row = dict(kind="cell", metric=metric, value=value, metrics=metrics)
+    row["higher_is_better"] = metric not in _LOWER_IS_BETTER
+    row["ideal_reduction"] = flops.ideal_reduction(model, *shape, **encoder)
+    row["flops"] = flops.forward(model, *shape, **encoder)
+    row["latency_s"] = timed.get("latency_s")
+    row["reduction"] = 0.0 if funnel == OFF else timed.get("reduction")
+    self._add(cell, {**row, **more})
 
   @functools.cached_property
   def _latencies(self) -> dict[tuple[str, str], dict[str, Any]]:
@@ -354,11 +323,3 @@ class Runner:
       for funnel in funnels:
         found[name, funnel] = by_name.get(funnel, by_name[OFF])
     return found
-
-
-def main() -> None:
-  """The command; --dry-run prints the grid and ends there."""
-  sys.argv = [
-    "--config.dry_run" if given == "--dry-run" else given for given in sys.argv
-  ]
-  cli.main(run)

@@ -23,19 +23,12 @@ _TRAINING = ("pretraining", "finetuning")
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table, for Markdown and for the HTML report.
-
-  Attributes:
-    title: its heading.
-    columns: what it shows; one that no row has a value for is left out.
-    rows: none is no table.
-    note: a paragraph above it.
-  """
+  """A table, for Markdown and for the HTML report."""
 
   title: str
-  columns: Sequence[Column]
+  columns: Sequence[Column]  # One that no row has a value for is left out.
   rows: Sequence[Row]
-  note: str = ""
+  note: str = ""  # A paragraph above it.
 
   def markdown(self) -> str:
     """A heading, the note, the table."""
@@ -49,7 +42,10 @@ def make_tables(results: Results) -> list[Table]:
   """All tables that have rows, and that of failures."""
   makers = (_starts, _trainings, _recoveries, _tasks, _baselines)
   made = [make(results) for make in makers]
-  return [table for table in made if table.rows] + [_failures(results)]
+  columns = [Column(key, key) for key in (*AXES, "error")]
+  note = "" if results.failures else "None."
+  failures = Table("Failures", columns, results.failures, note)
+  return [table for table in made if table.rows] + [failures]
 
 
 def _columns(cells: Sequence[Row], *keys: str) -> list[Column]:
@@ -91,13 +87,17 @@ def _by(cells: Iterable[Row], key: str, prefix: str) -> dict[str, str | None]:
 
 
 def _baselines(results: Results) -> Table:
-  summary = lambda part: {
-    "better": "higher" if part[0]["higher_is_better"] else "lower",
-    "value": over_seeds(part, "value").text(".4f"),
-    "num_test": part[0].get("num_test"),
-    "seeds": len(part),
-  }
   cells = results.baselines
+  rows = _rows(
+    cells,
+    ("model", "task", "metric"),
+    lambda part: {
+      "better": "higher" if part[0]["higher_is_better"] else "lower",
+      "value": over_seeds(part, "value").text(".4f"),
+      "num_test": part[0].get("num_test"),
+      "seeds": len(part),
+    },
+  )
   columns = [
     *_columns(cells, "model", "task", "metric", "better"),
     Column("value", "value", ">"),
@@ -111,7 +111,6 @@ def _baselines(results: Results) -> Table:
       f" {lost} cells with a funnel are left out of what follows: there is no "
       "baseline of their model, task, metric and seed."
     )
-  rows = _rows(cells, ("model", "task", "metric"), summary)
   return Table("Baselines", columns, rows, note)
 
 
@@ -148,9 +147,13 @@ def _trainings(results: Results) -> Table:
 
   def summary(part):
     first, share = part[0], None
-    if first["inference"] == "on" and not _is_untrained(first):
-      others = untrained.get((first["model"], first["task"]), [])
-      share = _share_recovered(part, others)
+    others = untrained.get((first["model"], first["task"]), [])
+    at = {(c["funnel"], c["seed"]): c for c in others}
+    both = [c for c in part if (c["funnel"], c["seed"]) in at]
+    before = over_seeds(at[c["funnel"], c["seed"]] for c in both)
+    trained = first["inference"] == "on" and not _is_untrained(first)
+    if trained and both and before.mean > max(before.deviation or 0, 1e-9):
+      share = 1 - over_seeds(both).mean / before.mean
     unit = _sign(first["unit"])
     return dict(drop=_drop(part), unit=unit, share=share, cells=len(part))
 
@@ -178,15 +181,6 @@ def _is_untrained(cell: Row) -> bool:
   trained = cell["finetuning"] not in ("off", None)
   standard = cell["pretraining"] == "standard"
   return cell["inference"] == "on" and standard and not trained
-
-
-def _share_recovered(cells, untrained) -> float | None:
-  at = {(c["funnel"], c["seed"]): c for c in untrained}
-  both = [c for c in cells if (c["funnel"], c["seed"]) in at]
-  before = over_seeds(at[c["funnel"], c["seed"]] for c in both)
-  if not both or before.mean <= max(before.deviation or 0, 1e-9):
-    return None
-  return 1 - over_seeds(both).mean / before.mean
 
 
 def _recoveries(results: Results) -> Table:
@@ -244,9 +238,3 @@ def _tasks(results: Results) -> Table:
     "Drop by pretraining and fine-tuning with the funnel, mean ± spread over "
     "seeds of the mean over funnels; the largest first.",
   )
-
-
-def _failures(results: Results) -> Table:
-  columns = [Column(key, key) for key in (*AXES, "error")]
-  note = "" if results.failures else "None."
-  return Table("Failures", columns, results.failures, note)

@@ -40,14 +40,12 @@ BLIMP = "blimp"
 PRESETS = (*FORMATS, *GLUE, "conll2003", BLIMP)
 # Keys that only some formats read; one that is set elsewhere is a mistake.
 _READ_BY = {
-  **dict.fromkeys(("dataset", "data_dir"), ("tfds",)),
-  **dict.fromkeys(("text", "second", "label"), ("table", "tfds")),
-  **dict.fromkeys(SPLITS, ("table", "conll", "tfds")),
-  **dict.fromkeys(
-    ("prompt", "choices", "answer", "group", "answer_pattern"), ("table",)
-  ),
-  "labels": ("table", "conll"),
-  "separator": ("conll",),
+  ("table",): ("prompt", "choices", "answer", "group", "answer_pattern"),
+  ("conll",): ("separator",),
+  ("tfds",): ("dataset", "data_dir"),
+  ("table", "conll"): ("labels",),
+  ("table", "tfds"): ("text", "second", "label"),
+  ("table", "conll", "tfds"): SPLITS,
 }
 # The kinds of formats that have but one.
 _KIND_OF = {
@@ -115,11 +113,7 @@ def default_config() -> config_dict.ConfigDict:
 
 
 def preset(name: str) -> config_dict.ConfigDict:
-  """The configuration of a task; it leaves open files or folders alone.
-
-  Raises:
-    ValueError: no preset of that name.
-  """
+  """The configuration of one of PRESETS; it leaves open files or folders."""
   require_choice("task", name, PRESETS)
   config = default_config()
   if name in FORMATS:
@@ -155,7 +149,13 @@ def load(config: Any) -> Task:
   if config.metrics:
     names = tuple(name.strip() for name in config.metrics.split(","))
   metrics.check_names(names, task.kind)
-  task = dataclasses.replace(task, name=_name(config), metrics=names)
+  name = config.name or config.dataset or config.format
+  paths = [config[split] for split in SPLITS if config[split]]
+  if paths and not (config.name or config.dataset):
+    # "data/snli/test.tsv" is snli: files are called after their splits.
+    folder = os.path.basename(os.path.dirname(os.path.abspath(paths[-1])))
+    name = folder or os.path.basename(paths[-1])
+  task = dataclasses.replace(task, name=name, metrics=names)
   return dataclasses.replace(task, splits=_splits(task, config))
 
 
@@ -167,12 +167,13 @@ def _check(config: Any) -> None:
   for split in SPLITS:
     if config[f"max_{split}"] is not None:
       require_int(f"max_{split}", config[f"max_{split}"], 1)
-  for key, formats in _READ_BY.items():
-    require(
-      not config[key] or config.format in formats,
-      f"{key}={config[key]!r}: format={config.format!r} does not use it; only "
-      f"{list(formats)} do",
-    )
+  for formats, keys in _READ_BY.items():
+    for key in keys:
+      require(
+        not config[key] or config.format in formats,
+        f"{key}={config[key]!r}: format={config.format!r} does not use it; "
+        f"only {list(formats)} do",
+      )
   kind = _KIND_OF.get(config.format, config.kind)
   require(
     config.kind in (None, kind),
@@ -182,25 +183,13 @@ def _check(config: Any) -> None:
   if config.format in ("table", "conll"):
     require(
       bool(config.test),
-      "test is not set: name the file that results are of (dev can be taken "
-      "from train, test cannot)",
+      "test is not set: name the file that results are of (only dev can be "
+      "taken from train)",
     )
     require(
       bool(config.train) or config.kind in GENERATIVE_KINDS,
-      f"train is not set: name its file; only the kinds {GENERATIVE_KINDS} "
-      "need none",
+      f"train is not set: name its file; only {GENERATIVE_KINDS} need none",
     )
-
-
-def _name(config: Any) -> str:
-  if config.name or config.dataset:
-    return config.name or config.dataset
-  paths = [config[split] for split in SPLITS if config[split]]
-  if not paths:
-    return config.format
-  # "data/snli/test.tsv" is snli: files are called after their splits.
-  folder = os.path.basename(os.path.dirname(os.path.abspath(paths[-1])))
-  return folder or os.path.basename(paths[-1])
 
 
 def _splits(task: Task, config: Any) -> dict[str, tuple]:
@@ -209,11 +198,7 @@ def _splits(task: Task, config: Any) -> dict[str, tuple]:
   for split, part in splits.items():
     skipped = task.skipped.get(split, 0)
     why = f" ({skipped} malformed rows were skipped)" if skipped else ""
-    require(
-      bool(part),
-      f"the split {split} of {task.name!r} is empty{why}; expected at least "
-      "one example",
-    )
+    require(bool(part), f"the split {split} of {task.name!r} is empty{why}")
   if "dev" not in splits and task.kind not in GENERATIVE_KINDS:
     train = splits["train"]
     require(
@@ -222,9 +207,8 @@ def _splits(task: Task, config: Any) -> dict[str, tuple]:
     )
     count = round(len(train) * config.dev_fraction)
     count = min(max(count, 1), len(train) - 1)
-    held = sample(range(len(train)), count, config, "dev of train")
-    splits["dev"] = [train[i] for i in held]
-    held = set(held)
+    held = set(sample(range(len(train)), count, config, "dev of train"))
+    splits["dev"] = [x for i, x in enumerate(train) if i in held]
     splits["train"] = [x for i, x in enumerate(train) if i not in held]
   return {
     s: tuple(sample(splits[s], config[f"max_{s}"], config, s))

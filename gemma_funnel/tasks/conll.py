@@ -17,6 +17,10 @@ PLAIN_METRICS = ("token_accuracy", "token_macro_f1")
 _DOCUMENT_MARK = "-DOCSTART-"
 # L and U are E and S by other names (BILOU).
 _PREFIXES = {"bio1": "BI", "bio2": "BI", "iobes": "BIESLU"}
+_RULES = {
+  "bio2": "a span starts with 'B-' (see 'bio1')",
+  "iobes": "a span is S- alone, or B-, I- and E- of one type",
+}
 _SEPARATORS = {"tab": "\t", "space": " "}
 
 
@@ -64,14 +68,26 @@ def make_task(
     labels = (OUTSIDE, *(f"{p}-{type_}" for type_ in types for p in "BI"))
     labels = tuple(sorted(tags)) if plain else labels
   index = {tag: i for i, tag in enumerate(labels)}
-  return tables.make_task(
-    config,
-    "tagging",
-    labels,
-    metrics or SPAN_METRICS,
-    splits,
-    lambda sentence: _indexed(sentence, index),
-  )
+
+  def parse(sentence: Sentence) -> TaggedExample:
+    for i, tag in enumerate(sentence.tags, 1):
+      require(
+        tag in index,
+        f"found the tag {tag!r} (word {i}); expected one that occurs in train "
+        f"or in the file of labels: {list(index)[:20]}",
+      )
+    return TaggedExample(sentence.words, tuple(index[t] for t in sentence.tags))
+
+  metrics = metrics or SPAN_METRICS
+  return tables.make_task(config, "tagging", labels, metrics, splits, parse)
+
+
+def _in_bio2(sentence: Sentence, scheme: str) -> Sentence:
+  try:
+    tags = to_bio2(sentence.tags, scheme)
+  except ValueError as e:
+    return dataclasses.replace(sentence, fault=str(e))
+  return dataclasses.replace(sentence, tags=tags)
 
 
 def read_sentences(
@@ -87,11 +103,8 @@ def read_sentences(
   it precedes the first word of a sentence and has another number of columns
   than the file's: "#" with its columns is a word.
 
-  Args:
-    path: a UTF-8 file.
-    word_column: the number of the word's column, from 0; -1 is the last.
-    tag_column: that of the tag's.
-    separator: "tab", "space", or None: any run of spaces and tabs.
+  Columns count from 0; -1 is the last. `separator` is "tab", "space", or None:
+  any run of spaces and tabs.
   """
   require_choice("separator", separator or None, (None, *_SEPARATORS))
   lines = [
@@ -137,8 +150,9 @@ def _sentence(path, rows, width, word_column, tag_column) -> Sentence:
       fault = "the word or the tag is empty"
     if fault:
       return Sentence(f"{path}, line {number}", (), (), fault)
-  words = tuple(cells[word_column] for _, cells in rows)
-  tags = tuple(cells[tag_column] for _, cells in rows)
+  words, tags = zip(
+    *((c[word_column], c[tag_column]) for _, c in rows), strict=True
+  )
   return Sentence(f"{path}, line {rows[0][0]}", words, tags)
 
 
@@ -171,57 +185,29 @@ def to_bio2(tags: Sequence[str], scheme: str) -> tuple[str, ...]:
   in conlleval, B- starts one anywhere. What the scheme does not allow raises.
   """
   result, previous = [], OUTSIDE
-  for i, tag in enumerate(tags):
+  for i, tag in enumerate([*tags, OUTSIDE], 1):
     prefix, _, type_ = tag.partition("-")
-    if tag == OUTSIDE:
-      prefix = OUTSIDE
-    elif not type_ or len(prefix) != 1 or prefix not in _PREFIXES[scheme]:
-      raise ValueError(
-        f"found the tag {tag!r} (word {i + 1}); expected 'O', or one of "
-        f"{list(_PREFIXES[scheme])}, '-' and a type (scheme={scheme!r})"
+    if tag != OUTSIDE:
+      require(
+        bool(type_) and len(prefix) == 1 and prefix in _PREFIXES[scheme],
+        f"found the tag {tag!r} (word {i}); expected 'O', or one of "
+        f"{list(_PREFIXES[scheme])}, '-' and a type (scheme={scheme!r})",
       )
     continues = previous[0] in "BI" and previous[2:] == type_
     if scheme == "iobes":
-      _check_iobes(tag, prefix, i, previous, continues)
-    elif scheme == "bio2" and prefix == "I" and not continues:
-      raise ValueError(
-        f"found the tag {tag!r} (word {i + 1}) after {previous!r}; with "
-        "scheme='bio2' a span starts with 'B-' (see 'bio1')"
-      )
+      must = previous[0] in "BI"
+      fits = must == (prefix in ("I", "E", "L")) and (continues or not must)
+    else:
+      fits = scheme == "bio1" or prefix != "I" or continues
+    require(
+      fits,
+      f"found the tag {tag!r} (word {i}) after {previous!r}; with "
+      f"scheme={scheme!r} {_RULES.get(scheme)}",
+    )
     if tag == OUTSIDE:
       result.append(OUTSIDE)
     else:
       inside = prefix in "IEL" and continues
       result.append(("I-" if inside else "B-") + type_)
     previous = tag
-  if scheme == "iobes":
-    _check_iobes(OUTSIDE, OUTSIDE, len(tags), previous, False)
-  return tuple(result)
-
-
-def _check_iobes(tag, prefix, i, previous, continues) -> None:
-  must = previous[0] in "BI"
-  require(
-    must == (prefix in ("I", "E", "L")) and (continues or not must),
-    f"found the tag {tag!r} (word {i + 1}) after {previous!r}; with "
-    "scheme='iobes' a span is S- alone, or B-, I- and E- of one type",
-  )
-
-
-def _in_bio2(sentence: Sentence, scheme: str) -> Sentence:
-  try:
-    tags = to_bio2(sentence.tags, scheme)
-  except ValueError as e:
-    return dataclasses.replace(sentence, fault=str(e))
-  return dataclasses.replace(sentence, tags=tags)
-
-
-def _indexed(sentence: Sentence, index: dict[str, int]) -> TaggedExample:
-  for i, tag in enumerate(sentence.tags):
-    require(
-      tag in index,
-      f"found the tag {tag!r} (word {i + 1}); expected one that occurs in "
-      f"train or in the file of labels: {list(index)[:20]}",
-    )
-  tags = tuple(index[tag] for tag in sentence.tags)
-  return TaggedExample(sentence.words, tags)
+  return tuple(result[:-1])

@@ -26,20 +26,14 @@ _LEAST_WIDTH = 16
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row of tokens and what is to be predicted of it.
+  """A row of tokens and what is to be predicted of it."""
 
-  Attributes:
-    tokens: int32 [n].
-    label: an index or a number; int32 [n] where tokens are tagged, IGNORE at
-      all but the last token of each word.
-    example: which example it is of.
-    first_word: of the row, among the words of that example.
-  """
-
-  tokens: np.ndarray
+  tokens: np.ndarray  # int32 [n].
+  # An index or a number; where tokens are tagged, int32 [n]: IGNORE at all but
+  # the last token of each word.
   label: int | float | np.ndarray
-  example: int
-  first_word: int = 0
+  example: int  # Which example it is of.
+  first_word: int = 0  # Among the words of that example.
 
 
 def encode(
@@ -55,13 +49,10 @@ def encode(
     task: whose examples they are.
     examples: of one of its splits.
     tokenizer: what they are encoded with.
-    length: tokens of a row at most.
+    length: tokens of a row at most, >= 4.
     long: what becomes of tagged sentences beyond it: "truncate" drops the words
       that do not fit (they are then predicted as the first label), "window"
       makes several rows of them. Texts are cut; of a pair, the longer first.
-
-  Raises:
-    ValueError: a length without room for a token, or no such `long`.
   """
   require_choice("long", long, LONG)
   require_int("length", length, 4)
@@ -104,10 +95,13 @@ def _tagged_rows(
       first_word,
     )
 
-  for at, (ids, tag) in enumerate(
-    zip(_word_tokens(example, tokenizer), example.tags, strict=True)
+  before = example.before or ("", *[" "] * (len(example.words) - 1))
+  for at, (space, word, tag) in enumerate(
+    zip(before, example.words, example.tags, strict=True)
   ):
-    ids = ids[-room:]  # Of a word that no row would hold, the end.
+    # Nothing may be left of a word that is all unknown to a tokenizer; of one
+    # that no row would hold, the end is.
+    ids = (tokenizer.encode(space + word) or [UNK_ID])[-room:]
     if len(tokens) + len(ids) > room:
       yield row()
       if long == "truncate":
@@ -118,21 +112,16 @@ def _tagged_rows(
   yield row()
 
 
-def _word_tokens(example: TaggedExample, tokenizer: Tokenizer):
-  before = example.before or ("", *[" "] * (len(example.words) - 1))
-  for space, word in zip(before, example.words, strict=True):
-    # Nothing may be left of a word that is all unknown to a tokenizer.
-    yield tokenizer.encode(space + word) or [UNK_ID]
-
-
 def join_words(
   task: Task, rows: Sequence[Row], labels: Sequence[np.ndarray], examples
 ) -> list[list[str]]:
   """Tags of each example's words, of its rows' predictions.
 
+  Words that no row has get the outside tag "O", or the first label where there
+  is none.
+
   Args:
-    task: the labels' names; words that no row has get the outside tag "O", or
-      the first label where there is none.
+    task: the labels' names.
     rows: from `encode`.
     labels: predicted label indices of each row, [n] as its tokens.
     examples: what `rows` were made of.
@@ -141,18 +130,9 @@ def join_words(
   tags = [[outside] * len(example.words) for example in examples]
   for row, predicted in zip(rows, labels, strict=True):
     found = np.asarray(predicted)[row.label != IGNORE]
-    for offset, index in enumerate(found):
-      tags[row.example][row.first_word + offset] = task.labels[int(index)]
+    for at, index in enumerate(found, start=row.first_word):
+      tags[row.example][at] = task.labels[int(index)]
   return tags
-
-
-def _width(rows: Sequence[Row], chosen: Sequence[int], length: int) -> int:
-  """A power of two that holds the chosen rows, or `length` if that is less.
-
-  Each width is a program to compile: few are wanted.
-  """
-  longest = max(len(rows[i].tokens) for i in chosen)
-  return min(max(_LEAST_WIDTH, 1 << (longest - 1).bit_length()), length)
 
 
 def batch(rows: Sequence[Row], size: int, width: int) -> dict[str, np.ndarray]:
@@ -166,22 +146,30 @@ def batch(rows: Sequence[Row], size: int, width: int) -> dict[str, np.ndarray]:
   tokens = np.zeros((size, width), np.int32)
   segment = np.zeros((size, width), np.int32)
   first = rows[0].label
-  per_token = isinstance(first, np.ndarray)
   dtype = np.float32 if isinstance(first, float) else np.int32
+  per_token = isinstance(first, np.ndarray)
   label = np.zeros((size, width) if per_token else size, dtype)
   weight = np.zeros(label.shape, np.float32)
   for at, row in enumerate(rows):
     count = len(row.tokens)
     tokens[at, :count] = row.tokens
     segment[at, :count] = 1
-    if per_token:
-      label[at, :count] = np.maximum(row.label, 0)
-      weight[at, :count] = row.label != IGNORE
-    else:
-      label[at], weight[at] = row.label, 1
+    where = (at, slice(count)) if per_token else at
+    label[where] = np.maximum(row.label, 0) if per_token else row.label
+    weight[where] = row.label != IGNORE if per_token else 1
   return dict(tokens=tokens, segment=segment, label=label, weight=weight)
 
 
+def _width(rows: Sequence[Row], chosen: Sequence[int], length: int) -> int:
+  """A power of two that holds the chosen rows, or `length` if that is less.
+
+  Each width is a program to compile: few are wanted.
+  """
+  longest = max(len(rows[i].tokens) for i in chosen)
+  return min(max(_LEAST_WIDTH, 1 << (longest - 1).bit_length()), length)
+
+
+@dataclasses.dataclass(eq=False)
 class TrainBatches:
   """The batches of so many steps, each of them at random access.
 
@@ -190,47 +178,39 @@ class TrainBatches:
   whole batch are left to the next ones.
   """
 
-  def __init__(
-    self,
-    rows: Sequence[Row],
-    *,
-    batch_size: int,
-    length: int,
-    seed: int,
-    num_steps: int,
-    process_index: int = 0,
-    process_count: int = 1,
-  ):
-    self._rows, self._length, self._seed = rows, length, seed
-    self._batch_size, self._num_steps = batch_size, num_steps
-    self._process = process_index, process_count
+  rows: Sequence[Row]
+  _: dataclasses.KW_ONLY
+  batch_size: int  # Of all processes together.
+  length: int
+  seed: int
+  num_steps: int
+  process_index: int = 0
+  process_count: int = 1
+
+  def __post_init__(self):
+    self.epoch_steps = steps_of_epoch(len(self.rows), self.batch_size)
     self._order = functools.lru_cache(maxsize=1)(self._make_order)
 
-  @property
-  def epoch_steps(self) -> int:
-    return steps_of_epoch(len(self._rows), self._batch_size)
-
   def __len__(self) -> int:
-    return self._num_steps
+    return self.num_steps
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
     epoch, at = divmod(step, self.epoch_steps)
     chosen = self._order(epoch)[at]
     # Of the whole batch: all processes' parts of it are as wide.
-    width = _width(self._rows, chosen, self._length)
-    index, count = self._process
-    mine = [self._rows[i] for i in chosen[index::count]]
-    return batch(mine, len(mine), width)
+    width = _width(self.rows, chosen, self.length)
+    mine = chosen[self.process_index :: self.process_count]
+    return batch([self.rows[i] for i in mine], len(mine), width)
 
   def _make_order(self, epoch: int) -> list[np.ndarray]:
-    rng = np.random.default_rng((self._seed, epoch))
-    size = self._batch_size
-    order = rng.permutation(len(self._rows))
+    rng = np.random.default_rng((self.seed, epoch))
+    size = self.batch_size
+    order = rng.permutation(len(self.rows))
     order = np.resize(order, self.epoch_steps * size)
     batches = []
     for start in range(0, len(order), _SORT_BATCHES * size):
       part = order[start : start + _SORT_BATCHES * size]
-      lengths = [len(self._rows[i].tokens) for i in part]
+      lengths = [len(self.rows[i].tokens) for i in part]
       part = part[np.argsort(lengths, kind="stable")]
       batches += np.split(part, len(part) // size)
     return [batches[i] for i in rng.permutation(len(batches))]

@@ -1,15 +1,15 @@
 """Rows become examples: what each kind of task makes of a row."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
 import re
 from typing import Any
 
-from gemma_funnel.checks import require, require_choice
+from gemma_funnel.checks import is_number, require, require_choice
 from gemma_funnel.data import files
 from gemma_funnel.tasks import tables
 from gemma_funnel.tasks.tables import Row
@@ -24,70 +24,61 @@ from gemma_funnel.tasks.task import (
 
 @dataclasses.dataclass(frozen=True)
 class KindSpec:
-  """The keys of columns that a kind reads and needs, and its metrics."""
+  """The keys that a kind reads and its metrics."""
 
   columns: tuple[str, ...]
   needed: tuple[str, ...] = ()
   metrics: tuple[str, ...] = ()
+  other: tuple[str, ...] = ()  # Keys that name no column.
 
 
 _LABELLED = ("text", "second", "label"), ("text", "label")
 # Kinds of tables; tagging reads CoNLL files.
 KINDS = {
-  "classification": KindSpec(*_LABELLED, ("accuracy", "macro_f1")),
+  "classification": KindSpec(*_LABELLED, ("accuracy", "macro_f1"), ("labels",)),
   "regression": KindSpec(*_LABELLED, ("pearson", "spearman")),
   "choice": KindSpec(
     ("prompt", "choices", "answer", "group"), ("choices",), ("accuracy",)
   ),
   "generation": KindSpec(
-    ("prompt", "answer"), ("prompt", "answer"), ("exact_match",)
+    ("prompt", "answer"),
+    ("prompt", "answer"),
+    ("exact_match",),
+    ("answer_pattern",),
   ),
   "perplexity": KindSpec(("text",)),
 }
 
 
 def load(config: Any) -> Task:
-  """Reads the splits that a configuration names; see `tasks.load`.
-
-  Raises:
-    ValueError: a file, a row or a column that is not as it should be.
-  """
+  """Reads the splits that a configuration names; see `tasks.load`."""
   kind = config.kind
   require_choice("kind", kind, KINDS)
-  _check_keys(config, kind)
+  _check_keys(config, KINDS[kind])
   rows = tables.read_splits(config, lambda path: _read(path, config))
   labels = ()
   if kind == "classification":
     labels = _labels(config, rows.get("train", []))
   parse = parser(config, kind, labels)
-  return tables.make_task(
-    config, kind, labels, KINDS[kind].metrics, rows, parse
-  )
+  metrics = KINDS[kind].metrics
+  return tables.make_task(config, kind, labels, metrics, rows, parse)
 
 
-def _check_keys(config, kind: str) -> None:
-  """Raises on a key that is missing, or that the kind would not read."""
-  spec = KINDS[kind]
+def _check_keys(config, spec: KindSpec) -> None:
   for key in spec.needed:
     require(
-      bool(config[key]), f"{key} is not set; kind={kind!r} needs its column"
+      bool(config[key]),
+      f"{key} is not set; kind={config.kind!r} needs its column",
     )
-  for key in dict.fromkeys(key for s in KINDS.values() for key in s.columns):
+  read = spec.columns + spec.other
+  for key in {k for s in KINDS.values() for k in s.columns + s.other}:
     require(
-      not config[key] or key in spec.columns,
-      f"{key}={config[key]!r}: kind={kind!r} has no such column; it reads "
-      f"{list(spec.columns)}",
-    )
-  for key, owner in (
-    ("labels", "classification"),
-    ("answer_pattern", "generation"),
-  ):
-    require(
-      not config[key] or kind == owner,
-      f"{key}={config[key]!r}: kind={kind!r} does not use it, {owner!r} does",
+      not config[key] or key in read,
+      f"{key}={config[key]!r}: kind={config.kind!r} does not use it; it reads "
+      f"{list(read)}",
     )
   require(
-    kind != "choice"
+    config.kind != "choice"
     or bool(config.answer)
     or len(_split_names(config.choices)) > 1,
     "answer is not set; choices in one column need an answer column (with two "
@@ -107,23 +98,22 @@ def _split_names(value: str) -> list[str]:
 
 def _read(path: str, config) -> list[Row]:
   """A table's rows; of a text file (perplexity), the whole or each line."""
+  is_table = os.path.splitext(path)[1] in tables.EXTENSIONS
+  if config.kind == "perplexity" and not is_table:
+    text = tables.read_text(path)
+    texts = [text]
+    if config.documents == "line":
+      texts = [line for _, line in tables.lines_of(text)]
+    return [Row(path, {"": text}) for text in texts if text.strip()]
   columns = []
   for key in KINDS[config.kind].columns:
-    if config[key]:
-      columns += (
-        _split_names(config[key]) if key == "choices" else [config[key]]
-      )
-  is_table = os.path.splitext(path)[1] in tables.EXTENSIONS
-  if config.kind != "perplexity" or is_table:
-    require(
-      bool(columns), f"text is not set; {path} needs the column of its text"
-    )
-    return tables.read_rows(path, dict.fromkeys(columns), config.header)
-  text = tables.read_text(path)
-  texts = [text]
-  if config.documents == "line":
-    texts = [line for _, line in tables.lines_of(text)]
-  return [Row(path, {"": text}) for text in texts if text.strip()]
+    value = config[key] or ""
+    columns += _split_names(value) if key == "choices" else [value]
+  columns = dict.fromkeys(filter(None, columns))
+  require(
+    bool(columns), f"text is not set; {path} needs the column of its text"
+  )
+  return tables.read_rows(path, columns, config.header)
 
 
 def parser(
@@ -137,45 +127,50 @@ def parser(
     labels: of a classification.
     empty: whether texts may be empty.
   """
+
+  def labelled(row: Row) -> TextExample:
+    second, value = columns.second, row.values[columns.label]
+    return TextExample(
+      _text(row.values[columns.text], columns.text, empty),
+      _text(row.values[second], second, empty) if second else None,
+      _number(value) if kind == "regression" else label_id(_name(value)),
+    )
+
+  index = {name: i for i, name in enumerate(labels)}
+  file = getattr(columns, "labels", None)
+
+  def label_id(name: str) -> int:
+    # A file of labels says what ids mean.
+    is_id = file and name.isascii() and name.isdigit()
+    if name not in index and is_id and int(name) < len(labels):
+      return int(name)
+    expected = "a label that occurs in train"
+    if file:
+      expected = f"a label of {file} or an id below {len(labels)}"
+    shown = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
+    require(
+      name in index, f"found the label {name!r}; expected {expected}: {shown}"
+    )
+    return index[name]
+
   match kind:
-    case "classification":
-      index = {name: i for i, name in enumerate(labels)}
-      label = functools.partial(_label_id, columns, index)
-    case "regression":
-      label = functools.partial(_number, columns)
+    case "classification" | "regression":
+      return labelled
     case "choice":
-      return functools.partial(_choice, columns)
+      return lambda row: _choice(columns, row.values)
     case "generation":
-      return functools.partial(_generation, columns)
-    case _:
-      return lambda row: Document(_text(row, columns.text or ""))
-  return lambda row: TextExample(
-    _text(row, columns.text, empty),
-    _text(row, columns.second, empty) if columns.second else None,
-    label(row),
-  )
+      return lambda row: _generation(columns, row.values)
+  text = columns.text or ""
+  return lambda row: Document(_text(row.values[text], text))
 
 
-def _text(row: Row, column: str, empty: bool = False) -> str:
-  return _check_text(row.values[column], column, empty)
-
-
-def _check_text(value: Any, column: str, empty: bool = False) -> str:
+def _text(value: Any, column: str, empty: bool = False) -> str:
   text = files.check_text(value, "found no text", column)
   require(
     empty or bool(text.strip()),
     f"the value of {column!r} is empty; expected text",
   )
   return text
-
-
-def _texts(row: Row, column: str) -> tuple[str, ...]:
-  value = row.values[column]
-  require(
-    isinstance(value, list) and all(isinstance(v, str) for v in value),
-    f"the value of {column!r} is {value!r:.60}; expected a list of strings",
-  )
-  return tuple(_check_text(v, column) for v in value)
 
 
 def _name(value: Any) -> str:
@@ -198,12 +193,10 @@ def _labels(config, rows: list[Row]) -> tuple[str, ...]:
     return tables.read_labels(config.labels)
   places: dict[str, str] = {}
   for row in rows:
-    if row.fault:
-      continue  # Raised, or counted, when it is parsed.
-    try:
+    # Rows without a name are raised, or counted, when they are parsed.
+    with contextlib.suppress(ValueError):
+      require(not row.fault, row.fault)
       places.setdefault(_name(row.values[config.label]), row.place)
-    except ValueError:
-      continue
   several = [
     name
     for name in places
@@ -218,60 +211,47 @@ def _labels(config, rows: list[Row]) -> tuple[str, ...]:
   return tables.sorted_labels(set(places) - set(several))
 
 
-def _label_id(columns, index: dict[str, int], row: Row) -> int:
-  name = _name(row.values[columns.label])
-  if name in index:
-    return index[name]
-  labels, file = list(index), getattr(columns, "labels", None)
-  # A file of labels says what ids mean.
-  if file and name.isascii() and name.isdigit() and int(name) < len(labels):
-    return int(name)
-  expected = "a label that occurs in train"
-  if file:
-    expected = f"a label of {file} or an id below {len(labels)}"
-  shown = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
-  raise ValueError(f"found the label {name!r}; expected {expected}: {shown}")
-
-
-def _number(columns, row: Row) -> float:
-  value = row.values[columns.label]
+def _number(value: Any) -> float:
   try:
     number = math.nan if isinstance(value, bool) else float(value)
   except (TypeError, ValueError, OverflowError):
     number = math.nan
   require(
-    math.isfinite(number),
-    f"found the label {value!r}; expected a finite number",
+    is_number(number), f"found the label {value!r}; expected a finite number"
   )
   return number
 
 
-def _choice(columns, row: Row) -> ChoiceExample:
-  names = _split_names(columns.choices)
+def _choice(columns, values) -> ChoiceExample:
+  names, prompt = _split_names(columns.choices), columns.prompt
+  found = [values[name] for name in names]
   if len(names) == 1:
-    choices = _texts(row, names[0])
-  else:
-    choices = tuple(_text(row, name) for name in names)
+    (found,) = found
+    require(
+      isinstance(found, list),
+      f"the value of {names[0]!r} is {found!r:.60}; expected a list of strings",
+    )
+    names = names * len(found)
+  choices = tuple(map(_text, found, names))
   require(
     len(choices) > 1, f"found {len(choices)} choices; expected two or more"
   )
+  answer, group = columns.answer, columns.group
   return ChoiceExample(
-    _text(row, columns.prompt) if columns.prompt else "",
+    _text(values[prompt], prompt) if prompt else "",
     choices,
-    _answer(row, columns.answer, choices, names) if columns.answer else 0,
-    _name(row.values[columns.group]) if columns.group else "",
+    _answer(values[answer], choices, names) if answer else 0,
+    _name(values[group]) if group else "",
   )
 
 
-def _answer(row: Row, column: str, choices, names: list[str]) -> int:
+def _answer(value: Any, choices: tuple[str, ...], names: list[str]) -> int:
   """An index from 0, a choice's text, or the name of its column."""
-  value = row.values[column]
-  texts = [choice.strip() for choice in choices]
   if isinstance(value, str):
-    value = value.strip()
+    value, texts = value.strip(), [choice.strip() for choice in choices]
     if texts.count(value) == 1:
       return texts.index(value)
-    if len(names) > 1 and value in names:
+    if names.count(value) == 1:
       return names.index(value)
     if value.isascii() and value.isdigit():
       value = int(value)
@@ -284,22 +264,18 @@ def _answer(row: Row, column: str, choices, names: list[str]) -> int:
   return value
 
 
-def _generation(columns, row: Row) -> GenerationExample:
-  if isinstance(row.values[columns.answer], list):
-    answers = _texts(row, columns.answer)
-  else:
-    answers = (_text(row, columns.answer),)
-  require(bool(answers), "no answer; expected one or more")
-  if columns.answer_pattern:
-    answers = tuple(_extract(columns.answer_pattern, a) for a in answers)
-  return GenerationExample(_text(row, columns.prompt), answers)
-
-
-def _extract(pattern: str, text: str) -> str:
-  found = re.search(pattern, text)
-  answer = found[min(1, found.re.groups)] if found else None
-  require(
-    bool(answer),
-    f"answer_pattern={pattern!r} finds nothing in the answer {text!r:.60}",
-  )
-  return answer.strip()
+def _generation(columns, values) -> GenerationExample:
+  found, pattern = values[columns.answer], columns.answer_pattern
+  found = found if isinstance(found, list) else [found]
+  require(bool(found), "no answer; expected one or more")
+  answers = [_text(text, columns.answer) for text in found]
+  for i, text in enumerate(answers if pattern else ()):
+    match = re.search(pattern, text)
+    group = match[min(1, match.re.groups)] if match else None
+    require(
+      bool(group),
+      f"answer_pattern={pattern!r} finds nothing in the answer {text!r:.60}",
+    )
+    answers[i] = group.strip()
+  prompt = _text(values[columns.prompt], columns.prompt)
+  return GenerationExample(prompt, tuple(answers))

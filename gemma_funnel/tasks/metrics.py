@@ -3,8 +3,7 @@
 They are imported when a metric is wanted: importing the package stays light.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-import importlib
+from collections.abc import Iterable, Sequence
 import math
 import re
 from typing import Any
@@ -14,17 +13,31 @@ import numpy as np
 
 from gemma_funnel.checks import require
 
-Value = float | None
 _SPAN_TAG = re.compile("O|[BI]-.+")
+_CLASSES, _TAGS = ("classification",), ("tagging",)
+_NUMBERS = ("regression",)
+# The kinds of tasks that each is of.
+_KINDS = {
+  "accuracy": ("classification", "choice"),
+  "f1": _CLASSES,
+  "macro_f1": _CLASSES,
+  "matthews": _CLASSES,
+  "pearson": _NUMBERS,
+  "spearman": _NUMBERS,
+  "span_f1": _TAGS,
+  "span_precision": _TAGS,
+  "span_recall": _TAGS,
+  "token_accuracy": _TAGS,
+  "token_macro_f1": _TAGS,
+  "exact_match": ("generation",),
+}
 
 
 def check_names(names: Iterable[str], kind: str | None = None) -> None:
   """Raises ValueError on a metric that is unknown or not of the task's kind."""
   for name in names:
-    require(
-      name in _METRICS, f"metric {name!r}: expected one of {list(_METRICS)}"
-    )
-    fitting = [n for n, (kinds, _) in _METRICS.items() if kind in kinds]
+    require(name in _KINDS, f"metric {name!r}: expected one of {list(_KINDS)}")
+    fitting = [n for n, kinds in _KINDS.items() if kind in kinds]
     require(
       kind is None or name in fitting,
       f"metric {name!r}: not of kind={kind!r}; expected one of {fitting}",
@@ -36,7 +49,7 @@ def compute(
   task_labels: Sequence[str],
   predictions: Sequence[Any],
   references: Sequence[Any],
-) -> dict[str, Value]:
+) -> dict[str, float | None]:
   """Metrics of predictions.
 
   Args:
@@ -74,59 +87,60 @@ def compute(
     # Of a single class, of constant or nearly constant input.
     warnings.simplefilter("ignore", UserWarning)
     warnings.simplefilter("ignore", RuntimeWarning)
-    return {name: _METRICS[name][1](predictions, references) for name in names}
+    return {name: _compute(name, predictions, references) for name in names}
 
 
-def _call(module: str, function: str, *args, **options) -> Any:
-  return getattr(importlib.import_module(module), function)(*args, **options)
+def _compute(name: str, predictions, references) -> float | None:
+  match name.split("_"):
+    case ["pearson" | "spearman"]:
+      return _correlation(name, predictions, references)
+    case ["exact", "match"]:
+      answers = [(r,) if isinstance(r, str) else r for r in references]
+      pairs = zip(predictions, answers, strict=True)
+      right = [p.strip() in {a.strip() for a in some} for p, some in pairs]
+      return sum(right) / len(right)
+    case ["span", which]:
+      from seqeval import metrics as seqeval
+
+      _check_sentences(predictions, references)
+      for tag in (t for s in (*predictions, *references) for t in s):
+        require(
+          bool(_SPAN_TAG.fullmatch(tag)),
+          f"metric {name!r}: found the tag {tag!r}; expected BIO2 tags",
+        )
+      score = getattr(seqeval, f"{which}_score")
+      tags = [[*map(list, part)] for part in (references, predictions)]
+      return float(score(*tags, zero_division=0))  # A share of no spans is 0.
+    case ["token", *_]:
+      _check_sentences(predictions, references)
+      predictions = [tag for tags in predictions for tag in tags]
+      references = [tag for tags in references for tag in tags]
+      require(bool(references), "sentences without words: expected a tag")
+  from sklearn import metrics as sklearn
+
+  match name.removeprefix("token_"):
+    case "accuracy":
+      return float(sklearn.accuracy_score(references, predictions))
+    case "matthews":
+      return float(sklearn.matthews_corrcoef(references, predictions))
+  # An average over the one label 1: pos_label must occur, `labels` need not.
+  labels = [1] if name == "f1" else None
+  options = dict(labels=labels, average="macro", zero_division=0)
+  return float(sklearn.f1_score(references, predictions, **options))
 
 
-def _of_labels(function: str, **options) -> Callable[..., Value]:
-  """A metric of scikit-learn's."""
-  return lambda predictions, references: float(
-    _call("sklearn.metrics", function, references, predictions, **options)
-  )
+def _correlation(name: str, predictions, references) -> float | None:
+  from scipy import stats
 
-
-def _of_tokens(metric: Callable[..., Value]) -> Callable[..., Value]:
-  def compute_one(predictions, references) -> Value:
-    _check_sentences(predictions, references)
-    flat = [[t for s in part for t in s] for part in (predictions, references)]
-    require(bool(flat[0]), "sentences without words: expected a tag or more")
-    return metric(*flat)
-
-  return compute_one
-
-
-def _of_numbers(function: str) -> Callable[..., Value]:
-  def compute_one(predictions, references) -> Value:
-    x, y = (np.asarray(v, np.float64) for v in (predictions, references))
-    for what, values in (("prediction", x), ("reference", y)):
-      if not np.isfinite(values).all():
-        at = int(np.argmin(np.isfinite(values)))
-        raise FloatingPointError(f"{what} {at} is {values[at]}")
-    if len(x) < 2:
-      return None
-    value = float(_call("scipy.stats", function, x, y).statistic)
-    return value if math.isfinite(value) else None
-
-  return compute_one
-
-
-def _of_spans(name: str) -> Callable[..., Value]:
-  def compute_one(predictions, references) -> Value:
-    _check_sentences(predictions, references)
-    for tag in (t for s in (*predictions, *references) for t in s):
-      require(
-        bool(_SPAN_TAG.fullmatch(tag)),
-        f"metric 'span_{name}': found the tag {tag!r}; expected BIO2 tags",
-      )
-    lists = [[*map(list, part)] for part in (references, predictions)]
-    # A share of no spans is 0.
-    score = _call("seqeval.metrics", f"{name}_score", *lists, zero_division=0)
-    return float(score)
-
-  return compute_one
+  arrays = [np.asarray(v, np.float64) for v in (predictions, references)]
+  for what, values in zip(("prediction", "reference"), arrays, strict=True):
+    if not np.isfinite(values).all():
+      at = int(np.argmin(np.isfinite(values)))
+      raise FloatingPointError(f"{what} {at} is {values[at]}")
+  if len(predictions) < 2:
+    return None
+  value = float(getattr(stats, f"{name}r")(*arrays).statistic)
+  return value if math.isfinite(value) else None
 
 
 def _check_sentences(predictions, references) -> None:
@@ -139,32 +153,3 @@ def _check_sentences(predictions, references) -> None:
       len(ours) == len(theirs),
       f"sentence {i}: found {len(ours)} predicted tags; expected {len(theirs)}",
     )
-
-
-def _exact_match(predictions, references) -> Value:
-  right = 0
-  for ours, theirs in zip(predictions, references, strict=True):
-    answers = (theirs,) if isinstance(theirs, str) else theirs
-    right += ours.strip() in {answer.strip() for answer in answers}
-  return right / len(references)
-
-
-_accuracy = _of_labels("accuracy_score")
-_macro_f1 = _of_labels("f1_score", average="macro", zero_division=0)
-# As an average over the one label: pos_label must occur, `labels` need not.
-_f1 = _of_labels("f1_score", labels=[1], average="macro", zero_division=0)
-_CLASSES = ("classification",)
-_METRICS: dict[str, tuple[tuple[str, ...], Callable[..., Value]]] = {
-  "accuracy": (("classification", "choice"), _accuracy),
-  "f1": (_CLASSES, _f1),
-  "macro_f1": (_CLASSES, _macro_f1),
-  "matthews": (_CLASSES, _of_labels("matthews_corrcoef")),
-  "pearson": (("regression",), _of_numbers("pearsonr")),
-  "spearman": (("regression",), _of_numbers("spearmanr")),
-  "span_f1": (("tagging",), _of_spans("f1")),
-  "span_precision": (("tagging",), _of_spans("precision")),
-  "span_recall": (("tagging",), _of_spans("recall")),
-  "token_accuracy": (("tagging",), _of_tokens(_accuracy)),
-  "token_macro_f1": (("tagging",), _of_tokens(_macro_f1)),
-  "exact_match": (("generation",), _exact_match),
-}

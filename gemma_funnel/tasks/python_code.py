@@ -11,13 +11,12 @@ and sizes are those of the running Python: another version has other sources.
 import ast
 import builtins
 from collections.abc import Iterator, Sequence
-import dataclasses
 import hashlib
 import io
 import keyword
 import re
 import tokenize
-from typing import Any
+from typing import Any, NamedTuple
 import warnings
 
 from gemma_funnel.checks import require
@@ -60,9 +59,8 @@ TAGS = tuple(sorted({*NAME_TAGS, *_OF_TOKENS.values(), "builtin", "keyword"}))
 _BUILTINS = frozenset(dir(builtins))
 
 
-@dataclasses.dataclass(frozen=True)
-class Word:
-  """A word of code: its tag, its text, and where it is (lines from 1)."""
+class Word(NamedTuple):
+  """A word of code, and where it is: (line from 1, column)."""
 
   tag: str
   text: str
@@ -75,11 +73,8 @@ def load(config: Any) -> Task:
 
   Sizes are `max_train`, `max_dev` and `max_test`, or what there is: only as
   many files are read as it takes. Classes of code_packages have equal sizes.
-
-  Raises:
-    ValueError: the standard library's sources are not there, or too few.
   """
-  make = _tags_task if config.format == "code_tags" else _packages_task
+  make = _load_tags if config.format == "code_tags" else _load_packages
   return make(sources.stdlib_documents(), config)
 
 
@@ -90,11 +85,7 @@ def split_files(
   found = _shuffled(documents, config)
   test = max(1, round(_TEST_FRACTION * len(found)))
   end = test + max(1, round(config.dev_fraction * len(found)))
-  require(
-    end < len(found),
-    f"dev_fraction={config.dev_fraction}: leaves no file of {len(found)} to "
-    f"train on; expected less than {1 - _TEST_FRACTION}",
-  )
+  _require_train(end < len(found), f"{len(found)}", config)
   return {"test": found[:test], "dev": found[test:end], "train": found[end:]}
 
 
@@ -103,18 +94,24 @@ def _shuffled(documents, config) -> list[sources.Document]:
   return sorted(documents, key=lambda d: key(d).digest())
 
 
-def _tags_task(documents, config) -> Task:
-  files = split_files(documents, config)
+def _require_train(ok: bool, files: str, config) -> None:
+  require(
+    ok,
+    f"dev_fraction={config.dev_fraction}: leaves no file of {files} to train "
+    f"on; expected less than {1 - _TEST_FRACTION}",
+  )
+
+
+def _load_tags(documents, config) -> Task:
   parts = {}
-  for split in SPLITS:
+  for split, files in split_files(documents, config).items():
     wanted, part = config[f"max_{split}"], []
-    for document in files[split]:
+    for document in files:
       if wanted is not None and len(part) >= wanted:
         break
       found = list(_snippets(document.text))
-      found = sample(found, _TAGGED_PER_FILE, config, document.key)
-      part += found[: None if wanted is None else wanted - len(part)]
-    parts[split] = part
+      part += sample(found, _TAGGED_PER_FILE, config, document.key)
+    parts[split] = part[:wanted]
   return Task("code_tags", "tagging", TAGS, conll.PLAIN_METRICS, parts)
 
 
@@ -136,19 +133,13 @@ def _snippets(source: str) -> Iterator[TaggedExample]:
     is_full = len(run) == MAX_WORDS or (new_line and len(run) >= MIN_WORDS)
     if run and (not fits or is_full):
       if len(run) >= MIN_WORDS:
-        yield _example(run, lines)
+        tags, texts, starts, ends = zip(*run, strict=True)
+        gaps = zip(ends[:-1], starts[1:], strict=True)
+        before = ("", *(_slice(lines, start, end) for start, end in gaps))
+        yield TaggedExample(texts, tuple(map(TAGS.index, tags)), before)
       run = []
     if fits:
       run.append(word)
-
-
-def _example(run: list[Word], lines: list[str]) -> TaggedExample:
-  pairs = zip(run, run[1:], strict=False)
-  return TaggedExample(
-    tuple(word.text for word in run),
-    tuple(TAGS.index(word.tag) for word in run),
-    ("", *(_slice(lines, one.end, other.start) for one, other in pairs)),
-  )
 
 
 def _lines(source: str) -> list[str]:
@@ -218,9 +209,7 @@ def _names(tree: ast.AST, lines: list[str]):
 
   def put(line: int, offset: int, tag: str) -> None:
     # The tree counts bytes, tokenize characters.
-    if not lines[line - 1].isascii():
-      offset = len(lines[line - 1].encode()[:offset].decode())
-    names[line, offset] = tag
+    names[line, len(lines[line - 1].encode()[:offset].decode())] = tag
 
   for node in nodes:
     match node:
@@ -238,34 +227,43 @@ def _names(tree: ast.AST, lines: list[str]):
         tag = "call" if id(node) in called else "variable"
         tag = "builtin" if node.id in _BUILTINS else tag
         put(node.lineno, node.col_offset, tag)
-      case ast.Import() | ast.ImportFrom():
-        _put_imports(node, lines, names)
+      case ast.Import() | ast.ImportFrom():  # Modules, parts of them, aliases.
+        for row in range(node.lineno, node.end_lineno + 1):
+          for found in re.finditer(r"\w+", lines[row - 1].split("#")[0]):
+            names.setdefault((row, found.start()), "import")
   return names, inside
 
 
-def _put_imports(node, lines: list[str], names) -> None:
-  """Every name of an import statement: modules, parts of them, aliases."""
-  for row in range(node.lineno, node.end_lineno + 1):
-    for found in re.finditer(r"\w+", lines[row - 1].split("#")[0]):
-      names.setdefault((row, found.start()), "import")
-
-
-def _packages_task(documents, config) -> Task:
+def _load_packages(documents, config) -> Task:
   texts = _texts_by_package(documents, config)
   require(
     len(texts) > 1,
     f"format='code_packages': {len(texts)} packages of the standard library "
     f"have {MIN_FILES} source files or more; expected two",
   )
-  by_split = {p: _split_texts(p, texts[p], config) for p in texts}
-  parts = {
-    split: _balanced({p: by_split[p][split] for p in texts}, split, config)
-    for split in SPLITS
-  }
+  by_package = [_split_texts(p, files, config) for p, files in texts.items()]
+  parts = {}
+  for split in SPLITS:
+    # As many of every package: what the least of them has, at most.
+    count = min(len(found[split]) for found in by_package)
+    wanted = config[f"max_{split}"]
+    if wanted is not None:
+      require(
+        wanted >= len(texts),
+        f"max_{split}={wanted}: expected at least one example for each of the "
+        f"{len(texts)} packages",
+      )
+      count = min(count, wanted // len(texts))
+    parts[split] = [
+      TextExample(text, None, label)
+      for label, package in enumerate(texts)
+      for text in sample(
+        by_package[label][split], count, config, f"{split}:{package}"
+      )
+    ]
   kind = "classification"
-  return Task(
-    "code_packages", kind, tuple(texts), examples.KINDS[kind].metrics, parts
-  )
+  metrics = examples.KINDS[kind].metrics
+  return Task("code_packages", kind, tuple(texts), metrics, parts)
 
 
 def _texts_by_package(documents, config) -> dict[str, list[list[str]]]:
@@ -275,7 +273,11 @@ def _texts_by_package(documents, config) -> dict[str, list[list[str]]]:
     package, _, rest = document.key.partition("/")
     if not rest or not package.isidentifier():
       continue
-    texts = _texts(document.text, package)
+    lines = [line for line in document.text.split("\n") if line.strip()]
+    starts = range(0, len(lines) - _TEXT_LINES + 1, _TEXT_LINES)
+    texts = ["\n".join(lines[i : i + _TEXT_LINES]) for i in starts]
+    named = re.compile(rf"(?i)(?<![a-z]){re.escape(package)}(?![a-z])")
+    texts = [text for text in texts if not named.search(text)]
     if texts:
       texts = sample(texts, _TEXTS_PER_FILE, config, document.key)
       found.setdefault(package, []).append(texts)
@@ -296,40 +298,5 @@ def _split_texts(package: str, files: list[list[str]], config):
       parts["dev"] += texts
     else:
       parts["train"] += texts
-  require(
-    bool(parts["train"]),
-    f"dev_fraction={config.dev_fraction}: leaves no file of {package!r} to "
-    "train on; expected less",
-  )
+  _require_train(bool(parts["train"]), repr(package), config)
   return parts
-
-
-def _balanced(
-  found: dict[str, list[str]], split: str, config: Any
-) -> list[TextExample]:
-  """As many snippets of every package: what the least of them has, at most."""
-  wanted = config[f"max_{split}"]
-  count = min(len(texts) for texts in found.values())
-  if wanted is not None:
-    require(
-      wanted >= len(found),
-      f"max_{split}={wanted}: expected at least one example for each of the "
-      f"{len(found)} packages",
-    )
-    count = min(count, wanted // len(found))
-  part = []
-  for label, (package, texts) in enumerate(found.items()):
-    chosen = sample(texts, count, config, f"{split}:{package}")
-    part += [TextExample(text, None, label) for text in chosen]
-  return part
-
-
-def _texts(source: str, package: str) -> list[str]:
-  """Snippets of so many lines with text; none that names the package."""
-  lines = [line for line in source.split("\n") if line.strip()]
-  chunks = [
-    "\n".join(lines[i : i + _TEXT_LINES])
-    for i in range(0, len(lines) - _TEXT_LINES + 1, _TEXT_LINES)
-  ]
-  named = re.compile(rf"(?i)(?<![a-z]){re.escape(package)}(?![a-z])")
-  return [chunk for chunk in chunks if not named.search(chunk)]

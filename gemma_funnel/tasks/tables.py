@@ -108,20 +108,18 @@ def read_rows(path: str, columns: Iterable[str], header: bool) -> list[Row]:
   Args:
     path: ends in .tsv (tabs, no quoting at all), .csv (RFC 4180 quoting) or
       .jsonl (an object a line). Empty lines are no rows.
-    columns: those wanted: names, or numbers from 0 (as strings) where a .tsv or
-      .csv has no header; a .jsonl has names.
+    columns: names, or numbers from 0 (as strings) where there is no header.
     header: whether the first row of a .tsv or .csv names the columns.
 
   Returns:
-    Rows with the wanted columns, or with a fault: a number of columns that
-    differs from the first row's, or no JSON object with the wanted keys.
+    Rows with these columns, or with a fault: a number of columns that differs
+    from the first row's, or no JSON object with these keys.
   """
-  columns, text = tuple(columns), read_text(path)
-  extension = os.path.splitext(path)[1]
+  columns, extension = tuple(columns), os.path.splitext(path)[1]
   require_choice(f"{path}: extension", extension, EXTENSIONS)
   if extension == ".jsonl":
-    lines = ((n, line) for n, line in lines_of(text) if line.strip())
-    return [_json_row(f"{path}, line {n}", line, columns) for n, line in lines]
+    return json_rows(path, columns)
+  text = read_text(path)
   if extension == ".tsv":
     lines = [(n, line.split("\t")) for n, line in lines_of(text) if line]
   else:
@@ -137,16 +135,13 @@ def read_rows(path: str, columns: Iterable[str], header: bool) -> list[Row]:
       names.count(column) == 1,
       f"{path}: {found} column {column!r}; found {names}{hint}",
     )
-  return [
-    Row(
-      f"{path}, line {number}",
-      dict(zip(names, cells, strict=False)),
-      f"found {len(cells)} columns; expected {width}"
-      if len(cells) != width
-      else "",
-    )
-    for number, cells in lines[1 if header else 0 :]
-  ]
+  rows = []
+  for number, cells in lines[1 if header else 0 :]:
+    fits = len(cells) == width
+    fault = "" if fits else f"found {len(cells)} columns; expected {width}"
+    values = dict(zip(names, cells, strict=False))
+    rows.append(Row(f"{path}, line {number}", values, fault))
+  return rows
 
 
 def _csv_lines(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
@@ -162,19 +157,24 @@ def _csv_lines(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
     raise ValueError(f"{path}, line {start}: malformed CSV: {e}") from e
 
 
-def _json_row(place: str, line: str, columns: tuple[str, ...]) -> Row:
-  try:
-    record = json.loads(line)
-  except (json.JSONDecodeError, RecursionError) as e:
-    return Row(place, {}, f"malformed JSON: {e}")
-  if not isinstance(record, dict):
-    found = type(record).__name__
-    return Row(place, {}, f"found a JSON {found}; expected an object")
-  for column in columns:
-    if column not in record:
-      found = f"found the keys {sorted(record)}"
-      return Row(place, {}, f"no key {column!r}; {found}")
-  return Row(place, record)
+def json_rows(path: str, columns: Iterable[str]) -> list[Row]:
+  """The objects of a .jsonl file, one a line; see `read_rows`."""
+  rows = []
+  for number, line in lines_of(read_text(path)):
+    fault, record = "", {}
+    if not line.strip():
+      continue
+    try:
+      record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as e:
+      fault = f"malformed JSON: {e}"
+    if not isinstance(record, dict):
+      fault = f"found a JSON {type(record).__name__}; expected an object"
+    elif not fault and (missing := [c for c in columns if c not in record]):
+      fault = f"no key {missing[0]!r}; found the keys {sorted(record)}"
+    values = {} if fault else record
+    rows.append(Row(f"{path}, line {number}", values, fault))
+  return rows
 
 
 def read_labels(path: str) -> tuple[str, ...]:

@@ -19,9 +19,7 @@ class TextExample:
 
   text: str
   second: str | None
-  label: (
-    int | float
-  )  # An index into the task's labels; of regression, a number.
+  label: int | float  # An index into the labels; of regression, a number.
 
 
 @dataclasses.dataclass(frozen=True)

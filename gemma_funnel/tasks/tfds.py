@@ -87,8 +87,7 @@ def load(config: Any) -> Task:
   names = getattr(feature, "names", None)
   require(
     kind != "tagging" or bool(names),
-    f"label={spec.label!r}: a sequence of {config.dataset!r} without names; "
-    "expected a sequence of ClassLabel",
+    f"label={spec.label!r}: expected a sequence of ClassLabel, with names",
   )
   make = _sentence if kind == "tagging" else _row
   rows = {
@@ -140,7 +139,7 @@ def _row(place: str, record, spec: DatasetSpec, names) -> tables.Row:
 
 def _sentence(place: str, record, spec: DatasetSpec, names) -> conll.Sentence:
   try:
-    words = tuple(_text(word) for word in record[spec.text])
+    words = tuple(map(_text, record[spec.text]))
     tags = tuple(_label(tag, names) for tag in record[spec.label])
     require(
       len(words) == len(tags), f"found {len(words)} words and {len(tags)} tags"
@@ -153,10 +152,8 @@ def _sentence(place: str, record, spec: DatasetSpec, names) -> conll.Sentence:
 
 def _text(value: Any) -> str:
   """Text of bytes; it may be empty: some questions of QQP are."""
-  require(
-    isinstance(value, (bytes, str)),
-    f"found a {type(value).__name__}; expected a text",
-  )
+  found = type(value).__name__
+  require(isinstance(value, (bytes, str)), f"found a {found}; expected a text")
   try:
     return value.decode("utf-8") if isinstance(value, bytes) else value
   except UnicodeDecodeError as e:
@@ -169,9 +166,8 @@ def _label(value: Any, names: Sequence[str] | None) -> Any:
     return value.decode("utf-8", errors="replace")
   if not np.issubdtype(np.asarray(value).dtype, np.integer):
     return value
-  require(
-    value != -1, "found the label -1: the labels of this split are hidden"
-  )
+  hidden = "found the label -1: the labels of this split are hidden"
+  require(value != -1, hidden)
   if names is None:
     return str(value)
   require_int("label id", int(value), 0, len(names) - 1)

@@ -7,7 +7,6 @@ from typing import Any
 
 from etils import epath
 from flax.traverse_util import flatten_dict
-import jax
 import ml_collections
 
 from gemma_funnel import atomic
@@ -69,12 +68,7 @@ def init_workdir(
     ValueError: it holds a run of another configuration, or other files; it
       cannot be written to, or is not the same folder for all processes.
   """
-  result = None
-  if jax.process_index() == 0:
-    result = processes.result_of(
-      lambda: _init_workdir(config, (*_FREE_KEYS, *free))
-    )
-  processes.value_of(processes.broadcast_from_host0(result))
+  processes.on_host0(lambda: _init_workdir(config, (*_FREE_KEYS, *free)))
   seen = processes.gather((path_of(config.workdir) / CONFIG).exists())
   if not all(seen):
     raise ValueError(
