@@ -431,6 +431,9 @@ class TestLoadCorpus:
     again = pipeline.load_corpus(cfg, 300, workdir)
     assert list(again.train) == list(corpus.train)
     assert list(again.heldout) == list(corpus.heldout)
+    # The tokenizer that is kept there is the one that is read.
+    with pytest.raises(ValueError, match="300 pieces.*vocab_size=301"):
+      pipeline.load_corpus(cfg, 301, workdir)
     assert next(make_iterator(corpus.train))["tokens"].shape == (4, 24)
 
   def test_tokenizer_sees_the_train_split_only(self, tmp_path):
