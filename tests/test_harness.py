@@ -219,7 +219,7 @@ def test_the_pairs_and_windows_are_lm_eval_s(tokenizer):
   def tok_encode(text, **_):
     return [BOS_ID, *tokenizer.encode(text)]
 
-  plain = types.SimpleNamespace(tok_encode=tok_encode)
+  plain = types.SimpleNamespace(tok_encode=tok_encode, backend="causal")
   for context, text in [("one two", " three"), ("a cat  ", "sat"), ("é", "x")]:
     theirs = TemplateLM._encode_pair(plain, context, text)
     assert scoring.encode_pair(tokenizer, context, text) == theirs
