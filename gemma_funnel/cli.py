@@ -71,8 +71,23 @@ def describe_funnels() -> str:
 
 
 def say(text: str) -> None:
-  """Writes a line to stderr."""
-  print(text, file=sys.stderr, flush=True)
+  """Writes a line to stderr, cleaned."""
+  print(clean(text), file=sys.stderr, flush=True)
+
+
+def clean(text: str, most: int = 2000) -> str:
+  """One line of at most `most` characters that moves no cursor.
+
+  Names and values of files come in messages: their line ends become spaces,
+  and other control characters, those of direction too, are spelled out.
+  """
+  if len(text) > most:
+    text = f"{text[: most * 3 // 4]} [...] {text[-most // 4 :]}"
+  return re.sub(
+    r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
+    lambda match: " " if match[0].isspace() else ascii(match[0])[1:-1],
+    text,
+  )
 
 
 class Progress:

@@ -1,0 +1,190 @@
+"""Files that others wrote, or may have changed: bounds, and fingerprints.
+
+Every reader of a local file opens it here, so that a FIFO, a device or a file
+without end is an error and neither a hang nor a full memory. What a result
+depends on is known by its content: see `fingerprint`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+import hashlib
+import json
+import os
+import stat
+from typing import Any, BinaryIO
+
+from etils import epath
+
+from gemma_funnel.checks import require
+
+# A configuration, an index or bookkeeping; those of the largest have 100 kB.
+MAX_JSON = 64 << 20
+# The largest tokenizers have 40 MB.
+MAX_TOKENIZER = 256 << 20
+# Of a log or of results, a line: a record of a few hundred numbers.
+MAX_LINE = 4 << 20
+# Larger local files are known by parts of them.
+_WHOLE_BYTES = 256 << 20
+_PARTS, _PART_BYTES = 256, 1 << 20
+
+
+@contextlib.contextmanager
+def open_file(
+  path: str | os.PathLike[str], most: int | None = None
+) -> Iterator[BinaryIO]:
+  """Opens a file for reading bytes; links are followed.
+
+  Args:
+    path: local, or of a bucket.
+    most: bytes that it may have; None is any number.
+
+  Raises:
+    ValueError: it is not there, cannot be read, is no regular file (a folder,
+      FIFO, device or socket), or is larger.
+  """
+  name = os.fspath(path)
+  try:
+    if "://" in name:
+      size = None if most is None else epath.Path(name).stat().length
+      opened = epath.Path(name).open("rb")
+    else:
+      # Opened without waiting: a FIFO would wait for a writer.
+      flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0)
+      descriptor = os.open(name, flags)
+      found = os.fstat(descriptor)
+      if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{name} is {_kind(found.st_mode)}: expected a file")
+      size, opened = found.st_size, open(descriptor, "rb")
+  except OSError as error:
+    raise ValueError(
+      f"{name}: cannot be read: {error.strerror or error}"
+    ) from error
+  with opened:
+    require(
+      most is None or size <= most,
+      f"{name} has {size:,} bytes: expected at most {most or 0:,}",
+    )
+    yield opened
+
+
+def _kind(mode: int) -> str:
+  kinds = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+  }
+  return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+  """A file's content, of `most` bytes; raises as `open_file` does."""
+  with open_file(path, most) as file:
+    try:
+      content = file.read(most + 1)  # A file of /proc has no size.
+    except OSError as error:
+      raise ValueError(
+        f"{os.fspath(path)}: cannot be read: {error.strerror or error}"
+      ) from error
+  require(
+    len(content) <= most,
+    f"{os.fspath(path)} has more than {most:,} bytes, the most expected",
+  )
+  return content
+
+
+def parse_json_lines(
+  content: bytes, tell: Callable[[int, str], None]
+) -> list[dict[str, Any]]:
+  """The JSON objects of a log, one a line, in order.
+
+  A line that is none is left out and `tell` is called with its number, from 1,
+  and what is wrong with it: a log never stops a run.
+  """
+  records = []
+  for number, line in enumerate(content.split(b"\n"), start=1):
+    if not line.strip():
+      continue
+    try:
+      require(len(line) <= MAX_LINE, f"it has {len(line):,} bytes")
+      record = json.loads(line.decode("utf-8"))
+      kind = type(record).__name__
+      require(isinstance(record, dict), f"a JSON {kind}, expected an object")
+    except (ValueError, RecursionError) as error:
+      tell(number, str(error))
+    else:
+      records.append(record)
+  return records
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+  """What tells the content of a file from another: its size and a SHA-256.
+
+  The hash is of the whole file up to 256 MiB. It is of 256 parts of 1 MiB, the
+  first and the last among them, of a larger one, and for a file of a bucket it
+  is of size and time of change alone: the names of the three kinds differ.
+
+  Raises:
+    ValueError: see `open_file`.
+  """
+  name = os.fspath(path)
+  if "://" in name:
+    try:
+      found = epath.Path(name).stat()
+    except OSError as error:
+      raise ValueError(
+        f"{name}: cannot be read: {error.strerror or error}"
+      ) from error
+    return f"{found.length}:changed:{found.mtime}"
+  with open_file(path) as file:
+    size = os.fstat(file.fileno()).st_size
+    if size <= _WHOLE_BYTES:
+      digest = hashlib.file_digest(file, "sha256")
+      return f"{size}:sha256:{digest.hexdigest()}"
+    digest = hashlib.sha256()
+    for part in range(_PARTS):
+      file.seek((size - _PART_BYTES) * part // (_PARTS - 1))
+      digest.update(file.read(_PART_BYTES))
+    return f"{size}:sha256-of-parts:{digest.hexdigest()}"
+
+
+def fingerprint_all(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
+  """The fingerprint of each file, by its path; see `fingerprint`."""
+  return {os.fspath(path): fingerprint(path) for path in paths}
+
+
+def require_unchanged(
+  what: str,
+  kept: Mapping[str, str],
+  found: Mapping[str, str],
+  accept: bool = False,
+) -> None:
+  """Compares what something depends on with what is there now.
+
+  Args:
+    what: depends on it, for messages: "the run in runs/a".
+    kept: fingerprints that were kept with it, by name.
+    found: those of now, by the same names.
+    accept: only tell, in a line on stderr, and go on.
+
+  Raises:
+    ValueError: something is gone, new or another, unless `accept`.
+  """
+  changed = []
+  for name in sorted(kept.keys() | found.keys()):
+    if name not in found:
+      changed.append(f"{name} (gone)")
+    elif kept.get(name) != found[name]:
+      changed.append(f"{name} ({'changed' if name in kept else 'new'})")
+  if not changed:
+    return
+  more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+  message = f"{what} depends on other content: {', '.join(changed[:5])}{more}"
+  require(
+    accept,
+    f"{message}. Put it back, name another folder, or go on with what is there "
+    "now by accept_changed",
+  )
+  from gemma_funnel import cli
+
+  cli.say(f"warning: {message}; accepted")
