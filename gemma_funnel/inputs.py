@@ -94,12 +94,15 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def parse_json_lines(
-  content: bytes, tell: Callable[[int, str], None]
+  content: bytes,
+  tell: Callable[[int, str], None],
+  fault: Callable[[dict[str, Any]], str | None] = lambda record: None,
 ) -> list[dict[str, Any]]:
   """The JSON objects of a log, one a line, in order.
 
   A line that is none is left out and `tell` is called with its number, from 1,
-  and what is wrong with it: a log never stops a run.
+  and what is wrong with it: a log never stops a run. So is an object that
+  `fault` returns a text for.
   """
   records = []
   for number, line in enumerate(content.split(b"\n"), start=1):
@@ -110,6 +113,8 @@ def parse_json_lines(
       record = json.loads(line.decode("utf-8"))
       kind = type(record).__name__
       require(isinstance(record, dict), f"a JSON {kind}, expected an object")
+      wrong = fault(record)
+      require(wrong is None, str(wrong))
     except (ValueError, RecursionError) as error:
       tell(number, str(error))
     else:

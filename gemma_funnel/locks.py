@@ -8,6 +8,10 @@ import socket
 from typing import Any
 
 
+class HeldError(ValueError):
+  """Another process holds the lock."""
+
+
 class Lock:
   """A lock file, held from entering to leaving the context.
 
@@ -28,8 +32,8 @@ class Lock:
     """Takes the lock.
 
     Raises:
-      ValueError: another process holds it, which is named; or the file cannot
-        be made.
+      HeldError: another process holds it, which is named.
+      ValueError: the file cannot be made.
     """
     if "://" in self._path:
       return self
@@ -52,7 +56,7 @@ class Lock:
       except BlockingIOError:
         holder = _parse(os.pread(descriptor, 1 << 16, 0))
         os.close(descriptor)
-        raise ValueError(
+        raise HeldError(
           f"{self._what} is in use by process {holder.get('pid', '?')} on "
           f"{holder.get('host', '?')}, since {holder.get('since', '?')}: wait "
           "for it, or name another folder"

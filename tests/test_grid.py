@@ -3,6 +3,7 @@
 import collections
 import functools
 import itertools
+import pathlib
 
 import pytest
 import tiny_study
@@ -15,12 +16,15 @@ from gemma_funnel.study import grid
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-  return tiny_study.write_tasks(tmp_path_factory.mktemp("tasks"))
+  folder = tmp_path_factory.mktemp("tasks")
+  (folder / "text").write_text("text")
+  return tiny_study.write_tasks(folder)
 
 
 @pytest.fixture
 def study(files):
-  return lambda **axes: tiny_study.make_study("w", "s", files, **axes)
+  text = pathlib.Path(files["words"]["test"]).with_name("text")
+  return lambda **axes: tiny_study.make_study("w", text, files, **axes)
 
 
 @pytest.fixture
@@ -289,7 +293,7 @@ def test_work_that_is_left(study):
   alone = made._work_of(grid.Branch(first, [], {tuning: [cell]}))
   assert made.work(done - {cell.hash}) == sum(alone)
   assert made.work(done - {cell.hash}, {first}) == alone[1]
-  text = made.describe(done - {cell.hash}, 1e9)
+  text = "\n".join(made.describe(done - {cell.hash}, 1e9))
   assert f"{len(made.cells)} cells, 1 to be measured" in text
   assert "1 fine-tunings, 1 cells" in text and "0 fine-tunings, 0 cells" in text
 

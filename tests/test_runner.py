@@ -12,7 +12,7 @@ import tiny_study
 
 from gemma_funnel import reducers
 from gemma_funnel.registry import REDUCERS
-from gemma_funnel.study import grid, runner
+from gemma_funnel.study import grid, results, runner
 from gemma_funnel.training import finetune, trainer
 
 
@@ -25,7 +25,7 @@ def _one_device():
 
 
 def _lines(folder, kind=None):
-  text = (pathlib.Path(folder) / runner.RESULTS).read_text()
+  text = (pathlib.Path(folder) / results.RESULTS).read_text()
   lines = [json.loads(line) for line in text.splitlines()]
   return [x for x in lines if kind in (None, x["kind"])]
 
@@ -112,18 +112,18 @@ def test_a_study_is_complete(finished, again):
 @pytest.mark.slow
 def test_a_finished_study_trains_nothing(again, count):
   path = pathlib.Path(again.workdir)
-  before = (path / runner.RESULTS).read_text()
+  before = (path / results.RESULTS).read_text()
   (path / "report.html").unlink()
   runner.run(again)
   assert count == {"pretrain": 0, "finetune": 0}
-  assert (path / runner.RESULTS).read_text() == before
+  assert (path / results.RESULTS).read_text() == before
   assert (path / "report.html").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", ["within a line", "before its end"])
 def test_a_killed_study_goes_on(cut, again, count):
-  path = pathlib.Path(again.workdir) / runner.RESULTS
+  path = pathlib.Path(again.workdir) / results.RESULTS
   value = {x["hash"]: x["value"] for x in _lines(again.workdir, "cell")}
   lines = path.read_text().splitlines()
   keep = next(n for n, x in enumerate(lines) if json.loads(x).get("train_s"))
@@ -187,36 +187,6 @@ def test_help_tells_of_the_axes():
   own = [k for k, v in REDUCERS.items() if v.__module__ == reducers.__name__]
   for text in (*grid.AXES, *grid.PRETRAININGS, *own, "--dry-run"):
     assert text in out
-
-
-def test_lines_of_results(tmp_path):
-  made = runner.Results(tmp_path)
-  assert made.lines == []
-  made.add({"kind": "cell", "hash": "a"})
-  made.add({"kind": "failure", "hash": "b"})
-  assert made.hashes("cell") == {"a"}
-  path = tmp_path / runner.RESULTS
-  whole = path.read_text()
-  for cut, left in ((0, 2), (1, 2), (2, 1), (20, 1)):
-    path.write_text(whole[: len(whole) - cut])
-    found = runner.Results(tmp_path)
-    assert [x["hash"] for x in found.lines] == ["a", "b"][:left]
-    found.add({"kind": "cell", "hash": "c"})
-    again = runner.Results(tmp_path)
-    assert [x["hash"] for x in again.lines] == [*["a", "b"][:left], "c"]
-
-
-def test_a_damaged_line_is_named(tmp_path):
-  (tmp_path / runner.RESULTS).write_text('{"kind": "cell"\n{"kind": "x"}\n')
-  with pytest.raises(ValueError, match="results.jsonl, line 1: "):
-    runner.Results(tmp_path)
-
-
-def test_values_that_are_no_json_are_not_written(tmp_path):
-  made = runner.Results(tmp_path)
-  with pytest.raises(ValueError, match="not JSON compliant"):
-    made.add({"value": float("nan")})
-  assert made.lines == [] and not (tmp_path / runner.RESULTS).exists()
 
 
 def test_one_cell_that_cannot_be_measured_leaves_the_others(

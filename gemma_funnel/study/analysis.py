@@ -31,7 +31,8 @@ CAVEAT = (
   "Differences are paired by all other choices and the seed. Pairings share "
   "trained models and baselines; standard errors take them as independent."
 )
-_NEEDED = {
+# Keys of a row, by its kind.
+NEEDED = {
   "cell": (*AXES, "metric", "value", "higher_is_better"),
   "failure": (*AXES, "error"),
   "similarity": (*MODEL_AXES, "layers"),
@@ -105,7 +106,7 @@ def organise(rows: Iterable[Row]) -> Results:
   latest, similarity = {}, {}
   for number, row in enumerate(rows, 1):
     kind = row.get("kind")
-    missing = [key for key in _NEEDED.get(kind, ()) if key not in row]
+    missing = [key for key in NEEDED.get(kind, ()) if key not in row]
     checks.require(
       not missing,
       f"result row {number} ({kind}) has no {missing}; it has {sorted(row)}",
@@ -113,7 +114,7 @@ def organise(rows: Iterable[Row]) -> Results:
     row = _renamed(row)
     if kind == "similarity":
       similarity[tuple(row[name] for name in MODEL_AXES)] = row
-    elif kind in _NEEDED:
+    elif kind in NEEDED:
       if kind == "cell" and not checks.is_number(row["value"]):
         error = f"{row['metric']} is {row['value']}"
         row = {**row, "kind": "failure", "error": error}

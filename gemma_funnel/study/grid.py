@@ -22,6 +22,8 @@ from gemma_funnel.config import (
   check_reducers,
   resolve_funnel,
 )
+from gemma_funnel.data import sources
+from gemma_funnel.inputs import fingerprint, fingerprint_all
 from gemma_funnel.registry import RECOVERIES, REDUCERS
 from gemma_funnel.tasks.task import GENERATIVE_KINDS, Task
 from gemma_funnel.training import finetune, metric_writer, optimizer, pretrain
@@ -63,7 +65,8 @@ def training_keys(
   return config
 
 
-def _hash(*parts: Any) -> str:
+def hash_of(*parts: Any) -> str:
+  """12 hexadecimal digits that tell values of JSON apart."""
   text = json.dumps(parts, sort_keys=True, default=str)
   return hashlib.sha1(text.encode()).hexdigest()[:12]
 
@@ -149,6 +152,9 @@ def make(study: ml_collections.ConfigDict) -> "Grid":
   """
   excluded = _check(study)
   read = {name: _load_task(study, name) for name in study.axes.task}
+  # Of a task, what is measured, wherever it comes from.
+  inputs = {f"task {name}": hash_of(repr(task)) for name, task in read.items()}
+  inputs["text"] = hash_of_text(study.pretrain.data)
   cells = {}
   for values in itertools.product(*(study.axes[axis] for axis in AXES)):
     axes = dict(zip(AXES, values, strict=True))
@@ -156,10 +162,10 @@ def make(study: ml_collections.ConfigDict) -> "Grid":
     if kind in GENERATIVE_KINDS:
       axes["finetuning"] = None
     if not any(exclusion.items() <= axes.items() for exclusion in excluded):
-      cell = _make_cell(study, axes, kind)
+      cell = _make_cell(study, inputs, axes, kind)
       cells.setdefault(cell.hash, cell)
   require(bool(cells), "the study has no cells: exclude leaves nothing")
-  made = Grid(study, read, tuple(cells.values()))
+  made = Grid(study, read, inputs, tuple(cells.values()))
   for pretraining in made.pretrainings:
     config = pretraining.config(study, "")
     if pretraining.kind == "distilled":
@@ -211,6 +217,21 @@ def _check(study: Any) -> list[dict[str, Any]]:
   return excluded
 
 
+def hash_of_text(data: Any) -> str:
+  """Tells a corpus, and the tokenizer that is given, from what they were."""
+  parts = list(data.mixture.values()) if data.mixture else [data]
+  named = [part.get(key) for part in parts for key in ("source", "heldout")]
+  found = {"tokenizer": data.tokenizer and fingerprint(data.tokenizer)}
+  for source in filter(None, named):
+    if source == sources.STDLIB:
+      texts = [(d.key, d.text) for d in sources.stdlib_documents()]
+      found[source] = hash_of(texts)
+    else:
+      paths = sources.paths_of(source)
+      found |= fingerprint_all(p for p in paths if not p.startswith("tfds:"))
+  return hash_of(found)
+
+
 def _load_task(study: Any, name: str) -> Task:
   """Reads a task, and checks what it is fine-tuned with."""
   config = study.finetune.copy_and_resolve_references().lock()
@@ -230,7 +251,9 @@ def _load_task(study: Any, name: str) -> Task:
   return task
 
 
-def _make_cell(study: Any, axes: Mapping[str, Any], task_kind: str) -> Cell:
+def _make_cell(
+  study: Any, inputs: Mapping[str, str], axes: Mapping[str, Any], task_kind: str
+) -> Cell:
   """The cell of some axes; an axis that makes no difference is dropped."""
   model, kind, task = axes["model"], axes["pretraining"], axes["task"]
   finetuning, seed = axes["finetuning"], axes["seed"]
@@ -246,7 +269,7 @@ def _make_cell(study: Any, axes: Mapping[str, Any], task_kind: str) -> Cell:
     seed = study.pretrain.seed
   if kind not in _FUNNELLED and "on" not in (finetuning, axes["inference"]):
     funnel = None
-  pretraining = _make_pretraining(study, model, kind, funnel)
+  pretraining = _make_pretraining(study, inputs["text"], model, kind, funnel)
   tuning = None
   settings = [study.finetune.to_dict(), study.generative.to_dict()]
   if finetuning is not None:
@@ -254,11 +277,12 @@ def _make_cell(study: Any, axes: Mapping[str, Any], task_kind: str) -> Cell:
     tuning = Tuning(task, own, seed)
     if finetuning == "sampled":
       settings.append(all_funnels(study, model))
-  hash_ = _hash(
+  hash_ = hash_of(
     pretraining.hash,
     tuning and dataclasses.astuple(tuning),
     task,
     study.tasks[task].to_dict(),
+    inputs[f"task {task}"],
     axes["inference"],
     str(funnel),
     seed,
@@ -290,12 +314,14 @@ def all_funnels(study: Any, model: str) -> tuple[str, ...]:
   return tuple(dict.fromkeys(found))
 
 
-def _make_pretraining(study, model: str, kind: str, funnel) -> Pretraining:
+def _make_pretraining(
+  study: Any, text: str, model: str, kind: str, funnel: FunnelConfig | None
+) -> Pretraining:
   name = str(funnel) if kind in _FUNNELLED else OFF
   config = _pretrain_config(study, model, kind, name).to_dict()
   # A student is another one where its teacher is.
   teacher = kind == "distilled" and _pretrain_config(study, model, "standard")
-  hash_ = _hash(kind, config, teacher and teacher.to_dict())
+  hash_ = hash_of(kind, config, text, teacher and teacher.to_dict())
   return Pretraining(model, kind, name, hash_)
 
 
@@ -329,6 +355,8 @@ class Grid:
 
   study: ml_collections.ConfigDict
   tasks: Mapping[str, Task]  # By name, as read.
+  # Hashes of the text ("text") and the tasks ("task NAME").
+  inputs: Mapping[str, str]
   cells: tuple[Cell, ...]  # All of them, each once.
 
   @functools.cached_property
@@ -349,7 +377,8 @@ class Grid:
 
   def teacher(self, pretraining: Pretraining) -> Pretraining:
     """What a distilled one starts from."""
-    return _make_pretraining(self.study, pretraining.model, "standard", None)
+    text, model = self.inputs["text"], pretraining.model
+    return _make_pretraining(self.study, text, model, "standard", None)
 
   def funnels(self) -> dict[str, tuple[str, ...]]:
     """Funnels that cells of each model are measured with, and "off"."""
@@ -410,8 +439,10 @@ class Grid:
       found.append(3.0 * rows * flops.forward(model, config.funnel, **shape))
     return found
 
-  def describe(self, done: set[str], rate: float, overhead: float = 6.0) -> str:
-    """What will be run, and about how long it takes.
+  def describe(
+    self, done: set[str], rate: float, overhead: float = 6.0
+  ) -> list[str]:
+    """Lines on what will be run, and about how long it takes.
 
     Args:
       done: hashes of cells that have a result.
@@ -430,12 +461,9 @@ class Grid:
         f"{metric_writer.duration(seconds)}"
       )
     left = sum(cell.hash not in done for cell in self.cells)
-    return "\n".join(
-      [
-        f"{len(self.cells)} cells, {left} to be measured, from {len(lines)} "
-        "pretrainings:",
-        *lines,
-        f"in all about {metric_writer.duration(total)}, by {rate:.2g} FLOP/s "
-        "here",
-      ]
-    )
+    return [
+      f"{len(self.cells)} cells, {left} to be measured, from {len(lines)} "
+      "pretrainings:",
+      *lines,
+      f"in all about {metric_writer.duration(total)}, by {rate:.2g} FLOP/s here",
+    ]

@@ -6,8 +6,8 @@ results.jsonl as soon as it is there; the same command resumes a study.
 """
 
 from collections.abc import Mapping
+import errno
 import functools
-import json
 import os
 import pathlib
 import shutil
@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gemma_funnel import atomic, convert, flops
+from gemma_funnel import atomic, cli, convert, flops, inputs, locks
 from gemma_funnel.config import OFF, TransformerConfig, parse_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.evaluation import generative, latency, report, timing
 from gemma_funnel.study import analysis, grid, html_report, layer_similarity
 from gemma_funnel.study.grid import Branch, Cell, Pretraining, Tuning
+from gemma_funnel.study.results import Results
 from gemma_funnel.training import (
   finetune,
   metric_writer,
@@ -35,32 +36,50 @@ from gemma_funnel.training import (
   workdir,
 )
 
-RESULTS = "results.jsonl"
+_LOCK = ".lock"
 # What a training may fail with, and the study go on without it.
 _FAILURES = (ValueError, FloatingPointError, RuntimeError, MemoryError)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "word_perplexity")
 
 
 def run(config: ml_collections.ConfigDict) -> None:
   """Runs what is left of a study, and writes its tables, plots and report.
 
-  A configuration that cannot be is a ValueError before anything is trained.
+  A result is kept with all that it depends on: text, tasks and configuration.
+  Where one of these has changed since, its cells are measured anew, and a line
+  says so; results of two texts are never in one table.
+
+  Raises:
+    ValueError: a configuration that cannot be, before anything is trained;
+      another process runs the study; the text changes while it runs.
+    OSError: the disk is full, or cannot be written to. The same command goes
+      on when it can.
   """
   if not jax.config.jax_compilation_cache_dir:
     # Trainings that differ by a seed or by their data share programs.
     folder = os.path.join(config.workdir, "programs")
     jax.config.update("jax_compilation_cache_dir", folder)
   made = grid.make(config)
-  runner = Runner(made)
-  print(made.describe(runner.done, _rate(config)), flush=True)
   if config.dry_run:
+    _say(*made.describe(Runner(made).done, _rate(config)))
     return
-  runner.run()
-  results = analysis.organise(runner.rows())
-  settings = {"config": config.to_dict(), "git": report.revision()}
-  paths = html_report.write(results, config.workdir, config.title, settings)
-  print("\n".join(["", *(f"- {line}" for line in analysis.claims(results))]))
-  print(f"\nwritten: {', '.join(paths.values())}", flush=True)
+  os.makedirs(config.workdir, exist_ok=True)
+  path = os.path.join(config.workdir, _LOCK)
+  with locks.Lock(path, f"workdir={config.workdir}"):
+    runner = Runner(made)
+    _say(*made.describe(runner.done, _rate(config)))
+    runner.run()
+    results = analysis.organise(runner.rows())
+    settings = {"config": config.to_dict(), "git": report.revision()}
+    paths = html_report.write(results, config.workdir, config.title, settings)
+  _say("", *(f"- {line}" for line in analysis.claims(results)))
+  _say("", f"written: {', '.join(paths.values())}")
+
+
+def _say(*lines: str) -> None:
+  # Names of tasks and models are whatever a configuration has.
+  print("\n".join(map(cli.clean, lines)), flush=True)
 
 
 def _rate(config: Any) -> float:
@@ -79,38 +98,8 @@ def _rate(config: Any) -> float:
   return 3 * flops.forward(sizes, None, batch, length) / min(times["step"])
 
 
-class Results:
-  """results.jsonl: the lines that are there, and more."""
-
-  def __init__(self, workdir: str):
-    self._path = pathlib.Path(workdir) / RESULTS
-    self.lines: list[dict[str, Any]] = []
-    text = self._path.read_text() if self._path.exists() else ""
-    lines = text.splitlines()
-    for number, line in enumerate(lines, 1):
-      try:
-        self.lines.append(json.loads(line))
-      except json.JSONDecodeError as error:
-        if number < len(lines):
-          raise ValueError(f"{self._path}, line {number}: {error}") from error
-        lines.pop()  # Cut short by a kill.
-    kept = "".join(f"{line}\n" for line in lines)
-    if kept != text:
-      atomic.write_text(self._path, kept)
-
-  def add(self, line: Mapping[str, Any]) -> None:
-    """Writes a line; it is on disk when this returns."""
-    encoded = json.dumps(line, allow_nan=False)
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    with self._path.open("a") as f:
-      f.write(encoded + "\n")
-      f.flush()
-      os.fsync(f.fileno())
-    self.lines.append(dict(line))
-
-  def hashes(self, *kinds: str) -> set[str]:
-    """Hashes of the lines of these kinds."""
-    return {line["hash"] for line in self.lines if line["kind"] in kinds}
+class StudyError(ValueError):
+  """What ends a study; other errors end a cell."""
 
 
 class Runner:
@@ -139,6 +128,7 @@ class Runner:
 
   def run(self) -> None:
     """Runs what is left; a failure leaves out the cells that depend on it."""
+    self._note_inputs()
     total, start = self._grid.work(self.done), time.monotonic()
 
     def say():
@@ -147,7 +137,7 @@ class Runner:
       eta = (
         metric_writer.duration(spent * (1 - share) / share) if share else "?"
       )
-      print(f"study: {share:.0%} of the training done, ETA {eta}", flush=True)
+      _say(f"study: {share:.0%} of the training done, ETA {eta}")
 
     def run_branch(branch: Branch, left: Branch) -> None:
       path = self._pretrained(branch.pretraining)
@@ -171,11 +161,42 @@ class Runner:
     try:
       function(*args)
     except _FAILURES as error:
-      text = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-      print(f"failed, and left out: {text}", flush=True)
+      if isinstance(error, (StudyError, locks.HeldError)):
+        raise
+      _raise_if_of_disk(error, self._config.workdir)
+      text = cli.clean(f"{type(error).__name__}: {error}", 500)
+      _say(f"failed, and left out: {text}")
       for cell in cells:
         if cell.hash not in self.done:
           self._add(cell, {"kind": "failure", "error": text})
+
+  def _note_inputs(self) -> None:
+    """Keeps what results depend on, and says what has changed."""
+    now, kept = self._grid.inputs, {}
+    for line in self._results.lines:
+      if line["kind"] == "inputs":
+        kept |= line["fingerprints"]
+    if changed := [
+      name for name in now if kept.get(name, now[name]) != now[name]
+    ]:
+      cli.say(
+        f"warning: {', '.join(changed)} changed since the study in "
+        f"{self._folder} was last run: what depends on it is measured anew"
+      )
+    if kept | now != kept:
+      about = dict(kind="inputs", hash=grid.hash_of(now))
+      self._results.add({**about, "fingerprints": dict(now)})
+
+  def _require_text(self, folder: str) -> None:
+    """Raises StudyError where the text is another than that of the grid."""
+    if (
+      grid.hash_of_text(self._config.pretrain.data) != self._grid.inputs["text"]
+    ):
+      raise StudyError(
+        f"the text of pretrain.data changed while the study ran: remove {folder} "
+        "if it is there, and run the same command again, which measures what "
+        "depends on the text anew"
+      )
 
   def _add(self, cell: Cell, values: Mapping[str, Any]) -> None:
     self._results.add({**cell.axes, **self._common, **values})
@@ -188,10 +209,12 @@ class Runner:
       return config.workdir
     if pretraining.kind == "distilled":
       config.init_from = self._pretrained(self._grid.teacher(pretraining))
+    self._require_text(config.workdir)
     self._give_tokenizer(config)
     about = f"{pretraining.model}, {pretraining.kind}: {pretraining.funnel}"
-    print(f"pretraining {about}", flush=True)
+    _say(f"pretraining {about}")
     result = trainer.train(pretrain.resolve(config))
+    self._require_text(config.workdir)
     if not result.finished:
       raise KeyboardInterrupt  # SIGTERM: the same command goes on.
     self._similarity(pretraining, result)
@@ -202,15 +225,33 @@ class Runner:
     """Puts the study's own tokenizer, trained once, where a run has one."""
     if config.data.tokenizer is not None:
       return
-    vocab_size = config.model.vocab_size
-    kept = self._folder / f"tokenizer_{vocab_size}" / workdir.TOKENIZER
-    if not kept.exists():
-      kept.parent.mkdir(parents=True, exist_ok=True)
-      pipeline.load_corpus(config.data, vocab_size, kept.parent)
+    content = self._tokenizer(config)
     workdir.init_workdir(pretrain.resolve(config).config)
-    own = pathlib.Path(config.workdir) / workdir.TOKENIZER
-    if not own.exists():
-      shutil.copyfile(kept, own)
+    run = pathlib.Path(config.workdir)
+    if not (run / workdir.FOLDER).exists():
+      atomic.write_bytes(run / workdir.TOKENIZER, content)
+
+  def _tokenizer(self, config: Any) -> bytes:
+    """The tokenizer of a text, trained once for each number of pieces."""
+    pieces = config.model.vocab_size
+    key = grid.hash_of(pieces, config.data.to_dict(), self._grid.inputs["text"])
+    kept = self._folder / f"tokenizer_{pieces}_{key}" / workdir.TOKENIZER
+    for line in reversed(self._results.lines):
+      if (line["kind"], line["hash"]) == ("tokenizer", key):
+        try:
+          if inputs.fingerprint(kept) == line["fingerprint"]:
+            return inputs.read_bytes(kept, inputs.MAX_TOKENIZER)
+          found = f"{kept} has another content than it was written with"
+        except ValueError as error:
+          found = str(error)
+        cli.say(f"warning: {found}; it is trained again")
+        break
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.unlink(missing_ok=True)
+    pipeline.load_corpus(config.data, pieces, kept.parent)
+    about = dict(kind="tokenizer", hash=key)
+    self._results.add({**about, "fingerprint": inputs.fingerprint(kept)})
+    return inputs.read_bytes(kept, inputs.MAX_TOKENIZER)
 
   def _similarity(
     self, pretraining: Pretraining, result: trainer.Result
@@ -323,3 +364,15 @@ class Runner:
       for funnel in funnels:
         found[name, funnel] = by_name.get(funnel, by_name[OFF])
     return found
+
+
+def _raise_if_of_disk(error: BaseException, workdir: str) -> None:
+  """Raises OSError where a disk is at fault: there, no cell can be measured."""
+  while error is not None:
+    if isinstance(error, OSError):
+      raise error
+    # What Orbax raises has the text of the system's error alone.
+    for number in _DISK_ERRORS:
+      if os.strerror(number) in str(error):
+        raise OSError(number, os.strerror(number), workdir) from error
+    error = error.__cause__ or error.__context__
