@@ -40,6 +40,26 @@ def test_table():
   assert "| out of memory |" in report.table(rows, COLUMNS)
 
 
+@pytest.mark.parametrize(
+  "text, shown",
+  [
+    ("a|b", r"a\|b"),
+    (r"a\|b", r"a\\\|b"),
+    ("`x` *y*", r"\`x\` \*y\*"),
+    ("</script>![a](http://b)", r"\</script>!\[a](http://b)"),
+    ("a\nb\x1b[2J", r"a b\\x1b\[2J"),
+    ("\ud800", r"\\ud800"),
+  ],
+)
+def test_text_of_files_is_markdown_of_itself(text, shown):
+  assert report.markdown(text) == shown
+  (head, _, cell) = report.table(
+    [{"x": text}], [report.Column("x", text)]
+  ).splitlines()
+  assert shown in head and shown in cell
+  head.encode()
+
+
 def test_files_and_output_agree(tmp_path, capsys):
   paths = report.write(
     tmp_path / "new" / "folder",

@@ -1,6 +1,8 @@
 """The study: run, interrupted, failed and run again."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -10,7 +12,8 @@ import pytest
 import tiny_run
 import tiny_study
 
-from gemma_funnel import reducers
+from gemma_funnel import locks, reducers
+from gemma_funnel.data import pipeline
 from gemma_funnel.registry import REDUCERS
 from gemma_funnel.study import grid, results, runner
 from gemma_funnel.training import finetune, trainer
@@ -212,3 +215,168 @@ def test_one_cell_that_cannot_be_measured_leaves_the_others(
   kinds = [(x["kind"], x["hash"]) for x in _lines(tmp_path)]
   expected = ("failure", "cell", "cell")
   assert kinds == list(zip(expected, (c.hash for c in cells), strict=True))
+
+
+@pytest.fixture
+def own(tmp_path):
+  """The configuration of a study of files that a test may change."""
+  folder = tmp_path / "own"
+  folder.mkdir()
+  text, tasks = tiny_run.write_corpus(folder), tiny_study.write_tasks(folder)
+  config = tiny_study.make_study(tmp_path / "study", text, tasks)
+  return config, folder
+
+
+def _put_results(config, value):
+  """Results of all cells that have none, as if they were measured."""
+  study = runner.Runner(grid.make(config))
+  study._note_inputs()
+  for cell in grid.make(config).cells:
+    if cell.hash not in study.done:
+      study._add(
+        cell,
+        dict(
+          kind="cell", metric="accuracy", value=value, higher_is_better=True
+        ),
+      )
+
+
+@pytest.mark.parametrize(
+  "name, measured",
+  [("train.tsv", "words"), ("test.tsv", "words"), ("pairs.jsonl", "pairs")],
+)
+def test_a_changed_task_is_measured_anew(name, measured, own, capsys):
+  config, folder = own
+  _put_results(config, 0.25)
+  before = grid.make(config)
+  assert not set(c.hash for c in before.cells) - runner.Runner(before).done
+  path = folder / name
+  path.write_text(path.read_text())  # Another time, the same content.
+  assert grid.make(config).inputs == before.inputs
+  path.write_text(path.read_text().replace("house", "hovel"))
+  after = grid.make(config)
+  study = runner.Runner(after)
+  left = [cell for cell in after.cells if cell.hash not in study.done]
+  assert left == [cell for cell in after.cells if cell.task == measured]
+  # Results of what was are in no table with those of what is.
+  assert {row["task"] for row in study.rows()} == {"words", "pairs"} - {
+    measured
+  }
+  study._note_inputs()
+  (told,) = capsys.readouterr().err.splitlines()
+  assert f"task {measured} changed since" in told and "anew" in told
+  study._note_inputs()
+  assert not capsys.readouterr().err
+  _put_results(config, 0.5)
+  values = {(row["task"], row["value"]) for row in runner.Runner(after).rows()}
+  assert values == {(measured, 0.5)} | {
+    (task, 0.25) for task in {"words", "pairs"} - {measured}
+  }
+
+
+def test_a_changed_text_trains_all_anew(own, capsys):
+  config, folder = own
+  _put_results(config, 0.25)
+  before = grid.make(config)
+  (source,) = folder.glob(pathlib.Path(config.pretrain.data.source).name)
+  with source.open("a") as file:
+    file.write("more\n" if source.suffix != ".jsonl" else '{"text": "more"}\n')
+  after = grid.make(config)
+  study = runner.Runner(after)
+  assert not {cell.hash for cell in after.cells} & study.done
+  assert not study.rows()
+  folders = [
+    {p.config(config, "w").workdir for p in made.pretrainings}
+    for made in (before, after)
+  ]
+  assert not folders[0] & folders[1]
+  study._note_inputs()
+  assert "warning: text changed since" in capsys.readouterr().err
+
+
+def test_a_text_that_changes_meanwhile_ends_the_study(own):
+  config, folder = own
+  study = runner.Runner(grid.make(config))
+  source = pathlib.Path(config.pretrain.data.source)
+  source.write_text(source.read_text() + "\n")
+  cells = list(study._grid.cells)
+  with pytest.raises(ValueError, match="changed while the study ran"):
+    study._guarded(cells, study._pretrained, cells[0].pretraining)
+  assert not study._results.lines
+
+
+def test_the_tokenizer_is_kept_by_all_that_determines_it(
+  own, capsys, monkeypatch
+):
+  config, folder = own
+  trained, load = [], pipeline.load_corpus
+
+  def load_corpus(data, *args):
+    trained.append(data.source)
+    return load(data, *args)
+
+  monkeypatch.setattr(pipeline, "load_corpus", load_corpus)
+
+  def tokenizer():
+    made = grid.make(config)
+    own_config = made.pretrainings[0].config(config, config.workdir)
+    return runner.Runner(made)._tokenizer(own_config)
+
+  first = tokenizer()
+  assert tokenizer() == first and len(trained) == 1
+  (kept,) = pathlib.Path(config.workdir).glob("tokenizer_*/tokenizer.model")
+  for damage in (
+    lambda: kept.write_bytes(first[:100] + b"?" + first[101:]),
+    lambda: kept.write_bytes(b""),
+    lambda: kept.unlink(),
+  ):
+    damage()
+    trained.clear()
+    assert tokenizer() == first and len(trained) == 1
+    assert f"warning: {kept}" in capsys.readouterr().err
+  source = pathlib.Path(config.pretrain.data.source)
+  source.write_text(source.read_text().replace("b", "z"))
+  assert tokenizer() != first
+
+
+def test_two_studies_in_one_folder(own):
+  config, _ = own
+  pathlib.Path(config.workdir).mkdir()
+  with locks.Lock(f"{config.workdir}/.lock", "x"):
+    with pytest.raises(ValueError) as refused:
+      runner.run(config)
+  assert str(refused.value).startswith(f"workdir={config.workdir} is in use by")
+  assert str(os.getpid()) in str(refused.value)
+  assert [p.name for p in pathlib.Path(config.workdir).iterdir()] == []
+
+
+@pytest.mark.parametrize(
+  "raised",
+  [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "f"),
+    ValueError("RESOURCE_EXHAUSTED: write: No space left on device [28]"),
+    ValueError("workdir=w cannot be written to: Read-only file system"),
+  ],
+)
+def test_a_disk_that_is_full_fails_no_cell(raised, own):
+  config, _ = own
+  study = runner.Runner(grid.make(config))
+
+  def fail():
+    raise raised
+
+  with pytest.raises(OSError):
+    study._guarded(list(study._grid.cells), fail)
+  assert not study._results.lines
+
+
+def test_another_holder_of_a_run_fails_no_cell(own):
+  config, _ = own
+  study = runner.Runner(grid.make(config))
+
+  def fail():
+    raise locks.HeldError("in use")
+
+  with pytest.raises(ValueError, match="in use"):
+    study._guarded(list(study._grid.cells), fail)
+  assert not study._results.lines

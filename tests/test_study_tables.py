@@ -108,10 +108,10 @@ def test_a_table_as_markdown():
     "",
     "a note <b>",
     "",
-    "| na<me    | value (%) |         drop |",
-    "|----------|----------:|-------------:|",
-    "| a\\|b <i> |      50.0 | -1.20 ± 0.30 |",
-    "| 2nd      |         - |  10.00 (n=1) |",
+    "| na\\<me    | value (%) |         drop |",
+    "|-----------|----------:|-------------:|",
+    "| a\\|b \\<i> |      50.0 | -1.20 ± 0.30 |",
+    "| 2nd       |         - |  10.00 (n=1) |",
   ]
   empty = tables.Table("Failures", COLUMNS, (), "None.")
   assert empty.markdown() == "## Failures\n\nNone."

@@ -9,10 +9,11 @@ import platform
 import re
 import subprocess
 from typing import Any
+import warnings
 
 import jax
 
-from gemma_funnel import atomic
+from gemma_funnel import atomic, cli
 
 Row = Mapping[str, Any]
 
@@ -39,8 +40,7 @@ class Column:
       value = value * self.scale
     if self.format:
       return format(value, self.format)
-    # A bar would end the cell.
-    return str(value).replace("|", "\\|")
+    return str(value)
 
 
 def percent(key: str, header: str, format: str = ".1f") -> Column:
@@ -128,6 +128,11 @@ def revision() -> str | None:
     return None
 
 
+def markdown(text: str) -> str:
+  """A line of Markdown that shows `text`, whatever file or user it is of."""
+  return re.sub(r"[\\`*<\[|]", r"\\\g<0>", cli.clean(text, len(text)))
+
+
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
   """A Markdown table, padded so that it reads well unrendered too.
 
@@ -135,8 +140,8 @@ def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
   row has a value for is left out.
   """
   columns = [c for c in columns if any(r.get(c.key) is not None for r in rows)]
-  cells = [[c.header for c in columns]]
-  cells += [[c.text(row) for c in columns] for row in rows]
+  cells = [[markdown(c.header) for c in columns]]
+  cells += [[markdown(c.text(row)) for c in columns] for row in rows]
   widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
 
   shapes = [(">" if c.format else "<") for c in columns]
@@ -186,7 +191,11 @@ def write(
     f"{place['num_host_cores']} host cores), jax {place['jax']}"
   )
   text = "\n\n".join(
-    [f"# {title}", table(rows, columns), "\n".join([*notes, where])]
+    [
+      f"# {markdown(title)}",
+      table(rows, columns),
+      "\n".join([*map(markdown, notes), where]),
+    ]
   )
   content = {
     "title": title,
@@ -217,6 +226,8 @@ def new_figure(width: float, height: float) -> Any:
   import matplotlib
 
   matplotlib.use("Agg")
+  # A name with dollars is no formula.
+  matplotlib.rcParams["text.parse_math"] = False
   from matplotlib.figure import Figure
 
   return Figure(figsize=(width, height), dpi=120, layout="constrained")
@@ -225,5 +236,8 @@ def new_figure(width: float, height: float) -> Any:
 def png(figure: Any) -> bytes:
   """The PNG of a matplotlib Figure."""
   buffer = io.BytesIO()
-  figure.savefig(buffer, format="png")
+  with warnings.catch_warnings():
+    # A name of another script is boxes in a plot; tables have it whole.
+    warnings.filterwarnings("ignore", "Glyph")
+    figure.savefig(buffer, format="png")
   return buffer.getvalue()

@@ -13,7 +13,7 @@ import re
 import string
 from typing import Any, NamedTuple
 
-from gemma_funnel import atomic
+from gemma_funnel import atomic, cli
 from gemma_funnel.evaluation import report
 from gemma_funnel.study import analysis, plots
 from gemma_funnel.study.tables import Table, make_tables
@@ -61,8 +61,12 @@ def write(
     encoded = json.dumps(content, indent=1, allow_nan=False)
   except (TypeError, ValueError) as error:
     raise ValueError(f"study.json: {error}") from error
-  bullets = "\n".join(f"- {line}" for line in claims)
-  parts = [f"# {title}", bullets, *(table.markdown() for table in tables)]
+  bullets = "\n".join(f"- {report.markdown(line)}" for line in claims)
+  parts = [
+    f"# {report.markdown(title)}",
+    bullets,
+    *(table.markdown() for table in tables),
+  ]
   markdown = "\n\n".join(filter(None, parts))
   files = {"study.json": f"{encoded}\n", "tables.md": f"{markdown}\n"}
   files = {name: text.encode() for name, text in files.items()}
@@ -116,7 +120,8 @@ def render(
 
 def _escape(value: Any) -> str:
   # What UTF-8 cannot hold would not be written at all.
-  return html.escape(str(value).encode("utf-8", "replace").decode())
+  text = str(value).encode("utf-8", "replace").decode()
+  return html.escape(cli.clean(text, len(text)))
 
 
 def _section(title: str, markup: str) -> str:
@@ -140,8 +145,7 @@ def _table(table: Table) -> str:
   for row in table.rows:
     line = ""
     for column, kind in zip(columns, kinds, strict=True):
-      # Bars are escaped for Markdown only.
-      text = column.text(row).replace("\\|", "|")
+      text = column.text(row)
       # A cell is sorted by the number that it starts with.
       number = re.match(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?(?![\w.])", text)
       key = f' data-n="{float(number[0])!r}"' if number else ""

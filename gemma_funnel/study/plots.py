@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 import textwrap
 from typing import Any, NamedTuple
 
+from gemma_funnel import cli
 from gemma_funnel.evaluation import report
 from gemma_funnel.study.analysis import (
   SHAPE,
@@ -145,7 +146,7 @@ def _title(rows: Sequence[Row], model: str, *parts: Any) -> str:
   several = len({row["model"] for row in rows}) > 1
   parts = (model if several else None, *parts)
   text = ", ".join(str(part) for part in parts if part is not None)
-  return "\n".join(textwrap.wrap(text, 44))
+  return "\n".join(textwrap.wrap(cli.clean(text), 44))
 
 
 def _panels(cells, baselines, keys) -> list[Panel]:
