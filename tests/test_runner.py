@@ -16,7 +16,7 @@ from gemma_funnel import locks, reducers
 from gemma_funnel.data import pipeline
 from gemma_funnel.registry import REDUCERS
 from gemma_funnel.study import grid, results, runner
-from gemma_funnel.training import finetune, trainer
+from gemma_funnel.training import finetune, trainer, watchdog
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -137,6 +137,34 @@ def test_a_killed_study_goes_on(cut, again, count):
   # Values are what they were: training is the same again.
   assert {x["hash"]: x["value"] for x in found} == value and len(found) == 14
   assert count["finetune"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [None, b"[]", b"\xff", b""])
+def test_a_study_that_was_moved_goes_on(damage, again, capsys, monkeypatch):
+  path = pathlib.Path(again.workdir) / results.RESULTS
+  lines = path.read_text().splitlines(keepends=True)
+  dropped = [x for x in lines if '"task": "words"' in x and '"aware"' in x]
+  path.write_text("".join(x for x in lines if x not in dropped[:1]))
+  with monkeypatch.context() as patch:
+    patch.setattr(watchdog.Termination, "by", lambda self, step: step >= 1)
+    with pytest.raises(KeyboardInterrupt):
+      runner.run(again)
+  (folder,) = (path.parent / "finetune").iterdir()
+  if damage is not None:
+    (folder / "config.json").write_bytes(damage)
+  again.workdir = str(path.parent.rename(path.parent.with_name("moved")))
+  capsys.readouterr()
+  runner.run(again)
+  printed = capsys.readouterr()
+  assert f"resuming {again.workdir}/finetune" in printed.out
+  assert (folder.name in printed.err) == (damage is not None)
+  values = {
+    x["hash"]: x["value"] for x in map(json.loads, lines) if "value" in x
+  }
+  found = _lines(again.workdir, "cell")
+  assert {x["hash"]: x["value"] for x in found} == values
+  assert not _lines(again.workdir, "failure")
 
 
 @pytest.mark.slow

@@ -75,6 +75,13 @@ def test_the_batch_script_asks_for_a_task_a_gpu(slurm):
   assert srun == [*call.split(), *python, *TRAIN, *NASTY]
 
 
+def test_a_folder_with_a_percent_is_no_pattern(slurm):
+  flags = "--name=run1 --gpus-per-node=4 --time=60 --dir=/x/100%j --dry-run"
+  done = slurm.script("slurm.sh", "submit", *flags.split(), "--", *TRAIN)
+  assert "#SBATCH --output=/x/100%%j/run1.log\n" in done.stdout
+  assert "base=/x/100%j/run1 " in done.stdout
+
+
 def test_the_time_limit_saves_and_requeues(slurm):
   slurm.submit("--restarts=0")
   up, down = slurm.folder / "up", slurm.folder / "down"

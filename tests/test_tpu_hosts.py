@@ -60,6 +60,23 @@ def test_what_an_earlier_attempt_said_does_not_count(pod_host):
   assert log.count(": train.py x") == 2 and "finished W" in log
 
 
+def test_a_run_of_other_flags_is_another_run(pod_host):
+  pod_host.trains("echo finished W at step 12")
+  pod_host("start", "--", "--config=a b", "x")
+  assert pod_host.said()[0] == "finished"
+  own = (pod_host.state / "run").read_text().strip()
+  for name, said in ((own, "finished"), ("1-2", "none"), ("", "finished")):
+    pod_host.env["GEMMA_FUNNEL_RUN"] = name
+    assert pod_host.said()[0] == said
+  pod_host.trains(LOOP)
+  pod_host("start", "--", "--config=a b", "x")
+  for name, said in ((own, "running"), ("1-2", "other")):
+    pod_host.env["GEMMA_FUNNEL_RUN"] = name
+    assert pod_host("status").stdout.split()[2] == said
+  del pod_host.env["GEMMA_FUNNEL_RUN"]
+  pod_host("stop", "90")
+
+
 def test_a_host_that_went_down_lost_its_run(pod_host):
   pod_host.state.mkdir()
   (pod_host.state / "pid").write_text("1\n")

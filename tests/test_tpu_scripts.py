@@ -417,3 +417,22 @@ def test_the_commands_of_the_guide_and_of_help_are_ones_that_there_are(fakes):
     script, subcommand, *words = shlex.split(command, comments=True)
     dry = (script.removeprefix("tpu/"), subcommand, "--dry-run")
     fakes.script(*dry, *words, **exported)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("flags", "said"),
+  [
+    (["--config=configs/ablation_quick.py"], "expected a pretraining"),
+    (["--config=configs/quickstart.py", "--slices=0"], "slices=0: expected"),
+  ],
+)
+def test_a_plan_of_wrong_inputs(flags, said):
+  command = [sys.executable, TPU / "plan.py", "--topology=v5p:2x2x1", *flags]
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(
+    command, env=env, cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("error: ") and said in line

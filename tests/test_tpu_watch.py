@@ -1,5 +1,7 @@
 """queued.sh watch: preemptions, errors and ends, against a fake gcloud."""
 
+import subprocess
+
 import pytest
 from tpu_fakes import NOT_FOUND, SLICE, TRAIN, host, queued, ssh
 
@@ -47,6 +49,23 @@ def test_watch_sees_a_preempted_node_of_an_active_request(fakes):
       ' --filter=queuedResource~"/run1$" --format=value(state)'
     ).split()
   )
+
+
+def test_watch_ends_where_another_run_goes_on(fakes):
+  fakes.play(status=[host("other")])
+  done = watch(fakes, code=1)
+  assert "a run with other flags is going on on run1" in done.stderr
+  assert " ".join(fakes.verbs()) == ROUND
+
+
+def test_watch_asks_for_its_own_run(fakes):
+  fakes.play(status=[host("finished")])
+  watch(fakes)
+  asked = [call[-1] for call in fakes.calls() if "status;" in call[-1]]
+  other = "".join(f"{flag}\0" for flag in TRAIN)
+  done = subprocess.run(["cksum"], input=other, capture_output=True, text=True)
+  name = "-".join(done.stdout.split())
+  assert asked and f"GEMMA_FUNNEL_RUN={name}; " in asked[0]
 
 
 @pytest.mark.parametrize("code", [1, 75, "lost"])

@@ -14,7 +14,9 @@
 # last check counted, or "?". States: none (nothing was started), running,
 # finished, stopped (by `stop`; DETAIL is the exit status), saved (by another
 # SIGTERM), ended (status 0 and no word of either, as hosts that print nothing
-# end), failed (DETAIL is the exit status, or "lost" if the host went down).
+# end), failed (DETAIL is the exit status, or "lost" if the host went down), other
+# (a run with other flags than those that GEMMA_FUNNEL_RUN is the sum of is going
+# on; one that has ended counts as none).
 
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -25,6 +27,9 @@ LOG=$STATE/train.log
 # What a run says when it has taken its last step, and when SIGTERM saved it.
 FINISHED='^finished .* at step [0-9]+$'
 SAVED='SIGTERM: saved'
+
+# sum WORD...: tells the flags of a run from those of another.
+sum() { printf '%s\0' "$@" | cksum | tr ' ' -; }
 
 answer() {
   local hosts='?'
@@ -90,6 +95,7 @@ start() {
     error "a run is going on here; stop it first"
   fi
   rm -f "$STATE"/{pid,exit,stop}
+  sum "$@" >"$STATE/run"
   touch "$LOG"
   # What earlier attempts said is not this one's.
   wc -c <"$LOG" >"$STATE/offset"
@@ -115,9 +121,15 @@ supervise() {
 }
 
 status() {
-  local code said
+  local code said state=running
+  if [[ -n ${GEMMA_FUNNEL_RUN-} && -s $STATE/run &&
+    $GEMMA_FUNNEL_RUN != "$(<"$STATE/run")" ]]; then
+    state=other
+  fi
   if running; then
-    answer running "$(cat "$STATE/pid" 2>/dev/null || echo -)"
+    answer "$state" "$(cat "$STATE/pid" 2>/dev/null || echo -)"
+  elif [[ $state == other ]]; then
+    answer none -
   elif [[ ! -e $STATE/exit ]]; then
     if [[ -e $STATE/pid ]]; then answer failed lost; else answer none -; fi
   else

@@ -22,7 +22,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 from absl import flags  # noqa: E402
 
-from gemma_funnel import cli  # noqa: E402
+from gemma_funnel import atomic, checks, cli  # noqa: E402
 from gemma_funnel.training import aot  # noqa: E402
 
 flags.DEFINE_string("topology", None, "Such as v5p:4x4x4, v5e:16x16, v6e:8x8.")
@@ -42,7 +42,15 @@ _HEADER = (
 def run(config) -> None:
   """Prints the plan, or those of a search."""
   values = flags.FLAGS
+  checks.require(
+    "mesh" in config and "objective" in config,
+    "--config: expected a pretraining, such as configs/quickstart.py",
+  )
+  checks.require_int("slices", values.slices, 1)
+  checks.require_int("most", values.most, 1)
   config.mesh.slice = values.slices
+  if values.out:  # Before what takes minutes.
+    os.makedirs(values.out, exist_ok=True)
   devices = aot.slice_devices(values.topology, values.slices)
   kind = devices[0].device_kind
   what = f"{len(devices)} x {kind} ({values.topology}" + (
@@ -65,8 +73,7 @@ def run(config) -> None:
   print("\n".join(lines[-2:]), flush=True)
   if values.out:
     folder = pathlib.Path(values.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.md").write_text("\n".join(lines) + "\n")
+    atomic.write_text(folder / "plan.md", "\n".join(lines) + "\n")
     record = dict(
       topology=values.topology,
       slices=values.slices,
@@ -75,7 +82,8 @@ def run(config) -> None:
       config=json.loads(config.to_json()),
       plans=[plan.as_row() for plan in found],
     )
-    (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n")
+    encoded = json.dumps(record, indent=1)
+    atomic.write_text(folder / "plan.json", f"{encoded}\n")
 
 
 def _line(plan: aot.Plan) -> str:

@@ -220,7 +220,7 @@ summarise() {
     [[ $state != failed || $CODE == 2 ]] || CODE=$detail
   done
   # Who is waited for first; then what a host knows of the whole run.
-  for kind in running finished stopped bare failed saved ended none; do
+  for kind in other running finished stopped bare failed saved ended none; do
     [[ -z ${seen[$kind]-} ]] || break
   done
   HOSTS=$kind
@@ -333,6 +333,10 @@ watch_request() {
 
 watch_hosts() {
   case $HOSTS in
+    other)
+      fail "a run with other flags is going on on ${opt[name]}; stop it first," \
+        "or watch it with its own"
+      ;;
     running) nap ;;
     bare) attempt install launch ;;
     none) attempt launch ;;
@@ -364,6 +368,9 @@ watch() {
   choose_slice
   whole restarts
   ERRORS=0
+  # Of a run with other flags it does not matter how it ended.
+  HOST_STATUS="export GEMMA_FUNNEL_RUN=$(printf '%s\0' "${ARGUMENTS[@]}" |
+    cksum | tr ' ' -); $HOST_STATUS"
   ASSUMED_STATE=NOT_FOUND ASSUMED_HOSTS=bare
   while :; do
     if ! look; then

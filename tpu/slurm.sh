@@ -60,7 +60,7 @@ header() {
     --gpus-per-node="${opt[gpus-per-node]}"
     --ntasks-per-node="${opt[gpus-per-node]}" --time="${opt[time]}"
     --signal="B:TERM@${opt[save-seconds]}" --requeue --open-mode=append
-    --output="${opt[dir]}/${opt[name]}.log")
+    --output="${opt[dir]//%/%%}/${opt[name]}.log")
   [[ -z ${opt[cpus-per-task]} ]] ||
     flags+=(--cpus-per-task="${opt[cpus-per-task]}")
   flags+=("${sbatch_flag[@]}")

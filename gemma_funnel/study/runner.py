@@ -8,6 +8,7 @@ results.jsonl as soon as it is there; the same command resumes a study.
 from collections.abc import Mapping
 import errno
 import functools
+import json
 import os
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ import time
 from typing import Any
 
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -35,11 +37,14 @@ from gemma_funnel.training import (
   trainer,
   workdir,
 )
+from gemma_funnel.training.spec import RunSpec
 
 _LOCK = ".lock"
 # What a training may fail with, and the study go on without it.
 _FAILURES = (ValueError, FloatingPointError, RuntimeError, MemoryError)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# Keys of a training whose values are paths within the study.
+_PATHS = (("workdir",), ("init_from",), ("tokenizer",), ("data", "tokenizer"))
 _LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "word_perplexity")
 
 
@@ -213,7 +218,9 @@ class Runner:
     self._give_tokenizer(config)
     about = f"{pretraining.model}, {pretraining.kind}: {pretraining.funnel}"
     _say(f"pretraining {about}")
-    result = trainer.train(pretrain.resolve(config))
+    spec = pretrain.resolve(config)
+    _give_paths(spec)
+    result = trainer.train(spec)
     self._require_text(config.workdir)
     if not result.finished:
       raise KeyboardInterrupt  # SIGTERM: the same command goes on.
@@ -226,7 +233,9 @@ class Runner:
     if config.data.tokenizer is not None:
       return
     content = self._tokenizer(config)
-    workdir.init_workdir(pretrain.resolve(config).config)
+    spec = pretrain.resolve(config)
+    _give_paths(spec)
+    workdir.init_workdir(spec.config)
     run = pathlib.Path(config.workdir)
     if not (run / workdir.FOLDER).exists():
       atomic.write_bytes(run / workdir.TOKENIZER, content)
@@ -305,6 +314,7 @@ class Runner:
       cells[0].pretraining, tuning, path, str(folder)
     )
     spec = finetune.resolve(config, task)
+    _give_paths(spec)
     start = time.monotonic()
     result = trainer.train(spec)
     if not result.finished:
@@ -364,6 +374,28 @@ class Runner:
       for funnel in funnels:
         found[name, funnel] = by_name.get(funnel, by_name[OFF])
     return found
+
+
+def _give_paths(spec: RunSpec) -> None:
+  """Writes into the configuration of a run that was begun where it is now.
+
+  A study may have been moved since. The name of the run's folder tells what
+  the run is, so that of a configuration that is damaged all is written anew.
+  """
+  path = workdir.path_of(spec.workdir) / workdir.CONFIG
+  if not path.exists():
+    return
+  keep = dict(keep_empty_nodes=True)
+  here = flatten_dict(json.loads(spec.config.to_json()), **keep)
+  try:
+    there = flatten_dict(workdir.read_config(path), **keep)
+  except ValueError as error:
+    cli.say(f"warning: {error}; it is written anew")
+    there = here
+  given = {key: value for key, value in here.items() if key in _PATHS}
+  if there is here or there | given != there:
+    text = json.dumps(unflatten_dict(there | given), indent=2)
+    atomic.write_text(path, f"{text}\n")
 
 
 def _raise_if_of_disk(error: BaseException, workdir: str) -> None:
