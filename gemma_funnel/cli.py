@@ -6,6 +6,7 @@ flags of their own (`Parser`, `guard`).
 
 import argparse
 from collections.abc import Callable, Sequence
+import errno
 import os
 import pathlib
 import re
@@ -23,6 +24,8 @@ from gemma_funnel.registry import RECOVERIES, REDUCERS
 
 flags.disclaim_key_flags()  # They are train.py's, whose --help tells of them.
 _PACKAGE = pathlib.Path(__file__).parent
+# A full disk, a full quota, one for reading alone, a broken one.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # Between two lines of progress where there is no terminal.
 _PROGRESS_SECONDS = 10.0
 
@@ -37,22 +40,49 @@ class Parser(argparse.ArgumentParser):
 def guard(run: Callable[[], int]) -> int:
   """Calls `run`; returns the exit status.
 
-  A mistake that the package names is one line on stderr and status 2; any
-  other error is a traceback.
+  A mistake that the package names is one line on stderr and status 2, a disk
+  that is full or cannot be written to one and status 1; any other error is a
+  traceback.
   """
   try:
     return run()
-  except (ValueError, FloatingPointError) as error:
-    if not is_named(error):
-      raise
-    say(f"error: {error}")
-    return 2
   except KeyboardInterrupt:
     return 130
   except BrokenPipeError:
     # Or Python, ending, would flush what is left and tell of it.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141  # As of a command that SIGPIPE ends.
+  except Exception as error:
+    named = isinstance(error, (ValueError, FloatingPointError))
+    named = named and is_named(error)
+    found = disk_error(error)
+    if os.environ.get("GEMMA_FUNNEL_TRACEBACK") or not (named or found):
+      raise
+    if found is None:
+      say(f"error: {error}")
+      return 2
+    where = f"{found.filename}: " if found.filename else ""
+    say(
+      f"error: {error if named else where + found.strerror}. What was written "
+      "before is there: the same command goes on when it can write "
+      "(GEMMA_FUNNEL_TRACEBACK=1 shows where it ended)"
+    )
+    return 1
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+  """The error of a disk that `error` is, or comes from; None if it is not."""
+  seen = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+      return error
+    # What Orbax raises has the text of the system's error alone.
+    for number in _DISK_ERRORS:
+      if os.strerror(number) in str(error):
+        return OSError(number, os.strerror(number))
+    error = error.__cause__ or error.__context__
+  return None
 
 
 def is_named(error: Exception) -> bool:

@@ -1,6 +1,8 @@
 """The command line: a mistake is one line, not a traceback."""
 
+import errno
 import io
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from absl import flags
 import pytest
 import tiny_run
 
-from gemma_funnel import cli, experiment
+from gemma_funnel import cli, experiment, locks
 
 # How ml_collections loads a file.
 pytestmark = pytest.mark.filterwarnings(
@@ -248,3 +250,63 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     progress.add("a", 3_000_000)
   shown = terminal.getvalue()
   assert "loading" in shown and "100%" in shown and "3.0/3.0 MB" in shown
+
+
+def _from(error, cause):
+  error.__cause__ = cause
+  return error
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a")
+ORBAX = ValueError("RESOURCE_EXHAUSTED: writing: No space left on device [28]")
+
+
+@pytest.mark.parametrize(
+  ("error", "status", "said"),
+  [
+    (FULL, 1, "error: runs/a: No space left on device. "),
+    (ORBAX, 1, "error: No space left on device. "),
+    (_from(RuntimeError("later"), FULL), 1, "error: runs/a: No space left"),
+    (
+      OSError(errno.EROFS, os.strerror(errno.EROFS), "b"),
+      1,
+      "error: b: Read-o",
+    ),
+    (KeyboardInterrupt(), 130, ""),
+    (RuntimeError("a bug"), None, ""),
+    (FileNotFoundError(errno.ENOENT, "No such file"), None, ""),
+  ],
+)
+def test_a_disk_that_is_full_is_one_line(error, status, said, capsys):
+  def run():
+    raise error
+
+  if status is None:
+    with pytest.raises(type(error)):
+      cli.guard(run)
+  else:
+    assert cli.guard(run) == status
+  told = capsys.readouterr().err
+  assert told.startswith(said) and told.count("\n") == bool(said)
+
+
+def test_a_folder_of_a_disk_for_reading_alone(capsys, monkeypatch):
+  def refuse(*args):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+  monkeypatch.setattr(os, "open", refuse)
+  assert cli.guard(lambda: locks.Lock("x/.lock", "workdir=x").__enter__()) == 1
+  told = capsys.readouterr().err
+  assert told.startswith(
+    "error: workdir=x cannot be written to: Read-only file"
+  )
+
+
+def test_a_stack_is_shown_on_request(monkeypatch):
+  monkeypatch.setenv("GEMMA_FUNNEL_TRACEBACK", "1")
+
+  def run():
+    raise FULL
+
+  with pytest.raises(OSError):
+    cli.guard(run)

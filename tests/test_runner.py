@@ -408,3 +408,25 @@ def test_another_holder_of_a_run_fails_no_cell(own):
   with pytest.raises(ValueError, match="in use"):
     study._guarded(list(study._grid.cells), fail)
   assert not study._results.lines
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "b?"])
+def test_a_folder_whose_checkpoints_cannot_be_read(name, own):
+  config, folder = own
+  config.workdir = str(folder / name)
+  with pytest.raises(ValueError, match="workdir="):
+    runner.run(config)
+  assert not (folder / name).exists()
+
+
+@pytest.mark.parametrize("shape", ["file", "lock is a folder"])
+def test_a_workdir_of_another_shape(shape, own):
+  config, _ = own
+  path = pathlib.Path(config.workdir)
+  if shape == "file":
+    path.write_text("mine")
+  else:
+    (path / ".lock").mkdir(parents=True)
+  with pytest.raises(ValueError, match=f"workdir={path} cannot be written"):
+    runner.run(config)
+  assert shape != "file" or path.read_text() == "mine"

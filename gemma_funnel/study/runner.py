@@ -6,7 +6,6 @@ results.jsonl as soon as it is there; the same command resumes a study.
 """
 
 from collections.abc import Mapping
-import errno
 import functools
 import json
 import os
@@ -14,6 +13,7 @@ import pathlib
 import shutil
 import time
 from typing import Any
+import warnings
 
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gemma_funnel import atomic, cli, convert, flops, inputs, locks
+from gemma_funnel import atomic, checks, cli, convert, flops, inputs, locks
 from gemma_funnel.config import OFF, TransformerConfig, parse_funnel
 from gemma_funnel.data import pipeline
 from gemma_funnel.data.tokenizer import Tokenizer
@@ -42,7 +42,6 @@ from gemma_funnel.training.spec import RunSpec
 _LOCK = ".lock"
 # What a training may fail with, and the study go on without it.
 _FAILURES = (ValueError, FloatingPointError, RuntimeError, MemoryError)
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # Keys of a training whose values are paths within the study.
 _PATHS = (("workdir",), ("init_from",), ("tokenizer",), ("data", "tokenizer"))
 _LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity", "word_perplexity")
@@ -65,19 +64,40 @@ def run(config: ml_collections.ConfigDict) -> None:
     # Trainings that differ by a seed or by their data share programs.
     folder = os.path.join(config.workdir, "programs")
     jax.config.update("jax_compilation_cache_dir", folder)
+    # On a full disk: the program is compiled again.
+    about = "Error (reading|writing) persistent compilation cache"
+    warnings.filterwarnings("ignore", about)
   made = grid.make(config)
   if config.dry_run:
     _say(*made.describe(Runner(made).done, _rate(config)))
     return
-  os.makedirs(config.workdir, exist_ok=True)
+  checks.require(
+    not set("[]*?") & set(config.workdir),
+    f"workdir={config.workdir!r}: expected no [, ], * and ? in it: checkpoints "
+    "there cannot be read",
+  )
+  try:
+    os.makedirs(config.workdir, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f"workdir={config.workdir} cannot be written to: {error.strerror}"
+    ) from error
   path = os.path.join(config.workdir, _LOCK)
   with locks.Lock(path, f"workdir={config.workdir}"):
-    runner = Runner(made)
-    _say(*made.describe(runner.done, _rate(config)))
-    runner.run()
-    results = analysis.organise(runner.rows())
-    settings = {"config": config.to_dict(), "git": report.revision()}
-    paths = html_report.write(results, config.workdir, config.title, settings)
+    try:
+      _run(made)
+    except OSError as error:
+      error.filename = error.filename or config.workdir
+      raise
+
+
+def _run(made: grid.Grid) -> None:
+  config, runner = made.study, Runner(made)
+  _say(*made.describe(runner.done, _rate(config)))
+  runner.run()
+  results = analysis.organise(runner.rows())
+  settings = {"config": config.to_dict(), "git": report.revision()}
+  paths = html_report.write(results, config.workdir, config.title, settings)
   _say("", *(f"- {line}" for line in analysis.claims(results)))
   _say("", f"written: {', '.join(paths.values())}")
 
@@ -168,7 +188,8 @@ class Runner:
     except _FAILURES as error:
       if isinstance(error, (StudyError, locks.HeldError)):
         raise
-      _raise_if_of_disk(error, self._config.workdir)
+      if (found := cli.disk_error(error)) is not None:
+        raise found from error
       text = cli.clean(f"{type(error).__name__}: {error}", 500)
       _say(f"failed, and left out: {text}")
       for cell in cells:
@@ -219,7 +240,7 @@ class Runner:
     about = f"{pretraining.model}, {pretraining.kind}: {pretraining.funnel}"
     _say(f"pretraining {about}")
     spec = pretrain.resolve(config)
-    _give_paths(spec)
+    _give_paths(config.workdir, spec)
     result = trainer.train(spec)
     self._require_text(config.workdir)
     if not result.finished:
@@ -234,7 +255,7 @@ class Runner:
       return
     content = self._tokenizer(config)
     spec = pretrain.resolve(config)
-    _give_paths(spec)
+    _give_paths(config.workdir, spec)
     workdir.init_workdir(spec.config)
     run = pathlib.Path(config.workdir)
     if not (run / workdir.FOLDER).exists():
@@ -314,7 +335,7 @@ class Runner:
       cells[0].pretraining, tuning, path, str(folder)
     )
     spec = finetune.resolve(config, task)
-    _give_paths(spec)
+    _give_paths(config.workdir, spec)
     start = time.monotonic()
     result = trainer.train(spec)
     if not result.finished:
@@ -376,13 +397,13 @@ class Runner:
     return found
 
 
-def _give_paths(spec: RunSpec) -> None:
+def _give_paths(folder: str, spec: RunSpec) -> None:
   """Writes into the configuration of a run that was begun where it is now.
 
   A study may have been moved since. The name of the run's folder tells what
   the run is, so that of a configuration that is damaged all is written anew.
   """
-  path = workdir.path_of(spec.workdir) / workdir.CONFIG
+  path = workdir.path_of(folder) / workdir.CONFIG
   if not path.exists():
     return
   keep = dict(keep_empty_nodes=True)
@@ -396,15 +417,3 @@ def _give_paths(spec: RunSpec) -> None:
   if there is here or there | given != there:
     text = json.dumps(unflatten_dict(there | given), indent=2)
     atomic.write_text(path, f"{text}\n")
-
-
-def _raise_if_of_disk(error: BaseException, workdir: str) -> None:
-  """Raises OSError where a disk is at fault: there, no cell can be measured."""
-  while error is not None:
-    if isinstance(error, OSError):
-      raise error
-    # What Orbax raises has the text of the system's error alone.
-    for number in _DISK_ERRORS:
-      if os.strerror(number) in str(error):
-        raise OSError(number, os.strerror(number), workdir) from error
-    error = error.__cause__ or error.__context__
