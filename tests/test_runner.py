@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
 import types
 
@@ -430,3 +431,59 @@ def test_a_workdir_of_another_shape(shape, own):
   with pytest.raises(ValueError, match=f"workdir={path} cannot be written"):
     runner.run(config)
   assert shape != "file" or path.read_text() == "mine"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """Mounts a tmpfs: (its folder, a function that makes it larger)."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+
+  def mount(options):
+    command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+    try:
+      return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+      return False
+
+  if not mount("size=64k"):
+    pytest.skip("needs the right to mount a tmpfs")
+  yield folder, lambda size: mount(f"remount,size={size}")
+  subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+_CONFIG = """
+import tiny_study
+
+def get_config():
+  config = tiny_study.make_study(*{arguments!r}, inference=("on",))
+  config.axes.update(recover=("average",), pretraining=("standard",))
+  config.exclude = ()
+  return config
+"""
+
+
+@pytest.mark.slow
+def test_a_study_on_a_full_disk(inputs, small_disk, tmp_path):
+  folder, resize = small_disk
+  study, file = folder / "study", tmp_path / "config.py"
+  arguments = str(study), str(inputs[0]), inputs[1]
+  file.write_text(_CONFIG.format(arguments=arguments))
+  command = [sys.executable, "-m", "gemma_funnel.study", f"--config={file}"]
+  env = tiny_run.environment()
+  paths = [tiny_run.ROOT, tiny_run.ROOT / "tests"]
+  env["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+  before = []
+  for size, status in (("64k", 1), ("640k", 1), ("16m", 0)):
+    assert resize(size)
+    done = subprocess.run(
+      command, env=env, cwd=tiny_run.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == status, done.stderr
+    assert ("error: " in done.stderr) == bool(status)
+    assert "No space left on device" in done.stderr or not status
+    kept = results.Results(study).lines
+    assert kept[: len(before)] == before  # No result is lost.
+    assert not [line for line in kept if line["kind"] == "failure"]
+    before = kept
+  assert len(_lines(study, "cell")) == 3
