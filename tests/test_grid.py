@@ -6,6 +6,7 @@ import itertools
 import pathlib
 
 import pytest
+import tiny_run
 import tiny_study
 from tiny_study import ONE
 
@@ -341,4 +342,29 @@ def test_a_study_that_cannot_be(key, value, text, study):
     *folder, name = key.split(".")
     functools.reduce(getattr, folder, config)[name] = value
   with pytest.raises(ValueError, match=text):
+    grid.make(config)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "finetune", "eval_accuracy"])
+def test_a_configuration_of_another_kind(name):
+  with pytest.raises(ValueError, match=r"lacks \[.*ablation_quick.py"):
+    grid.make(tiny_run.load_config(name))
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("workdir", ""),
+    ("workdir", "gs://bucket/study"),
+    ("switch_step", -1),
+    ("distill_steps", 0),
+    ("latency.repeats", -1),
+    ("similarity.rows", -1),
+    ("generative.batch_size", 0),
+  ],
+)
+def test_a_value_that_cannot_be_is_named(key, value, study):
+  config = study()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=f"^{key}="):
     grid.make(config)

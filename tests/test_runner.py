@@ -487,3 +487,25 @@ def test_a_study_on_a_full_disk(inputs, small_disk, tmp_path):
     assert not [line for line in kept if line["kind"] == "failure"]
     before = kept
   assert len(_lines(study, "cell")) == 3
+
+
+@pytest.mark.parametrize("name", ["pretrain", "report.html", "tokenizer"])
+def test_a_part_of_a_study_of_another_shape(name, own, monkeypatch):
+  config, _ = own
+  monkeypatch.setattr(runner, "_rate", lambda config: 1e9)
+  made = grid.make(config)
+  path = pathlib.Path(config.workdir)
+  path.mkdir()
+  if name == "pretrain":
+    (path / name).mkdir()
+    folder = made.pretrainings[0].config(config, config.workdir).workdir
+    pathlib.Path(folder).write_text("mine")
+  elif name == "tokenizer":
+    monkeypatch.setattr(runner.grid, "hash_of", lambda *parts: "x")
+    (path / "tokenizer_320_x").write_text("mine")
+  else:
+    (path / name).mkdir()
+    _put_results(config, 0.5)
+  with pytest.raises(runner.StudyError):
+    runner.run(config)
+  assert not [x for x in _lines(path) if x["kind"] == "failure"]

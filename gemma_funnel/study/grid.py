@@ -13,7 +13,12 @@ import ml_collections
 from ml_collections import config_dict
 
 from gemma_funnel import flops, tasks
-from gemma_funnel.checks import require, require_choice, require_int
+from gemma_funnel.checks import (
+  require,
+  require_bool,
+  require_choice,
+  require_int,
+)
 from gemma_funnel.config import (
   OFF,
   FunnelConfig,
@@ -40,6 +45,24 @@ INFERENCES = ("off", "on")
 FUNNEL_AXES = ("start", "stop", "stride", "reduce", "recover")
 _TRAINING_AXES = ("model", "pretraining", "finetuning", "inference")
 AXES = (*_TRAINING_AXES, *FUNNEL_AXES, "task", "seed")
+_KEYS = (
+  *("workdir", "title", "axes", "exclude", "models", "tasks", "pretrain"),
+  *("switch_step", "distill_steps", "finetune", "generative", "latency"),
+  *("similarity", "keep_finetuned", "retry", "dry_run"),
+)
+# Integers, and the least that each may be.
+_COUNTS = {
+  "switch_step": 0,
+  "distill_steps": 1,
+  "generative.batch_size": 1,
+  "generative.few_shot": 0,
+  "generative.max_new_tokens": 1,
+  "latency.batch_size": 1,
+  "latency.length": 1,
+  "latency.repeats": 0,
+  "similarity.rows": 0,
+  "similarity.length": 1,
+}
 # Keys of a training that the study sets itself.
 _SHARED_KEYS = (
   *("workdir", "model", "init_from"),
@@ -177,7 +200,24 @@ def make(study: ml_collections.ConfigDict) -> "Grid":
 
 
 def _check(study: Any) -> list[dict[str, Any]]:
-  """Checks the axes; returns the values of them to leave out."""
+  """Checks the keys and axes; returns the values of them to leave out."""
+  missing = [key for key in _KEYS if key not in study]
+  require(
+    not missing,
+    f"the configuration of a study lacks {missing}: expected one such as "
+    "configs/ablation_quick.py",
+  )
+  require(
+    bool(study.workdir) and "://" not in study.workdir,
+    f"workdir={study.workdir!r}: expected a local folder for a study",
+  )
+  for name, least in _COUNTS.items():
+    value = study
+    for key in name.split("."):
+      value = value[key]
+    require_int(name, value, least)
+  for name in ("keep_finetuned", "retry", "dry_run"):
+    require_bool(name, study[name])
   known = {
     "model": tuple(study.models),
     "task": tuple(study.tasks),

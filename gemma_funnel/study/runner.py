@@ -60,6 +60,7 @@ def run(config: ml_collections.ConfigDict) -> None:
     OSError: the disk is full, or cannot be written to. The same command goes
       on when it can.
   """
+  made = grid.make(config)
   if not jax.config.jax_compilation_cache_dir:
     # Trainings that differ by a seed or by their data share programs.
     folder = os.path.join(config.workdir, "programs")
@@ -67,7 +68,6 @@ def run(config: ml_collections.ConfigDict) -> None:
     # On a full disk: the program is compiled again.
     about = "Error (reading|writing) persistent compilation cache"
     warnings.filterwarnings("ignore", about)
-  made = grid.make(config)
   if config.dry_run:
     _say(*made.describe(Runner(made).done, _rate(config)))
     return
@@ -88,7 +88,10 @@ def run(config: ml_collections.ConfigDict) -> None:
       _run(made)
     except OSError as error:
       error.filename = error.filename or config.workdir
-      raise
+      if cli.disk_error(error):
+        raise
+      text = f"{error.filename}: {error.strerror}"
+      raise StudyError(f"the study cannot go on: {text}") from error
 
 
 def _run(made: grid.Grid) -> None:
@@ -404,6 +407,8 @@ def _give_paths(folder: str, spec: RunSpec) -> None:
   the run is, so that of a configuration that is damaged all is written anew.
   """
   path = workdir.path_of(folder) / workdir.CONFIG
+  if os.path.lexists(folder) and not os.path.isdir(folder):
+    raise StudyError(f"{folder} is no folder: expected a run; remove it")
   if not path.exists():
     return
   keep = dict(keep_empty_nodes=True)
