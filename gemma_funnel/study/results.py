@@ -61,6 +61,7 @@ _HOLDS = {
   "value": checks.is_number,
   "higher_is_better": lambda value: isinstance(value, bool),
   "layers": _are_layers,
+  "base": _is_text,
   "fingerprint": _is_text,
   "fingerprints": lambda value: isinstance(value, dict),
 }

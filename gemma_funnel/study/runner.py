@@ -7,6 +7,7 @@ results.jsonl as soon as it is there; the same command resumes a study.
 
 from collections.abc import Mapping
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -137,7 +138,9 @@ class Runner:
     self._grid, self._config = study_grid, study_grid.study
     self._folder = pathlib.Path(self._config.workdir)
     self._results = Results(self._config.workdir)
-    self._trained: set[Pretraining] = set()
+    # What tells the parameters of each that was trained from others.
+    self._trained: dict[Pretraining, str] = {}
+    self._bases: dict[str, str] = {}  # That, by the hash of a cell.
     self._common = {"git": report.revision(), "device": report.device()}
     # Of cells that have a result, or have failed.
     kinds = ("cell",) if self._config.retry else ("cell", "failure")
@@ -147,10 +150,12 @@ class Runner:
     """Lines of the grid's own cells; a failure that was mended is left out."""
     made = (*self._grid.cells, *self._grid.pretrainings)
     wanted, good = {x.hash for x in made}, self._results.hashes("cell")
+    is_of = lambda line, base: line.get("base", base) == base
     return [
       line
       for line in self._results.lines
       if line["hash"] in wanted
+      and is_of(line, self._bases.get(line["hash"], line.get("base")))
       and (line["kind"] != "failure" or line["hash"] not in good)
     ]
 
@@ -167,8 +172,9 @@ class Runner:
       )
       _say(f"study: {share:.0%} of the training done, ETA {eta}")
 
-    def run_branch(branch: Branch, left: Branch) -> None:
+    def run_branch(branch: Branch) -> None:
       path = self._pretrained(branch.pretraining)
+      left = self._of_model(branch)
       for cell in left.generative:
         self._guarded([cell], self._generative, cell, path)
       say()
@@ -180,9 +186,27 @@ class Runner:
         say()
 
     for branch in self._grid.branches:
-      left = branch.left(self.done)
-      if left.cells:
-        self._guarded(left.cells, run_branch, branch, left)
+      if cells := branch.left(self.done).cells:
+        self._guarded(cells, run_branch, branch)
+
+  def _of_model(self, branch: Branch) -> Branch:
+    """What is left of a branch; results of another model than its are not."""
+    mine = self._trained[branch.pretraining]
+    self._bases |= {cell.hash: mine for cell in branch.cells}
+    others = {
+      line["hash"]
+      for line in self._results.lines
+      if line.get("base", mine) != mine
+    } - {x["hash"] for x in self._results.lines if x.get("base") == mine}
+    others &= {cell.hash for cell in branch.cells}
+    if others & self.done:
+      cli.say(
+        f"warning: the {branch.pretraining.kind} pretraining of "
+        f"{branch.pretraining.model} is there anew, with other parameters than "
+        f"those that {len(others)} results are of: they are measured anew"
+      )
+      self.done -= others
+    return branch.left(self.done)
 
   def _guarded(self, cells: list[Cell], function, *args) -> None:
     """Calls `function`; where it fails, so do those of `cells` not done."""
@@ -228,7 +252,9 @@ class Runner:
       )
 
   def _add(self, cell: Cell, values: Mapping[str, Any]) -> None:
-    self._results.add({**cell.axes, **self._common, **values})
+    base = self._trained.get(cell.pretraining)
+    base = {"base": base} if base else {}
+    self._results.add({**cell.axes, **self._common, **base, **values})
     self.done.add(cell.hash)
 
   def _pretrained(self, pretraining: Pretraining) -> str:
@@ -249,7 +275,7 @@ class Runner:
     if not result.finished:
       raise KeyboardInterrupt  # SIGTERM: the same command goes on.
     self._similarity(pretraining, result)
-    self._trained.add(pretraining)
+    self._trained[pretraining] = _digest(result.model)
     return config.workdir
 
   def _give_tokenizer(self, config: Any) -> None:
@@ -398,6 +424,14 @@ class Runner:
       for funnel in funnels:
         found[name, funnel] = by_name.get(funnel, by_name[OFF])
     return found
+
+
+def _digest(model: nnx.Module) -> str:
+  """Tells parameters from others, be they of the same training elsewhere."""
+  found = hashlib.sha256()
+  for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model))):
+    found.update(np.asarray(leaf).tobytes())
+  return found.hexdigest()[:12]
 
 
 def _give_paths(folder: str, spec: RunSpec) -> None:
