@@ -67,6 +67,8 @@ _COUNTS = {
 _SHARED_KEYS = (
   *("workdir", "model", "init_from"),
   *("funnel", "funnel_from", "funnel_sampled"),
+  # What has changed is another training here: see `Grid.inputs`.
+  "accept_changed",
 )
 _STUDY_KEYS = {
   "pretrain": (*_SHARED_KEYS, "objective", "latency"),
@@ -83,7 +85,7 @@ def training_keys(
     config: of configs/quickstart.py or configs/finetune.py.
     kind: "pretrain" or "finetune".
   """
-  for key in _STUDY_KEYS[kind]:
+  for key in {*_STUDY_KEYS[kind]} & {*config}:
     del config[key]
   return config
 
@@ -384,6 +386,7 @@ def _set_shared(config, study, model: str, funnel: str) -> None:
   """Sets a training's model, and its funnel, "off" or "sampled"."""
   config.model = study.models[model].copy_and_resolve_references()
   config.funnel, config.funnel_from, config.funnel_sampled = funnel, 0, ()
+  config.accept_changed = False
   if funnel == "sampled":
     config.funnel = OFF
     config.funnel_sampled = (OFF, *all_funnels(study, model))
