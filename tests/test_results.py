@@ -55,7 +55,12 @@ BAD = {
   **{
     f"{key}={value!r}": json.dumps(_row("x", **{key: value})).encode()
     for key, value in (
-      *(("value", "0.5"), ("value", float("nan")), ("value", None)),
+      *(
+        ("value", 1e308),
+        ("value", "0.5"),
+        ("value", float("nan")),
+        ("value", None),
+      ),
       *(("funnel", 5), ("hash", []), ("hash", {}), ("metric", ["a"])),
       *(("model", None), ("seed", "0"), ("seed", [])),
       *(("start", "1"), ("higher_is_better", "yes"), ("kind", [])),
@@ -161,3 +166,11 @@ def test_values_that_are_no_json_are_not_written(tmp_path):
   with pytest.raises(ValueError, match="not JSON compliant"):
     made.add({"value": float("nan")})
   assert made.lines == [] and not (tmp_path / results.RESULTS).exists()
+
+
+@pytest.mark.parametrize("name", ["study", "study_quick"])
+def test_published_results_are_whole(name, capsys):
+  folder = tiny_run.ROOT / "docs" / name
+  text = (folder / results.RESULTS).read_text()
+  assert len(results.Results(folder).lines) == text.count("\n")
+  assert not capsys.readouterr().err

@@ -136,6 +136,8 @@ def organise(rows: Iterable[Row]) -> Results:
       drop, unit = 100 * (cell["value"] / baseline - 1), PERCENT
     else:
       continue
+    if abs(drop) > 1e100:  # Of a baseline that is next to nothing.
+      continue
     cell.update(baseline=baseline, drop=drop, unit=unit)
   return Results(
     tuple(cells),

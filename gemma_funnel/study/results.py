@@ -58,7 +58,8 @@ _HOLDS = {
   ),
   "funnel": _is_text,
   "seed": _is_count,
-  "value": checks.is_number,
+  # Sums of squares of it must be finite.
+  "value": lambda value: checks.is_number(value) and abs(value) < 1e100,
   "higher_is_better": lambda value: isinstance(value, bool),
   "layers": _are_layers,
   "base": _is_text,
