@@ -25,8 +25,13 @@ def _is_count(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: Any) -> bool:
+  # Sums of squares must be finite.
+  return checks.is_number(value) and abs(value) < 1e100
+
+
 def _are_layers(value: Any) -> bool:
-  kinds = dict(layer=_is_count, cosine=checks.is_number, at=_is_text)
+  kinds = dict(layer=_is_count, cosine=_is_number, at=_is_text)
   return isinstance(value, list) and all(
     isinstance(row, dict) and all(is_(row.get(k)) for k, is_ in kinds.items())
     for row in value
@@ -54,12 +59,11 @@ _HOLDS = {
   ),
   **dict.fromkeys(
     ("ideal_reduction", "reduction", "latency_s", "flops", "train_s"),
-    _or_none(checks.is_number),
+    _or_none(_is_number),
   ),
   "funnel": _is_text,
   "seed": _is_count,
-  # Sums of squares of it must be finite.
-  "value": lambda value: checks.is_number(value) and abs(value) < 1e100,
+  "value": _is_number,
   "higher_is_better": lambda value: isinstance(value, bool),
   "layers": _are_layers,
   "base": _is_text,
