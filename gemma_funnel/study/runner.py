@@ -166,6 +166,7 @@ class Runner:
 
     def say():
       share = 1 - self._grid.work(self.done, self._trained) / total
+      share = max(0.0, share)  # Some may be measured anew.
       spent = time.monotonic() - start
       eta = (
         metric_writer.duration(spent * (1 - share) / share) if share else "?"
@@ -274,8 +275,8 @@ class Runner:
     self._require_text(config.workdir)
     if not result.finished:
       raise KeyboardInterrupt  # SIGTERM: the same command goes on.
-    self._similarity(pretraining, result)
     self._trained[pretraining] = _digest(result.model)
+    self._similarity(pretraining, result)
     return config.workdir
 
   def _give_tokenizer(self, config: Any) -> None:
@@ -316,7 +317,13 @@ class Runner:
     self, pretraining: Pretraining, result: trainer.Result
   ) -> None:
     """How far each funnel moves the states of this model, by layer."""
-    settings, have = self._config.similarity, self._results.hashes("similarity")
+    settings, mine = self._config.similarity, self._trained[pretraining]
+    self._bases[pretraining.hash] = mine
+    have = {
+      line["hash"]
+      for line in self._results.lines
+      if line["kind"] == "similarity" and line.get("base", mine) == mine
+    }
     if not settings.rows or pretraining.hash in have:
       return
     names = (pretraining.funnel,)
@@ -334,6 +341,7 @@ class Runner:
     # A document a row: nothing is packed, whatever the funnel.
     tokens, segment = batch["tokens"], (batch["segment"] == 1).astype(np.int32)
     about = dict(kind="similarity", hash=pretraining.hash, finetuning=None)
+    about["base"] = mine
     about |= dict(model=pretraining.model, pretraining=pretraining.kind)
     for name in names:
       if name != OFF:
