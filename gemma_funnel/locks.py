@@ -7,6 +7,10 @@ import os
 import socket
 from typing import Any
 
+from gemma_funnel import inputs
+
+_MOST = 1 << 16
+
 
 class HeldError(ValueError):
   """Another process holds the lock."""
@@ -41,10 +45,16 @@ class Lock:
       self._descriptor = self._acquire()
     except OSError as error:
       raise ValueError(
-        f"{self._what} cannot be written to: {error.strerror or error}"
+        f"{self._what} cannot be written: {error.strerror or error}"
       ) from error
-    self.previous = _parse(os.pread(self._descriptor, 1 << 16, 0))
-    self.note()
+    self.previous = _parse(os.pread(self._descriptor, _MOST, 0))
+    try:
+      self.note()
+    except OSError as error:
+      self.__exit__()
+      raise ValueError(
+        f"{self._what} cannot be written: {error.strerror or error}"
+      ) from error
     return self
 
   def _acquire(self) -> int:
@@ -54,7 +64,7 @@ class Lock:
       try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
-        holder = _parse(os.pread(descriptor, 1 << 16, 0))
+        holder = _parse(os.pread(descriptor, _MOST, 0))
         os.close(descriptor)
         raise HeldError(
           f"{self._what} is in use by process {holder.get('pid', '?')} on "
@@ -84,6 +94,14 @@ class Lock:
       os.unlink(self._path)  # While it is held: see `_acquire`.
       os.close(self._descriptor)
       self._descriptor = None
+
+
+def read_note(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """What the lock file's holder, running or killed, noted; {} if none."""
+  try:
+    return _parse(inputs.read_bytes(path, _MOST))
+  except ValueError:
+    return {}
 
 
 def _parse(content: bytes) -> dict[str, Any]:

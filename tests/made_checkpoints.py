@@ -131,9 +131,9 @@ def fails(destination, *words):
   assert contents(parent) == before
 
 
-def refused_by_command(capsys, *argv, words=()):
+def refused_by_command(capsys, *argv, words=(), status=2):
   capsys.readouterr()
-  assert main([str(arg) for arg in argv]) == 2
+  assert main([str(arg) for arg in argv]) == status
   said = capsys.readouterr()
   assert said.out == ""
   assert said.err.count("error: ") == 1 and "Traceback" not in said.err

@@ -239,7 +239,7 @@ def test_a_path_that_is_no_run_is_refused(tmp_path, copy):
     with pytest.raises(ValueError, match="no run: it has no folder"):
       convert.load_run(path)
   (copy / "config.json").unlink()
-  with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+  with pytest.raises(ValueError, match=r"config\.json: cannot be read"):
     convert.load_run(copy)
 
 
@@ -369,6 +369,12 @@ def test_a_resuming_run_needs_all_of_a_checkpoint(
   step, params, _ = _restore(copy, source)
   assert step == 8 and _same(params, by_step[8])
   assert "checkpoint 12 is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"a": 1}', "\0"])
+def test_sums_of_another_shape_are_damage(content, copy):
+  (copy / "checkpoints" / "12" / "sums.json").write_text(content)
+  assert convert.load_run(copy).step == 8
 
 
 def test_nothing_intact_is_an_error_that_names_them(copy, source):

@@ -535,7 +535,7 @@ def test_tokenizers_that_do_not_do(plain, refuse, folder, tmp_path):
 def test_runs_that_do_not_do(refuse, folder, tmp_path):
   prompt = "--prompt=a"
   (tmp_path / "checkpoints").mkdir()
-  refuse("config.json cannot be read", prompt, checkpoint=tmp_path)
+  refuse("config.json: cannot be read", prompt, checkpoint=tmp_path)
   config = json.loads((folder / "config.json").read_text())
   file = tmp_path / "config.json"
   write = lambda config: file.write_text(json.dumps(config))

@@ -76,14 +76,20 @@ def test_what_is_not_finite_is_null(tmp_path):
   assert "NaN" not in text and json.loads(text)["loss"] is None
 
 
-def test_a_resumed_run_goes_on_with_the_file(tmp_path):
+def test_a_resumed_run_goes_on_with_the_file(tmp_path, capsys):
   for begin, end in ((0, 4), (2, 5)):
     with _metrics(_config(tmp_path), begin, 5) as metrics:
       for step in range(begin + 1, end + 1):
         metrics.trained(step, {**VALUES, "loss": float(begin)}, 64)
     if not begin:
       with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "ki')  # Cut short by a kill.
+        file.write('1\n{"stepp": 1}\n[]\n')
+      with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 1, "kind": "\xff"}\n')
+        file.write(b'{"step": 2, "ki')  # Cut short by a kill.
+  said = capsys.readouterr().err
+  for number in range(7, 12):
+    assert f"metrics.jsonl, line {number} is dropped: " in said
   lines = _lines(tmp_path, "train")
   assert [(x["step"], x["loss"]) for x in lines] == [
     (1, 0.0),

@@ -451,7 +451,8 @@ def test_a_workdir_of_another_shape(shape, own):
     path.write_text("mine")
   else:
     (path / ".lock").mkdir(parents=True)
-  with pytest.raises(ValueError, match=f"workdir={path} cannot be written"):
+  fault = "is a file" if shape == "file" else "cannot be written"
+  with pytest.raises(ValueError, match=f"workdir={path} {fault}"):
     runner.run(config)
   assert shape != "file" or path.read_text() == "mine"
 

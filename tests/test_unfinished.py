@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import resource
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import gemma_funnel
+from gemma_funnel import locks
 from gemma_funnel.convert import (
   conversion,
   detect,
@@ -71,7 +73,7 @@ def test_no_space_left_midway(made, tmp_path, monkeypatch, capsys, to, after):
     conversion.convert(made / "hf", tmp_path / "dst", to)
   left[0] = after
   argv = (made / "hf", tmp_path / "dst", f"--to={to}")
-  refused_by_command(capsys, *argv, words=words)
+  refused_by_command(capsys, *argv, words=words, status=1)
   assert not list(tmp_path.iterdir())
 
 
@@ -110,15 +112,20 @@ def test_a_destination_that_is_in_the_way(made, tmp_path, capsys, to):
   (tmp_path / "file").write_text("mine")
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "file").write_text("mine")
-  (tmp_path / "own.partial").mkdir()
-  (tmp_path / "own.partial" / "file").write_text("mine")
+  (tmp_path / "thesis").mkdir()
+  (tmp_path / "thesis" / detect.UNFINISHED).write_text("mine")
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "link").symlink_to("empty")
+  (tmp_path / "nowhere").symlink_to("none")
   long = "a" * 300
   for name, words in [
     ("file", "exists"),
     ("full", "exists"),
     ("file/dst", "is no folder"),
     ("file/new/dst", "is no folder"),
-    ("own", "own.partial exists"),
+    ("thesis", "exists"),
+    ("link", "exists"),
+    ("nowhere", "exists"),
     (long, "too long"),
   ]:
     with fails(tmp_path / "dst", str(tmp_path / name), words):
@@ -130,10 +137,24 @@ def test_a_destination_that_is_in_the_way(made, tmp_path, capsys, to):
     conversion.convert(source_folder, source_folder / "dst", to)
 
 
-def test_a_source_that_would_be_deleted(made, tmp_path):
-  shutil.copytree(made / "hf", tmp_path / "dst.partial")
-  with fails(tmp_path / "dst", "dst.partial exists"):
-    conversion.convert(tmp_path / "dst.partial", tmp_path / "dst", "orbax")
+def _killed_note(path, **facts):
+  path.with_name(f".{path.name}.lock").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+  "name", ["mine", "../mine", "dst.partial", "dst.0.partial", 3, None]
+)
+def test_nothing_goes_that_is_not_known_for_ours(made, tmp_path, name):
+  """Whatever a lock file says, and whatever a folder is called."""
+  for folder in ("mine", "work/mine", "work/dst.partial", "work/dst.0.partial"):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / detect.UNFINISHED).write_text("mine")
+  destination = tmp_path / "work" / "dst"
+  before = contents(tmp_path)
+  _killed_note(destination, partial=name)
+  conversion.convert(made / "hf", destination, "orbax")
+  shutil.rmtree(destination)
+  assert contents(tmp_path) == before
 
 
 @contextlib.contextmanager
@@ -175,10 +196,15 @@ def test_permissions(made, capsys, mode):
 # Conversions that do not end.
 
 
-def partial_is_no_checkpoint(folder, name="dst.partial"):
+def partial_in(folder):
+  """What a killed conversion left beside its lock."""
+  (partial,) = (path for path in folder.iterdir() if path.suffix != ".lock")
+  return partial
+
+
+def partial_is_no_checkpoint(folder):
   """Neither what a killed conversion leaves nor anything within it loads."""
-  assert os.listdir(folder) == [name]
-  partial = folder / name
+  partial = partial_in(folder)
   for path in [partial, *partial.rglob("*")]:
     with pytest.raises(ValueError):
       gemma_funnel.load(path)
@@ -236,7 +262,7 @@ def test_a_conversion_that_is_killed(made, tmp_path):
       process.communicate()
   assert contents(made / "hf") == before
   for to in writer.FORMATS:
-    assert (tmp_path / to / "dst.partial" / detect.UNFINISHED).exists()
+    assert (partial_in(tmp_path / to) / detect.UNFINISHED).exists()
     partial_is_no_checkpoint(tmp_path / to)
     rerun(made / "hf", tmp_path / to, to)
 
@@ -251,7 +277,14 @@ def test_what_is_left_at_any_moment(made, tmp_path, monkeypatch, to, shards):
   plan = conversion.spec_for(opened, to)
   unlink = pathlib.Path.unlink
   for moment in (1, 12, 25, None):
-    left = [moment]
+    left, before = [moment], list(tmp_path.iterdir())
+
+    def leave(lock, *_):  # As the kernel does.
+      os.close(lock._descriptor)
+
+    def rmtree_of_others(path, rmtree=shutil.rmtree, before=before, **keywords):
+      if path in before:
+        rmtree(path, **keywords)
 
     def stop(*_, left=left):
       left[0] = (left[0] or 0) - 1
@@ -259,18 +292,17 @@ def test_what_is_left_at_any_moment(made, tmp_path, monkeypatch, to, shards):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(shutil, "rmtree", lambda *args, **keywords: None)
+      patch.setattr(shutil, "rmtree", rmtree_of_others)
+      patch.setattr(locks.Lock, "__exit__", leave)
       if moment is None:
         patch.setattr(pathlib.Path, "unlink", stop)
       with pytest.raises(KeyboardInterrupt):
         progress = (lambda *_: None) if moment is None else stop
         conversion.write(opened, plan, tmp_path / "dst", progress)
     assert pathlib.Path.unlink is unlink
-    # The last moment is after the renaming.
-    name = "dst" if moment is None else "dst.partial"
-    partial_is_no_checkpoint(tmp_path, name)
-    if moment is not None:
-      shutil.rmtree(tmp_path / name)
+    # That of the one before is gone. The last moment is after the renaming.
+    partial_is_no_checkpoint(tmp_path)
+    assert (tmp_path / "dst").exists() == (moment is None)
   rerun(made / "hf", tmp_path, to)
 
 

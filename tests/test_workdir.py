@@ -83,13 +83,24 @@ def test_what_changes_rounding_at_most_may_change(tmp_path):
 def test_workdirs_that_cannot_be_claimed(tmp_path):
   file = tmp_path / "file"
   file.write_text("")
+
+  def hold(path):
+    with workdir.hold(str(path)):
+      pass
+
   with pytest.raises(ValueError, match="is a file"):
-    workdir.init_workdir(_config(file))
+    hold(file)
   with pytest.raises(ValueError, match="cannot be written to: Not a dir"):
-    workdir.init_workdir(_config(file / "run"))
+    hold(file / "run")
+  for name in ("a[1]", "a]", "a*/run", "what?"):
+    with pytest.raises(ValueError, match="checkpoints below it could not be"):
+      hold(tmp_path / name)
+    assert not (tmp_path / name).exists()
   for content in ("{", "\0\0", "[]"):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json is no"):
+    with pytest.raises(
+      ValueError, match=r"config\.json (cannot be read|holds a)"
+    ):
       workdir.init_workdir(_config(tmp_path))
   (tmp_path / "config.json").unlink()
   for name in ("checkpoints", "tokenizer.model"):

@@ -1,7 +1,9 @@
 """Writing a checkpoint in another format, a block of a tensor at a time.
 
 Threads read, rearrange and write blocks, a few at a time. Everything is written
-to a folder beside the destination, which takes its name when it is complete.
+to a folder of its own beside the destination, which takes its name when it is
+complete. A lock, beside it too, names that folder: one conversion at a time
+writes to a destination, and what one that was killed left is known for ours.
 """
 
 from collections import deque
@@ -11,10 +13,14 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
+from typing import Any
+import uuid
 
 import numpy as np
 
+from gemma_funnel import locks
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert import detect, writer
 from gemma_funnel.convert.param_mapping import (
@@ -31,7 +37,6 @@ from gemma_funnel.convert.reader import (
 from gemma_funnel.convert.tensor_io import TensorWriter
 from gemma_funnel.data.tokenizer import Tokenizer
 
-_PARTIAL = ".partial"
 # Room for what is not a tensor.
 _SPARE_BYTES = 64 << 20
 
@@ -114,23 +119,13 @@ def check_destination(
   """Raises a ValueError where nothing can be written, before anything is."""
   with _naming(destination):
     path = pathlib.Path(destination).absolute()
-    if not _is_free(path):
-      raise ValueError(
-        f"{destination} exists: expected a folder that does not, or is empty"
-      )
+    _require_free(path, locks.read_note(_lock_of(path)))
     origin = pathlib.Path(source.where).resolve()
     if path.resolve().is_relative_to(origin) and origin.is_dir():
       raise ValueError(f"{destination} is within the source, {source.where}")
     parent = next(p for p in path.parents if p.exists())
     if not parent.is_dir():
       raise ValueError(f"{destination} cannot be made: {parent} is no folder")
-    partial = _partial_of(path)
-    # What is there will be deleted; it might be the source.
-    if not _is_free(partial):
-      raise ValueError(
-        f"{partial} exists, and not from a conversion that was killed: remove "
-        "it, or name another destination"
-      )
     needed = spec.peak_nbytes + _SPARE_BYTES
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -149,15 +144,46 @@ def _naming(destination: str | os.PathLike[str]) -> Iterator[None]:
     ) from error
 
 
-def _is_free(path: pathlib.Path) -> bool:
-  """Whether nothing, or what a conversion that was killed left, is there."""
-  if not path.is_dir():
-    return not path.exists()
-  return (path / detect.UNFINISHED).exists() or not any(path.iterdir())
+def _lock_of(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(f".{path.name}.lock")
 
 
-def _partial_of(path: pathlib.Path) -> pathlib.Path:
-  return path.with_name(path.name + _PARTIAL)
+def _require_free(path: pathlib.Path, note: dict[str, Any]) -> None:
+  """Raises a ValueError if what is at `path` is not known for ours or empty."""
+  if path.is_symlink() or not path.is_dir():
+    free = not os.path.lexists(path)
+  else:
+    free = not any(path.iterdir()) or _is_left_by(note, path)
+  if not free:
+    raise ValueError(
+      f"{path} exists: expected a folder that does not, or is empty"
+    )
+
+
+def _is_left_by(note: dict[str, Any], path: pathlib.Path) -> bool:
+  """Whether the noted conversion was killed as its folder had become `path`."""
+  try:
+    content = (path / detect.UNFINISHED).read_bytes()
+  except OSError:
+    return False
+  return content.decode(errors="replace") == _partial_in(note, path)
+
+
+def _partial_in(note: dict[str, Any], path: pathlib.Path) -> str | None:
+  """The name of the noted conversion's own folder, if it can be one."""
+  name = note.get("partial")
+  pattern = re.escape(path.name) + r"\.[0-9a-f]{32}\.partial"
+  ours = isinstance(name, str) and re.fullmatch(pattern, name)
+  return name if ours else None
+
+
+def _remove_left(path: pathlib.Path, note: dict[str, Any]) -> None:
+  """Removes what a conversion to `path` that was killed left."""
+  if (name := _partial_in(note, path)) is None:
+    return
+  shutil.rmtree(path.with_name(name), ignore_errors=True)
+  if not path.is_symlink() and _is_left_by(note, path):
+    shutil.rmtree(path)
 
 
 def write(
@@ -171,17 +197,20 @@ def write(
   Raises:
     ValueError: the source is damaged, or the destination cannot be written.
       Nothing is left of it.
+    HeldError: another conversion writes there.
   """
   path = pathlib.Path(destination).absolute()
-  partial = _partial_of(path)
+  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
   with _naming(destination), contextlib.ExitStack() as stack:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for killed in filter(_is_free, (partial, path)):
-      shutil.rmtree(killed, ignore_errors=True)
+    lock = stack.enter_context(locks.Lock(_lock_of(path), os.fspath(path)))
+    _remove_left(path, lock.previous)
+    _require_free(path, {})
+    lock.note(partial=partial.name)
     partial.mkdir()
     # Whatever ends it, nothing half-written stays.
     stack.callback(shutil.rmtree, partial, ignore_errors=True)
-    (partial / detect.UNFINISHED).touch()
+    (partial / detect.UNFINISHED).write_text(partial.name)
     for file in spec.files:
       with file.open(partial / file.name, spec.headers(file)) as opened:
         for name, nbytes in _move(source, spec, file, opened):

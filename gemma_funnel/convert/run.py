@@ -138,7 +138,8 @@ def _damage_of(folder: epath.Path) -> str | None:
     found = _sums(folder)
   except (OSError, ValueError) as error:
     return f"{SUMS}: {error}"
-  for name, sums in expected.items():
+  for name in sorted(expected.keys() | found.keys()):
+    sums = expected.get(name)
     if name not in found:
       return f"{name} is missing"
     if found[name] != sums:

@@ -18,10 +18,9 @@ from etils import epath
 import ml_dtypes
 import numpy as np
 
+from gemma_funnel import inputs
 from gemma_funnel.checks import require
 
-# Of an index or a configuration; those of the largest models have 100 kB.
-_MAX_JSON = 64 << 20
 # A call that writes more asks the system for larger pages, which take it twice
 # as long to come by.
 _WRITE_BYTES = 64 << 10
@@ -279,13 +278,10 @@ def read_json(file: pathlib.Path | epath.Path) -> dict[str, Any]:
   Raises:
     ValueError: it cannot be read, or holds no object.
   """
+  data = inputs.read_bytes(file, inputs.MAX_JSON)
   try:
-    with file.open("rb") as opened:
-      data = opened.read(_MAX_JSON + 1)
-    if len(data) > _MAX_JSON:
-      raise ValueError(f"it has more than {_MAX_JSON} bytes")
-    values = json.loads(data.decode())
-  except (OSError, ValueError, RecursionError) as error:
+    values = json.loads(data.decode("utf-8-sig"))
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{file} cannot be read: {error}") from error
   if not isinstance(values, dict):
     raise ValueError(

@@ -16,7 +16,7 @@ import re
 
 from etils import epath
 
-from gemma_funnel import atomic
+from gemma_funnel import atomic, inputs
 from gemma_funnel.checks import require
 from gemma_funnel.data.documents import Document, key_of
 
@@ -205,12 +205,12 @@ class Tokenizer:
       ValueError: the file cannot be read, or see `__init__`.
     """
     try:
-      model = epath.Path(path).read_bytes()
-    except OSError as e:
+      model = inputs.read_bytes(path, inputs.MAX_TOKENIZER)
+    except ValueError as error:
       raise ValueError(
-        f"tokenizer {os.fspath(path)}: cannot be read: {e.strerror or e}; "
-        "expected a SentencePiece model or a Hugging Face tokenizer.json"
-      ) from e
+        f"tokenizer {error}; expected a SentencePiece model or a Hugging Face "
+        "tokenizer.json"
+      ) from error
     return cls(model, os.fspath(path))
 
   def __reduce__(self):

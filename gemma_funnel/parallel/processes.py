@@ -124,15 +124,15 @@ def on_host0(function: Callable[[], Any]) -> Any:
 
   All of them raise the ValueError that it raises.
   """
-  result = None
+  result = raised = None
   if jax.process_index() == 0:
     try:
       result = {"value": function()}
     except ValueError as error:
-      result = {"error": str(error)}
+      result, raised = {"error": str(error)}, error
   result = broadcast_from_host0(result)
   if "error" in result:
-    raise ValueError(result["error"])
+    raise raised or ValueError(result["error"])
   return result["value"]
 
 

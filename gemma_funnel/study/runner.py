@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gemma_funnel import atomic, checks, cli, convert, flops, inputs, locks
+from gemma_funnel import atomic, cli, convert, flops, inputs, locks
 from gemma_funnel.config import OFF, TransformerConfig, parse_funnel
+from gemma_funnel.convert.tensor_io import read_json
 from gemma_funnel.data import pipeline
 from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.evaluation import generative, latency, report, timing
@@ -40,7 +41,6 @@ from gemma_funnel.training import (
 )
 from gemma_funnel.training.spec import RunSpec
 
-_LOCK = ".lock"
 # What a training may fail with, and the study go on without it.
 _FAILURES = (ValueError, FloatingPointError, RuntimeError, MemoryError)
 # Keys of a training whose values are paths within the study.
@@ -72,19 +72,7 @@ def run(config: ml_collections.ConfigDict) -> None:
   if config.dry_run:
     _say(*made.describe(Runner(made).done, _rate(config)))
     return
-  checks.require(
-    not set("[]*?") & set(config.workdir),
-    f"workdir={config.workdir!r}: expected no [, ], * and ? in it: checkpoints "
-    "there cannot be read",
-  )
-  try:
-    os.makedirs(config.workdir, exist_ok=True)
-  except OSError as error:
-    raise ValueError(
-      f"workdir={config.workdir} cannot be written to: {error.strerror}"
-    ) from error
-  path = os.path.join(config.workdir, _LOCK)
-  with locks.Lock(path, f"workdir={config.workdir}"):
+  with workdir.hold(config.workdir):
     try:
       _run(made)
     except OSError as error:
@@ -456,7 +444,7 @@ def _give_paths(folder: str, spec: RunSpec) -> None:
   keep = dict(keep_empty_nodes=True)
   here = flatten_dict(json.loads(spec.config.to_json()), **keep)
   try:
-    there = flatten_dict(workdir.read_config(path), **keep)
+    there = flatten_dict(read_json(path), **keep)
   except ValueError as error:
     cli.say(f"warning: {error}; it is written anew")
     there = here

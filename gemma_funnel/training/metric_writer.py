@@ -12,10 +12,13 @@ from typing import Any
 from etils import epath
 import jax
 
-from gemma_funnel import atomic
+from gemma_funnel import atomic, cli, inputs
 from gemma_funnel.parallel.hardware import chip_of
 from gemma_funnel.training import workdir
 from gemma_funnel.training.spec import RunSpec
+
+# Of metrics.jsonl: ten million steps have 2 GB.
+_MAX_BYTES = 8 << 30
 
 
 class MetricWriter:
@@ -221,14 +224,20 @@ class _Lines:
       self._remote.write_text(self._path.read_text())
 
   def keep_until(self, step: int) -> None:
-    """Drops the lines of later steps, and one cut short by a kill."""
+    """Drops the lines of later steps, and those that are none of ours."""
     if not self._path.exists():
       return
-    kept = []
-    for line in self._path.read_text().splitlines():
-      with contextlib.suppress(json.JSONDecodeError):
-        if json.loads(line)["step"] <= step:
-          kept.append(line + "\n")
+
+    def tell(number: int, fault: str) -> None:
+      cli.say(f"{self._path}, line {number} is dropped: {fault}")
+
+    def fault(entry: dict[str, Any]) -> str | None:
+      found = entry.get("step")
+      return None if type(found) is int else f"step={found!r}: expected an int"
+
+    content = inputs.read_bytes(self._path, _MAX_BYTES)
+    entries = inputs.parse_json_lines(content, tell, fault)
+    kept = [json.dumps(x) + "\n" for x in entries if x["step"] <= step]
     atomic.write_text(self._path, "".join(kept))
 
 

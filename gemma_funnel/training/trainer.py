@@ -14,6 +14,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import processes, sharding
@@ -59,11 +60,12 @@ def train(
   task = spec.task
   loss = task.make_loss(spec)
   init, state_shapes = init_state.make_init(spec)  # Fails on a wrong mesh.
-  workdir.init_workdir(spec.config, free=task.free_keys)
-  data = task.load_data(spec)
   model = Transformer.abstract(spec.model_config, spec.stages)
   loop = spec.loop
   with contextlib.ExitStack() as stack:
+    stack.enter_context(workdir.hold(spec.workdir))
+    workdir.init_workdir(spec.config, free=task.free_keys)
+    data = task.load_data(spec)
     # Batches may have worker processes.
     batches = stack.enter_context(contextlib.closing(task.batches(spec, data)))
     frozen_params = init_state.load_frozen(spec)
@@ -286,6 +288,8 @@ class _Trainer:
     value = values[self.spec.task.stopping.metric]
     if value is None or not math.isfinite(value):
       value = -math.inf
+    # As it is kept: a value in more digits would forever be above itself.
+    value = float(np.float32(value))
     best, waited = float(self.best["value"]), self.best["waited"] + 1
     if value > best or best == -math.inf:
       # Where none had a value, the newest parameters are better than the first.

@@ -1,15 +1,17 @@
 """The folder of a run: its configuration, and which keys may change."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import json
+import os
 from typing import Any
 
-from etils import epath
 from flax.traverse_util import flatten_dict
 import ml_collections
 
-from gemma_funnel import atomic
+from gemma_funnel import atomic, locks
+from gemma_funnel.checks import require
 from gemma_funnel.config import (
   TransformerConfig,
   format_funnel,
@@ -17,6 +19,7 @@ from gemma_funnel.config import (
   resolve_funnel,
 )
 from gemma_funnel.convert.run import CONFIG, FOLDER, TOKENIZER, path_of
+from gemma_funnel.convert.tensor_io import read_json
 from gemma_funnel.parallel import processes
 from gemma_funnel.registry import RECOVERIES, REDUCERS
 
@@ -57,6 +60,47 @@ _FREE_KEYS = (
 )
 
 
+@contextlib.contextmanager
+def hold(workdir: str) -> Iterator[None]:
+  """Makes the folder, and keeps other runs out of it until the block ends.
+
+  Raises:
+    ValueError: it is a file, cannot be written to, or has a name that Orbax
+      takes for a pattern, so that no checkpoint could be read.
+    HeldError: another run trains in it.
+  """
+  folder = path_of(workdir)
+
+  def take() -> None:
+    require(
+      not set("[]*?") & set(os.fspath(folder)),
+      f"workdir={workdir!r}: expected no [, ], * and ? in its path: checkpoints "
+      "below it could not be read",
+    )
+    require(
+      folder.is_dir() or not folder.exists(),
+      f"workdir={workdir} is a file, not a folder",
+    )
+    with _writing(workdir):
+      folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(locks.Lock(folder / ".lock", f"workdir={workdir}"))
+
+  with contextlib.ExitStack() as stack:
+    processes.on_host0(take)
+    yield
+
+
+@contextlib.contextmanager
+def _writing(workdir: str) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # Each kind of bucket raises its own.
+    raise ValueError(
+      f"workdir={workdir} cannot be written to: "
+      f"{getattr(error, 'strerror', None) or error}"
+    ) from error
+
+
 def init_workdir(
   config: ml_collections.ConfigDict, free: Sequence[str] = ()
 ) -> None:
@@ -83,13 +127,11 @@ def _init_workdir(
 ) -> None:
   folder = path_of(config.workdir)
   path = folder / CONFIG
-  if folder.exists() and not folder.is_dir():
-    raise ValueError(f"workdir={config.workdir} is a file, not a folder")
   # A call that failed before it made anything claims nothing: it may be
   # corrected.
   begun = (folder / FOLDER).exists() or (folder / TOKENIZER).exists()
   if path.exists():
-    there, here = read_config(path), json.loads(config.to_json())
+    there, here = read_json(path), json.loads(config.to_json())
     differences = _differences(there, here, free)
     if differences and begun:
       raise ValueError(
@@ -107,26 +149,9 @@ def _init_workdir(
       f"{folder} has {FOLDER} or {TOKENIZER}, but no {CONFIG}: whose they "
       "are is not known. Name another workdir, or remove that one."
     )
-  try:
+  with _writing(config.workdir):
     folder.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path, config.to_json(indent=2) + "\n")
-  except Exception as error:  # Each kind of bucket raises its own.
-    raise ValueError(
-      f"workdir={config.workdir} cannot be written to: "
-      f"{getattr(error, 'strerror', None) or error}"
-    ) from error
-
-
-def read_config(path: epath.Path) -> dict[str, Any]:
-  try:
-    config = json.loads(path.read_text())
-  except OSError as error:
-    raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-  if not isinstance(config, dict):
-    raise ValueError(f"{path} is no configuration: expected a JSON object")
-  return config
 
 
 def _differences(
