@@ -208,7 +208,7 @@ def open_checkpoint(
 
 def _foreign_tensors(format_, config, sizes, reader) -> list[Tensor] | None:
   """What the files of others hold; None for ours."""
-  if format_ in ("huggingface", "gemma_pytorch", "google"):
+  if format_ in ("gemma_pytorch", "google"):
     param_mapping.check_gemma(config, reader.where)
   match format_:
     case "huggingface":
@@ -242,7 +242,8 @@ def _check(reader: TensorReader, tensors: Sequence[Tensor]) -> None:
   ]
   for name, tensor in expected.items():
     problems += _faults(name, tensor, stored[name]) if name in stored else []
-  if not problems and huggingface.TIED_HEAD in stored:
+  head = huggingface.TIED_HEAD
+  if not problems and head in stored and head not in expected:
     problems = _check_tied(reader)
   if problems:
     raise ValueError(
