@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from gemma_funnel import cli
+from gemma_funnel import cli, inputs
 from gemma_funnel.checks import require
 from gemma_funnel.config import (
   PRESETS,
@@ -26,8 +26,10 @@ from gemma_funnel.convert.orbax_tree import OrbaxTree, is_orbax_tree
 from gemma_funnel.convert.run import (
   CONFIG,
   FOLDER,
+  SUMS,
   TOKENIZERS,
   RunTensors,
+  find_intact,
   find_tokenizer,
 )
 from gemma_funnel.convert.safetensors_file import SafetensorsFile
@@ -418,3 +420,19 @@ def stop_ids(weights: Weights, vocab_size: int) -> tuple[int, ...]:
     f"{file}: eos_token_id={said!r}: expected ids of 0 to {vocab_size - 1}",
   )
   return tuple(ids)
+
+
+def fingerprints(weights: Weights) -> dict[str, str]:
+  """What tells the weights from others; a run's are those of a step."""
+  folder = weights.folder
+  if weights.format == "run":
+    step, _ = find_intact(folder)
+    return {"sums": inputs.fingerprint(folder / FOLDER / str(step) / SUMS)}
+  files = sorted(
+    path
+    for path in folder.rglob("*")
+    if path.is_file() and path.name not in COMPANIONS
+  )
+  names = [path.relative_to(folder).as_posix() for path in files]
+  values = inputs.fingerprint_all(files).values()
+  return dict(zip(names, values, strict=True))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_funnel import inputs
 from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.convert import (
   detect,
@@ -191,7 +192,7 @@ def open_checkpoint(
   if tensors is None:
     tensors, beside = own, []
     if run and run.lora:
-      reader = LoraTensors(run, open_checkpoint(run.config["init_from"]))
+      reader = LoraTensors(run, _open_base(run))
     reader = param_mapping.current_names(reader)
   _check(reader, tensors)
   readers = [reader]
@@ -215,6 +216,22 @@ def open_checkpoint(
     _sizes=sizes,
     _views={(v.path, v.layer): (t.name, v) for t in tensors for v in t.views},
   )
+
+
+def _open_base(run: RunTensors) -> CheckpointReader:
+  """What the factors of a run are merged into; raises where it is another."""
+  path = run.config["init_from"]
+  kept = {k: v for k, v in run.inputs.items() if k.startswith("base:")}
+  if kept:
+    found = base_fingerprints(path)
+    inputs.require_unchanged(f"the run in {run.where}", kept, found)
+  return open_checkpoint(path)
+
+
+def base_fingerprints(path: str | os.PathLike[str]) -> dict[str, str]:
+  """What a run that starts from the checkpoint at `path` depends on."""
+  found = detect.fingerprints(detect.find(path))
+  return {f"base:{name}": value for name, value in found.items()}
 
 
 def _foreign_tensors(format_, config, sizes, reader) -> list[Tensor] | None:
