@@ -394,13 +394,14 @@ def _flip(path):
 
 @pytest.mark.parametrize("what", ["data", "tokenizer", "no tokenizer"])
 def test_what_a_run_depends_on_is_what_it_was(what, source, tmp_path, capsys):
-  text = pathlib.Path(shutil.copy(source, tmp_path / "text.txt"))
+  text = pathlib.Path(shutil.copy(source, tmp_path))
   workdir = tmp_path / "run"
   _train(workdir, text, steps=4)
   tokenizer = workdir / "tokenizer.model"
-  fault = "data:source:0:text.txt .changed."
+  fault = f"data:source:0:{text.name} .changed."
   if what == "data":
-    text.write_text(text.read_text() + "More of it.\n")
+    lines = text.read_text().splitlines(keepends=True)
+    text.write_text("".join(lines[:-1]))
   elif what == "tokenizer":
     _flip(tokenizer)
     fault = "tokenizer:tokenizer.model .changed."
