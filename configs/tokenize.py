@@ -19,6 +19,8 @@ def get_config() -> config_dict.ConfigDict:
     source="stdlib",
     # The key of the text in a JSON object, or its column.
     text_key="text",
+    # Of rows that cannot be read: "skip" leaves them out, or "error".
+    on_bad="skip",
     # A SentencePiece model or a tokenizer.json, such as the tokenizer.model of
     # a run. Required.
     tokenizer=config_dict.placeholder(str),

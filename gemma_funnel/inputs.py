@@ -46,8 +46,7 @@ def open_file(
   name = os.fspath(path)
   try:
     if "://" in name:
-      size = None if most is None else epath.Path(name).stat().length
-      opened = epath.Path(name).open("rb")
+      size, opened = None, epath.Path(name).open("rb")
     else:
       # Opened without waiting: a FIFO would wait for a writer.
       flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0)
@@ -62,10 +61,8 @@ def open_file(
       f"{name}: cannot be read: {error.strerror or error}"
     ) from error
   with opened:
-    require(
-      most is None or size <= most,
-      f"{name} has {size:,} bytes: expected at most {most or 0:,}",
-    )
+    if None not in (most, size) and size > most:
+      raise ValueError(f"{name} has {size:,} bytes: expected at most {most:,}")
     yield opened
 
 

@@ -410,6 +410,7 @@ class TestLoadCorpus:
       heldout=None,
       heldout_fraction=0.1,
       text_key="text",
+      on_bad="skip",
       mixture={},
       tokenizer=None,
       lanes=1,

@@ -176,11 +176,67 @@ class TestErrors:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
     with pytest.raises(ValueError, match=f"bad.jsonl, line 3: .*{message}"):
-      list(sources.load(str(path)))
-    # The first line of a file is read at once.
+      sources.load(str(path), on_bad="error")
+    # Whatever is to be done with bad rows, not all may be.
     path.write_bytes(b"\n" + line)
     with pytest.raises(ValueError, match=f"bad.jsonl, line 2: .*{message}"):
       sources.load_split(str(path))
+
+  def test_bad_rows_are_left_out_and_told(self, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    rows = [
+      b'{"text": "one"}',
+      b'{"text": null}',
+      b'{"text": "two"}',
+      b"{",
+      b"3",
+    ]
+    path.write_bytes(b"\n".join([*rows, b'{"text": "\\ud800"}']))
+    found = sources.load(str(path))
+    texts = {d.key: d.text for d in found for _ in range(2)}
+    assert texts == {f"a.jsonl:{i}": "" for i in range(6)} | {
+      "a.jsonl:0": "one",
+      "a.jsonl:2": "two",
+    }
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4 and "line 2: " in said[0]
+    path.write_bytes(rows[0] + b"\n" + b"{\n" * 300)
+    with pytest.raises(ValueError, match="101 of the 301 rows of .* such as"):
+      list(sources.load(str(path)))
+
+  @pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+      ("UP.JSONL", b'{"text": "a"}\n', ["a"]),
+      ("plain.json", b'{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+      ("lines.txt", b'{"text": "a"}\n', ["a"]),
+      ("bom.jsonl", b'\xef\xbb\xbf{"text": "a"}\n', ["a"]),
+      ("bom.txt", b"\xef\xbb\xbftext", ["text"]),
+      ("nested.jsonl", b'{"a": {"text": "x"}}\n', ["x"]),
+      ("a[1],b.txt", b"text", ["text"]),
+      ("list.json", b'[{"text": "a"}]', "is a JSON document: expected JSON"),
+      ("a.csv", b"text\na\n", r"is a table .CSV.: expected text"),
+      ("a.jsonl.gz", b"\x1f\x8b\x08", "compressed by gzip: expected"),
+      ("hidden.txt", b"BZh91AY", "compressed by bzip2: expected"),
+      ("utf16.txt", "text".encode("utf-16"), "not UTF-8"),
+    ],
+  )
+  def test_formats_by_name_and_content(self, tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.write_bytes(content)
+    key = "a.text" if name == "nested.jsonl" else "text"
+    if isinstance(expected, list):
+      assert [d.text for d in sources.load(str(path), key)] == expected
+      return
+    with pytest.raises(ValueError, match=f"{name}.*{expected}"):
+      sources.load(str(path), key)
+
+  def test_what_is_no_file(self, tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").symlink_to("/dev/zero")
+    for name, kind in (("a", "a FIFO"), ("b", "a device")):
+      with pytest.raises(ValueError, match=f"{name}.txt is {kind}"):
+        sources.load(str(tmp_path / f"{name}.txt"))
 
   @pytest.mark.parametrize(
     ("fraction", "message"),
@@ -296,7 +352,7 @@ class TestRecords:
     path = tmp_path / "a.array_record"
     _write_records(path, [b'{"text": "a"}', b'{"text": 3}'])
     with pytest.raises(ValueError, match="record 1: the value of 'text' is"):
-      list(sources.load(str(path)))
+      list(sources.load(str(path), on_bad="error"))
     _write_records(path, [b"text"])
     with pytest.raises(ValueError, match="a.array_record, record 0: malformed"):
       sources.load(str(path))
@@ -335,7 +391,7 @@ class TestParquet:
     path = tmp_path / "null.parquet"
     parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
     with pytest.raises(ValueError, match="row 1: .* NoneType; expected a str"):
-      list(sources.load(str(path)))
+      list(sources.load(str(path), on_bad="error"))
     path = tmp_path / "bad.parquet"
     path.write_bytes(b"PAR1 is not all of it")
     with pytest.raises(ValueError, match="bad.parquet: not a Parquet file"):

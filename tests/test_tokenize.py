@@ -207,6 +207,11 @@ class TestWhatIsWritten:
       ValueError, match=r"begun with .*\['shards'\].*: 4}; del"
     ):
       tokenize.tokenize(_config(corpus, out=config.out, shards=5))
+    with monkeypatch.context() as patch:
+      now = {"0:a.txt": "other"}
+      patch.setattr(tokenize.sources, "fingerprints", lambda source: now)
+      with pytest.raises(ValueError, match="not what it was .*: 0:a.txt; put"):
+        tokenize.tokenize(config)
 
     def counted(*arguments):
       for block in whole(*arguments):
@@ -335,6 +340,7 @@ class TestErrors:
         out=str(tmp_path / "ids"),
         shards=1,
         num_workers=num_workers,
+        on_bad="error",
       )
       with pytest.raises(ValueError, match="a.jsonl, line 2: the value of"):
         tokenize.tokenize(config)

@@ -55,15 +55,12 @@ def _convert(folder, patch):
   return lambda: convert.convert(source, target, to="orbax"), target
 
 
-_WITHOUT = pytest.mark.xfail(reason="holds no lock", strict=False)
-
-
 @pytest.mark.parametrize(
   "command",
   [
     pytest.param(_train, id="train"),
     pytest.param(_study, id="study"),
-    pytest.param(_tokenize, id="tokenize", marks=_WITHOUT),
+    pytest.param(_tokenize, id="tokenize"),
     pytest.param(_convert, id="convert"),
   ],
 )

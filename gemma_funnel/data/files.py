@@ -5,6 +5,7 @@ opened for every read: none is held open, and a reader can be pickled.
 """
 
 from array import array
+import codecs
 from collections.abc import Iterator
 import contextlib
 import functools
@@ -16,7 +17,8 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from gemma_funnel.checks import require
+from gemma_funnel import cli, inputs
+from gemma_funnel.checks import require, require_choice
 from gemma_funnel.data import tfds
 from gemma_funnel.data.documents import Document, LazyDocuments
 
@@ -24,6 +26,39 @@ from gemma_funnel.data.documents import Document, LazyDocuments
 # splits.
 TEXT_DOCUMENT_BYTES = 16 << 10
 RECORD_ENDS = (".array_record", ".arrayrecord")
+ON_BAD = ("skip", "error")
+# Of rows that cannot be read: how many may be, at least and by share, how many
+# are told, and how many first ones are tried before anything is.
+_FEW_BAD, _MOST_BAD, _TOLD_BAD, _FIRST_ROWS = 100, 0.1, 10, 100
+# What files begin with that are no text, and what they are called.
+_MAGIC = {
+  b"PAR1": "Parquet",
+  b"\x1f\x8b": "compressed by gzip",
+  b"BZh": "compressed by bzip2",
+  b"\xfd7zXZ": "compressed by xz",
+  b"\x28\xb5\x2f\xfd": "compressed by zstd",
+  b"PK\x03\x04": "a zip archive",
+  b"%PDF": "a PDF",
+  b"ARROW1": "an Arrow file",
+  b"\x89HDF": "an HDF5 file",
+}
+_NO_TEXT = {
+  ".csv": "a table (CSV)",
+  ".tsv": "a table (TSV)",
+  ".xlsx": "a spreadsheet",
+  ".arrow": "an Arrow file",
+  ".feather": "an Arrow file",
+  ".tfrecord": "a TFRecord file",
+  ".tar": "an archive",
+  ".gz": "compressed by gzip",
+  ".bz2": "compressed by bzip2",
+  ".xz": "compressed by xz",
+  ".zst": "compressed by zstd",
+  ".zip": "a zip archive",
+  ".npy": "an array",
+  ".npz": "arrays",
+  ".pkl": "a pickle",
+}
 # Decoded row groups of Parquet files that are kept in memory.
 _KEPT_ROW_GROUPS = 4
 _BLOCK_BYTES = 1 << 20
@@ -32,6 +67,15 @@ _BLOCK_BYTES = 1 << 20
 def is_remote(path: str) -> bool:
   """Whether a path is of a bucket and not of this machine."""
   return "://" in path
+
+
+class BadRowError(ValueError):
+  """A row has no text, or is damaged; the file is as it should be."""
+
+
+def _require_row(ok: bool, message: str) -> None:
+  if not ok:
+    raise BadRowError(message)
 
 
 @contextlib.contextmanager
@@ -52,12 +96,14 @@ def _naming(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[Any]:
-  with _naming(path), epath.Path(path).open("rb") as f:
+  with _naming(path), inputs.open_file(path) as f:
     yield f
 
 
 def matches(pattern: str) -> list[str]:
   """The files and folders that a glob matches."""
+  if os.path.exists(pattern):
+    return [pattern]  # Whatever it has of "[" or "*".
   if not is_remote(pattern):
     return glob.glob(os.path.expanduser(pattern), recursive=True)
   require(
@@ -99,19 +145,19 @@ class File(LazyDocuments):
     with _open(self.path) as f:
       f.seek(start)
       part = f.read(size)
-    require(
-      len(part) == size,
-      f"{self.path}: found {len(part)} bytes at {start}, expected {size}: the "
-      "file is not what it was when it was first read",
-    )
+    if len(part) != size:
+      raise ValueError(
+        f"{self.path}: found {len(part)} bytes at {start}, expected {size}: "
+        "the file is not what it was when it was first read"
+      )
     return part
 
 
 def _decode(content: bytes, place: str, expected: str = "UTF-8 text") -> str:
   try:
-    return content.decode("utf-8")
+    return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
   except UnicodeDecodeError as e:
-    raise ValueError(f"{place}: not UTF-8: {e}; expected {expected}") from e
+    raise BadRowError(f"{place}: not UTF-8: {e}; expected {expected}") from e
 
 
 class TextFile(File):
@@ -145,7 +191,7 @@ class TextFile(File):
 
 def check_text(text: Any, place: str, text_key: str) -> str:
   """A string that UTF-8 can express, else a ValueError that names the place."""
-  require(
+  _require_row(
     isinstance(text, str),
     f"{place}: the value of {text_key!r} is a {type(text).__name__}; expected "
     "a string",
@@ -153,7 +199,7 @@ def check_text(text: Any, place: str, text_key: str) -> str:
   try:
     text.encode("utf-8")
   except UnicodeEncodeError as e:
-    raise ValueError(f"{place}: {text_key!r} is not Unicode text: {e}") from e
+    raise BadRowError(f"{place}: {text_key!r} is not Unicode text: {e}") from e
   return text
 
 
@@ -162,27 +208,39 @@ def _json_text(content: bytes, place: str, text_key: str) -> str:
   try:
     record = json.loads(_decode(content, place, "UTF-8 JSON"))
   except json.JSONDecodeError as e:
-    raise ValueError(f"{place}: malformed JSON: {e}") from e
+    raise BadRowError(f"{place}: malformed JSON: {e}") from e
   except RecursionError as e:
-    raise ValueError(f"{place}: JSON nested too deeply") from e
-  require(
+    raise BadRowError(f"{place}: JSON nested too deeply") from e
+  _require_row(
     isinstance(record, dict),
     f"{place}: found a JSON {type(record).__name__}; expected an object with "
     f"the key {text_key!r}",
   )
   found = f"no key {text_key!r}; found the keys {sorted(record)}"
-  require(text_key in record, f"{place}: {found}")
-  return check_text(record[text_key], place, text_key)
+  # A key within another is written with a dot.
+  *outer, last = [text_key] if text_key in record else text_key.split(".")
+  for key in outer:
+    record = record.get(key) if isinstance(record, dict) else None
+  there = isinstance(record, dict) and last in record
+  _require_row(there, f"{place}: {found}")
+  return check_text(record[last], place, text_key)
+
+
+def _is_empty(line: bytes, place: str, text_key: str) -> bool:
+  try:
+    return not _json_text(line, place, text_key)
+  except ValueError:
+    return False  # Whoever reads it is told.
 
 
 class JsonLines(File):
   """A JSON object a line; blank lines and empty texts are left out.
 
-  One pass finds where lines are. They are parsed when they are read; the first
-  is parsed at once too, to find a wrong `text_key`.
+  One pass finds where lines are. They are parsed when they are read, or if
+  `strict` at once.
   """
 
-  def __init__(self, path: str, text_key: str):
+  def __init__(self, path: str, text_key: str, strict: bool = False):
     super().__init__(path, text_key)
     found = array("q")
     at = index = 0
@@ -191,9 +249,13 @@ class JsonLines(File):
         at += len(line)
         if not line.strip():
           continue
-        # An empty string is written in one way only.
-        parsed = index == 0 or b'""' in line
-        if not parsed or _json_text(line, f"{path}, line {number}", text_key):
+        place = f"{path}, line {number}"
+        if strict:
+          kept = _json_text(line, place, text_key)
+        else:
+          # An empty string is written in one way only.
+          kept = b'""' not in line or not _is_empty(line, place, text_key)
+        if kept:
           found.extend((at - len(line), len(line), index))
         index += 1
     self._lines = np.asarray(found).reshape(-1, 3)  # Starts, sizes, indices.
@@ -259,11 +321,6 @@ class RecordFile(File):
 class JsonRecords(RecordFile):
   """array_record of JSON objects."""
 
-  def __init__(self, path: str, text_key: str):
-    super().__init__(path, text_key)
-    if len(self):
-      self.read(0)
-
   def read(self, i: int) -> Document:
     place = f"{self.path}, record {i}"
     text = _json_text(self.record(i), place, self.text_key)
@@ -288,7 +345,7 @@ class ParquetFile(File):
       f"{path}: no column {text_key!r}; found the columns {sorted(found)}",
     )
     require(
-      found[text_key] in ("string", "large_string"),
+      "string" in found[text_key] and "list" not in found[text_key],
       f"{path}: the column {text_key!r} is of {found[text_key]}; expected "
       "strings",
     )
@@ -370,14 +427,113 @@ class TfdsSplit(File):
     return Document(self.key(i), check_text(value, place, self.text_key))
 
 
-def open_file(path: str, text_key: str) -> File:
-  """The documents of a file of text, of the format that its name tells."""
+class Checked(LazyDocuments):
+  """Documents of a file; rows that cannot be read are without text.
+
+  Such documents are in no batch, and the keys of the others are what they were.
+  The first of them are told, and too many are an error.
+  """
+
+  def __init__(self, file: File):
+    self.parts, self._file, self._bad = (), file, {}
+
+  def __len__(self) -> int:
+    return len(self._file)
+
+  def key(self, i: int) -> str:
+    return self._file.key(i)
+
+  def read(self, i: int) -> Document:
+    try:
+      return self._file.read(i)
+    except BadRowError as error:
+      self._leave_out(i, error)
+      return Document(self.key(i), "")
+
+  def _leave_out(self, i: int, error: ValueError) -> None:
+    if i in self._bad:
+      return
+    self._bad[i] = str(error)
+    count = len(self._bad)
+    require(
+      count <= max(_FEW_BAD, len(self) * _MOST_BAD),
+      f"{count:,} of the {len(self):,} rows of {self._file.path} cannot be "
+      f"read, such as {next(iter(self._bad.values()))}",
+    )
+    if count <= _TOLD_BAD:
+      more = "" if count < _TOLD_BAD else "; further ones are not told"
+      cli.say(f"{error}; left out (data.on_bad='skip'){more}")
+
+
+def open_file(path: str, text_key: str, on_bad: str = "skip") -> File | Checked:
+  """The documents of a file of text.
+
+  Its name tells the format, and where that says nothing its content.
+
+  Args:
+    path: of the file.
+    text_key: the key or the column of the text.
+    on_bad: "skip" leaves out rows that cannot be read; "error" raises, of JSON
+      lines before any is used.
+
+  Raises:
+    ValueError: it cannot be read, is of a format that is no text, or its first
+      rows have no text.
+  """
+  require_choice("data.on_bad", on_bad, ON_BAD)
   if path.startswith("tfds:"):
     return TfdsSplit(path, text_key)
-  if path.endswith(".jsonl"):
-    return JsonLines(path, text_key)
-  if path.endswith(".parquet"):
+  name = path.lower()
+  if name.endswith(RECORD_ENDS):
+    file = JsonRecords(path, text_key)
+  else:
+    file = _by_content(path, text_key, on_bad == "error")
+  if isinstance(file, TextFile):
+    return file
+  _check_first(file)
+  return Checked(file) if on_bad == "skip" else file
+
+
+def _by_content(path: str, text_key: str, strict: bool) -> File:
+  with _open(path) as f:
+    head = f.read(_BLOCK_BYTES)
+  end = os.path.splitext(path)[1].lower()
+  kind = next(
+    (k for magic, k in _MAGIC.items() if head.startswith(magic)), None
+  )
+  if end == ".parquet" or kind == "Parquet":
     return ParquetFile(path, text_key)
-  if path.endswith(RECORD_ENDS):
-    return JsonRecords(path, text_key)
+  require(
+    kind is None and end not in _NO_TEXT,
+    f"{path} is {kind or _NO_TEXT.get(end)}: expected text, JSON lines, Parquet "
+    "or array_record files; unpack it, or write its text as one of them",
+  )
+  first = head.removeprefix(codecs.BOM_UTF8).lstrip()
+  lines = first.split(b"\n", 1)[0]
+  if end in (".jsonl", ".ndjson") or _is_object(lines):
+    return JsonLines(path, text_key, strict)
+  require(
+    end != ".json",
+    f"{path} is a JSON document: expected JSON lines, an object in each",
+  )
   return TextFile(path)
+
+
+def _is_object(line: bytes) -> bool:
+  try:
+    return isinstance(json.loads(line), dict)
+  except (ValueError, RecursionError):
+    return False
+
+
+def _check_first(file: File) -> None:
+  """Raises what is wrong with the first rows, if it is so with all of them."""
+  errors = []
+  for i in range(min(len(file), _FIRST_ROWS)):
+    try:
+      file.read(i)
+      return
+    except ValueError as error:
+      errors.append(error)
+  if errors:
+    raise errors[0]

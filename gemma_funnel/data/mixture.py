@@ -75,11 +75,14 @@ def _entries(cfg: Any) -> dict[str, dict[str, Any]]:
   return found
 
 
-def load_split(cfg: Any) -> tuple[Mixture, Sequence[Document]]:
+def load_split(
+  cfg: Any, on_bad: str = "skip"
+) -> tuple[Mixture, Sequence[Document]]:
   """Finds the documents of all entries, each split as a single source is.
 
   Args:
     cfg: see `pipeline.default_config`.
+    on_bad: see `files.open_file`.
 
   Returns:
     The training documents of the entries with a weight above 0, and the
@@ -101,7 +104,7 @@ def load_split(cfg: Any) -> tuple[Mixture, Sequence[Document]]:
     weight = entry.pop("weight")
     try:
       train, held = sources.load_split(
-        heldout_fraction=cfg.heldout_fraction, **entry
+        heldout_fraction=cfg.heldout_fraction, on_bad=on_bad, **entry
       )
     except ValueError as e:
       raise ValueError(f"data.mixture.{name}: {e}") from e

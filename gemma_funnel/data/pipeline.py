@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
-import hashlib
 import os
 from typing import Any
 import zlib
@@ -12,7 +11,6 @@ import grain
 from ml_collections import config_dict
 import numpy as np
 
-from gemma_funnel import inputs
 from gemma_funnel.checks import require, require_int
 from gemma_funnel.data import documents as documents_lib
 from gemma_funnel.data import files, mixture, packing, sources, tokenized
@@ -59,6 +57,8 @@ def default_config() -> config_dict.ConfigDict:
     heldout: held-out files, named likewise; None splits `source` by a hash.
     heldout_fraction: share of `source` that the hash holds out.
     text_key: key of the text in a JSON object; column of the text.
+    on_bad: "skip" leaves out rows of files that cannot be read, and tells of
+      them; "error" ends with the first, of JSON lines before the first step.
     mixture: by name, dict(source=.., weight=..), and heldout and text_key where
       they differ. Replaces `source` and `heldout`. Weights are shares of the
       training tokens; they need not sum to 1.
@@ -75,6 +75,7 @@ def default_config() -> config_dict.ConfigDict:
     heldout=config_dict.placeholder(str),
     heldout_fraction=0.1,
     text_key="text",
+    on_bad="skip",
     mixture=config_dict.ConfigDict(),
     tokenizer=config_dict.placeholder(str),
     lanes=1,
@@ -101,7 +102,11 @@ def load_corpus(
       they should be; see `sources.load_split`, `mixture.load_split` and
       `tokenizer.find_tokenizer`. A tokenized corpus is of another tokenizer.
   """
-  missing = [key for key in default_config() if not hasattr(cfg, key)]
+  # Version 0.1 had no such key.
+  on_bad = getattr(cfg, "on_bad", files.ON_BAD[0])
+  missing = [
+    k for k in default_config() if k != "on_bad" and not hasattr(cfg, k)
+  ]
   require(
     not missing,
     f"the data configuration lacks {missing}; expected the keys "
@@ -116,13 +121,14 @@ def load_corpus(
     cfg.tokenizer, cache_path, vocab_size
   )
   if cfg.mixture:
-    train, heldout = mixture.load_split(cfg)
+    train, heldout = mixture.load_split(cfg, on_bad)
   else:
     train, heldout = sources.load_split(
       cfg.source,
       heldout=cfg.heldout,
       heldout_fraction=cfg.heldout_fraction,
       text_key=cfg.text_key,
+      on_bad=on_bad,
     )
   for documents in (train, heldout):
     tokenized.check_tokenizer(documents, tokenizer)
@@ -147,24 +153,9 @@ def fingerprints(cfg: Any) -> dict[str, str]:
       if not (source := values.get(key)):
         continue
       name = ".".join(filter(None, (part, key)))
-      if source == sources.STDLIB:
-        found[f"{name}:{source}"] = _hash_of_stdlib()
-        continue
-      paths = sources.paths_of(source)
-      files = inputs.fingerprint_all(
-        p for p in paths if not p.startswith("tfds:")
-      )
-      for number, (path, value) in enumerate(files.items()):
-        found[f"{name}:{number}:{os.path.basename(path)}"] = value
+      files = sources.fingerprints(source)
+      found |= {f"{name}:{file}": value for file, value in files.items()}
   return found
-
-
-@functools.cache
-def _hash_of_stdlib() -> str:
-  digest = hashlib.sha256()
-  for document in sources.stdlib_documents():
-    digest.update(f"{document.key}\0{document.text}\0".encode())
-  return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,12 @@ that the split is the same on every machine and a document never moves.
 """
 
 from collections.abc import Iterable, Sequence
+import functools
+import hashlib
 import os
 import sysconfig
 
+from gemma_funnel import inputs
 from gemma_funnel.checks import require, require_between
 from gemma_funnel.data import documents as documents_lib
 from gemma_funnel.data import files, tokenized
@@ -69,6 +72,8 @@ def paths_of(source: str) -> list[str]:
     ValueError: there is no glob, or one that matches nothing.
   """
   patterns = [p.strip() for p in source.split(",") if p.strip()]
+  if os.path.exists(source):  # A comma may be part of a name.
+    patterns = [source]
   require(patterns, f"source {source!r}: expected 'stdlib' or globs of files")
   splits = [p for p in patterns if p.startswith("tfds:")]
   paths = set()
@@ -90,15 +95,19 @@ def paths_of(source: str) -> list[str]:
   return [*sorted(paths), *dict.fromkeys(splits)]
 
 
-def file_documents(paths: Iterable[str], text_key: str) -> documents_lib.Joined:
+def file_documents(
+  paths: Iterable[str], text_key: str, on_bad: str = "skip"
+) -> documents_lib.Joined:
   """Documents of files, each read when it is asked for.
 
   Args:
     paths: files. ".jsonl" has a JSON object a line, ".array_record" and
       ".arrayrecord" one a record, or what `data.tokenize` wrote; ".parquet" has
-      a row each; any other is UTF-8 text, cut at line ends into about 16 KiB.
-      "tfds:.." is a split of TensorFlow Datasets.
-    text_key: the key or the column of the text.
+      a row each; others are UTF-8 text, cut at line ends into about 16 KiB,
+      unless their content is one of these. "tfds:.." is a split of TensorFlow
+      Datasets.
+    text_key: the key or the column of the text; within others after a dot.
+    on_bad: see `files.open_file`.
 
   Returns:
     Documents with keys "<file name>:<index within the file>".
@@ -111,16 +120,42 @@ def file_documents(paths: Iterable[str], text_key: str) -> documents_lib.Joined:
   open_file = lambda path: (
     tokenized.TokenizedFile(path)
     if tokenized.is_shard(path)
-    else files.open_file(path, text_key)
+    else files.open_file(path, text_key, on_bad)
   )
   return documents_lib.Joined(list(map(open_file, paths)))
 
 
-def load(source: str, text_key: str = "text") -> Sequence[Document]:
+def fingerprints(source: str) -> dict[str, str]:
+  """What tells a source from what it was: see `inputs.fingerprint`.
+
+  By numbers and names of files, so that folders may move. What is known by its
+  name alone (TFDS) is left out.
+  """
+  if source == STDLIB:
+    return {source: _hash_of_stdlib()}
+  paths = [p for p in paths_of(source) if not p.startswith("tfds:")]
+  found = inputs.fingerprint_all(paths)
+  return {
+    f"{number}:{os.path.basename(path)}": value
+    for number, (path, value) in enumerate(found.items())
+  }
+
+
+@functools.cache
+def _hash_of_stdlib() -> str:
+  digest = hashlib.sha256()
+  for document in stdlib_documents():
+    digest.update(f"{document.key}\0{document.text}\0".encode())
+  return digest.hexdigest()
+
+
+def load(
+  source: str, text_key: str = "text", on_bad: str = "skip"
+) -> Sequence[Document]:
   """All documents of a source; see `load_split`."""
   if source == STDLIB:
     return stdlib_documents()
-  return file_documents(paths_of(source), text_key)
+  return file_documents(paths_of(source), text_key, on_bad)
 
 
 def check_disjoint(source: str, heldout: str) -> None:
@@ -145,6 +180,7 @@ def load_split(
   heldout: str | None = None,
   heldout_fraction: float = 0.1,
   text_key: str = "text",
+  on_bad: str = "skip",
 ) -> tuple[Sequence[Document], Sequence[Document]]:
   """Finds the documents of a corpus and splits them.
 
@@ -159,6 +195,7 @@ def load_split(
     heldout_fraction: share of the documents that are held out by hash, in
       (0, 1); unused with `heldout`.
     text_key: the key or the column of the text.
+    on_bad: see `files.open_file`.
 
   Returns:
     The train and the held-out documents, neither empty, in an order that is
@@ -170,12 +207,12 @@ def load_split(
   """
   if heldout:
     check_disjoint(source, heldout)
-    train = load(source, text_key)
-    held = file_documents(paths_of(heldout), text_key)
+    train = load(source, text_key, on_bad)
+    held = file_documents(paths_of(heldout), text_key, on_bad)
     remedies = ["give files with text"] * 2
   else:
     require_between("heldout_fraction", heldout_fraction, 0, 1, open=True)
-    documents = load(source, text_key)
+    documents = load(source, text_key, on_bad)
     train, held = documents_lib.split(documents, heldout_fraction)
     found = f"of {len(documents)} documents, {heldout_fraction=}"
     remedies = [

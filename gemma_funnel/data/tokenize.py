@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_funnel import atomic, cli
+from gemma_funnel import atomic, cli, inputs, locks
 from gemma_funnel.checks import require, require_int
 from gemma_funnel.data import files, sources, tokenized, workers
 from gemma_funnel.data.documents import Document, digest
@@ -107,7 +107,15 @@ def _begin(folder: pathlib.Path, plan: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(path, plan)
     return
-  found = json.loads(path.read_text())
+  found = json.loads(inputs.read_bytes(path, inputs.MAX_JSON))
+  files_then = found.get("files", plan["files"])  # Version 0.1 kept none.
+  changed = [n for n, v in plan["files"].items() if files_then.get(n) != v]
+  require(
+    not changed,
+    f"{folder}: the source is not what it was when this was begun: "
+    f"{', '.join(changed[:5])}; put it back, or delete the folder",
+  )
+  plan = {k: v for k, v in plan.items() if k != "files"}
   differ = {k: found.get(k) for k in sorted(plan) if found.get(k) != plan[k]}
   require(
     not differ,
@@ -196,16 +204,30 @@ def tokenize(config: Any) -> dict[str, Any]:
     require(config[key], f"{key} is not set; expected a path")
   require_int("shards", config.shards, 1)
   require_int("num_workers", config.num_workers)
-  out, count = config.out, config.shards
+  out = config.out
   require(
     not files.is_remote(out),
     f"out={out!r}: expected a local folder, to be copied from there",
   )
-  require(
-    not os.path.exists(out), f"out={out!r}: is there already; expected nothing"
-  )
+  path = pathlib.Path(os.path.abspath(out))
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f"out={out!r}: cannot be written: {error.strerror}"
+    ) from error
+  with locks.Lock(path.with_name(f".{path.name}.lock"), f"out={out}"):
+    require(
+      not os.path.exists(out),
+      f"out={out!r}: is there already; expected nothing",
+    )
+    return _tokenize(config)
+
+
+def _tokenize(config: Any) -> dict[str, Any]:
+  out, count = config.out, config.shards
   tokenizer = Tokenizer.load(config.tokenizer)
-  documents = sources.load(config.source, config.text_key)
+  documents = sources.load(config.source, config.text_key, config.on_bad)
   require(
     len(documents) >= count,
     f"shards={count} of {len(documents)} documents in {config.source!r}: "
@@ -221,6 +243,7 @@ def tokenize(config: Any) -> dict[str, Any]:
     "tokenizer": tokenizer.sha256,
     "shards": count,
     "documents": len(documents),
+    "files": sources.fingerprints(config.source),
   }
   _begin(folder, plan)
   bounds = [i * len(documents) // count for i in range(count + 1)]
@@ -233,6 +256,7 @@ def tokenize(config: Any) -> dict[str, Any]:
   metadata = {
     "format": tokenized.FORMAT,
     **about,
+    "files": plan["files"],
     "tokenizer": {
       "file": name,
       "sha256": tokenizer.sha256,
@@ -245,7 +269,7 @@ def tokenize(config: Any) -> dict[str, Any]:
     },
     "shards": numbers,
   }
-  atomic.write_bytes(folder / name, tokenizer.content)
+  tokenizer.save(folder)
   for shard in shards:
     shard.numbers_path.unlink()
   _write_json(folder / tokenized.METADATA, metadata)

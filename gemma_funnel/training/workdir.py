@@ -46,6 +46,7 @@ _FREE_KEYS = (
   "eval_documents",
   "heldout_documents",
   "data.num_workers",
+  "data.on_bad",
   "accumulate",
   "mesh.slice",
   "mesh.data",
