@@ -1,6 +1,7 @@
 """What a value must be, said once: each raises a ValueError that names it."""
 
 from collections.abc import Collection
+import difflib
 import numbers
 import sys
 from typing import Any
@@ -56,6 +57,30 @@ def require_choice(name: str, value: Any, choices: Collection[Any]) -> None:
   require(
     value in choices, f"{name}={value!r}: expected one of {list(choices)}"
   )
+
+
+def near(name: str, known: Collection[str]) -> str | None:
+  """The one of `known` that `name` was likely meant to be.
+
+  Misspelt, in other letters' case, by its initials ("lr") or by one of its
+  words ("layers"); None if no name is like it.
+  """
+  plain = lambda text: text.lower().replace("-", "_").strip("_")
+  for text in known:
+    if plain(text) == plain(name):
+      return text
+  fuzzy = lambda cutoff: (
+    difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    if len(name) > 3  # Two letters are like any two.
+    else []
+  )
+  close = fuzzy(0.75)
+  words = {text: plain(text).split("_") for text in known}
+  initials = lambda text: "".join(word[:1] for word in words[text])
+  close += [x for x in known if len(words[x]) > 1 and initials(x) == name]
+  close += [x for x in known if plain(name) in words[x]]
+  close += fuzzy(0.6)
+  return close[0] if close else None
 
 
 def is_number(value: Any) -> bool:

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from gemma_funnel.checks import (
+  near,
   require,
   require_bool,
   require_choice,
@@ -25,6 +26,16 @@ REMATS = ("none", "dots", "offload", "block")
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("gelu", "silu")
 ROPE_SCALINGS = ("linear", "llama3")
+# Fields of a model that are of a run and not of its weights: one that starts
+# from a checkpoint sets these itself, and sizes are the checkpoint's.
+RUNTIME = (
+  "param_dtype",
+  "dtype",
+  "softmax_dtype",
+  "kernel",
+  "scan_layers",
+  "remat",
+)
 # Fields of a stage that every reducer goes by.
 _ALWAYS_SET = ("start", "stop", "reduce", "recover")
 
@@ -33,7 +44,11 @@ def _from_mapping(cls, values: Mapping[str, Any]):
   """Builds dataclass `cls` from a mapping; an unknown key is an error."""
   known = [f.name for f in dataclasses.fields(cls)]
   unknown = sorted(set(values) - set(known))
-  require(not unknown, f"{cls.__name__} has no field {unknown}; it has {known}")
+  meant = unknown and near(str(unknown[0]), known)
+  hint = f"did you mean {meant!r}? It" if meant else "it"
+  require(
+    not unknown, f"{cls.__name__} has no field {unknown}; {hint} has {known}"
+  )
   as_tuple = lambda v: tuple(v) if isinstance(v, (list, tuple)) else v
   return cls(**{k: as_tuple(v) for k, v in values.items()})
 
@@ -119,9 +134,9 @@ class FunnelConfig:
     for item in text.split(","):
       key, equals, value = (part.strip() for part in item.partition("="))
       require(
-        bool(equals and value),
-        f"funnel {text!r}: {item!r} is not key=value; expected 'off' or "
-        "e.g. 'start=2,stride=2,recover=average'",
+        bool(equals and value) and "=" not in value,
+        f"funnel {text!r}: {item!r} is not key=value, joined by commas; "
+        "expected 'off' or e.g. 'start=2,stride=2,recover=average'",
       )
       value = _from_text(value)
       if key == "pool":  # The name of `reduce` in version 0.1.

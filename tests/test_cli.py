@@ -7,17 +7,10 @@ import re
 import subprocess
 import sys
 
-from absl import flags
 import pytest
 import tiny_run
 
 from gemma_funnel import cli, experiment, locks
-
-# How ml_collections loads a file.
-pytestmark = pytest.mark.filterwarnings(
-  "ignore:.*load_module:DeprecationWarning"
-)
-CONFIG = str(tiny_run.ROOT / "configs" / "quickstart.py")
 
 
 @pytest.fixture(scope="module")
@@ -27,43 +20,19 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def run_main(monkeypatch, capsys):
-  """cli.main in this process, with flags of its own: (status, stderr)."""
+  """cli.main in this process: (status, stderr)."""
 
-  def call(run, *args):
-    values = flags.FlagValues()
-    # What absl.app defines, and what its run() reads.
-    monkeypatch.setattr(flags, "FLAGS", values)
-    monkeypatch.setattr(sys, "argv", ["train.py", *args])
-    monkeypatch.setattr(cli, "config_flags", _Own(values))
-    monkeypatch.setattr(
-      flags,
-      "mark_flag_as_required",
-      lambda name: flags._validators.mark_flag_as_required(name, values),
-    )
-    monkeypatch.setattr(
-      cli.app, "run", lambda main, flags_parser: main(flags_parser(sys.argv))
-    )
+  def call(run, *args, command="train.py"):
+    monkeypatch.setattr(sys, "argv", [command, *args])
     capsys.readouterr()
     try:
-      cli.main(run)
+      cli.main(run, command)
       status = 0
     except SystemExit as stop:
       status = stop.code
     return status, capsys.readouterr().err
 
   return call
-
-
-class _Own:
-  """config_flags that define their flag in `values`."""
-
-  def __init__(self, values):
-    self._values = values
-
-  def DEFINE_config_file(self, *args):  # noqa: N802
-    from ml_collections import config_flags
-
-    return config_flags.DEFINE_config_file(*args, flag_values=self._values)
 
 
 def _assert_refused(result, text):
@@ -75,17 +44,12 @@ def _assert_refused(result, text):
 @pytest.mark.parametrize(
   "argument, text",
   [
-    ("--config.modle.num_layers=3", "no key 'modle'; .* mean 'model'"),
-    ("--config.model.num_layer=3", "'num_layer'; .* mean 'num_layers'"),
-    ("--config.xyzzy=3", "no key 'xyzzy'"),
-    ("--config.steps=abc", "config.steps=abc"),
-    ("--config.model.num_layers=1.5", "config.model.num_layers=1.5"),
-    ("--confg=x", "Unknown command line flag 'confg'"),
-    ("word", r"unexpected arguments \['word'\]"),
     ("--config.funnel=start=2,stop=2", "funnel.start=2 .*funnel.stop=2"),
     ("--config.funnel=start=1,stop=3", "funnel.stop=3 is past .* 2 layers"),
     ("--config.funnel=start=1,stride=0", "funnel.stride=0"),
-    ("--config.funnel=start=1,stried=2", r"no field \['stried'\]"),
+    ("--config.funnel=start=1,stried=2", r"no field \['stried'\]; .*'stride'"),
+    ("--config.funnel=start=1 stride=2", "joined by commas"),
+    ("--config.funnel=start=1;stride=2", "joined by commas"),
     ("--config.funnel=start=0+start=0", "two funnel stages start at layer 0"),
     ("--config.funnel=start=1,recover=none", "recover='none' leaves .* short"),
     ("--config.funnel=2", "'2' is not key=value"),
@@ -104,22 +68,209 @@ def test_a_mistake_is_one_line(argument, text, run_main, source, tmp_path):
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_config_files_that_cannot_be_loaded(run_main, tmp_path):
-  run = lambda config: config.to_dict()
-  _assert_refused(run_main(run), "config must have a value")
-  missing = tmp_path / "none.py"
-  _assert_refused(run_main(run, f"--config={missing}"), str(missing))
-  overridden = run_main(run, f"--config={missing}", "--config.steps=3")
-  _assert_refused(overridden, str(missing))
+QUICK = "--config=quickstart"
+
+
+@pytest.mark.parametrize(
+  ("command", "arguments", "said"),
+  [
+    # No file, another one, or one that is not there.
+    ("train.py", [], "expected --config=FILE, .* quickstart, finetune"),
+    ("eval.py", [], "of configs/: eval_accuracy, eval_latency, eval_task"),
+    ("train.py", ["--config"], "--config has no value"),
+    ("train.py", ["--config="], "expected --config=FILE"),
+    ("train.py", [QUICK, QUICK], "--config is given twice"),
+    ("train.py", ["--config=configs/quickstrat.py"], "mean .*quickstart.py"),
+    ("train.py", ["--config=Quickstart"], "mean .*quickstart.py"),
+    ("train.py", ["--config=nowhere"], "no such file; Expected .* finetune"),
+    ("train.py", ["--config=setup.cfg"], "expected a Python file"),
+    ("train.py", ["--config=gs://b/a.py"], "no such file"),
+    ("train.py", ["--config=quickstart:x"], "takes no argument"),
+    ("eval.py", ["--config=eval_latency:gema"], "line .* preset='gema'"),
+    ("eval.py", ["--config=eval_task:hellaswag"], "expected one of .*blimp"),
+    # Words, and flags that are none.
+    ("train.py", ["configs/quickstart.py"], "--config=configs/quickstart.py"),
+    ("train.py", ["finetune:table"], "mean --config=finetune:table"),
+    ("train.py", [QUICK, "steps=1"], "mean --config.steps=1"),
+    ("train.py", [QUICK, "word"], "unexpected argument 'word'"),
+    ("train.py", ["--steps=10"], "mean --config.steps"),
+    ("train.py", ["--learning-rate=1"], "mean --config.optimizer.learning"),
+    ("train.py", ["--num-layers=1"], "mean --config.model.num_layers"),
+    ("eval.py", ["--checkpoint=x"], "mean --config.checkpoint"),
+    ("train.py", ["--confg=x"], "mean --config"),
+    ("train.py", ["--confg.steps=3"], "mean --config.steps"),
+    ("train.py", ["--xyzzy"], "unknown flag --xyzzy; --help lists all"),
+    ("train.py", [QUICK, "--num-processes=x"], "'x': expected an integer"),
+    # Keys that are none.
+    ("train.py", [QUICK, "--config.lr=1"], "optimizer.learning_rate"),
+    (
+      "train.py",
+      [QUICK, "--config.optimizer.lr=1"],
+      "optimizer has no key 'lr'",
+    ),
+    ("train.py", [QUICK, "--config.batch=1"], "mean --config.batch_size"),
+    ("train.py", [QUICK, "--config.num_layers=1"], "--config.model.num_layers"),
+    ("train.py", [QUICK, "--config.modle.window=3"], "--config.model.window"),
+    ("train.py", [QUICK, "--config.model.num_layer=3"], "model.num_layers"),
+    ("train.py", [QUICK, "--config.xyzzy=3"], "no key 'xyzzy'; It has: accum"),
+    ("train.py", [QUICK, "--config.steps.x=3"], "steps=280 has no keys"),
+    ("train.py", [QUICK, "--config.=3"], "has no key ''"),
+    # Values of another type.
+    ("train.py", [QUICK, "--config.steps"], "--config.steps has no value"),
+    ("train.py", [QUICK, "--config.steps=ten"], "=ten: expected an integer"),
+    ("train.py", [QUICK, "--config.steps=1e3"], "=1e3: expected an integer"),
+    ("train.py", [QUICK, "--config.steps=True"], "expected an integer"),
+    ("train.py", [QUICK, "--config.z_loss=small"], "=small: expected a number"),
+    ("train.py", [QUICK, "--config.tensorboard=2"], "expected true or false"),
+    ("train.py", [QUICK, "--config.keep_period=x"], "an integer, or None"),
+    ("train.py", [QUICK, "--config.optimizer.b1=x"], "a number, or None"),
+    ("train.py", [QUICK, "--config.profile_steps=(1"], "expected a tuple"),
+    ("train.py", [QUICK, "--config.optimizer=adam"], "is a group of keys"),
+    ("train.py", [QUICK, "--config.model=gemma3"], "preset.* 'gemma2_2b'"),
+    # Configurations of other commands.
+    ("train.py", ["--config=eval_latency"], "python eval.py --config=eval_la"),
+    ("train.py", ["--config=ablation_quick"], "python -m gemma_funnel.study"),
+    ("train.py", ["--config=tokenize"], "python -m gemma_funnel.data.tokenize"),
+    ("eval.py", [QUICK], "python train.py --config=quickstart"),
+    ("tpu/plan.py", ["--config=finetune"], "python train.py"),
+    ("-m gemma_funnel.study", ["--config=eval_task"], "python eval.py"),
+    # Places that are not read.
+    ("train.py", [QUICK, "--config.workdir=gs:/a"], "expected gs://BUCKET"),
+    ("train.py", [QUICK, "--config.workdir=gs:"], "expected gs://BUCKET"),
+    ("train.py", [QUICK, "--config.workdir=s3://a/b"], "install s3fs"),
+    ("train.py", [QUICK, "--config.data.source=a,gs://a/b"], "install gcsfs"),
+    ("train.py", [QUICK, "--config.init_from=hf://a/b"], "Download it"),
+    ("eval.py", ["--config=eval_task", "--config.out=https://a/b"], "Download"),
+  ],
+)
+def test_a_wrong_command_is_told_of(command, arguments, said, run_main):
+  never = lambda config: pytest.fail(f"run with {config}")
+  _assert_refused(run_main(never, *arguments, command=command), said)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "key", "expected"),
+  [
+    (["--config.z-loss=1"], "z_loss", 1.0),
+    (["--config.steps", "7"], "steps", 7),
+    (["--config.steps=3", "--config.steps=4"], "steps", 4),
+    (["--config.seed", "-1"], "seed", -1),
+    (["--config.tensorboard=False"], "tensorboard", False),
+    (["--config.tensorboard", "no"], "tensorboard", False),
+    (["--noconfig.tensorboard"], "tensorboard", False),
+    (["--config.stochastic=x"], None, None),
+    (["--config.optimizer.stochastic_rounding"], "optimizer", True),
+    (["--config.keep_period=3"], "keep_period", 3),
+    (["--config.keep_period=None"], "keep_period", None),
+    (["--config.model.attn_softcap=None"], "model.attn_softcap", None),
+    (["--config.model.attn_softcap=2"], "model.attn_softcap", 2.0),
+    (["--config.model.embed_scale=2"], "model.embed_scale", 2),
+    (["--config.profile_steps=1,2"], "profile_steps", (1, 2)),
+    (["--config.funnel_sampled=off"], "funnel_sampled", ("off",)),
+    (["--config.funnel_sampled=('off', 'x')"], "funnel_sampled", ("off", "x")),
+    (["--config.data.heldout=x.txt"], "data.heldout", "x.txt"),
+    (["--config.workdir=file:///a/b"], "workdir", "/a/b"),
+    (["--config.data.source=a=b,file:///c"], "data.source", "a=b,/c"),
+    # A preset, and one of its keys, in whatever order.
+    (["--config.model=gemma2_9b"], "model.embed_dim", 3584),
+    (
+      ["--config.model.window=3", "--config.model=gemma1_2b"],
+      "model.window",
+      3,
+    ),
+  ],
+)
+def test_values_of_keys(arguments, key, expected, run_main):
+  seen = []
+  status, err = run_main(seen.append, QUICK, *arguments)
+  if key is None:
+    assert status == 2
+    return
+  assert (status, err) == (0, "")
+  (config,) = seen
+  for name in key.split("."):
+    config = config[name]
+  if key == "optimizer":
+    config = config.stochastic_rounding
+  assert config == expected and type(config) is type(expected)
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("\ndef get_config(:\n", r"{file}, line 2: "),
+    ("import nothing_of_that_name", "{file}, line 1: ModuleNotFoundError: "),
+    ("def get_config():\n  raise ValueError('a\\nb')", "{file}, line 2: a b"),
+    ("def get_config():\n  return {}['x']", "{file}, line 2: KeyError: 'x'"),
+    ("x = 1", "{file} has no function get_config"),
+    ("get_config = 1", "{file} has no function get_config"),
+    (
+      "get_config = lambda: {}",
+      "{file}: .* returned a dict: expected a ml_coll",
+    ),
+    ("def get_config(): pass", "returned a NoneType: expected a ml_coll"),
+    ("def get_config(size): pass", "takes an argument, .*:ARGUMENT"),
+    (
+      "import ml_collections\nget_config = ml_collections.ConfigDict",
+      "has no key 'optimizer', as those of train.py have; such as quickstart",
+    ),
+    ("\0", "{file}: "),
+  ],
+)
+def test_config_files_that_cannot_be_loaded(text, said, run_main, tmp_path):
   file = tmp_path / "file.py"
-  file.write_text("\ndef get_config(:\n")
-  _assert_refused(run_main(run, f"--config={file}"), rf"{file}, line 2: ")
-  file.write_text("def get_config():\n  raise ValueError('too few')\n")
-  _assert_refused(run_main(run, f"--config={file}"), "too few")
-  latency = tiny_run.ROOT / "configs" / "eval_latency.py"
-  _assert_refused(
-    run_main(run, f"--config={latency}:gema"), "preset='gema': expected one"
+  file.write_text(text)
+  result = run_main(print, f"--config={file}", "--config.steps=3")
+  _assert_refused(result, said.format(file=file))
+
+
+def test_a_config_of_another_folder(run_main, tmp_path, monkeypatch):
+  """It imports its neighbour, and raises a stack on request."""
+  (tmp_path / "neighbour.py").write_text("STEPS = 5\n")
+  (tmp_path / "mine.py").write_text(
+    "import ml_collections, neighbour\n"
+    "def get_config(scale='1'):\n"
+    "  steps = neighbour.STEPS * int(scale)\n"
+    "  return ml_collections.ConfigDict(dict(optimizer={}, steps=steps))\n"
   )
+  monkeypatch.chdir(tmp_path)
+  for given, steps in (
+    ("mine.py", 5),
+    ("mine", 5),
+    (f"{tmp_path}/mine.py:3", 15),
+    ("./mine.py:2", 10),
+  ):
+    seen = []
+    assert run_main(seen.append, f"--config={given}") == (0, "")
+    assert seen[0].steps == steps
+  # Ours are found from wherever the command is called.
+  assert run_main(seen.append, "--config=configs/quickstart.py") == (0, "")
+  monkeypatch.setenv("GEMMA_FUNNEL_TRACEBACK", "1")
+  with pytest.raises(ValueError, match="mine.py, line 3: invalid literal"):
+    run_main(print, "--config=mine.py:x")
+
+
+@pytest.mark.parametrize(
+  ("command", "keys"),
+  [
+    ("train.py", ["optimizer.learning_rate=0.003", "keep_period=(unset, int)"]),
+    ("train.py", ["task.dev_fraction=0.1", "epochs=4.0"]),
+    ("eval.py", ["chunk=512", "decode.new_tokens=128", "few_shot=0"]),
+    ("-m gemma_funnel.study", ["axes.seed=(0, 1)"]),
+    ("-m gemma_funnel.data.tokenize", ["source=stdlib"]),
+  ],
+)
+def test_help_lists_flags_and_keys(
+  command, keys, run_main, capsys, monkeypatch
+):
+  monkeypatch.setattr(sys, "argv", [command, "--help"])
+  with pytest.raises(SystemExit) as stop:
+    cli.main(print, command)
+  told = capsys.readouterr()
+  assert stop.value.code == 0 and told.err == ""
+  assert "--process_id" in told.out and "(default: off)" in told.out
+  for key in keys:
+    assert f"--config.{key}" in told.out
 
 
 def test_files_that_are_not_what_they_should_be(run_main, source, tmp_path):
@@ -141,7 +292,7 @@ def test_files_that_are_not_what_they_should_be(run_main, source, tmp_path):
   taken = tmp_path / "taken"
   taken.mkdir()
   (taken / "config.json").write_text("{")
-  refuse("config.json is not JSON", workdir=taken)
+  refuse("config.json cannot be read: Expecting", workdir=taken)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(run_main, source, tmp_path):
@@ -182,26 +333,11 @@ def test_errors_of_the_package_alone_are_lines(run_main):
     del config
     int("x")
 
-  args = (f"--config={CONFIG}",)
+  args = (QUICK,)
   _assert_refused(run_main(named, *args), "no sharding rule")
   for bug in (not_named, from_elsewhere):
     with pytest.raises(ValueError):
       run_main(bug, *args)
-
-
-def test_the_configuration_is_handed_on(run_main):
-  seen = []
-  status, err = run_main(
-    seen.append,
-    f"--config={CONFIG}",
-    "--config.steps=7",
-    "--config.data.heldout=x.txt",
-    "--config.model.attn_softcap=2",
-  )
-  assert (status, err) == (0, "")
-  (config,) = seen
-  assert (config.steps, config.data.heldout) == (7, "x.txt")
-  assert config.model.attn_softcap == 2.0
 
 
 @pytest.mark.slow
@@ -297,9 +433,7 @@ def test_a_folder_of_a_disk_for_reading_alone(capsys, monkeypatch):
   monkeypatch.setattr(os, "open", refuse)
   assert cli.guard(lambda: locks.Lock("x/.lock", "workdir=x").__enter__()) == 1
   told = capsys.readouterr().err
-  assert told.startswith(
-    "error: workdir=x cannot be written to: Read-only file"
-  )
+  assert told.startswith("error: workdir=x cannot be written: Read-only file")
 
 
 def test_a_stack_is_shown_on_request(monkeypatch):

@@ -10,6 +10,7 @@ import functools
 import os
 import pathlib
 
+from gemma_funnel import paths
 from gemma_funnel.config import (
   PRESETS,
   FunnelConfig,
@@ -165,7 +166,7 @@ def _torch(file: pathlib.Path, folder: pathlib.Path) -> Weights:
 
 def _describe(path: pathlib.Path) -> str:
   if not path.exists():
-    return "there is nothing there"
+    return f"there is nothing there{paths.hint_missing(path)}"
   if not path.is_dir():
     return "it is a file of another kind"
   names = _names(path)

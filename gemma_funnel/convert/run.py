@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from gemma_funnel import lora as lora_lib
+from gemma_funnel import paths
 from gemma_funnel.convert import param_mapping
 from gemma_funnel.convert.orbax_tree import OrbaxTree
 from gemma_funnel.convert.tensor_io import Header, Index, read_json
@@ -40,7 +41,7 @@ _THREADS = 8
 
 def path_of(path: str | os.PathLike) -> epath.Path:
   """A folder here, made absolute, or on a bucket."""
-  text = os.fspath(path)
+  text = paths.check(path)
   return epath.Path(text if "://" in text else os.path.abspath(text))
 
 

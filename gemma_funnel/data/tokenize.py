@@ -265,4 +265,4 @@ def _run(config: Any) -> None:
 
 
 if __name__ == "__main__":
-  cli.main(_run)
+  cli.main(_run, "-m gemma_funnel.data.tokenize")

@@ -6,7 +6,6 @@ it. Nothing below reads a ConfigDict, parses a funnel or opens `init_from` anew.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import os
 import typing
 from typing import Any
 
@@ -16,25 +15,15 @@ import ml_collections
 from ml_collections import config_dict
 import optax
 
-from gemma_funnel import checks, convert
+from gemma_funnel import checks, convert, paths
 from gemma_funnel import lora as lora_lib
-from gemma_funnel.config import FunnelConfig, TransformerConfig
+from gemma_funnel.config import RUNTIME, FunnelConfig, TransformerConfig
+from gemma_funnel.convert.run import path_of
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import sharding
 from gemma_funnel.parallel.mesh import ROWS
 from gemma_funnel.training import optimizer as optimizer_lib
 from gemma_funnel.training import schedules
-
-# A run that starts from a checkpoint sets these itself; sizes are the
-# checkpoint's.
-RUNTIME = (
-  "param_dtype",
-  "dtype",
-  "softmax_dtype",
-  "kernel",
-  "scan_layers",
-  "remat",
-)
 
 # Held-out metrics of a model; "loss" ranks checkpoints.
 Evaluate = Callable[[nnx.Module], dict[str, float | None]]
@@ -298,9 +287,12 @@ def open_run(
   model_config = TransformerConfig.from_dict(config.model)
   base = None
   if config.init_from is not None:
-    if not os.path.exists(config.init_from):
-      raise ValueError(f"init_from={config.init_from!r} is not there")
     runtime = {name: getattr(model_config, name) for name in RUNTIME}
+    if not path_of(config.init_from).exists():
+      raise ValueError(
+        f"init_from={config.init_from!r} is not there"
+        + paths.hint_missing(config.init_from)
+      )
     found = convert.describe(config.init_from)
     model_config = dataclasses.replace(found.config, **runtime)
     base = BaseCheckpoint(config.init_from, found.stages, found.tokenizer_path)
