@@ -62,8 +62,8 @@ def require_choice(name: str, value: Any, choices: Collection[Any]) -> None:
 def near(name: str, known: Collection[str]) -> str | None:
   """The one of `known` that `name` was likely meant to be.
 
-  Misspelt, in other letters' case, by its initials ("lr") or by one of its
-  words ("layers"); None if no name is like it.
+  Misspelt, in other letters' case, cut short, by its initials ("lr") or by one
+  of its words ("layers"); None if no name is like it.
   """
   plain = lambda text: text.lower().replace("-", "_").strip("_")
   for text in known:
@@ -79,6 +79,7 @@ def near(name: str, known: Collection[str]) -> str | None:
   initials = lambda text: "".join(word[:1] for word in words[text])
   close += [x for x in known if len(words[x]) > 1 and initials(x) == name]
   close += [x for x in known if plain(name) in words[x]]
+  close += [x for x in known if plain(x).startswith(plain(name))]
   close += fuzzy(0.6)
   return close[0] if close else None
 

@@ -128,12 +128,10 @@ def guard(run: Callable[[], int]) -> int:
     return status
   except KeyboardInterrupt:
     return 130
+  except BrokenPipeError:
+    _end_stdout()
+    return 141  # As of a command that SIGPIPE ends.
   except Exception as error:
-    if isinstance(error, OSError) and not _can_flush():
-      if isinstance(error, BrokenPipeError):
-        return 141  # As of a command that SIGPIPE ends.
-      say(f"error: stdout: {error.strerror}")
-      return 1
     named = isinstance(error, (ValueError, FloatingPointError))
     named = named and is_named(error)
     found = disk_error(error)
@@ -148,20 +146,16 @@ def guard(run: Callable[[], int]) -> int:
       "before is there: the same command goes on when it can write "
       "(GEMMA_FUNNEL_TRACEBACK=1 shows where it ended)"
     )
+    _end_stdout()
     return 1
 
 
-def _can_flush() -> bool:
-  """Whether stdout takes what is left; if not, that is dropped.
-
-  Or Python, ending, would try again and tell of it.
-  """
+def _end_stdout() -> None:
+  """Drops what stdout does not take, or Python, ending, would try again."""
   try:
     sys.stdout.flush()
   except OSError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return False
-  return True
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
