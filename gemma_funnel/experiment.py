@@ -17,7 +17,7 @@ from gemma_funnel.evaluation import (
   timing,
 )
 from gemma_funnel.parallel import processes
-from gemma_funnel.training import pretrain, trainer
+from gemma_funnel.training import metric_writer, pretrain, trainer
 from gemma_funnel.training.spec import RunSpec
 
 
@@ -32,6 +32,8 @@ def run(config: ml_collections.ConfigDict) -> None:
     ValueError: a mistake in the configuration, the data or the folder.
     FloatingPointError: see `trainer.train`.
   """
+  if project := config.get("wandb"):
+    metric_writer.import_wandb(project)  # Before data are read.
   # Before anything that one process alone may find wrong.
   processes.assert_same_config(config)
   if "task" in config:

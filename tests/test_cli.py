@@ -1,9 +1,11 @@
 """The command line: a mistake is one line, not a traceback."""
 
 import errno
+import importlib.util
 import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -55,14 +57,23 @@ def _assert_refused(result, text):
     ("--config.funnel=2", "'2' is not key=value"),
     ("--config.length=66", "length=66 is beyond model.max_length=64"),
     ("--config.batch_size=12", "batch_size=12 must be a multiple of 8"),
-    ("--config.mesh.data=3", "does not divide 8 devices"),
+    (
+      "--config.mesh.data=3",
+      "mesh.data=3 does not divide 8 devices: .* such as mesh.data=8",
+    ),
+    ("--config.mesh.fsdp=16", "product is 8, such as mesh.fsdp=8"),
+    ("--config.optimizer.warmup_steps=30", "steps=30: .* below steps=12"),
+    ("--config.wandb=funnels", "needs the package wandb; expected pip"),
     ("--config.mesh.tensor=8", "tensor=8 does not divide 4"),
     ("--config.data.source=/nowhere/*.txt", "no file matches"),
     ("--config.data.tokenizer=/nowhere", "/nowhere: cannot be read"),
     ("--config.optimizer.b1=2", "optimizer.b1=2"),
   ],
 )
-def test_a_mistake_is_one_line(argument, text, run_main, source, tmp_path):
+def test_a_mistake_is_one_line(
+  argument, text, run_main, source, tmp_path, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, "wandb", None)
   args = tiny_run.command(tmp_path / "run", source, argument)[2:]
   _assert_refused(run_main(experiment.run, *args), text)
   assert not (tmp_path / "run" / "checkpoints").exists()
@@ -347,6 +358,21 @@ def test_a_loss_that_is_not_finite_exits_with_status_two(source, tmp_path):
   )
   _, err = tiny_run.finish(tiny_run.start(args), 2)
   _assert_refused((2, err), "is (nan|inf) at step 3; the last good checkpoint")
+
+
+def test_the_package_lists_its_commands(monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["gemma_funnel"])
+  with pytest.raises(SystemExit) as stop:
+    runpy.run_module("gemma_funnel", run_name="__main__")
+  told = capsys.readouterr().out
+  assert stop.value.code == 0
+  named = re.findall(r"^  python (\S+\.py|-m \S+) ", told, re.MULTILINE)
+  assert len(named) == 8
+  for name in named:
+    if name.endswith(".py"):
+      assert (tiny_run.ROOT / name).exists()
+    else:
+      assert importlib.util.find_spec(name.removeprefix("-m "))
 
 
 def test_eval_takes_the_same_flags():

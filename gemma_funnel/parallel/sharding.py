@@ -1,6 +1,6 @@
 """Where arrays live: a mesh, and the shardings of parameters and batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import math
 import re
@@ -59,7 +59,9 @@ def make_mesh(
     sizes[free[0]] = len(devices) // known
   require(
     math.prod(sizes.values()) == len(devices),
-    f"mesh {sizes} does not divide {len(devices)} devices",
+    f"{_flags(sizes)} does not divide {len(devices)} devices: expected axes "
+    f"whose product is {len(devices)}, such as "
+    + _flags(_fitting(sizes, len(devices))),
   )
   slices = len({getattr(d, "slice_index", 0) for d in devices})
   require(
@@ -77,6 +79,20 @@ def make_mesh(
     )
   types = (jax.sharding.AxisType.Auto,) * len(AXES)
   return jax.sharding.Mesh(grid, AXES, types)
+
+
+def _flags(sizes: Mapping[str, int]) -> str:
+  given = [f"mesh.{axis}={n}" for axis, n in sizes.items() if n not in (1, -1)]
+  return " ".join(given) or "mesh.data=1"
+
+
+def _fitting(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+  """What divides the devices of each axis, and what is left as "data"."""
+  left, fitting = devices, {}
+  for axis, size in sizes.items():
+    fitting[axis] = 1 if size == -1 else math.gcd(size, left)
+    left //= fitting[axis]
+  return fitting | {"data": fitting["data"] * left}
 
 
 def describe(mesh: jax.sharding.Mesh) -> str:

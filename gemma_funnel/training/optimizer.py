@@ -108,7 +108,8 @@ def schedule_of(
   require(
     0 <= warmup < steps,
     f"optimizer.warmup_steps={warmup}: expected at least 0 "
-    f"and below steps={steps}",
+    f"and below steps={steps}, such as --config.optimizer.warmup_steps="
+    f"{steps // 10}; or more steps (--config.steps; --config.epochs of a task)",
   )
   decay = _decay_steps(config, steps)
   match config.schedule:
