@@ -6,6 +6,9 @@ import numbers
 import sys
 from typing import Any
 
+# Devices count in integers of 32 bits.
+LARGEST = 2**31 - 1
+
 
 def require(ok: bool, message: str) -> None:
   """Raises ValueError(message) unless `ok`."""
@@ -18,9 +21,11 @@ def require_int(
 ) -> None:
   """Checks for an integer (no bool) of at least `least`, at most `most`."""
   is_int = isinstance(value, int) and not isinstance(value, bool)
-  bound = f">= {least}" if most is None else f"from {least} to {most}"
+  open_ = most is None and not (is_int and value > LARGEST)
+  most = LARGEST if most is None else most
+  bound = f">= {least}" if open_ else f"from {least} to {most}"
   require(
-    is_int and least <= value and (most is None or value <= most),
+    is_int and least <= value <= most,
     f"{name}={value!r}: expected an integer {bound}",
   )
 

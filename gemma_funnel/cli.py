@@ -18,6 +18,7 @@ import traceback
 from typing import Any
 
 from absl import logging
+from ml_collections.config_dict import config_dict
 
 from gemma_funnel import config_file
 from gemma_funnel.checks import near, require
@@ -132,17 +133,16 @@ def guard(run: Callable[[], int]) -> int:
     _end_stdout()
     return 141  # As of a command that SIGPIPE ends.
   except Exception as error:
-    named = isinstance(error, (ValueError, FloatingPointError))
-    named = named and is_named(error)
-    found = disk_error(error)
-    if os.environ.get("GEMMA_FUNNEL_TRACEBACK") or not (named or found):
+    named = _text_of(error)
+    found, full = disk_error(error), is_memory_error(error)
+    if os.environ.get("GEMMA_FUNNEL_TRACEBACK") or not (named or found or full):
       raise
     if found is None:
-      say(f"error: {error}")
-      return 2
+      say(f"error: {named or f'not enough memory: {error}'}")
+      return 1 if full else 2
     where = f"{found.filename}: " if found.filename else ""
     say(
-      f"error: {error if named else where + found.strerror}. What was written "
+      f"error: {named if named else where + found.strerror}. What was written "
       "before is there: the same command goes on when it can write "
       "(GEMMA_FUNNEL_TRACEBACK=1 shows where it ended)"
     )
@@ -173,10 +173,29 @@ def disk_error(error: BaseException | None) -> OSError | None:
   return None
 
 
+def is_memory_error(error: Exception) -> bool:
+  """Whether memory is full, here or on a device."""
+  full = str(error).startswith("RESOURCE_EXHAUSTED")
+  return isinstance(error, MemoryError) or (
+    isinstance(error, RuntimeError) and full
+  )
+
+
 def is_named(error: Exception) -> bool:
   """Whether the package itself raised it, so that its text is the user's."""
   raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
   return pathlib.Path(raised_in).is_relative_to(_PACKAGE)
+
+
+def _text_of(error: Exception) -> str | None:
+  """What the user is told of a mistake; None if it is no one's but ours."""
+  if isinstance(error, (ValueError, FloatingPointError)):
+    return str(error) if is_named(error) else None
+  if isinstance(error, (AttributeError, KeyError)):
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if raised_in == config_dict.__file__:
+      return f"the configuration lacks the key {error}".replace('"', "")
+  return None
 
 
 def describe_funnels() -> str:

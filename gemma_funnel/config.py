@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from gemma_funnel.checks import (
+  is_number,
   near,
   require,
   require_bool,
@@ -49,8 +50,16 @@ def _from_mapping(cls, values: Mapping[str, Any]):
   require(
     not unknown, f"{cls.__name__} has no field {unknown}; {hint} has {known}"
   )
-  as_tuple = lambda v: tuple(v) if isinstance(v, (list, tuple)) else v
-  return cls(**{k: as_tuple(v) for k, v in values.items()})
+  types = {f.name: f.type for f in dataclasses.fields(cls)}
+
+  def convert(name, value):
+    if isinstance(value, (list, tuple)):
+      return tuple(value)
+    if types[name] in (float, float | None) and isinstance(value, int):
+      return float(value) if is_number(value) else value
+    return value
+
+  return cls(**{k: convert(k, v) for k, v in values.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +188,10 @@ def parse_funnel(funnel: Funnel) -> tuple[FunnelConfig, ...]:
     if funnel.strip() in ("", OFF):
       return ()
     return tuple(FunnelConfig.parse(part) for part in funnel.split(_AND))
+  require(
+    isinstance(funnel, Sequence),
+    f"funnel {funnel!r}: expected such as 'start=2,stride=2', or 'off'",
+  )
   for stage in funnel:
     require(
       isinstance(stage, FunnelConfig),
@@ -422,9 +435,9 @@ class TransformerConfig:
   remat: str = "none"
 
   def __post_init__(self):
+    require_int("model.num_layers", self.num_layers, 1, 10_000)
     for name in (
       "vocab_size",
-      "num_layers",
       "embed_dim",
       "mlp_dim",
       "num_heads",

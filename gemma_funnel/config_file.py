@@ -154,7 +154,7 @@ def set_key(
     parsed = _parse("true" if text is None else text, kind, value)
   except (ValueError, SyntaxError, MemoryError, RecursionError):
     expected = _EXPECTED.get(kind, "a value that Python reads")
-    none = ", or None" if kind in _EXPECTED and value is None else ""
+    none = ", or None" if kind is float or value is None else ""
     raise ValueError(f"{flag}={text}: expected {expected}{none}") from None
   try:
     holder[last] = parsed
@@ -181,9 +181,8 @@ def _set_group(group, flag: str, text: str | None) -> None:
 
 
 def _parse(text: str, kind: type, value: Any) -> Any:
-  if kind in (int, float, type(None)) or value is None:
-    if text == "None":
-      return None
+  if text == "None" and (kind is float or value is None):
+    return None
   if kind is bool:
     require(text.lower() in (*_TRUE, *_FALSE), "")
     return text.lower() in _TRUE

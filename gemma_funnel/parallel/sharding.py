@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from gemma_funnel import params
-from gemma_funnel.checks import require
+from gemma_funnel.checks import require, require_int
 from gemma_funnel.parallel.mesh import AXES, HEADS, ROWS, TOKENS
 
 # Of rows of tokens, and all else that a batch has for each token.
@@ -49,6 +49,8 @@ def make_mesh(
     f"mesh has the axes {list(config)}: expected {list(AXES)}",
   )
   sizes = {axis: config.get(axis, 1) for axis in AXES}
+  for axis, size in sizes.items():
+    require_int(f"mesh.{axis}", size, -1)
   free = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
   require(

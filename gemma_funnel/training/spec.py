@@ -296,10 +296,21 @@ def open_run(
     found = convert.describe(config.init_from)
     model_config = dataclasses.replace(found.config, **runtime)
     base = BaseCheckpoint(config.init_from, found.stages, found.tokenizer_path)
-  for name, value in model_config.to_dict().items():
-    config.model[name] = value
-  for name, least in (("batch_size", 1), ("length", 1), ("seed", 0)):
-    checks.require_int(name, config[name], least)
+  with config.ignore_type():  # 10 is as good as 10.0.
+    for name, value in model_config.to_dict().items():
+      config.model[name] = value
+  checks.require(
+    isinstance(config.workdir, str) and config.workdir != "",
+    f"workdir={config.workdir!r}: expected a folder",
+  )
+  checks.require_int("seed", config.seed, 0, 2**32 - 1)
+  for name in ("batch_size", "length"):
+    checks.require_int(name, config[name], 1)
+  checks.require(
+    config.batch_size * config.length <= checks.LARGEST,
+    f"batch_size={config.batch_size} x length={config.length}: expected at most "
+    f"{checks.LARGEST} tokens a step",
+  )
   checks.require_int("accumulate", config.accumulate, 1)
   check_lengths({"length": config.length}, model_config)
   mesh = sharding.make_mesh(config.mesh, devices)
