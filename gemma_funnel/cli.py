@@ -191,6 +191,8 @@ def _text_of(error: Exception) -> str | None:
   """What the user is told of a mistake; None if it is no one's but ours."""
   if isinstance(error, (ValueError, FloatingPointError)):
     return str(error) if is_named(error) else None
+  if isinstance(error, OSError) and error.filename is not None:
+    return f"{error.filename}: {error.strerror}"
   if isinstance(error, (AttributeError, KeyError)):
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     if raised_in == config_dict.__file__:

@@ -156,6 +156,14 @@ def set_key(
     expected = _EXPECTED.get(kind, "a value that Python reads")
     none = ", or None" if kind is float or value is None else ""
     raise ValueError(f"{flag}={text}: expected {expected}{none}") from None
+  if kind in (tuple, list) and value:
+    # None may stand for any: the depth, of stops.
+    kinds = {type(None), *map(type, value)}
+    kinds |= {int} if float in kinds else set()
+    require(
+      all(type(x) in kinds for x in parsed),
+      f"{flag}={text}: expected values as in {value!r}",
+    )
   try:
     holder[last] = parsed
   except (TypeError, ValueError):
@@ -203,13 +211,13 @@ def _parse(text: str, kind: type, value: Any) -> Any:
   return found
 
 
-def _leaves(
+def leaves(
   config: ml_collections.ConfigDict, prefix: str = ""
 ) -> Iterator[tuple[str, ml_collections.ConfigDict, str]]:
   """Each dotted key, the group it is of and its name there."""
   for name in config:
     if isinstance(config[name], ml_collections.ConfigDict):
-      yield from _leaves(config[name], f"{prefix}{name}.")
+      yield from leaves(config[name], f"{prefix}{name}.")
     else:
       yield f"{prefix}{name}", config, name
 
@@ -217,14 +225,14 @@ def _leaves(
 def find_key(config: ml_collections.ConfigDict, name: str) -> str | None:
   """The key that `name`, perhaps without its groups, was likely meant to be."""
   ends = {}
-  for key, _, end in _leaves(config):
+  for key, _, end in leaves(config):
     ends.setdefault(end, key)
   return ends.get(near(name.rpartition(".")[2], list(ends)))
 
 
 def _no_key(config, holder, flag: str, names: list[str], depth: int) -> str:
   where = ".".join(names[:depth]) or "the configuration"
-  keys = {key: end for key, _, end in _leaves(config)}
+  keys = {key: end for key, _, end in leaves(config)}
   meant = [key for key, end in keys.items() if end == names[-1]]
   if close := near(names[depth], list(holder)):
     close = ".".join([*names[:depth], close, *names[depth + 1 :]])
@@ -244,7 +252,7 @@ def check_paths(config: ml_collections.ConfigDict) -> None:
   Raises:
     ValueError: see `paths.check`.
   """
-  for key, group, name in _leaves(config):
+  for key, group, name in leaves(config):
     if isinstance(value := group[name], str):
       try:
         found = ",".join(map(paths.check, value.split(",")))
@@ -257,7 +265,7 @@ def check_paths(config: ml_collections.ConfigDict) -> None:
 def describe(config: ml_collections.ConfigDict) -> dict[str, str]:
   """Of each key its value, or the type of what is unset."""
   found = {}
-  for key, group, name in _leaves(config):
+  for key, group, name in leaves(config):
     kind = group.get_type(name)
     unset = "None" if kind is type(None) else f"(unset, {kind.__name__})"
     found[key] = unset if group[name] is None else str(group[name])

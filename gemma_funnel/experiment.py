@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import ml_collections
 
+from gemma_funnel.checks import require
 from gemma_funnel.config import total_stride
 from gemma_funnel.data import pipeline
 from gemma_funnel.evaluation import (
@@ -32,6 +33,10 @@ def run(config: ml_collections.ConfigDict) -> None:
     ValueError: a mistake in the configuration, the data or the folder.
     FloatingPointError: see `trainer.train`.
   """
+  require(
+    isinstance(config.workdir, str) and config.workdir != "",
+    f"workdir={config.workdir!r}: expected a folder",
+  )
   if project := config.get("wandb"):
     metric_writer.import_wandb(project)  # Before data are read.
   # Before anything that one process alone may find wrong.

@@ -8,11 +8,17 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import tiny_run
 
-from gemma_funnel import cli, experiment, locks
+from gemma_funnel import cli, config_file, evaluation, experiment, locks, tasks
+from gemma_funnel.data import pipeline, tokenize
+from gemma_funnel.evaluation import finetuned, latency
+from gemma_funnel.evaluation import training as evaluation_training
+from gemma_funnel.tasks import task
+from gemma_funnel.training import finetune, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +366,123 @@ def test_a_loss_that_is_not_finite_exits_with_status_two(source, tmp_path):
   _assert_refused((2, err), "is (nan|inf) at step 3; the last good checkpoint")
 
 
+_INTEGERS = ("0", "-1", f"{2**31 - 1}", f"{10**20}", "9" * 400)
+_NUMBERS = ("0", "-1", "1e30", "nan", "inf", "-inf", "1e-320", "None")
+_TUPLES = ("()", "(0,)", "(-1,)", f"({10**20},)", "('x',)", "(1.5,)", "((1,),)")
+_ABSURD = {
+  bool: ("False", "True"),
+  int: _INTEGERS,
+  float: _NUMBERS,
+  str: ("", "\x1b[31m", "None", "-1", "a/b", "(", "*", "x" * 5000),
+  tuple: (*_TUPLES, "(None,)", "(1, 2, 3)", "x"),
+  type(None): (*_NUMBERS, f"{10**20}", "x", "(1,)"),
+}
+
+
+class _End(Exception):
+  """All has been checked: what takes long would begin."""
+
+
+def _resolve_finetuning(config):
+  text = task.TextExample("ab ba", None, 1)
+  made = task.Task(
+    "t",
+    "classification",
+    ("a", "b"),
+    ("accuracy",),
+    dict.fromkeys(task.SPLITS, (text,) * 320),
+  )
+  for seed in config.seeds:
+    finetune.resolve(finetuned.of_seed(config, seed), made)
+
+
+def _read_data(config):
+  pipeline.load_corpus(config.data, 512, config.workdir)
+
+
+def _evaluate(config):
+  with pytest.MonkeyPatch.context() as patch:
+    for module, name in (
+      (latency, "random_model"),
+      (evaluation_training, "_Steps"),
+    ):
+      patch.setattr(module, name, _raise_end)
+    evaluation.run(config)
+
+
+def _raise_end(*args):
+  raise _End
+
+
+@pytest.mark.parametrize(
+  ("name", "only", "resolve"),
+  [
+    ("quickstart", "", pretrain.resolve),
+    ("quickstart", "data.", _read_data),
+    ("finetune", "", _resolve_finetuning),
+    ("finetune", "task.", lambda config: tasks.load(config.task)),
+    ("eval_latency", "", _evaluate),
+    ("eval_training", "", _evaluate),
+    ("tokenize", "", tokenize.tokenize),
+  ],
+  ids=str,
+)
+def test_an_absurd_value_of_any_key_is_named(
+  name, only, resolve, source, tmp_path, monkeypatch
+):
+  """All ends well, or in a mistake that the package names."""
+  monkeypatch.chdir(tmp_path)
+  tokenizer = tmp_path / "t.model"
+  if only == "data." or name == "tokenize":
+    pipeline.load_corpus(
+      tiny_run.make_config(".", source).data, 512, str(tmp_path)
+    )
+    tokenizer = tmp_path / "tokenizer.model"
+  rows = [f"w{i} a\t{'ab'[i % 2]}\n" for i in range(40)]
+  (tmp_path / "t.tsv").write_text("".join(["text\tlabel\n", *rows]))
+  base = config_file.load(name)
+
+  def changed(key, text):
+    config = config_file.load(name)
+    config.update_from_flattened_dict(
+      {
+        "quickstart": {"data.source": source, "data.tokenizer": str(tokenizer)},
+        "finetune": {
+          f"task.{key}": value
+          for key, value in dict(
+            kind="classification",
+            format="table",
+            text="text",
+            label="label",
+            train="t.tsv",
+            test="t.tsv",
+          ).items()
+        },
+        "tokenize": {
+          "source": source,
+          "tokenizer": str(tokenizer),
+          "out": tempfile.mktemp(dir=tmp_path),
+        },
+      }.get(name, {})
+    )
+    config_file.set_key(config, key, text)
+    config_file.check_paths(config)
+    return config
+
+  for key, group, end in config_file.leaves(base):
+    for text in _ABSURD[group.get_type(end)] if key.startswith(only) else ():
+      try:
+        resolve(changed(key, text))
+      except _End:
+        pass
+      except ValueError as error:
+        assert cli.is_named(error), f"{key}={text}: {error!r}"
+      except (MemoryError, OSError) as error:
+        assert isinstance(error, MemoryError) or error.filename
+      except Exception as error:
+        raise AssertionError(f"{key}={text}: {error!r}") from error
+
+
 def test_the_package_lists_its_commands(monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["gemma_funnel"])
   with pytest.raises(SystemExit) as stop:
@@ -437,6 +560,13 @@ ORBAX = ValueError("RESOURCE_EXHAUSTED: writing: No space left on device [28]")
     (KeyboardInterrupt(), 130, ""),
     (RuntimeError("a bug"), None, ""),
     (FileNotFoundError(errno.ENOENT, "No such file"), None, ""),
+    (PermissionError(errno.EACCES, "No", "a\nb"), 2, "error: a b: No"),
+    (MemoryError("Unable to"), 1, "error: not enough memory: Unable to"),
+    (
+      RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"),
+      1,
+      "error: not enough memory: RESOURCE_EXHAUSTED",
+    ),
   ],
 )
 def test_a_disk_that_is_full_is_one_line(error, status, said, capsys):

@@ -195,7 +195,7 @@ def tokenize(config: Any) -> dict[str, Any]:
   for key in ("tokenizer", "out"):
     require(config[key], f"{key} is not set; expected a path")
   require_int("shards", config.shards, 1)
-  require_int("num_workers", config.num_workers)
+  require_int("num_workers", config.num_workers, 0, workers.MOST)
   out, count = config.out, config.shards
   require(
     not files.is_remote(out),

@@ -299,10 +299,6 @@ def open_run(
   with config.ignore_type():  # 10 is as good as 10.0.
     for name, value in model_config.to_dict().items():
       config.model[name] = value
-  checks.require(
-    isinstance(config.workdir, str) and config.workdir != "",
-    f"workdir={config.workdir!r}: expected a folder",
-  )
   checks.require_int("seed", config.seed, 0, 2**32 - 1)
   for name in ("batch_size", "length"):
     checks.require_int(name, config[name], 1)
