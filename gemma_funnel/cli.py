@@ -120,6 +120,7 @@ def guard(run: Callable[[], int]) -> int:
   that is full or cannot be written to one and status 1; any other error is a
   traceback.
   """
+  sys.excepthook = _show_stack
   if sys.stdout is None:
     say("error: stdout is closed")
     return 1
@@ -148,6 +149,16 @@ def guard(run: Callable[[], int]) -> int:
     )
     _end_stdout()
     return 1
+
+
+def _show_stack(kind, error, stack) -> None:
+  """As Python does, but for what a message has of files."""
+  shown = traceback.TracebackException(kind, error, stack)
+  frames = "".join(shown.stack.format())
+  print(
+    f"Traceback (most recent call last):\n{frames}", end="", file=sys.stderr
+  )
+  say("\n".join(shown.format_exception_only()))
 
 
 def _end_stdout() -> None:
@@ -212,6 +223,11 @@ def describe_funnels() -> str:
 def say(text: str) -> None:
   """Writes a line to stderr, cleaned."""
   print(clean(text), file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+  """Writes a line to stdout, cleaned."""
+  print(clean(text), flush=True)
 
 
 def clean(text: str, most: int = 2000) -> str:

@@ -31,7 +31,7 @@ from gemma_funnel import config as config_lib
 from gemma_funnel.checks import require, require_int
 from gemma_funnel.data import files
 from gemma_funnel.data import tokenizer as tokenizer_lib
-from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.decode.decoder import Decoder, Generation
 from gemma_funnel.decode.sampling import Sampling
 from gemma_funnel.model import Transformer
@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     "min_p", "X", "draws from what is X times as likely as the likeliest", 0.0
   )
   add("repetition_penalty", "X", "1 is none", 1.0)
-  stop = f"may be repeated (default: {EOS_ID}, EOS)"
+  stop = "may be repeated (default: what the checkpoint says, or EOS)"
   add("stop_id", "N", stop, action="append")
   add("num_samples", "N", "of each prompt", 1)
   add("seed", "N", "of what is drawn", 0)
@@ -227,10 +227,12 @@ def prepare(args: argparse.Namespace) -> GenerationRequest:
     "the funnel drops a context (reduce=context): expected --context=FILE",
   )
   tokenizer = _find_tokenizer(args, found)
-  stop_ids = [EOS_ID] if args.stop_id is None else args.stop_id
+  stop_ids = args.stop_id
+  if stop_ids is None:
+    stop_ids = list(found.stop_ids) or [tokenizer.eos_id]
   for stop_id in stop_ids:
     require_int("--stop_id", stop_id, 0, vocab_size - 1)
-  start = [BOS_ID]
+  start = [tokenizer.bos_id]
   if args.context is not None:
     text = tables.read_text(args.context)
     start += _encode(tokenizer, args.context, text)
@@ -299,7 +301,9 @@ def _read_prompts(args) -> Iterator[tuple[str, str]]:
 
 def _encode(tokenizer: Tokenizer, place: str, text: str) -> list[int]:
   require(text != "", f"{place} is empty: expected a text")
-  return tokenizer.encode(files.check_text(text, place, "prompt"))
+  text = files.check_text(text, place, "prompt")
+  # A chat template's text begins with BOS, which is there already.
+  return tokenizer.encode(text.removeprefix(tokenizer.piece(tokenizer.bos_id)))
 
 
 def _lengths(args, most: int, places, prompts) -> tuple[int, int]:

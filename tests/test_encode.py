@@ -17,6 +17,8 @@ TAGS = ("B-X", "I-X", "O")
 class Characters:
   """Characters are tokens; "-" is none, and "#" is three."""
 
+  bos_id, eos_id, unk_id = 2, 1, 3
+
   def encode(self, text):
     tokens = []
     for c in text.strip():

@@ -242,9 +242,9 @@ def test_values_beyond_the_dtype_there(made, tmp_path, capsys, name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_configuration_of_another_architecture(copy, capsys, name):
   folder = copy(name)
-  raw = dict(GEMMA2, model_type="llama")
+  raw = dict(GEMMA2, model_type="bert")
   (folder / "config.json").write_text(json.dumps(raw))
-  words = ("config.json", "model_type='llama'")
+  words = ("config.json", "model_type='bert'")
   refused(folder, *words)
   argv = (folder, folder.parent / "dst", "--to=hf")
   refused_by_command(capsys, *argv, words=words)

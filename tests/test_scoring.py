@@ -214,6 +214,8 @@ def test_bucket_lengths():
 class Words:
   """Encodes each word with the space before it, and "ab" as one token."""
 
+  bos_id = 2
+
   def encode(self, text):
     text = text.replace("ab", "\0")
     return [ord(c) for c in text]

@@ -42,12 +42,14 @@ class Description:
     stages: of the funnel it was trained with, resolved; () is none.
     tokenizer_path: where its tokenizer is, or would be.
     is_run: whether it is a training run of ours.
+    stop_ids: that end a generated text; () is the tokenizer's EOS.
   """
 
   config: TransformerConfig
   stages: tuple[FunnelConfig, ...]
   tokenizer_path: str
   is_run: bool
+  stop_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +153,13 @@ def describe(path: str | os.PathLike[str]) -> Description:
   """
   weights = detect.find(path)
   config, stages = detect.read_config(weights)
-  files = detect.find_companions(weights)
-  tokenizers = (files[n] for n in detect.TOKENIZERS if n in files)
-  usual = weights.folder / detect.TOKENIZERS[0]
+  found = detect.tokenizer_of(detect.find_companions(weights))
   return Description(
-    config, stages, str(next(tokenizers, usual)), weights.format == "run"
+    config,
+    stages,
+    os.fspath(found or weights.folder / detect.TOKENIZERS[0]),
+    weights.format == "run",
+    detect.stop_ids(weights, config.vocab_size),
   )
 
 

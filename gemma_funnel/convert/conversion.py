@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -20,7 +21,8 @@ import uuid
 
 import numpy as np
 
-from gemma_funnel import locks
+from gemma_funnel import cli, inputs, locks
+from gemma_funnel.checks import require
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert import detect, writer
 from gemma_funnel.convert.param_mapping import (
@@ -101,14 +103,61 @@ def spec_for(
       f"{source.where} has tensors of {wanted.name}: expected "
       "--dtype=float32, or another one"
     )
-  files, tokenizer = source.companions, None
-  if to == "hf" and "tokenizer_config.json" not in files:
-    names = (name for name in detect.TOKENIZERS if name in files)
-    if name := next(names, None):
-      tokenizer = Tokenizer.load(files[name])
-  return writer.make_spec(
-    to, config, source.stages, wanted, google_layout, tokenizer
+  files, tokenizer = companions_of(source), None
+  origin = detect.tokenizer_of(source.companions)
+  if to == "hf" and "tokenizer_config.json" not in files and origin:
+    try:
+      tokenizer = Tokenizer.load(origin)
+    except ValueError as error:
+      if origin.name == "tokenizer.model":
+        raise
+      # The weights need it not, and who wrote it reads it.
+      cli.say(f"{origin} is kept as it is: {error}")
+  spec = writer.make_spec(
+    to, config, source.stages, wanted, google_layout, tokenizer, source.kept
   )
+  return dataclasses.replace(spec, texts={**spec.texts, **files})
+
+
+def companions_of(source: CheckpointReader) -> dict[str, bytes]:
+  """What else of a source goes with its weights, by name.
+
+  A checkpoint may be a stranger's: what a link in it, or a run's configuration,
+  leads to out of its folder stays, unless it is a tokenizer that fits. A line
+  names each such file.
+  """
+  path = pathlib.Path(source.where)
+  folder = (path if path.is_dir() else path.parent).resolve()
+  inside = [folder, folder.parent]
+  if folder.parent.name == "snapshots":  # Of a cache of Hugging Face's.
+    inside.append(folder.parent.parent / "blobs")
+  found = {}
+  for name, file in source.companions.items():
+    origin = file if "://" in os.fspath(file) else file.resolve()
+    data = inputs.read_bytes(origin, inputs.MAX_TOKENIZER)
+    within = [
+      place for place in inside if place in getattr(origin, "parents", ())
+    ]
+    if name in detect.TOKENIZERS and (not within or source.format == "run"):
+      fits = Tokenizer.load(origin).vocab_size <= source.rows
+      require(fits, f"tokenizer {origin} has more tokens than {source.where}")
+    elif not within:
+      cli.say(f"{file} is left out: it leads to {origin}, out of {folder}")
+      continue
+    elif name.endswith(".json") and not _is_object(data):
+      cli.say(f"{file} is left out: expected a JSON object")
+      continue
+    if not within:
+      cli.say(f"the tokenizer is {origin}, out of {folder}")
+    found[name] = data
+  return found
+
+
+def _is_object(data: bytes) -> bool:
+  try:
+    return isinstance(json.loads(data.decode("utf-8-sig")), dict)
+  except (ValueError, RecursionError):
+    return False
 
 
 def check_destination(
@@ -215,12 +264,10 @@ def write(
       with file.open(partial / file.name, spec.headers(file)) as opened:
         for name, nbytes in _move(source, spec, file, opened):
           progress(name, nbytes)
-    for name, origin in source.companions.items():
-      shutil.copyfile(origin, partial / name)
     # Last: without a configuration or an index it is no checkpoint.
     for name, text in spec.texts.items():
-      if name not in source.companions:
-        (partial / name).write_text(text, encoding="utf-8")
+      data = text if isinstance(text, bytes) else text.encode()
+      (partial / name).write_bytes(data)
     os.replace(partial, path)
     # Until now, whatever killed it, the next conversion would start anew.
     (path / detect.UNFINISHED).unlink()

@@ -4,13 +4,17 @@ Both are told by the content of the folder. No weight is read here, and headers
 only where there is no configuration.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import os
 import pathlib
+from typing import Any
+
+from etils import epath
 
 from gemma_funnel import paths
+from gemma_funnel.checks import require
 from gemma_funnel.config import (
   PRESETS,
   FunnelConfig,
@@ -36,6 +40,8 @@ from gemma_funnel.convert.tensor_io import (
   to_path,
 )
 from gemma_funnel.convert.torch_file import TorchFile, is_torch_file
+from gemma_funnel.data import tokenizer as tokenizer_lib
+from gemma_funnel.data.tokenizer import FILES, is_json
 
 # In a folder that is being written.
 UNFINISHED = "unfinished"
@@ -50,6 +56,12 @@ OF_INDEX = ".index.json"
 PARAMS = "params"
 # A key of every config.json of ours; it holds the version.
 OURS = "gemma_funnel"
+# A key of ours, of what a configuration of others says beside the model.
+OTHERS = "huggingface"
+# Its keys, and what goes without saying.
+_KEPT = huggingface.special_ids(None) | dict.fromkeys(
+  ("id2label", "label2id", "problem_type")
+)
 # What else belongs to a tokenizer, or to generating with a model.
 COMPANIONS = (
   *TOKENIZERS,
@@ -308,17 +320,15 @@ def published(config: TransformerConfig) -> TransformerConfig | None:
 def find_companions(weights: Weights) -> dict[str, pathlib.Path]:
   """Files of the tokenizer and of generating, by their usual names.
 
-  They lie beside the weights, in a folder `tokenizer`, or around a tree; a run
-  says where its tokenizer is.
+  They lie beside the weights, in a folder `tokenizer`, or around a tree. A run
+  of version 0.1 has no tokenizer that it was given, but says where it is.
 
   Raises:
     ValueError: the run does not say.
   """
   found = {}
-  if weights.format == "run":
-    tokenizer = find_tokenizer(weights.folder)
-    if tokenizer:
-      found["tokenizer.model"] = tokenizer
+  if weights.format == "run" and (given := find_tokenizer(weights.folder)):
+    found[FILES[is_json(given)]] = given
   places = [weights.folder, weights.folder / "tokenizer"]
   if weights.format == "google" and is_orbax_tree(weights.folder):
     places.append(weights.folder.parent)
@@ -327,3 +337,44 @@ def find_companions(weights: Weights) -> dict[str, pathlib.Path]:
     if file and name not in found:
       found[name] = file
   return found
+
+
+def tokenizer_of(
+  files: Mapping[str, pathlib.Path | epath.Path],
+) -> pathlib.Path | epath.Path | None:
+  """Which of a checkpoint's files is its tokenizer; None if it has none."""
+  found = [files[name] for name in TOKENIZERS if name in files]
+  return (
+    tokenizer_lib.choose(*found) if len(found) == 2 else next(iter(found), None)
+  )
+
+
+def kept_keys(weights: Weights) -> dict[str, Any]:
+  """What a configuration says beside the model, and conversions keep."""
+  for name in (CONFIG, SIDECAR):
+    raw = peek_json(weights.folder / name)
+    raw = raw.get(OTHERS, raw)
+    if isinstance(raw, dict) and any(key in raw for key in _KEPT):
+      said = {key: raw.get(key) for key in _KEPT}
+      return {k: v for k, v in said.items() if v not in (None, _KEPT[k])}
+  return {}
+
+
+def stop_ids(weights: Weights, vocab_size: int) -> tuple[int, ...]:
+  """The ids that end a generated text; () is not said.
+
+  Raises:
+    ValueError: they are none.
+  """
+  if weights.format == "run":
+    return ()
+  file = weights.folder / "generation_config.json"
+  said = peek_json(file).get("eos_token_id")
+  if said is None:
+    file, said = weights.folder / CONFIG, kept_keys(weights).get("eos_token_id")
+  ids = said if isinstance(said, list) else [said] if said is not None else []
+  require(
+    all(type(i) is int and 0 <= i < vocab_size for i in ids),
+    f"{file}: eos_token_id={said!r}: expected ids of 0 to {vocab_size - 1}",
+  )
+  return tuple(ids)

@@ -31,6 +31,8 @@ _SIZES = {
   "num_key_value_heads": "num_kv_heads",
   "head_dim": "head_dim",
 }
+# Far above any model's: what a damaged configuration says is not tried out.
+_MAX_LAYERS = 1_000
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 _KINDS = {_LOCAL: "local", _GLOBAL: "global"}
 _ACTIVATIONS = {"gelu": "gelu_pytorch_tanh", "silu": "silu"}
@@ -210,12 +212,13 @@ def to_config(raw: Mapping[str, Any]) -> TransformerConfig:
       ours has not.
   """
   keys = _Keys(raw)
-  family = FAMILIES.get(keys.get("model_type"))
+  model_type = keys.get("model_type")
   require(
-    family is not None,
-    f"model_type={raw.get('model_type')!r} is not supported: expected one of "
+    isinstance(model_type, str) and model_type in FAMILIES,
+    f"model_type={model_type!r} is not supported: expected one of "
     f"{[*FAMILIES, *_MULTIMODAL]}",
   )
+  family = FAMILIES[model_type]
   sizes = _sizes(keys, family)
   kinds, window = _attention(keys, family, sizes["num_layers"])
   base, local_base, scaling = _rope(keys, family)
@@ -227,7 +230,8 @@ def to_config(raw: Mapping[str, Any]) -> TransformerConfig:
     field: keys.number(key, default)
     for key, (field, default) in family.keys.items()
   }
-  numbers.setdefault("query_pre_attn_scalar", float(sizes["head_dim"]))
+  head_dim = _number("head_dim", sizes["head_dim"])
+  numbers.setdefault("query_pre_attn_scalar", head_dim)
   if family.window is not None:
     # A model of global layers alone may come without a window.
     fixed["window"] = max_length if window is None else window
@@ -256,7 +260,7 @@ def to_config(raw: Mapping[str, Any]) -> TransformerConfig:
 def language_model(raw: Mapping[str, Any]) -> Mapping[str, Any]:
   """The configuration of the language model of one that sees images too."""
   model_type = raw.get("model_type")
-  if model_type not in _MULTIMODAL:
+  if model_type not in list(_MULTIMODAL):
     return raw
   text = raw.get("text_config")
   require(
@@ -360,9 +364,9 @@ def _to_raw(config: TransformerConfig, family: Family) -> dict[str, Any]:
 def _raw_rope(config: TransformerConfig, family: Family) -> dict[str, Any]:
   """Of transformers 4 and of 5, which read each other's keys not."""
   found, scaling = config.rope_scaling, None
-  if found is not None:
+  if found is not None and found.kind in family.scalings:
     scaling = dict(rope_type=found.kind, factor=found.factor)
-  if found is not None and found.kind == "llama3":
+  if scaling and found.kind == "llama3":
     scaling |= dict(
       low_freq_factor=found.low_freq_factor,
       high_freq_factor=found.high_freq_factor,
@@ -472,9 +476,10 @@ def _sizes(keys: _Keys, family: Family) -> dict[str, Any]:
       "head_dim, or a multiple",
     )
     sizes["head_dim"] = width // heads
+  depth = sizes["num_layers"]
   require(
-    type(sizes["num_layers"]) is int and 0 < sizes["num_layers"] < 10_000,
-    f"num_hidden_layers={sizes['num_layers']!r}: expected an integer",
+    type(depth) is int and 0 < depth <= _MAX_LAYERS,
+    f"num_hidden_layers={depth!r}: expected at most {_MAX_LAYERS}",
   )
   return sizes
 
@@ -484,15 +489,12 @@ def _check_activation(keys: _Keys, family: Family, ours: str) -> None:
   said = {k: keys.get(k) for k in ("hidden_activation", "hidden_act")}
   if family.model_type == "gemma":
     # The first configurations of Gemma 1 say "gelu" and mean this one.
-    said["hidden_act"] = said["hidden_act"] and said["hidden_act"].replace(
-      "gelu_pytorch_tanh", "gelu"
-    )
     expected = {"gelu_pytorch_tanh", "gelu"}
   elif family.model_type in ("gemma2", "gemma3_text"):
     del said["hidden_act"]  # Not read by transformers.
   for key, value in said.items():
     require(
-      value is None or value in expected,
+      value is None or (isinstance(value, str) and value in expected),
       f"not supported: {key}={value!r}: expected {_ACTIVATIONS[ours]!r}",
     )
 

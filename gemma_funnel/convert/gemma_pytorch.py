@@ -12,7 +12,12 @@ import numpy as np
 
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert import huggingface
-from gemma_funnel.convert.param_mapping import ParamView, Tensor, sizes_of
+from gemma_funnel.convert.param_mapping import (
+  ParamView,
+  Tensor,
+  check_gemma,
+  sizes_of,
+)
 from gemma_funnel.convert.tensor_io import (
   Header,
   Index,
@@ -28,6 +33,7 @@ _BUFFERS = re.compile(r"(local_|global_)?freqs_cis$")
 
 def tensors(config: TransformerConfig) -> list[Tensor]:
   """All tensors of a state dict, in its order."""
+  check_gemma(config)
   sizes = sizes_of(config)
   queries = sizes["N"] * sizes["H"]
   keys = sizes["K"] * sizes["H"]

@@ -26,9 +26,8 @@ from gemma_funnel.convert.tensor_io import peek_json, read_json
 from gemma_funnel.data.tokenizer import (
   BOS_ID,
   EOS_ID,
-  MASK_ID,
   PAD_ID,
-  UNK_ID,
+  SPECIAL,
   Tokenizer,
 )
 
@@ -37,10 +36,8 @@ EMBEDDING = "model.embed_tokens.weight"
 TIED_HEAD = "lm_head.weight"
 # Old versions of transformers stored these buffers, which can be computed.
 _BUFFERS = "rotary_emb.inv_freq"
-SPECIAL_IDS = dict(
-  bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID
-)
 _FUNNEL = "funnel"
+_IDS = ("bos", "eos", "pad")
 
 
 def tensors(config: TransformerConfig) -> list[Tensor]:
@@ -132,10 +129,17 @@ def make_config(
   """
   _, raw = families.from_config(config)
   # The first key is of transformers 4, the second one of 5.
-  raw |= dict(SPECIAL_IDS, torch_dtype=dtype, dtype=dtype)
+  raw |= dict(torch_dtype=dtype, dtype=dtype)
   if stages:
     raw[_FUNNEL] = format_funnel(stages)
   return raw
+
+
+def special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+  """The keys of a config.json for what is around texts; Gemma's without."""
+  if tokenizer is None:
+    return dict(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+  return {f"{key}_token_id": getattr(tokenizer, f"{key}_id") for key in _IDS}
 
 
 def make_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -144,9 +148,9 @@ def make_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
   transformers would else know neither its special tokens nor that text begins
   with BOS.
   """
-  pieces = dict(bos=BOS_ID, eos=EOS_ID, unk=UNK_ID, pad=PAD_ID, mask=MASK_ID)
+  ids = {key: getattr(tokenizer, f"{key}_id") for key in SPECIAL}
   return dict(
-    {f"{name}_token": tokenizer.piece(i) for name, i in pieces.items()},
+    {f"{k}_token": tokenizer.piece(i) for k, i in ids.items() if i is not None},
     tokenizer_class="GemmaTokenizer",
     add_bos_token=True,
     add_eos_token=False,

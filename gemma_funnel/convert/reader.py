@@ -5,6 +5,7 @@ from concurrent import futures
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class CheckpointReader:
     stages: of the funnel it was trained with, resolved; () is none.
     dtype: the narrowest that holds every stored value.
     companions: files of the tokenizer and of generating, by name.
+    kept: what its configuration says beside the model, and others need.
     run: the step and the configuration of a training run; None for others.
   """
 
@@ -53,6 +55,7 @@ class CheckpointReader:
   stages: tuple[FunnelConfig, ...]
   dtype: np.dtype
   companions: Mapping[str, pathlib.Path]
+  kept: Mapping[str, Any]
   run: RunTensors | None
   _tensors: TensorReader
   _sizes: Mapping[str, int]
@@ -199,6 +202,7 @@ def open_checkpoint(
     stages=stages,
     dtype=_widest({merged.tensors[t.name].dtype for t in tensors}),
     companions=detect.find_companions(weights),
+    kept=detect.kept_keys(weights),
     run=run,
     _tensors=merged,
     _sizes=sizes,

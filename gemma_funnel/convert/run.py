@@ -22,11 +22,12 @@ from etils import epath
 import jax
 import numpy as np
 
+from gemma_funnel import cli, paths
 from gemma_funnel import lora as lora_lib
-from gemma_funnel import paths
+from gemma_funnel.checks import require
 from gemma_funnel.convert import param_mapping
 from gemma_funnel.convert.orbax_tree import OrbaxTree
-from gemma_funnel.convert.tensor_io import Header, Index, read_json
+from gemma_funnel.convert.tensor_io import Header, Index, read_json, to_path
 from gemma_funnel.parallel import processes
 
 FOLDER = "checkpoints"
@@ -45,22 +46,32 @@ def path_of(path: str | os.PathLike) -> epath.Path:
   return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
-def find_tokenizer(folder: pathlib.Path | epath.Path) -> pathlib.Path | None:
-  """The tokenizer that a run was given; None if it has one of its own.
+def find_tokenizer(
+  folder: pathlib.Path | epath.Path,
+) -> pathlib.Path | epath.Path | None:
+  """The tokenizer that a run was given; None if its folder has one.
 
   Raises:
-    ValueError: the run's configuration does not say.
+    ValueError: the run's configuration does not say, or names it by where the
+      run was started, which is not known.
   """
   config = read_json(folder / CONFIG)
   data = config.get("data", config)  # A fine-tuned run says it at the top.
-  if not isinstance(data, dict) or "tokenizer" not in data:
-    raise ValueError(
-      f"{folder / CONFIG} is no configuration of a training run: expected a "
-      "data.tokenizer"
-    )
-  own = any((folder / name).is_file() for name in TOKENIZERS)
-  given = None if own else data["tokenizer"]
-  return pathlib.Path(given) if given else None
+  require(
+    isinstance(data, dict) and "tokenizer" in data,
+    f"{folder / CONFIG} is no configuration of a training run: expected a "
+    "data.tokenizer",
+  )
+  given = data["tokenizer"]
+  if not given or any((folder / name).is_file() for name in TOKENIZERS):
+    return None
+  require(
+    isinstance(given, str) and ("://" in given or os.path.isabs(given)),
+    f"{folder} has no tokenizer, and names it by where the run was started: "
+    f"tokenizer={given!r}. Expected the file in that folder, as "
+    f"{' or '.join(TOKENIZERS)}",
+  )
+  return to_path(given)
 
 
 def steps_in(folder: epath.Path) -> list[int]:
@@ -95,10 +106,7 @@ def _find_intact(folder: epath.Path) -> tuple[int, list[int]]:
       f"no checkpoint in {folder} can be read: " + (listed or "it is empty")
     )
   for broken, damage in damages.items():
-    print(
-      f"checkpoint {broken} is damaged ({damage}); using {step} instead",
-      flush=True,
-    )
+    cli.tell(f"checkpoint {broken} is damaged ({damage}); using {step} instead")
   return step, list(damages)
 
 

@@ -57,7 +57,8 @@ class CheckpointSpec:
     dtype: of all its tensors.
     sizes: of the dims; V is rows of the embedding.
     files: of weights.
-    texts: of other files, by name; a checkpoint is one when all are there.
+    texts: of other files, by name, or their bytes; a checkpoint is one when
+      all are there.
   """
 
   format: str
@@ -66,7 +67,7 @@ class CheckpointSpec:
   dtype: np.dtype
   sizes: Mapping[str, int]
   files: Sequence[File]
-  texts: Mapping[str, str]
+  texts: Mapping[str, str | bytes]
 
   def headers(self, file: File) -> dict[str, Header]:
     return {t.name: Header(t.shape, self.dtype) for t in file.tensors}
@@ -97,6 +98,7 @@ def make_spec(
   dtype: np.dtype,
   google_layout: str = "flat",
   tokenizer: Tokenizer | None = None,
+  kept: Mapping[str, Any] | None = None,
 ) -> CheckpointSpec:
   """Plans a checkpoint of a model, without its weights.
 
@@ -108,6 +110,7 @@ def make_spec(
     dtype: of the checkpoint's tensors.
     google_layout: one of `google.LAYOUTS` but "kauldron".
     tokenizer: that will lie beside it, for formats that describe theirs.
+    kept: what the source's configuration says beside the model: special ids.
 
   Raises:
     ValueError: the format cannot express the model, or hold the dtype.
@@ -123,13 +126,13 @@ def make_spec(
   sizes = {**param_mapping.sizes_of(config), "V": rows}
   own = param_mapping.own_tensors(config, stages)
   learned = param_mapping.learned_tensors(own)
-  ours = _dump(
-    {
-      detect.OURS: __version__,
-      "model": config.to_dict(),
-      "funnel": format_funnel(stages),
-    }
-  )
+  kept = dict(kept or {})
+  described = {
+    detect.OURS: __version__,
+    "model": config.to_dict(),
+    "funnel": format_funnel(stages),
+  }
+  ours = _dump(described | ({detect.OTHERS: kept} if kept else {}))
   if format_ == "orbax":
     keys = {tensor.name: tensor.name.split(".") for tensor in own}
     files = [_tree(detect.PARAMS, own, keys, sizes, dtype)]
@@ -152,8 +155,10 @@ def make_spec(
       tensors, dtype, detect.SAFETENSORS, SafetensorsWriter
     )
     raw = huggingface.make_config(config, stages, dtype.name)
-    texts[detect.CONFIG] = _dump(raw)
-    texts["generation_config.json"] = _dump(huggingface.SPECIAL_IDS)
+    ids = huggingface.special_ids(tokenizer)
+    texts[detect.CONFIG] = _dump(raw | ids | kept)
+    names = {key: kept.get(key, value) for key, value in ids.items()}
+    texts["generation_config.json"] = _dump(names)
     if tokenizer is not None:
       described = huggingface.make_tokenizer_config(tokenizer)
       texts["tokenizer_config.json"] = _dump(described)

@@ -12,7 +12,7 @@ import numpy as np
 from gemma_funnel.checks import is_number, require
 from gemma_funnel.data import sources
 from gemma_funnel.data.documents import Document, Joined
-from gemma_funnel.data.tokenizer import PAD_ID
+from gemma_funnel.data.packing import PADDING
 
 _ENTRY_KEYS = ("source", "weight", "heldout", "text_key")
 
@@ -142,7 +142,7 @@ class _MixedChunks(grain.DatasetIterator):
     had = [d / w for d, w in zip(self._drawn, self._weights, strict=True)]
     which = had.index(min(had))
     element = next(self._iterators[which])
-    self._drawn[which] += int(np.count_nonzero(element["tokens"] != PAD_ID))
+    self._drawn[which] += int(np.count_nonzero(element["tokens"] != PADDING))
     return element
 
   def get_state(self) -> dict[str, Any]:

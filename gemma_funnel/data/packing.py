@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma_funnel.checks import require, require_int
 from gemma_funnel.data.documents import Document, TokenizedDocument
-from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer
+from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
 
 # Chunks that are shuffled together in training: all shards share the first
 # number, but none has fewer than the second.
@@ -24,25 +24,30 @@ _LEAST_WINDOW = 128
 # less padding.
 _NUM_OPEN_ROWS = 64
 _LEAST_OPEN_ROWS = 32
+# What chunks are padded with. In rows padding is 0, which may be a token too.
+PADDING = -1
 # A corpus of documents without text would be read for ever: this many in a row
 # are an error.
 _MOST_EMPTY = 1 << 18
 
 
-def chunk(tokens: Sequence[int], length: int) -> list[np.ndarray]:
+def chunk(
+  tokens: Sequence[int], length: int, bos_id: int = BOS_ID, eos_id: int = EOS_ID
+) -> list[np.ndarray]:
   """Cuts the tokens of one document into chunks.
 
   Args:
     tokens: ids of the whole document, without BOS and EOS.
     length: tokens of a chunk at most, >= 2.
+    bos_id, eos_id: the tokenizer's.
 
   Returns:
     int32 arrays [n], 2 <= n <= length, each starting with BOS. Without BOS
     they concatenate to `tokens` and one EOS.
   """
-  ids = np.append(np.asarray(tokens, np.int32), np.int32(EOS_ID))
+  ids = np.append(np.asarray(tokens, np.int32), np.int32(eos_id))
   parts = np.split(ids, range(length - 1, len(ids), length - 1))
-  return [np.insert(part, 0, BOS_ID) for part in parts]
+  return [np.insert(part, 0, bos_id) for part in parts]
 
 
 class ChunkDocuments(grain.experimental.FlatMapTransform):
@@ -100,9 +105,12 @@ class ChunkDocuments(grain.experimental.FlatMapTransform):
       tokens = element.tokens
     else:
       tokens = self._tokenizer.encode(element.text)
-    chunks = chunk(tokens, self._length)
+    around = self._tokenizer.bos_id, self._tokenizer.eos_id
+    chunks = chunk(tokens, self._length, *around)
     padding = lambda c: (0, -len(c) % self._alignment + self._padding)
-    return [{"tokens": np.pad(c, padding(c))} for c in chunks]
+    return [
+      {"tokens": np.pad(c, padding(c), constant_values=PADDING)} for c in chunks
+    ]
 
   def __call__(self, documents: grain.IterDataset) -> grain.IterDataset:
     """The dataset of the chunks of a dataset of documents."""
@@ -113,10 +121,9 @@ class ChunkDocuments(grain.experimental.FlatMapTransform):
 def _to_row(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Names fields as batches do, and takes chunks' padding out of segments."""
   tokens_T = packed["tokens"].astype(np.int32)
-  # Text never encodes to PAD, so PAD is padding wherever it stands.
-  is_token_T = tokens_T != PAD_ID
+  is_token_T = tokens_T != PADDING
   return {
-    "tokens": tokens_T,
+    "tokens": tokens_T * is_token_T,
     "segment": packed["tokens_segment_ids"] * is_token_T,
     "position": packed["tokens_positions"] * is_token_T,
   }

@@ -1,18 +1,19 @@
-"""A tokenizer with Gemma's special ids, and its training.
+"""Text to token ids and back: SentencePiece models, tokenizer.json, training.
 
-It is a SentencePiece model, which training writes, or a Hugging Face
-`tokenizer.json`, which the package tokenizers reads.
+A `tokenizer.json` of Hugging Face's is read by the package tokenizers. What its
+special tokens are called is said in the files beside it.
 
 Training is lossless by construction: no normalisation, all whitespace kept,
 bytes for characters outside the vocabulary, so `decode(encode(x)) == x`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import hashlib
 import io
 import json
 import os
 import re
+from typing import Any
 
 from etils import epath
 
@@ -20,17 +21,37 @@ from gemma_funnel import atomic, inputs
 from gemma_funnel.checks import require
 from gemma_funnel.data.documents import Document, key_of
 
+# Gemma's, which trained tokenizers have.
 PAD_ID = 0
 EOS_ID = 1
 BOS_ID = 2
 UNK_ID = 3
 MASK_ID = 4
 MASK_PIECE = "<mask>"
-NUM_SPECIAL = 5
+# What a tokenizer's file is called, by whether it is JSON.
+FILES = {False: "tokenizer.model", True: "tokenizer.json"}
+SPECIAL = ("pad", "eos", "bos", "unk", "mask")
+# Beside a tokenizer.json: what its special tokens are called, newest first.
+CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+# Where no file says it.
+_USUAL = dict(
+  pad=("<pad>",),
+  eos=("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>"),
+  bos=("<bos>", "<s>", "<|begin_of_text|>"),
+  unk=("<unk>",),
+  mask=(MASK_PIECE,),
+)
+# What texts begin with where they have no BOS.
+_BETWEEN = "<|endoftext|>"
+# Tokens around texts, which are none within one; those of a chat's turns are.
+_AROUND = re.compile(
+  r"<(pad|eos|bos|unk|s|/s)>|<\|(endoftext|begin_of_text|end_of_text)\|>"
+)
 
 # SentencePiece writes a space as this character, so it cannot tell the
 # character itself from a space; only its UTF-8 bytes as tokens are lossless.
 _SPACE_SYMBOL = "\u2581"
+_SPACE_BYTES = [f"<0x{byte:02X}>" for byte in _SPACE_SYMBOL.encode()]
 # Spaces, case, a ligature, and a character that no vocabulary has.
 _PROBE = "  Two\t spaces,\n\ufb01\ue000 "
 # SentencePiece skips sentences above a length in bytes: texts are cut.
@@ -53,25 +74,42 @@ class _SentencePiece:
         f"or a damaged one: {e}"
       ) from e
     self.vocab_size = sp.vocab_size()
-    self.special_ids = dict(
+    mask = sp.piece_to_id(MASK_PIECE)
+    ids = dict(
       pad=sp.pad_id(),
       eos=sp.eos_id(),
       bos=sp.bos_id(),
       unk=sp.unk_id(),
-      mask=sp.piece_to_id(MASK_PIECE),
+      mask=-1 if mask == sp.unk_id() else mask,
     )
-    self.id_of, self.piece = sp.piece_to_id, sp.id_to_piece
-    self.encode = sp.encode
+    self.special_ids = {k: None if i < 0 else i for k, i in ids.items()}
+    self.piece, self.encode = sp.id_to_piece, sp.encode
+    self.byte_ids = [
+      None if (i := sp.piece_to_id(piece)) == sp.unk_id() else i
+      for piece in _SPACE_BYTES
+    ]
 
   def decode(self, ids: list[int]) -> str:
     sp = self._processor
-    return sp.decode([i for i in ids if not sp.is_control(i)])
+    drop = lambda i: sp.is_control(i) or i == self.special_ids["unk"]
+    return sp.decode([i for i in ids if not drop(i)])
+
+
+def _byte_of() -> dict[str, int]:
+  """The byte that each character of a byte-level vocabulary stands for.
+
+  GPT-2's: printable bytes are themselves, the others follow from 256 on.
+  """
+  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(256) if byte not in plain]
+  codes = [*plain, *range(256, 256 + len(others))]
+  return {chr(c): byte for c, byte in zip(codes, plain + others, strict=True)}
 
 
 class _HuggingFace:
-  """A `tokenizer.json` like Gemma's, with the meaning of its SentencePiece."""
+  """A `tokenizer.json`, which gives text back as it was."""
 
-  def __init__(self, model: bytes, name: str):
+  def __init__(self, model: bytes, name: str, special: Mapping[str, str]):
     try:
       import tokenizers  # An extra: few files need it.
     except ImportError as e:
@@ -81,18 +119,17 @@ class _HuggingFace:
       ) from e
     try:
       content = json.loads(model)
-      # What Gemma's has not, and would change text or draw ids. With a prefix
-      # that its pieces lack, the package ends the process.
+      # What would change text or draw ids. With a prefix that its pieces lack,
+      # the package ends the process.
       for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         value = content["model"].get(key)
         require(not value, f"its model has {key}={value!r}; expected none")
       added = content.get("added_tokens", [])
       for token in added:
-        # Special tokens are none in text, as in SentencePiece. Files flag
-        # <start_of_turn> and <end_of_turn> too, though they are user-defined
-        # symbols of Gemma's SentencePiece model, which text can have.
-        if token["id"] != MASK_ID:
-          token["special"] = token["id"] < NUM_SPECIAL
+        # Files flag tokens of a chat's turns as special too, though text has
+        # them; what stands around texts is none in text.
+        if token["content"] != MASK_PIECE:
+          token["special"] = bool(_AROUND.fullmatch(token["content"]))
       # Ids of the text alone, and all; decode() is here.
       content |= dict.fromkeys(
         ("truncation", "padding", "post_processor", "decoder")
@@ -103,7 +140,10 @@ class _HuggingFace:
         for token in added
         if tokenizer.token_to_id(token["content"]) != token["id"]
       ]
-    except Exception as e:  # The package raises no narrower one.
+    except (KeyboardInterrupt, SystemExit):
+      raise
+    # The package raises no narrower one, and a panic of Rust is none at all.
+    except BaseException as e:
       raise ValueError(
         f"tokenizer {name}: not a Hugging Face tokenizer.json of "
         f"{len(model)} bytes, or a damaged one: {e!r}"
@@ -115,26 +155,42 @@ class _HuggingFace:
     )
     # Special tokens in text are text. (It could be taken for the opposite.)
     tokenizer.encode_special_tokens = True
-    self._tokenizer = tokenizer
+    self._tokenizer, self._name = tokenizer, name
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     # Not their number: there may be gaps.
     self.vocab_size = 1 + max(vocab.values(), default=-1)
     self.special_ids = {
-      key: tokenizer.token_to_id(f"<{key}>")
-      for key in ("pad", "eos", "bos", "unk", "mask")
+      key: next((vocab[p] for p in _names(key, special) if p in vocab), None)
+      for key in SPECIAL
     }
-    self.id_of = lambda piece: vocab.get(piece, UNK_ID)
+    self.between_id = vocab.get(_BETWEEN)
     self.piece = tokenizer.id_to_token
+    pieces = {t["content"] for t in added}
+    dropped = {t["id"] for t in added if t["special"]}
+    bytelevel = '"ByteLevel"' in json.dumps(content.get("pre_tokenizer"))
+    byte_of = _byte_of()
+    self.byte_ids = [None if bytelevel else vocab.get(p) for p in _SPACE_BYTES]
     self._utf8 = {
-      i: piece.replace(_SPACE_SYMBOL, " ").encode()
+      i: bytes(byte_of[c] for c in piece)
+      if bytelevel and piece not in pieces and set(piece) <= byte_of.keys()
+      else (piece if bytelevel else piece.replace(_SPACE_SYMBOL, " ")).encode()
       for piece, i in vocab.items()
     }
     for byte in range(256):
-      if (piece := f"<0x{byte:02X}>") in vocab:
+      if (piece := f"<0x{byte:02X}>") in vocab and not bytelevel:
         self._utf8[vocab[piece]] = bytes([byte])
+    dropped.add(self.special_ids["unk"])
+    self._utf8 |= dict.fromkeys(dropped, b"")
 
   def encode(self, text: str) -> list[int]:
-    return self._tokenizer.encode(text, add_special_tokens=False).ids
+    try:
+      return self._tokenizer.encode(text, add_special_tokens=False).ids
+    except (KeyboardInterrupt, SystemExit):
+      raise
+    except BaseException as error:  # A panic of Rust's is no Exception.
+      raise ValueError(
+        f"tokenizer {self._name}: cannot encode {text[:40]!r}: {error}"
+      ) from error
 
   def decode(self, ids: list[int]) -> str:
     # Not the package's decode: where one of adjacent bytes is no text, it
@@ -143,6 +199,91 @@ class _HuggingFace:
     # Surrogates are no UTF-8: all there are stand for a byte that is no text.
     text = whole.decode("utf-8", "surrogateescape")
     return re.sub("[\udc80-\udcff]", "\ufffd", text)
+
+
+def _names(key: str, special: Mapping[str, str]) -> Sequence[str]:
+  """What a special token may be called, the first that there is."""
+  return [special[key]] if key in special else _USUAL[key]
+
+
+def is_json(path: str | os.PathLike[str]) -> bool:
+  """Whether a tokenizer's file is a tokenizer.json, by its content."""
+  with inputs.open_file(path, inputs.MAX_TOKENIZER) as file:
+    return file.read(64).lstrip().startswith(b"{")
+
+
+def read_special(folder: str | os.PathLike[str]) -> dict[str, str]:
+  """What the files beside a tokenizer.json call its special tokens.
+
+  Returns:
+    By the names of `SPECIAL`; "add_bos" is "no" where texts begin without.
+  """
+  found: dict[str, str] = {}
+  for name in reversed(CONFIGS):
+    path = epath.Path(folder) / name
+    if not path.exists():
+      continue
+    try:
+      raw = json.loads(inputs.read_bytes(path, inputs.MAX_JSON))
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f"{path} cannot be read: {error}") from error
+    require(isinstance(raw, dict), f"{path}: expected a JSON object")
+    for key in SPECIAL:
+      token = raw.get(f"{key}_token")
+      # An object where spaces around it matter.
+      token = token.get("content") if isinstance(token, dict) else token
+      if isinstance(token, str):
+        found[key] = token
+    if raw.get("add_bos_token") is False:
+      found["add_bos"] = "no"
+  return found
+
+
+def _added_beside(folder: str | os.PathLike[str]) -> dict[str, int]:
+  """The ids of tokens that files beside a SentencePiece model add to it."""
+  added: dict[str, int] = {}
+  for name in (CONFIGS[0], "added_tokens.json"):
+    raw = _peek(epath.Path(folder) / name)
+    if name == CONFIGS[0]:
+      entries = raw.get("added_tokens_decoder")
+      entries = entries.items() if isinstance(entries, dict) else ()
+      raw = {
+        token.get("content"): int(i)
+        for i, token in entries
+        if isinstance(token, dict) and i.isdecimal()
+      }
+    added |= {t: i for t, i in raw.items() if type(t) is str and type(i) is int}
+  return added
+
+
+def _peek(path: epath.Path) -> dict[str, Any]:
+  """The object that a JSON file holds; {} if it is not there or is damaged."""
+  try:
+    raw = json.loads(inputs.read_bytes(path, inputs.MAX_TOKENIZER))
+  except (ValueError, RecursionError):
+    return {}
+  return raw if isinstance(raw, dict) else {}
+
+
+def choose(
+  model: str | os.PathLike[str], other: str | os.PathLike[str]
+) -> str | os.PathLike[str]:
+  """Which of a SentencePiece model and a tokenizer.json beside it to use.
+
+  The model, unless the other one has tokens that it lacks, as fine-tuned ones
+  do whose chat has marks of its own.
+  """
+  tokens = _peek(epath.Path(other)).get("added_tokens")
+  added = {
+    token["content"]: token["id"]
+    for token in (tokens if isinstance(tokens, list) else ())
+    if isinstance(token, dict) and {"content", "id"} <= token.keys()
+  }
+  try:
+    found = Tokenizer(inputs.read_bytes(model, inputs.MAX_TOKENIZER))
+  except ValueError:
+    return model  # Whoever loads it is told.
+  return other if found._lacks(added) else model
 
 
 class Tokenizer:
@@ -156,50 +297,68 @@ class Tokenizer:
   Attributes:
     name: what error messages call it: its path if it has one.
     content: the file's content.
+    special: what special tokens are called, as `read_special` gives it.
     is_json: whether it is a Hugging Face `tokenizer.json`.
     vocab_size: pieces, special ones included; ids are below it.
     piece: a function of an id: how the token is written in the vocabulary.
+    bos_id, eos_id: what a text begins with and ends in; where a vocabulary has
+      no BOS, what stands between texts.
+    pad_id, unk_id, mask_id: None where there is none.
   """
 
-  def __init__(self, model: bytes, name: str = "tokenizer"):
+  def __init__(
+    self,
+    model: bytes,
+    name: str = "tokenizer",
+    special: Mapping[str, str] | None = None,
+  ):
     """Reads the content of a SentencePiece model or of a `tokenizer.json`.
 
     Raises:
-      ValueError: neither of them, special ids other than Gemma's, a
-        `tokenizer.json` that does not give text back as it was, or one without
-        the package tokenizers.
+      ValueError: neither of them, one without an EOS, a `tokenizer.json` that
+        does not give text back as it was, or one without the package
+        tokenizers.
     """
     self.content, self.name = bytes(model), name
+    self.special = dict(special or {})
     # SentencePiece has the length of "<pad>" there, after a tag that is "\n".
     self.is_json = self.content.lstrip().startswith(b"{")
-    backend = _HuggingFace if self.is_json else _SentencePiece
-    self._backend = backend(self.content, name)
+    if self.is_json:
+      self._backend = _HuggingFace(self.content, name, self.special)
+    else:
+      self._backend = _SentencePiece(self.content, name)
     self.vocab_size = self._backend.vocab_size
     self.piece = self._backend.piece
-    found = self._backend.special_ids
-    expected = dict(
-      pad=PAD_ID, eos=EOS_ID, bos=BOS_ID, unk=UNK_ID, mask=MASK_ID
-    )
+    ids = self._backend.special_ids
+    self.pad_id, self.unk_id, self.mask_id = ids["pad"], ids["unk"], ids["mask"]
+    self.eos_id, bos = ids["eos"], ids["bos"]
+    if self.is_json and (bos is None or self.special.get("add_bos") == "no"):
+      between = self._backend.between_id
+      bos = self.eos_id if bos is None else bos
+      bos = bos if between is None else between
     require(
-      found == expected,
-      f"tokenizer {name}: its special ids are {found}; expected Gemma's, "
-      f"{expected}",
+      self.eos_id is not None and bos is not None,
+      f"tokenizer {name}: it has no {'eos' if bos is not None else 'bos'} token: "
+      f"expected one of {_USUAL['eos']}, or one that {CONFIGS[0]} beside it "
+      "names",
     )
-    self._space_symbol_ids = [
-      self._backend.id_of(f"<0x{byte:02X}>") for byte in _SPACE_SYMBOL.encode()
-    ]
+    self.bos_id: int = bos
     # A tokenizer.json can hold any normaliser and any code for bytes.
     text = self.decode(self.encode(_PROBE)) if self.is_json else _PROBE
     require(
       text == _PROBE,
       f"tokenizer {name}: {_PROBE!r} comes back as {text!r}; expected a "
-      "tokenizer.json like Gemma's, which changes no text, has "
-      f"{_SPACE_SYMBOL!r} for a space, and bytes for other characters",
+      "tokenizer.json that changes no text: Gemma's, which has "
+      f"{_SPACE_SYMBOL!r} for a space and bytes for other characters, or one "
+      "of bytes",
     )
 
   @classmethod
   def load(cls, path: str | os.PathLike) -> "Tokenizer":
     """Reads a file; its content tells the format, not the name.
+
+    Of a tokenizer.json, what its special tokens are is read from the files
+    beside it, `CONFIGS`.
 
     Raises:
       ValueError: the file cannot be read, or see `__init__`.
@@ -211,10 +370,39 @@ class Tokenizer:
         f"tokenizer {error}; expected a SentencePiece model or a Hugging Face "
         "tokenizer.json"
       ) from error
-    return cls(model, os.fspath(path))
+    folder = epath.Path(path).parent
+    if model.lstrip().startswith(b"{"):
+      return cls(model, os.fspath(path), read_special(folder))
+    found = cls(model, os.fspath(path))
+    lacks = found._lacks(_added_beside(folder))
+    require(
+      not lacks,
+      f"tokenizer {found.name} lacks the tokens {lacks[:5]}, which the files "
+      "beside it add: expected a tokenizer.json there, which has them all",
+    )
+    return found
+
+  def _lacks(self, added: Mapping[str, int]) -> list[str]:
+    """Those of added tokens that it has not, or with another id."""
+    return [
+      text
+      for text, i in added.items()
+      if not 0 <= i < self.vocab_size or self.piece(i) != text
+    ]
+
+  def save(self, folder: str | os.PathLike) -> str:
+    """Writes it to a folder, where `load` finds all of it; returns the path."""
+    path = epath.Path(folder) / FILES[self.is_json]
+    if self.special:
+      raw = {f"{k}_token": v for k, v in self.special.items() if k in SPECIAL}
+      raw["add_bos_token"] = self.special.get("add_bos") != "no"
+      text = json.dumps(raw, indent=2) + "\n"
+      atomic.write_text(path.parent / CONFIGS[0], text)
+    atomic.write_bytes(path, self.content)
+    return os.fspath(path)
 
   def __reduce__(self):
-    return Tokenizer, (self.content, self.name)
+    return Tokenizer, (self.content, self.name, self.special)
 
   @property
   def sha256(self) -> str:
@@ -234,16 +422,19 @@ class Tokenizer:
         f"text has the lone surrogate {text[e.start]!r} at character "
         f"{e.start}, which UTF-8 cannot express"
       ) from e
-    if _SPACE_SYMBOL not in text or UNK_ID in self._space_symbol_ids:
+    symbol = self._backend.byte_ids
+    if _SPACE_SYMBOL not in text or None in symbol:
       return self._backend.encode(text)
     first, *rest = text.split(_SPACE_SYMBOL)
     ids = self._backend.encode(first)
     for part in rest:
-      ids += self._space_symbol_ids + self._backend.encode(part)
+      ids += symbol + self._backend.encode(part)
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of token ids (ints or numpy integers); special ids are dropped.
+    """The text of token ids (ints or numpy integers).
+
+    Those that no text has, such as EOS, are dropped.
 
     Each byte that is not valid UTF-8 becomes U+FFFD.
 
@@ -257,7 +448,7 @@ class Tokenizer:
           f"token id {i}: tokenizer {self.name} has ids 0 to "
           f"{self.vocab_size - 1}"
         )
-    return self._backend.decode([i for i in ids if i >= NUM_SPECIAL])
+    return self._backend.decode(ids)
 
 
 def _sample(documents: Sequence[Document], max_bytes: int) -> Iterator[str]:

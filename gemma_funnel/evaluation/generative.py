@@ -14,7 +14,7 @@ from typing import Any
 
 from gemma_funnel import atomic, flops, tasks
 from gemma_funnel.checks import require
-from gemma_funnel.data.tokenizer import BOS_ID, Tokenizer
+from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.decode import decoder as decoder_lib
 from gemma_funnel.evaluation import (
   finetuned,
@@ -145,7 +145,8 @@ def _predict_texts(task, examples, scorer: Scorer, settings) -> list[Row]:
 
 def _predict_generated(task, examples, scorer: Scorer, settings) -> list[Row]:
   prompt_of = prompts.prompt_maker(task, settings, lambda e: e.answers[0])
-  ids = [[BOS_ID, *scorer.tokenizer.encode(prompt_of(e))] for e in examples]
+  bos, encode = scorer.tokenizer.bos_id, scorer.tokenizer.encode
+  ids = [[bos, *encode(prompt_of(e))] for e in examples]
   room = scorer.prompt_room(settings.max_new_tokens)
   limits = Limits(settings.max_new_tokens, settings.stop)
   texts = scorer.generate_until(ids, limits)

@@ -17,7 +17,6 @@ except ImportError as error:
 from ml_collections import config_dict
 
 from gemma_funnel.checks import require, require_int
-from gemma_funnel.data.tokenizer import BOS_ID
 from gemma_funnel.decode.sampling import Sampling
 from gemma_funnel.evaluation import load_for_eval
 from gemma_funnel.evaluation.scoring import (
@@ -119,13 +118,14 @@ class GemmaFunnel(LM):
     self, requests: Sequence[Any], disable_tqdm: bool = False
   ) -> list[str]:
     """Continuations up to EOS or a stop string."""
-    encode = self.scorer.tokenizer.encode
+    tokenizer = self.scorer.tokenizer
+    bos, encode = tokenizer.bos_id, tokenizer.encode
     given = [_limits(r.args[1], self.max_gen_toks) for r in requests]
     texts = [""] * len(requests)
     for limits in dict.fromkeys(given):
       numbers = [n for n, other in enumerate(given) if other == limits]
       same = [requests[n] for n in numbers]
-      prompts = [[BOS_ID, *encode(r.args[0])] for r in same]
+      prompts = [[bos, *encode(r.args[0])] for r in same]
       found = self.scorer.generate_until(prompts, limits)
       if limits.sampling.temperature == 0:
         self._cache("generate_until", same, found)

@@ -18,7 +18,7 @@ import numpy as np
 from gemma_funnel import generate
 from gemma_funnel.checks import require, require_int
 from gemma_funnel.config import check_recovers, check_reducers
-from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from gemma_funnel.data.tokenizer import BOS_ID, Tokenizer
 from gemma_funnel.decode import decoder as decoder_lib
 from gemma_funnel.decode.sampling import GREEDY, Sampling
 from gemma_funnel.model import Transformer
@@ -71,11 +71,11 @@ def encode_pair(
     ValueError: a continuation without tokens.
   """
   if not context:
-    first, rest = [BOS_ID], tokenizer.encode(continuation)
+    first, rest = [tokenizer.bos_id], tokenizer.encode(continuation)
   else:
     stripped = context.rstrip()
-    first = [BOS_ID, *tokenizer.encode(stripped)]
-    whole = [BOS_ID, *tokenizer.encode(context + continuation)]
+    first = [tokenizer.bos_id, *tokenizer.encode(stripped)]
+    whole = [tokenizer.bos_id, *tokenizer.encode(context + continuation)]
     at = len(first)
     if at >= len(whole):
       same = [a == b for a, b in zip(first, whole, strict=False)]
@@ -90,7 +90,9 @@ def encode_pair(
   return first, rest
 
 
-def windows(ids: Sequence[int], length: int) -> Iterator[Pair]:
+def windows(
+  ids: Sequence[int], length: int, bos_id: int = BOS_ID
+) -> Iterator[Pair]:
   """Pairs that predict each token of a long text, without BOS, once.
 
   As lm_eval's `get_rolling_token_windows` of length - 1 with context_len=1:
@@ -104,7 +106,7 @@ def windows(ids: Sequence[int], length: int) -> Iterator[Pair]:
   for start in range(0, len(ids), size):
     end = min(start + size, len(ids))
     before = ids[max(0, end - size - 1) : start]
-    yield [BOS_ID, *before], ids[start:end]
+    yield [bos_id, *before], ids[start:end]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Scorer:
   # the most tokens of a pass. None is `bucket_lengths` of the model's.
   lengths: Sequence[int] | None = None
   seed: int = 0  # Of what is drawn.
+  stop_ids: Sequence[int] = ()  # That end a text; () is the tokenizer's EOS.
 
   def __post_init__(self):
     check_recovers(self.model.stages, "log-likelihoods")
@@ -136,6 +139,11 @@ class Scorer:
       f"model.max_length={longest}",
     )
     object.__setattr__(self, "lengths", lengths)
+
+  @property
+  def bos_id(self) -> int:
+    """What every pass begins with; Gemma's where there is no tokenizer."""
+    return self.tokenizer.bos_id if self.tokenizer else BOS_ID
 
   @property
   def max_length(self) -> int:
@@ -158,7 +166,7 @@ class Scorer:
     check_reducers(self.model.stages, "trains", "log-likelihoods")
     vocab_size = self.model.config.vocab_size
     fitted = [
-      _fit(f"request {number}", *pair, self.max_length, vocab_size)
+      _fit(f"request {number}", *pair, self.max_length, vocab_size, self.bos_id)
       for number, pair in enumerate(pairs)
     ]
     num_fed = lambda pair: len(pair[0]) + len(pair[1]) - 1
@@ -183,7 +191,7 @@ class Scorer:
 
     Texts are token ids without BOS, of any length. Raises as `loglikelihood`.
     """
-    pairs = [list(windows(ids, self.max_length)) for ids in texts]
+    pairs = [list(windows(ids, self.max_length, self.bos_id)) for ids in texts]
     scores = iter(self.loglikelihood([pair for text in pairs for pair in text]))
     return [
       float(sum(next(scores).log_likelihood for _ in text)) for text in pairs
@@ -215,7 +223,7 @@ class Scorer:
         [prompts[n] for n in full],
         max_new_tokens=limits.max_new_tokens,
         sampling=limits.sampling,
-        stop_ids=[EOS_ID],
+        stop_ids=self.stop_ids or [self.tokenizer.eos_id],
         seed=self.seed,
         first_row=start,
         chunk=_CHUNK,
@@ -239,7 +247,7 @@ class Scorer:
     return self.max_length - max_new_tokens
 
 
-def _fit(what: str, context, continuation, longest, vocab_size) -> Pair:
+def _fit(what: str, context, continuation, longest, vocab_size, bos_id) -> Pair:
   """The pair as tuples that begin with BOS and fit."""
   context = tuple(map(int, context))
   continuation = tuple(map(int, continuation))
@@ -251,10 +259,10 @@ def _fit(what: str, context, continuation, longest, vocab_size) -> Pair:
   for i in (*context, *continuation):
     fits, most = 0 <= i < vocab_size, vocab_size - 1
     require(fits, f"{what} has the token id {i}: expected 0 to {most}")
-  if context[:1] == (BOS_ID,):
+  if context[:1] == (bos_id,):
     context = context[1:]
   room = longest - len(continuation)
-  return (BOS_ID, *context[max(0, len(context) - room) :]), continuation
+  return (bos_id, *context[max(0, len(context) - room) :]), continuation
 
 
 def _arrays(batch, batch_size, length) -> dict[str, np.ndarray]:

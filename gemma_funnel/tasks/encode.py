@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from gemma_funnel.checks import require_choice, require_int
-from gemma_funnel.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
+from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.tasks.task import TaggedExample, Task, TextExample
 
 LONG = ("truncate", "window")
@@ -76,9 +76,10 @@ def _text_tokens(example: TextExample, tokenizer: Tokenizer, length: int):
   if example.second is not None:
     second, room = tokenizer.encode(example.second), length - 3
     # The longer of the two is cut, until both fit.
-    second = second[: max(room - len(first), room // 2)] + [EOS_ID]
+    second = second[: max(room - len(first), room // 2)] + [tokenizer.eos_id]
     room -= len(second) - 1
-  return np.asarray([BOS_ID, *first[:room], EOS_ID, *second], np.int32)
+  bos, eos = tokenizer.bos_id, tokenizer.eos_id
+  return np.asarray([bos, *first[:room], eos, *second], np.int32)
 
 
 def _tagged_rows(
@@ -89,7 +90,7 @@ def _tagged_rows(
 
   def row():
     return Row(
-      np.asarray([BOS_ID, *tokens, EOS_ID], np.int32),
+      np.asarray([tokenizer.bos_id, *tokens, tokenizer.eos_id], np.int32),
       np.asarray([IGNORE, *labels, IGNORE], np.int32),
       number,
       first_word,
@@ -101,7 +102,8 @@ def _tagged_rows(
   ):
     # Nothing may be left of a word that is all unknown to a tokenizer; of one
     # that no row would hold, the end is.
-    ids = (tokenizer.encode(space + word) or [UNK_ID])[-room:]
+    nothing = tokenizer.eos_id if tokenizer.unk_id is None else tokenizer.unk_id
+    ids = (tokenizer.encode(space + word) or [nothing])[-room:]
     if len(tokens) + len(ids) > room:
       yield row()
       if long == "truncate":

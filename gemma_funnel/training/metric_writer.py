@@ -186,7 +186,7 @@ class MetricWriter:
 
   def _print(self, step: int, text: str) -> None:
     if self._leads:
-      print(f"step {step}/{self._spec.steps}  {text}", flush=True)
+      cli.tell(f"step {step}/{self._spec.steps}  {text}")
 
   def _write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
     if not self._leads:

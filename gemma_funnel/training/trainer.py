@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_funnel import cli
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import processes, sharding
 from gemma_funnel.training import checkpoint as checkpoint_lib
@@ -354,7 +355,7 @@ class _Trainer:
 
 def _say(text: str) -> None:
   if jax.process_index() == 0:
-    print(text, flush=True)
+    cli.tell(text)
 
 
 def _best(params: Params, value: float, step: int, waited):
