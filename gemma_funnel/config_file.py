@@ -58,9 +58,9 @@ def _find(given: str) -> tuple[pathlib.Path, list[str]]:
       )
       return file, [argument] if colon else []
   meant = near(path.stem, list(known))
-  hint = f"did you mean --config={known[meant]}? " if meant else ""
+  hint = f"did you mean --config={known[meant]}? E" if meant else "e"
   raise ValueError(
-    f"--config={given}: there is no such file; {hint}Expected a file, or a name "
+    f"--config={given}: there is no such file; {hint}xpected a file, or a name "
     f"of {_FOLDER}/: {', '.join(sorted(known))}"
   )
 
@@ -239,9 +239,9 @@ def _no_key(config, holder, flag: str, names: list[str], depth: int) -> str:
     # A group's name was meant, if what follows is in it.
     meant = [close] if close in keys or not meant else meant
   meant += filter(None, [find_key(config, names[-1])])
-  hint = f"did you mean --config.{meant[0]}? " if meant else ""
+  hint = f"did you mean --config.{meant[0]}? It" if meant else "it"
   return (
-    f"{flag}: {where} has no key {names[depth]!r}; {hint}It has: "
+    f"{flag}: {where} has no key {names[depth]!r}; {hint} has: "
     + ", ".join(holder)
   )
 

@@ -25,8 +25,9 @@ MAX_TOKENIZER = 256 << 20
 # Of a log or of results, a line: a record of a few hundred numbers.
 MAX_LINE = 4 << 20
 # Larger local files are known by parts of them.
-_WHOLE_BYTES = 256 << 20
 _PARTS, _PART_BYTES = 256, 1 << 20
+# Of many files together, beyond so many bytes: a few parts of each.
+_MANY_BYTES, _FEW_PARTS = 4 << 30, 16
 
 
 @contextlib.contextmanager
@@ -125,12 +126,13 @@ def parse_json_lines(
   return records
 
 
-def fingerprint(path: str | os.PathLike[str]) -> str:
+def fingerprint(path: str | os.PathLike[str], parts: int = _PARTS) -> str:
   """What tells the content of a file from another: its size and a SHA-256.
 
-  The hash is of the whole file up to 256 MiB. It is of 256 parts of 1 MiB, the
-  first and the last among them, of a larger one, and for a file of a bucket it
-  is of size and time of change alone: the names of the three kinds differ.
+  The hash is of the whole file up to 256 MiB. It is of `parts` parts of 1 MiB,
+  256 if nothing is said, the first and the last among them, of a larger one,
+  and for a file of a bucket it is of size and time of change alone: the names
+  of the kinds differ.
 
   Raises:
     ValueError: see `open_file`.
@@ -146,19 +148,29 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     return f"{found.length}:changed:{found.mtime}"
   with open_file(path) as file:
     size = os.fstat(file.fileno()).st_size
-    if size <= _WHOLE_BYTES:
+    if size <= parts * _PART_BYTES:
       digest = hashlib.file_digest(file, "sha256")
       return f"{size}:sha256:{digest.hexdigest()}"
     digest = hashlib.sha256()
-    for part in range(_PARTS):
-      file.seek((size - _PART_BYTES) * part // (_PARTS - 1))
+    for part in range(parts):
+      file.seek((size - _PART_BYTES) * part // (parts - 1))
       digest.update(file.read(_PART_BYTES))
-    return f"{size}:sha256-of-parts:{digest.hexdigest()}"
+    return f"{size}:sha256-of-{parts}-parts:{digest.hexdigest()}"
 
 
 def fingerprint_all(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-  """The fingerprint of each file, by its path; see `fingerprint`."""
-  return {os.fspath(path): fingerprint(path) for path in paths}
+  """The fingerprint of each file, by its path; see `fingerprint`.
+
+  Of more than 4 GiB in all, 16 parts of each file are read.
+  """
+  names = [os.fspath(path) for path in paths]
+  local = [name for name in names if "://" not in name]
+  try:
+    many = sum(os.path.getsize(name) for name in local) > _MANY_BYTES
+  except OSError:
+    many = False  # It is told of as it is read.
+  parts = _FEW_PARTS if many else _PARTS
+  return {name: fingerprint(name, parts) for name in names}
 
 
 def require_unchanged(

@@ -151,6 +151,7 @@ class Transformer(nnx.Module):
     """
     if not isinstance(tokens_BT, jax.Array):
       tokens_BT = np.asarray(tokens_BT)
+    _check_shapes(tokens_BT, segment_BT, position_BT, context_BT)
     self._check(tokens_BT, segment_BT, causal)
     context_length = _context_length(tokens_BT, context_BT, context_length)
     graphdef, params = nnx.split(self)
@@ -216,11 +217,6 @@ class Transformer(nnx.Module):
     return param[...]
 
   def _check(self, tokens_BT, segment_BT, causal):
-    if tokens_BT.ndim != 2 or tokens_BT.size == 0:
-      raise ValueError(
-        f"tokens have shape {tokens_BT.shape}: expected [batch, length], "
-        "neither of them 0"
-      )
     if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
       raise ValueError(f"tokens are {tokens_BT.dtype}: expected integers")
     length, longest = tokens_BT.shape[1], self.config.max_length
@@ -264,6 +260,21 @@ def head_logits(
   if softcap is None:
     return logits_BTV
   return softcap * jnp.tanh(logits_BTV / softcap)
+
+
+def _check_shapes(tokens_BT, segment_BT, position_BT, context_BT) -> None:
+  if tokens_BT.ndim != 2 or tokens_BT.size == 0:
+    raise ValueError(
+      f"tokens have shape {tokens_BT.shape}: expected [batch, length], "
+      "neither of them 0"
+    )
+  others = dict(segment=segment_BT, position=position_BT, context=context_BT)
+  for name, array in others.items():
+    if array is not None and np.shape(array) != tokens_BT.shape:
+      raise ValueError(
+        f"{name}_BT has shape {np.shape(array)}: expected that of the tokens, "
+        f"{tokens_BT.shape}"
+      )
 
 
 def _context_length(tokens_BT, context_BT, given: int | None) -> int:

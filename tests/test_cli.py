@@ -99,7 +99,7 @@ QUICK = "--config=quickstart"
     ("train.py", [QUICK, QUICK], "--config is given twice"),
     ("train.py", ["--config=configs/quickstrat.py"], "mean .*quickstart.py"),
     ("train.py", ["--config=Quickstart"], "mean .*quickstart.py"),
-    ("train.py", ["--config=nowhere"], "no such file; Expected .* finetune"),
+    ("train.py", ["--config=nowhere"], "no such file; expected .* finetune"),
     ("train.py", ["--config=setup.cfg"], "expected a Python file"),
     ("train.py", ["--config=gs://b/a.py"], "no such file"),
     ("train.py", ["--config=quickstart:x"], "takes no argument"),
@@ -129,7 +129,7 @@ QUICK = "--config=quickstart"
     ("train.py", [QUICK, "--config.num_layers=1"], "--config.model.num_layers"),
     ("train.py", [QUICK, "--config.modle.window=3"], "--config.model.window"),
     ("train.py", [QUICK, "--config.model.num_layer=3"], "model.num_layers"),
-    ("train.py", [QUICK, "--config.xyzzy=3"], "no key 'xyzzy'; It has: accum"),
+    ("train.py", [QUICK, "--config.xyzzy=3"], "no key 'xyzzy'; it has: "),
     ("train.py", [QUICK, "--config.steps.x=3"], "steps=280 has no keys"),
     ("train.py", [QUICK, "--config.=3"], "has no key ''"),
     # Values of another type.

@@ -218,7 +218,7 @@ def test_all_wrong_tensors_are_named_at_once(tmp_path):
   gone = ["model.norm.weight", "model.layers.2.mlp.up_proj.weight"]
   for name in gone:
     del stored[name]
-  extra = ["score.weight", "model.layers.3.mlp.up_proj.weight"]
+  extra = ["scores.weight", "model.layers.3.mlp.up_proj.weight"]
   for name in extra:
     stored[name] = np.zeros(3, np.float32)
   shape = "model.layers.1.self_attn.q_proj.weight"
@@ -241,6 +241,9 @@ def test_one_tensor_in_two_shards(tmp_path):
   shard = tmp_path / "model-00003-of-00003.safetensors"
   names = sorted(stored)[2::3] + ["model.embed_tokens.weight"]
   save_file({name: stored[name] for name in names}, shard)
+  gemma_funnel.load(tmp_path)  # With the same values it may be.
+  other = {"model.embed_tokens.weight": stored["model.embed_tokens.weight"] + 1}
+  save_file({name: stored[name] for name in names} | other, shard)
   with pytest.raises(ValueError, match=r"in two files.*embed_tokens"):
     gemma_funnel.load(tmp_path)
 

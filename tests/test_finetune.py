@@ -205,6 +205,15 @@ def test_patience_ends_early_and_the_best_weights_are_kept(
   again = trainer.train(setup)
   assert again.finished and len(seen) == 4
   _assert_is(again.model, seen[1])
+  # Nor does one of other labels change what the run says of itself.
+  path = tmp_path / "run" / "head.json"
+  path.write_text(
+    path.read_text().replace('"labels": [', '"labels": ["more", ')
+  )
+  before = path.read_bytes()
+  with pytest.raises(ValueError, match="was trained on other labels"):
+    trainer.train(setup)
+  assert path.read_bytes() == before
 
 
 def _assert_is(encoder, state):

@@ -252,7 +252,14 @@ def test_a_configuration_of_another_architecture(copy, capsys, name):
 
 @pytest.mark.parametrize(
   "name, other",
-  list(itertools.combinations(["hf shards", "flat", "ckpt", "bin", "ours"], 2)),
+  [
+    pair
+    for pair in itertools.combinations(
+      ["hf shards", "flat", "ckpt", "bin", "ours"], 2
+    )
+    # Then the safetensors count, as for transformers.
+    if pair != ("hf shards", "bin")
+  ],
 )
 @pytest.mark.parametrize("first", [False, True])
 def test_two_formats_in_one_folder(copy, made, name, other, first):
@@ -286,5 +293,5 @@ def test_a_configuration_of_giants(copy, size):
     folder = copy(name)
     change = {key: size, "layer_types": None} if name == "hf" else {key: size}
     rewrite(folder / file, lambda raw: raw.update(change))
-    refused(folder, "src", "expected at most", str(size))
+    refused(folder, "src", "expected", str(size))
     shutil.rmtree(folder)

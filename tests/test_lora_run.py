@@ -10,6 +10,7 @@ import pytest
 import tiny_run
 
 from gemma_funnel import convert
+from gemma_funnel.convert import reader
 from gemma_funnel.parallel.mesh import AXES
 
 
@@ -100,6 +101,14 @@ def test_export_has_what_was_merged(trained, tmp_path):
   got, want = _params(convert.load(target)), _params(convert.load(workdir))
   assert jax.tree.structure(got) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_another_base_is_refused(trained, monkeypatch):
+  found = reader.detect.fingerprints
+  changed = lambda weights: found(weights) | {"sums": "1:sha256:0"}
+  monkeypatch.setattr(reader.detect, "fingerprints", changed)
+  with pytest.raises(ValueError, match="depends on other content: base:sums"):
+    convert.load(trained[0])
 
 
 def test_it_is_merged_onto_a_mesh(trained):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import time
 
@@ -14,6 +15,7 @@ import pytest
 import tiny_run
 
 from gemma_funnel import convert
+from gemma_funnel.data import sources, tokenizer
 from gemma_funnel.training import pretrain, trainer
 
 # Long enough to be interrupted in the middle.
@@ -382,3 +384,57 @@ def test_the_average_of_weights_is_what_a_run_gives(source, tmp_path):
   np.testing.assert_array_equal(measured[-1], found)
   np.testing.assert_array_equal(_params(folder)[1]["embedding"], found)
   assert np.abs(found - np.asarray(plain.model.embedding[...])).max() > 1e-4
+
+
+def _flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+@pytest.mark.parametrize("what", ["data", "tokenizer", "no tokenizer"])
+def test_what_a_run_depends_on_is_what_it_was(what, source, tmp_path, capsys):
+  text = pathlib.Path(shutil.copy(source, tmp_path / "text.txt"))
+  workdir = tmp_path / "run"
+  _train(workdir, text, steps=4)
+  tokenizer = workdir / "tokenizer.model"
+  fault = "data:source:0:text.txt .changed."
+  if what == "data":
+    text.write_text(text.read_text() + "More of it.\n")
+  elif what == "tokenizer":
+    _flip(tokenizer)
+    fault = "tokenizer:tokenizer.model .changed."
+  else:
+    tokenizer.unlink()
+    fault = "the tokenizer of the run .* is missing"
+  before = _contents(workdir)
+  with pytest.raises(ValueError, match=fault) as error:
+    _train(workdir, text, steps=4)
+  assert "\n" not in str(error.value) and _contents(workdir) == before
+  if what == "tokenizer":
+    with pytest.raises(ValueError, match=fault):
+      convert.load_run(workdir)
+  if what == "data":
+    _train(workdir, text, steps=4, accept_changed=True)
+    assert "warning: the run in" in capsys.readouterr().err
+
+
+def _contents(folder):
+  files = (f for f in folder.rglob("*") if f.is_file())
+  return {f: f.read_bytes() for f in files}
+
+
+def test_a_run_has_the_tokenizer_that_it_was_given(source, tmp_path):
+  given = tmp_path / "given.model"
+  tokenizer.train(sources.load(str(source)), tiny_run.VOCAB, given)
+  changes = {"data.tokenizer": str(given), "steps": 4}
+  _train(tmp_path / "run", source, **changes)
+  assert (tmp_path / "run" / "tokenizer.model").exists()
+  given.unlink()
+  # It is enough.
+  _train(tmp_path / "run", source, **changes)
+  given.write_bytes((tmp_path / "run" / "tokenizer.model").read_bytes())
+  _train(tmp_path / "run", source, **changes)
+  tokenizer.train(sources.load(str(source)), tiny_run.VOCAB - 9, given)
+  with pytest.raises(ValueError, match="is another than .*tokenizer.model"):
+    _train(tmp_path / "run", source, **changes)

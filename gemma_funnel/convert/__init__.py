@@ -171,7 +171,7 @@ def _open_and_load(
   stages = resolve_funnel(funnel, wanted.num_layers)
   dtypes = {} if dtype is None else {"param_dtype": dtype, "dtype": dtype}
   wanted = dataclasses.replace(wanted, **dtypes)
-  reader = open_checkpoint(path, config)
+  reader = open_checkpoint(path, config, learned=funnel is None)
   graphdef, state = nnx.split(Transformer.abstract(wanted, reader.stages))
   shapes = _placed(nnx.to_pure_dict(state), mesh)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from gemma_funnel import paths
+from gemma_funnel import cli, inputs, paths
 from gemma_funnel.checks import require
 from gemma_funnel.config import (
   PRESETS,
@@ -26,8 +26,10 @@ from gemma_funnel.convert.orbax_tree import OrbaxTree, is_orbax_tree
 from gemma_funnel.convert.run import (
   CONFIG,
   FOLDER,
+  SUMS,
   TOKENIZERS,
   RunTensors,
+  find_intact,
   find_tokenizer,
 )
 from gemma_funnel.convert.safetensors_file import SafetensorsFile
@@ -70,6 +72,13 @@ COMPANIONS = (
   "added_tokens.json",
   "chat_template.jinja",
   "generation_config.json",
+)
+
+# Of peft.
+_ADAPTERS = (
+  "adapter_config.json",
+  "adapter_model.safetensors",
+  "adapter_model.bin",
 )
 
 _EXPECTED = (
@@ -117,7 +126,12 @@ def _find(path: pathlib.Path) -> Weights:
     raise ValueError(
       f"{path} is of a conversion that was not finished: run it again"
     )
-  if path.is_file():
+  if path.is_file() and path.name.endswith(".safetensors"):
+    opened = functools.partial(SafetensorsFile, path)
+    found = [
+      Weights(f"weights ({path.name})", "huggingface", path.parent, opened)
+    ]
+  elif path.is_file():
     found = [_torch(path, path.parent)] if is_torch_file(path) else []
   else:
     found = list(_candidates(path)) if path.is_dir() else []
@@ -128,6 +142,7 @@ def _find(path: pathlib.Path) -> Weights:
       + ". Expected one: name its own folder or file, or remove the others"
     )
   if found:
+    _check_adapters(found[0])
     return found[0]
   if "model_type" in peek_json(path / CONFIG):
     raise ValueError(
@@ -136,6 +151,19 @@ def _find(path: pathlib.Path) -> Weights:
     )
   raise ValueError(
     f"{path} is no checkpoint that is known: {_describe(path)}. {_EXPECTED}"
+  )
+
+
+def _check_adapters(weights: Weights) -> None:
+  """Refuses weights that others would change by an adapter beside them."""
+  if weights.format == "run":
+    return
+  there = [n for n in _ADAPTERS if (weights.folder / n).exists()]
+  require(
+    not there,
+    f"{weights.folder} has an adapter beside its weights ({', '.join(there)}), "
+    "which changes what they compute: expected the weights with the adapter "
+    "merged into them (merge_and_unload of peft), or a folder without it",
   )
 
 
@@ -158,6 +186,10 @@ def _candidates(folder: pathlib.Path) -> Iterator[Weights]:
     elif index.exists():
       opened = functools.partial(open_indexed, index, open_one)
       yield Weights(f"weights ({index.name})", format_, folder, opened)
+    else:
+      continue
+    if "model_type" in config and OURS not in config:
+      break  # As transformers, which reads no other file then.
   for file in sorted(folder.glob("*.ckpt")):
     yield _torch(file, folder)
   # A trainer's checkpoint has the tree in "default"; an archive of weights has
@@ -259,7 +291,17 @@ def open_tensors(weights: Weights) -> tuple[str, TensorReader]:
   if gemma_pytorch.EMBEDDING in names:
     return "gemma_pytorch", gemma_pytorch.Dequantized(reader)
   if weights.format != "google":
-    return "huggingface", rename(reader, huggingface.own_names(names))
+    own, left = huggingface.own_names(names)
+    if left:
+      kinds = sorted(
+        {name.split(".weight")[0].split(".bias")[0] for name in left}
+      )
+      more = f" and {len(kinds) - 3} more" if len(kinds) > 3 else ""
+      cli.say(
+        f"{reader.where}: {len(left)} tensors beside the language model are "
+        f"left: {', '.join(kinds[:3])}{more}"
+      )
+    return "huggingface", rename(reader, own)
   layout = google.layout_of(names)
   if layout is None:
     raise ValueError(
@@ -378,3 +420,19 @@ def stop_ids(weights: Weights, vocab_size: int) -> tuple[int, ...]:
     f"{file}: eos_token_id={said!r}: expected ids of 0 to {vocab_size - 1}",
   )
   return tuple(ids)
+
+
+def fingerprints(weights: Weights) -> dict[str, str]:
+  """What tells the weights from others; a run's are those of a step."""
+  folder = weights.folder
+  if weights.format == "run":
+    step, _ = find_intact(folder)
+    return {"sums": inputs.fingerprint(folder / FOLDER / str(step) / SUMS)}
+  files = sorted(
+    path
+    for path in folder.rglob("*")
+    if path.is_file() and path.name not in COMPANIONS
+  )
+  names = [path.relative_to(folder).as_posix() for path in files]
+  values = inputs.fingerprint_all(files).values()
+  return dict(zip(names, values, strict=True))

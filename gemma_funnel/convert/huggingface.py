@@ -5,6 +5,7 @@ Nothing of torch or transformers is needed: configurations are JSON.
 
 from collections.abc import Iterable, Sequence
 import pathlib
+import re
 from typing import Any
 
 from gemma_funnel.config import (
@@ -34,8 +35,25 @@ from gemma_funnel.data.tokenizer import (
 CONFIG = "config.json"
 EMBEDDING = "model.embed_tokens.weight"
 TIED_HEAD = "lm_head.weight"
-# Old versions of transformers stored these buffers, which can be computed.
-_BUFFERS = "rotary_emb.inv_freq"
+# Buffers, which can be computed.
+_BUFFERS = (
+  "inv_freq",
+  "cos_cached",
+  "sin_cached",
+  "position_ids",
+  "embed_scale",
+  "masked_bias",
+)
+# Of torch.compile, FSDP, DistributedDataParallel, Lightning and PEFT.
+_WRAPPERS = re.compile(
+  r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+  r"|^(module|state_dict|base_model\.model)\.(?=\w+\.)"
+)
+# What may be beside a language model, and is left.
+_BESIDE = re.compile(
+  r"^(model\.)?(vision_tower|vision_model|multi_modal_projector|audio_tower|"
+  r"embed_vision)\.|^(score|classifier|v_head|value_head|summary)\."
+)
 _FUNNEL = "funnel"
 _IDS = ("bos", "eos", "pad")
 
@@ -69,19 +87,37 @@ def tensors(config: TransformerConfig) -> list[Tensor]:
   ]
 
 
-def own_names(stored: Iterable[str]) -> dict[str, str]:
-  """The stored name of each tensor that counts, by its name in `tensors`.
+def own_names(stored: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+  """Names of `tensors`, of those that are stored.
 
-  A bare trunk (transformers' Gemma2Model) is stored without the prefix.
+  Wrappers put words before all names, or between their parts: those of a
+  compiled or distributed model, of a trainer, of one that sees images too. A
+  bare trunk (transformers' Gemma2Model) is stored without "model".
+
+  Returns:
+    (the stored name of each tensor of the language model, the names of what
+    else is there and nothing of it needs: vision, heads of classifiers).
   """
-  stored = list(stored)
-  bare = EMBEDDING.removeprefix("model.") in stored
-  prefix = "model." if bare else ""
-  return {
-    name if name == TIED_HEAD else prefix + name: name
-    for name in stored
-    if not name.endswith(_BUFFERS)
-  }
+  plain = {_WRAPPERS.sub("", name): name for name in stored}
+  inner = EMBEDDING.removeprefix("model.")
+  found = [name for name in plain if re.search(rf"(^|\.){inner}$", name)]
+  # Of several the language model's: others lie deeper.
+  prefix = min(found, key=len).removesuffix(inner) if found else "model."
+  # "model.language_model." of newer multimodal ones has its head outside.
+  around = prefix.removesuffix("model.")
+  names, left = {}, []
+  for name, origin in plain.items():
+    if name.endswith(_BUFFERS):
+      continue
+    if name in (TIED_HEAD, around + TIED_HEAD):
+      names[TIED_HEAD] = origin
+    elif name.startswith(prefix):
+      names["model." + name.removeprefix(prefix)] = origin
+    elif _BESIDE.search(name):
+      left.append(origin)
+    else:
+      names[name] = origin
+  return names, left
 
 
 def read_config(file: pathlib.Path) -> TransformerConfig:

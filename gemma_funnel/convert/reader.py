@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_funnel import inputs
 from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.convert import (
   detect,
@@ -27,6 +28,8 @@ _FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, BFLOAT16)))
 # to the system when they are freed, and taking them anew costs as much as all
 # else that is done with them.
 BLOCK_BYTES = 16 << 20
+# Formats of others, which have what a funnel learned in a file beside them.
+_BESIDE = ("huggingface", "gemma_pytorch", "google")
 # That read, and rearrange what was read.
 THREADS = max(2, min(8, os.cpu_count() or 1))
 # Far above any model's: what a damaged configuration says is not tried out.
@@ -147,7 +150,9 @@ class CheckpointReader:
 
 
 def open_checkpoint(
-  path: str | os.PathLike, config: TransformerConfig | None = None
+  path: str | os.PathLike,
+  config: TransformerConfig | None = None,
+  learned: bool = True,
 ) -> CheckpointReader:
   """Opens a checkpoint and checks that its tensors are what they should be.
 
@@ -155,6 +160,8 @@ def open_checkpoint(
     path: of a folder, or of a single weight file.
     config: what to take it for, instead of the configuration beside it or the
       published one whose shapes it has.
+    learned: whether what its funnel has learned is needed; else it may be
+      missing, and is then read as a model without a funnel.
 
   Raises:
     ValueError: nothing that is known, or two formats at once; a file that is
@@ -166,6 +173,8 @@ def open_checkpoint(
   stages: tuple[FunnelConfig, ...] = ()
   if config is None:
     config, stages = detect.read_config(weights)
+  if not learned and not (weights.folder / detect.LEARNED).exists():
+    stages = () if weights.format in _BESIDE else stages
   sizes = param_mapping.sizes_of(config)
   widths = {dim: size for dim, size in sizes.items() if dim != "L"}
   if sizes["L"] > _MAX_LAYERS or max(widths.values()) > _MAX_WIDTH:
@@ -174,27 +183,26 @@ def open_checkpoint(
       f"{widths}: expected at most {_MAX_LAYERS} and {_MAX_WIDTH}"
     )
   own = param_mapping.own_tensors(config, stages)
-  learned = param_mapping.learned_tensors(own)
+  beside = param_mapping.learned_tensors(own)
   format_, reader = detect.open_tensors(weights)
   run = reader if isinstance(reader, RunTensors) else None
   if format_ == "google":
     sizes["V"] = google.rows_of(reader.tensors, config)
   tensors = _foreign_tensors(format_, config, sizes, reader)
   if tensors is None:
-    tensors, learned = own, []
+    tensors, beside = own, []
     if run and run.lora:
-      reader = LoraTensors(run, open_checkpoint(run.config["init_from"]))
+      reader = LoraTensors(run, _open_base(run))
     reader = param_mapping.current_names(reader)
   _check(reader, tensors)
   readers = [reader]
-  if learned:
-    beside = param_mapping.current_names(
-      SafetensorsFile(weights.folder / detect.LEARNED)
-    )
-    _check(beside, learned)
-    readers.append(beside)
-    tensors = [*tensors, *learned]
-  merged = merge(reader.where, readers)
+  if beside:
+    reader = SafetensorsFile(weights.folder / detect.LEARNED)
+    reader = param_mapping.current_names(reader)
+    _check(reader, beside)
+    readers.append(reader)
+    tensors = [*tensors, *beside]
+  merged = merge(readers[0].where, readers)
   return CheckpointReader(
     where=os.fspath(path),
     format=format_,
@@ -208,6 +216,22 @@ def open_checkpoint(
     _sizes=sizes,
     _views={(v.path, v.layer): (t.name, v) for t in tensors for v in t.views},
   )
+
+
+def _open_base(run: RunTensors) -> CheckpointReader:
+  """What the factors of a run are merged into; raises where it is another."""
+  path = run.config["init_from"]
+  kept = {k: v for k, v in run.inputs.items() if k.startswith("base:")}
+  if kept:
+    found = base_fingerprints(path)
+    inputs.require_unchanged(f"the run in {run.where}", kept, found)
+  return open_checkpoint(path)
+
+
+def base_fingerprints(path: str | os.PathLike[str]) -> dict[str, str]:
+  """What a run that starts from the checkpoint at `path` depends on."""
+  found = detect.fingerprints(detect.find(path))
+  return {f"base:{name}": value for name, value in found.items()}
 
 
 def _foreign_tensors(format_, config, sizes, reader) -> list[Tensor] | None:
@@ -268,7 +292,7 @@ def _check_tied(reader: TensorReader) -> list[str]:
   """A stored head must repeat the embedding: ours has no other."""
   head, embedding = huggingface.TIED_HEAD, huggingface.EMBEDDING
   header = reader.tensors[embedding]
-  same = reader.tensors[head] == header
+  same = reader.tensors[head].shape == header.shape
   rows = max(1, BLOCK_BYTES // max(1, header.nbytes // header.shape[0]))
   for start in range(0, header.shape[0], rows):
     at = (slice(start, start + rows),)

@@ -10,6 +10,7 @@ Each checkpoint has `sums.json`, the size and CRC-32 of its files, which are
 checked before it is read: Orbax reads some damaged files without a word.
 """
 
+from collections.abc import Mapping
 from concurrent import futures
 import functools
 import json
@@ -22,12 +23,19 @@ from etils import epath
 import jax
 import numpy as np
 
-from gemma_funnel import cli, paths
+from gemma_funnel import cli, inputs, paths
 from gemma_funnel import lora as lora_lib
 from gemma_funnel.checks import require
 from gemma_funnel.convert import param_mapping
 from gemma_funnel.convert.orbax_tree import OrbaxTree
-from gemma_funnel.convert.tensor_io import Header, Index, read_json, to_path
+from gemma_funnel.convert.tensor_io import (
+  Header,
+  Index,
+  peek_json,
+  read_json,
+  to_path,
+)
+from gemma_funnel.data.tokenizer import CONFIGS
 from gemma_funnel.parallel import processes
 
 FOLDER = "checkpoints"
@@ -36,6 +44,8 @@ TOKENIZER = "tokenizer.model"
 # A fine-tuned run has a copy of what it was given.
 TOKENIZERS = (TOKENIZER, "tokenizer.json")
 SUMS = "sums.json"
+# In a checkpoint's progress: fingerprints of what the run depends on.
+INPUTS = "inputs"
 
 _THREADS = 8
 
@@ -156,6 +166,20 @@ def _damage_of(folder: epath.Path) -> str | None:
   return None
 
 
+def fingerprints_of(progress: Mapping[str, Any]) -> dict[str, str]:
+  """What a checkpoint's run depended on; {} in those of version 0.1."""
+  found = progress.get(INPUTS, {})
+  return found if isinstance(found, dict) else {}
+
+
+def tokenizer_fingerprint(folder: epath.Path) -> dict[str, str]:
+  """That of the tokenizer in a run's folder, by its name; {} has none."""
+  paths = (folder / name for name in (*TOKENIZERS, *CONFIGS[:1]))
+  return {
+    f"tokenizer:{p.name}": inputs.fingerprint(p) for p in paths if p.is_file()
+  }
+
+
 class RunTensors:
   """What the newest intact step of a run has trained; a `TensorReader`.
 
@@ -163,6 +187,7 @@ class RunTensors:
     step: that is read.
     config: of the run, at that step.
     lora: how its factors are used; None if it trained whole parameters.
+    inputs: fingerprints of what it depended on; {} in those of version 0.1.
   """
 
   def __init__(self, workdir: str | os.PathLike):
@@ -176,6 +201,13 @@ class RunTensors:
     self.config: dict[str, Any] = read_json(
       self._folder / "config" / "metadata"
     )
+    self.inputs = fingerprints_of(
+      peek_json(self._folder / "progress" / "metadata")
+    )
+    kept = {k: v for k, v in self.inputs.items() if k.startswith("tokenizer:")}
+    if kept:
+      found = tokenizer_fingerprint(path_of(workdir))
+      inputs.require_unchanged(f"the run in {workdir}", kept, found)
     self.lora = lora_lib.of_run(self.config)
     tree = self.open_tree("lora" if self.lora else "params")
     self.where, self.tensors, self.read = tree.where, tree.tensors, tree.read

@@ -151,14 +151,32 @@ def open_indexed(
   if missing:
     raise ValueError(f"{index} names files that are not there: {missing}")
   readers = {name: open_one(index.parent / name) for name in names}
+  # A tied head and buffers may be named and not stored: who needs them asks.
   wrong = [
     tensor
     for tensor, name in weight_map.items()
     if tensor not in readers[str(name)].tensors
+    and not tensor.endswith(("lm_head.weight", "inv_freq"))
   ]
   if wrong:
     raise ValueError(f"{index}: not in the files that it names: {wrong}")
-  return merge(str(index), list(readers.values()))
+  # Of a tensor in several files the one that the index names counts.
+  for name, reader in readers.items():
+    for tensor in reader.tensors:
+      first = readers.get(str(weight_map.get(tensor)), reader)
+      if first is not reader and not np.array_equal(
+        first.read(tensor), reader.read(tensor)
+      ):
+        raise ValueError(
+          f"{index}: in two files, with other values: {tensor}, in {name} too"
+        )
+  origins = {
+    tensor: (reader, tensor)
+    for name, reader in readers.items()
+    for tensor in reader.tensors
+    if weight_map.get(tensor, name) == name
+  }
+  return Renamed(str(index), origins)
 
 
 def leading_range(

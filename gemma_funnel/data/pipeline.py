@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
+import hashlib
 import os
 from typing import Any
 import zlib
@@ -11,6 +12,7 @@ import grain
 from ml_collections import config_dict
 import numpy as np
 
+from gemma_funnel import inputs
 from gemma_funnel.checks import require, require_int
 from gemma_funnel.data import documents as documents_lib
 from gemma_funnel.data import (
@@ -134,6 +136,42 @@ def load_corpus(
   if tokenizer is None:
     tokenizer = tokenizer_lib.train(train, vocab_size, cache_path)
   return Corpus(train, heldout, tokenizer)
+
+
+def fingerprints(cfg: Any) -> dict[str, str]:
+  """What tells the text of a data configuration from what it was.
+
+  By name of the file within its source, so that folders may move; what is only
+  known by its name (TFDS) is left out.
+
+  Raises:
+    ValueError: a source that is not there.
+  """
+  parts = dict(cfg.mixture) if cfg.mixture else {"": cfg}
+  found = {}
+  for part, values in sorted(parts.items()):
+    for key in ("source", "heldout"):
+      if not (source := values.get(key)):
+        continue
+      name = ".".join(filter(None, (part, key)))
+      if source == sources.STDLIB:
+        found[f"{name}:{source}"] = _hash_of_stdlib()
+        continue
+      paths = sources.paths_of(source)
+      files = inputs.fingerprint_all(
+        p for p in paths if not p.startswith("tfds:")
+      )
+      for number, (path, value) in enumerate(files.items()):
+        found[f"{name}:{number}:{os.path.basename(path)}"] = value
+  return found
+
+
+@functools.cache
+def _hash_of_stdlib() -> str:
+  digest = hashlib.sha256()
+  for document in sources.stdlib_documents():
+    digest.update(f"{document.key}\0{document.text}\0".encode())
+  return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

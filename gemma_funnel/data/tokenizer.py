@@ -532,6 +532,12 @@ def train(
   return Tokenizer(model.getvalue(), name)
 
 
+def find_in(folder: str | os.PathLike) -> str | None:
+  """The tokenizer in a folder; None if there is none."""
+  paths = (epath.Path(folder) / name for name in FILES.values())
+  return next((os.fspath(path) for path in paths if path.exists()), None)
+
+
 def find_tokenizer(
   path: str | os.PathLike | None, cache_path: str | os.PathLike, vocab_size: int
 ) -> Tokenizer | None:

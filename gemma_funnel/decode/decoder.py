@@ -30,6 +30,8 @@ from gemma_funnel.stream import Stream, make_stream, round_span
 _BUCKETS_PER_OCTAVE = 4
 _SMALLEST_BUCKET = 16
 _PAD = 0
+# Put out where logits are not finite.
+_NOT_FINITE = -1
 
 
 @pytree
@@ -477,6 +479,9 @@ def _take_token(state: State, logits_BV: jax.Array, sampling) -> State:
   """What runs next: the rest of the prompt, or a token drawn and put out."""
   keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.count_B)
   drawn_B = sampling_lib.draw(logits_BV, keys_B, state.seen_BV, sampling)
+  # What comes of no number is no token: it ends the row, and is told of.
+  finite_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))
+  drawn_B = jnp.where(finite_B, drawn_B, _NOT_FINITE)
   at = jnp.minimum(state.step, state.rest_BK.shape[1] - 1)
   feeds_B = state.rest_B > state.step
   puts_B = ~feeds_B & ~state.done_B
@@ -495,18 +500,29 @@ def _take_token(state: State, logits_BV: jax.Array, sampling) -> State:
     count_B=count_B,
     seen_BV=seen_BV,
     out_BX=state.out_BX.at[row_B, to_B].set(drawn_B, mode="drop"),
-    done_B=state.done_B | (puts_B & (stops_B | (count_B >= state.limit))),
+    done_B=state.done_B
+    | (puts_B & (stops_B | ~finite_B | (count_B >= state.limit))),
   )
 
 
 def _results(state: State, samples: int) -> tuple[bool, list[Generation]]:
-  """(whether all rows are done, what they have); waits for the device."""
+  """(whether all rows are done, what they have); waits for the device.
+
+  Raises:
+    FloatingPointError: logits that are not finite.
+  """
   out_BX, count_B, done_B, stop_Z = jax.device_get(
     (state.out_BX, state.count_B, state.done_B, state.stop_Z)
   )
   results = []
   for row, count in enumerate(count_B):
     tokens = out_BX[row, :count].tolist()
+    if tokens[-1:] == [_NOT_FINITE]:
+      raise FloatingPointError(
+        f"prompt {row // samples}: the logits of token {count} are not finite: "
+        "values are beyond the range of the dtype, or the weights are damaged; "
+        "expected float32 or bfloat16"
+      )
     stopped = bool(tokens) and tokens[-1] in stop_Z
     results.append(
       Generation(

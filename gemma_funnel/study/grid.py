@@ -27,8 +27,8 @@ from gemma_funnel.config import (
   check_reducers,
   resolve_funnel,
 )
-from gemma_funnel.data import sources
-from gemma_funnel.inputs import fingerprint, fingerprint_all
+from gemma_funnel.data import pipeline
+from gemma_funnel.inputs import fingerprint
 from gemma_funnel.registry import RECOVERIES, REDUCERS
 from gemma_funnel.tasks.task import GENERATIVE_KINDS, Task
 from gemma_funnel.training import finetune, metric_writer, optimizer, pretrain
@@ -261,17 +261,8 @@ def _check(study: Any) -> list[dict[str, Any]]:
 
 def hash_of_text(data: Any) -> str:
   """Tells a corpus, and the tokenizer that is given, from what they were."""
-  parts = list(data.mixture.values()) if data.mixture else [data]
-  named = [part.get(key) for part in parts for key in ("source", "heldout")]
-  found = {"tokenizer": data.tokenizer and fingerprint(data.tokenizer)}
-  for source in filter(None, named):
-    if source == sources.STDLIB:
-      texts = [(d.key, d.text) for d in sources.stdlib_documents()]
-      found[source] = hash_of(texts)
-    else:
-      paths = sources.paths_of(source)
-      found |= fingerprint_all(p for p in paths if not p.startswith("tfds:"))
-  return hash_of(found)
+  tokenizer = data.tokenizer and fingerprint(data.tokenizer)
+  return hash_of(pipeline.fingerprints(data) | {"tokenizer": tokenizer})
 
 
 def _load_task(study: Any, name: str) -> Task:

@@ -3,20 +3,21 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 from typing import Any
 
-from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gemma_funnel import checks, convert, tasks
+from gemma_funnel import atomic, checks, convert, tasks
 from gemma_funnel.config import Funnel, TransformerConfig, format_funnel
-from gemma_funnel.data.tokenizer import Tokenizer
+from gemma_funnel.convert.tensor_io import peek_json
+from gemma_funnel.data.tokenizer import FILES, Tokenizer
 from gemma_funnel.heads import Encoder, Head, HeadConfig
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import sharding
@@ -81,11 +82,30 @@ class LabelTask(spec_lib.RunTask):
       "labels": list(self.task.labels),
       "head": dataclasses.asdict(self.head),
     }
-    (folder / HEAD_FILE).write_text(json.dumps(about, indent=1) + "\n")
-    suffix = ".json" if epath.Path(tokenizer).suffix == ".json" else ".model"
-    copy = folder / f"tokenizer{suffix}"
-    if not copy.exists():
-      epath.Path(tokenizer).copy(copy)
+    path = folder / HEAD_FILE
+    begun = (folder / workdir.FOLDER).exists()
+    there = peek_json(path) if begun else {}
+    checks.require(
+      there in ({}, json.loads(json.dumps(about))),
+      f"workdir={spec.workdir} was trained on other labels, or another head: "
+      f"{path} has {there.get('labels')} and {there.get('head')}, this has "
+      f"{about['labels']} and {about['head']}. Name another workdir, or remove "
+      "that one",
+    )
+    if not there:
+      atomic.write_text(path, json.dumps(about, indent=1) + "\n")
+    if not any((folder / name).exists() for name in FILES.values()):
+      Tokenizer.load(tokenizer).save(folder)
+
+  def fingerprints(self, spec: RunSpec) -> dict[str, str]:
+    found = {}
+    for split, rows in self.rows.items():
+      digest = hashlib.sha256()
+      for row in rows:
+        digest.update(row.tokens.tobytes())
+        digest.update(np.asarray(row.label).tobytes())
+      found[f"task:{split}"] = f"{len(rows)}:sha256:{digest.hexdigest()}"
+    return found
 
   def batches(self, spec: RunSpec, data: None):
     part, parts = sharding.row_share(spec.mesh)

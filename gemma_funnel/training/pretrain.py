@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from etils import epath
 import jax
 import ml_collections
 
@@ -12,9 +13,10 @@ from gemma_funnel import checks, flops
 from gemma_funnel import funnel as funnel_lib
 from gemma_funnel.config import format_funnel
 from gemma_funnel.data import pipeline, shards
-from gemma_funnel.parallel import sharding
+from gemma_funnel.data import tokenizer as tokenizer_lib
+from gemma_funnel.parallel import processes, sharding
 from gemma_funnel.parallel.mesh import TOKENS
-from gemma_funnel.training import init_state, objectives, schedules
+from gemma_funnel.training import init_state, objectives, schedules, workdir
 from gemma_funnel.training import spec as spec_lib
 from gemma_funnel.training.spec import RunSpec
 
@@ -119,9 +121,39 @@ class TextTask(spec_lib.RunTask):
     return loss
 
   def load_data(self, spec: RunSpec) -> pipeline.Corpus:
-    return pipeline.load_corpus(
-      self.data, spec.model_config.vocab_size, spec.workdir
+    """The corpus; the run's folder then has the tokenizer."""
+    data, folder = ml_collections.ConfigDict(self.data), spec.workdir
+    given, own = data.tokenizer, tokenizer_lib.find_in(folder)
+    begun = (workdir.path_of(folder) / workdir.FOLDER).exists()
+    checks.require(
+      bool(own or given) or not begun,
+      f"the tokenizer of the run in {folder} is missing: expected the "
+      f"{pipeline.TOKENIZER_FILE} that it has trained, there",
     )
+    if given and own:
+      # The file that was given may have moved since.
+      if epath.Path(given).exists():
+        same = [tokenizer_lib.Tokenizer.load(p).sha256 for p in (given, own)]
+        checks.require(
+          same[0] == same[1],
+          f"data.tokenizer={given!r} is another than {own}, which the run "
+          "was begun with: put it back, or name another workdir",
+        )
+      data.tokenizer = own
+    corpus = pipeline.load_corpus(data, spec.model_config.vocab_size, folder)
+    ids = corpus.tokenizer.mask_id, corpus.tokenizer.bos_id
+    gemmas = tokenizer_lib.MASK_ID, tokenizer_lib.BOS_ID
+    checks.require(
+      self.objective != "masked" or ids == gemmas,
+      f"objective='masked': the tokenizer's ids of <mask> and BOS are {ids}; "
+      f"expected Gemma's, {gemmas}",
+    )
+    if given and not own:
+      processes.on_host0(lambda: corpus.tokenizer.save(folder))
+    return corpus
+
+  def fingerprints(self, spec: RunSpec) -> dict[str, str]:
+    return pipeline.fingerprints(self.data)
 
   def batches(self, spec: RunSpec, data: pipeline.Corpus):
     part, parts = sharding.row_share(spec.mesh)

@@ -65,6 +65,8 @@ class LoopSpec:
   tensorboard: bool = True
   wandb: str | None = None  # A project.
   profile_steps: tuple[int, ...] = ()  # First and last step of a trace.
+  # Goes on where data, tokenizer or base are no longer what they were.
+  accept_changed: bool = False
 
   def __post_init__(self):
     every = ("log_every", "eval_every", "checkpoint_every")
@@ -76,6 +78,7 @@ class LoopSpec:
     for name in ("checkpoint_minutes", "watchdog_minutes"):
       if getattr(self, name) is not None:
         checks.require_positive(name, getattr(self, name))
+    checks.require_bool("accept_changed", self.accept_changed)
     checks.require_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
     traced = self.profile_steps
     checks.require(
@@ -177,6 +180,10 @@ class RunTask:
   def load_data(self, spec: "RunSpec") -> Any:
     """The data that `batches` and `make_evaluate` read; workdir is claimed."""
     return None
+
+  def fingerprints(self, spec: "RunSpec") -> dict[str, str]:
+    """What tells the data from what they were, by name; see `inputs`."""
+    return {}
 
   def batches(self, spec: "RunSpec", data: Any) -> Any:
     """This process's rows of host batches with "tokens" [B, T].

@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_funnel import cli
+from gemma_funnel import cli, inputs
+from gemma_funnel.convert.reader import base_fingerprints
+from gemma_funnel.convert.run import (
+  INPUTS,
+  fingerprints_of,
+  tokenizer_fingerprint,
+)
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import processes, sharding
 from gemma_funnel.training import checkpoint as checkpoint_lib
@@ -67,6 +73,7 @@ def train(
     stack.enter_context(workdir.hold(spec.workdir))
     workdir.init_workdir(spec.config, free=task.free_keys)
     data = task.load_data(spec)
+    found = processes.on_host0(lambda: _fingerprints(spec))
     # Batches may have worker processes.
     batches = stack.enter_context(contextlib.closing(task.batches(spec, data)))
     frozen_params = init_state.load_frozen(spec)
@@ -94,10 +101,20 @@ def train(
       lambda params: evaluate(assemble(params)),
       checkpoints,
       watchdog,
+      found,
     )
     trainer.begin(lambda: init(frozen_params))
     trainer.run(termination)
   return Result(assemble(trainer.result), data, trainer.step, trainer.finished)
+
+
+def _fingerprints(spec: RunSpec) -> dict[str, str]:
+  """Of the data, the tokenizer, and the base where steps depend on it."""
+  found = {f"data:{k}": v for k, v in spec.task.fingerprints(spec).items()}
+  found |= tokenizer_fingerprint(workdir.path_of(spec.workdir))
+  if spec.base and (spec.lora or spec.task.distills):
+    found |= base_fingerprints(spec.base.path)
+  return found
 
 
 @dataclasses.dataclass
@@ -121,6 +138,7 @@ class _Trainer:
   evaluate: Callable[[Params], dict[str, float | None]]
   checkpoints: checkpoint_lib.Checkpoints
   watchdog: watchdog_lib.Watchdog
+  inputs: dict[str, str]  # Fingerprints of what the run depends on.
 
   step: int = 0
   state: TrainState | None = None
@@ -141,6 +159,7 @@ class _Trainer:
     self.watchdog.heard("starting or restoring the run")
     if processes.broadcast_from_host0(self.checkpoints.latest()) is not None:
       progress = self._restore()
+      self._check_inputs(progress)
       self.batches.set_state(progress["data"])
       self.counts = _Counts(**progress["counts"])
       self.clock = progress["clock"]
@@ -151,6 +170,13 @@ class _Trainer:
         self.best = _best(self.state.params, -math.inf, 0, 0)
     count = sum(x.size for x in jax.tree.leaves(self.state_shapes.params))
     _say(f"{spec.workdir}: {spec.task.describe(spec, count)}")
+
+  def _check_inputs(self, progress: dict[str, Any]) -> None:
+    kept = fingerprints_of(progress)
+    if kept:  # Version 0.1 kept none.
+      what = f"the run in {self.spec.workdir}"
+      accept = self.spec.loop.accept_changed
+      inputs.require_unchanged(what, kept, self.inputs, accept)
 
   @property
   def finished(self) -> bool:
@@ -176,6 +202,7 @@ class _Trainer:
       "data": self.spec.task.merge_data_states(states),
       "counts": dataclasses.asdict(self.counts),
       "clock": metrics.clock(),
+      INPUTS: self.inputs,
     }
     self.checkpoints.save(
       self.step, trees, progress, self.spec.config, self.heldout_loss

@@ -42,6 +42,7 @@ _FREE_KEYS = (
   "rollback.window",
   "rollback.most",
   "profile_steps",
+  "accept_changed",
   "eval_documents",
   "heldout_documents",
   "data.num_workers",
