@@ -2,6 +2,8 @@ r"""A task put to a checkpoint, with several funnels.
 
   python eval.py --config=configs/eval_task.py --config.checkpoint=RUN \
     --config.task....=...
+  python eval.py --config=configs/eval_task.py:blimp --config.checkpoint=RUN \
+    --config.task.test=blimp.jsonl
   python eval.py --config=configs/eval_task.py --config.checkpoint=RUN \
     --config.funnels="('trained', 'off', 'start=2,stride=3')"
 
@@ -18,8 +20,8 @@ from ml_collections import config_dict
 from gemma_funnel import tasks
 
 
-def get_config() -> config_dict.ConfigDict:
-  """The configuration of a task of choices, texts or answers to generate."""
+def get_config(task: str = "table") -> config_dict.ConfigDict:
+  """The configuration of a task, by a name of `tasks.PRESETS`."""
   config = config_dict.ConfigDict()
   config.evaluator = "task"
 
@@ -36,7 +38,7 @@ def get_config() -> config_dict.ConfigDict:
 
   # Of kind "choice", "generation" or "perplexity"; of a fine-tuned run, which
   # needs none, one with the same labels.
-  config.task = tasks.default_config()
+  config.task = tasks.preset(task)
   config.split = "test"
   config.max_examples = config_dict.placeholder(int)  # Unset is all of them.
 

@@ -26,7 +26,7 @@ def get_config(preset: str = "bench") -> ml_collections.ConfigDict:
   return config_dict.create(
     evaluator="training",
     # What train.py would be given; its funnel, loss_chunk and remat are unused.
-    pretrain=pretrain.to_dict(),
+    pretrain=pretrain,
     funnels=("start=2,stride=2",),
     # Positions of a row that have logits at one time; 0 is all. The first of
     # these, and of remats, is what the others are compared with.

@@ -10,6 +10,8 @@ import math
 from typing import Any
 
 from gemma_funnel.checks import (
+  is_number,
+  near,
   require,
   require_bool,
   require_choice,
@@ -25,6 +27,16 @@ REMATS = ("none", "dots", "offload", "block")
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("gelu", "silu")
 ROPE_SCALINGS = ("linear", "llama3")
+# Fields of a model that are of a run and not of its weights: one that starts
+# from a checkpoint sets these itself, and sizes are the checkpoint's.
+RUNTIME = (
+  "param_dtype",
+  "dtype",
+  "softmax_dtype",
+  "kernel",
+  "scan_layers",
+  "remat",
+)
 # Fields of a stage that every reducer goes by.
 _ALWAYS_SET = ("start", "stop", "reduce", "recover")
 
@@ -33,9 +45,21 @@ def _from_mapping(cls, values: Mapping[str, Any]):
   """Builds dataclass `cls` from a mapping; an unknown key is an error."""
   known = [f.name for f in dataclasses.fields(cls)]
   unknown = sorted(set(values) - set(known))
-  require(not unknown, f"{cls.__name__} has no field {unknown}; it has {known}")
-  as_tuple = lambda v: tuple(v) if isinstance(v, (list, tuple)) else v
-  return cls(**{k: as_tuple(v) for k, v in values.items()})
+  meant = unknown and near(str(unknown[0]), known)
+  hint = f"did you mean {meant!r}? It" if meant else "it"
+  require(
+    not unknown, f"{cls.__name__} has no field {unknown}; {hint} has {known}"
+  )
+  types = {f.name: f.type for f in dataclasses.fields(cls)}
+
+  def convert(name, value):
+    if isinstance(value, (list, tuple)):
+      return tuple(value)
+    if types[name] in (float, float | None) and isinstance(value, int):
+      return float(value) if is_number(value) else value
+    return value
+
+  return cls(**{k: convert(k, v) for k, v in values.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +143,9 @@ class FunnelConfig:
     for item in text.split(","):
       key, equals, value = (part.strip() for part in item.partition("="))
       require(
-        bool(equals and value),
-        f"funnel {text!r}: {item!r} is not key=value; expected 'off' or "
-        "e.g. 'start=2,stride=2,recover=average'",
+        bool(equals and value) and "=" not in value,
+        f"funnel {text!r}: {item!r} is not key=value, joined by commas; "
+        "expected 'off' or e.g. 'start=2,stride=2,recover=average'",
       )
       value = _from_text(value)
       if key == "pool":  # The name of `reduce` in version 0.1.
@@ -164,6 +188,10 @@ def parse_funnel(funnel: Funnel) -> tuple[FunnelConfig, ...]:
     if funnel.strip() in ("", OFF):
       return ()
     return tuple(FunnelConfig.parse(part) for part in funnel.split(_AND))
+  require(
+    isinstance(funnel, Sequence),
+    f"funnel {funnel!r}: expected such as 'start=2,stride=2', or 'off'",
+  )
   for stage in funnel:
     require(
       isinstance(stage, FunnelConfig),
@@ -407,9 +435,9 @@ class TransformerConfig:
   remat: str = "none"
 
   def __post_init__(self):
+    require_int("model.num_layers", self.num_layers, 1, 10_000)
     for name in (
       "vocab_size",
-      "num_layers",
       "embed_dim",
       "mlp_dim",
       "num_heads",

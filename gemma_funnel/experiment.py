@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import ml_collections
 
+from gemma_funnel.checks import require
 from gemma_funnel.config import total_stride
 from gemma_funnel.data import pipeline
 from gemma_funnel.evaluation import (
@@ -17,7 +18,7 @@ from gemma_funnel.evaluation import (
   timing,
 )
 from gemma_funnel.parallel import processes
-from gemma_funnel.training import pretrain, trainer
+from gemma_funnel.training import metric_writer, pretrain, trainer
 from gemma_funnel.training.spec import RunSpec
 
 
@@ -32,6 +33,12 @@ def run(config: ml_collections.ConfigDict) -> None:
     ValueError: a mistake in the configuration, the data or the folder.
     FloatingPointError: see `trainer.train`.
   """
+  require(
+    isinstance(config.workdir, str) and config.workdir != "",
+    f"workdir={config.workdir!r}: expected a folder",
+  )
+  if project := config.get("wandb"):
+    metric_writer.import_wandb(project)  # Before data are read.
   # Before anything that one process alone may find wrong.
   processes.assert_same_config(config)
   if "task" in config:

@@ -158,11 +158,9 @@ class _Throughput:
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(
     prog="python -m gemma_funnel.generate",
-    allow_abbrev=False,
     description=__doc__,
     usage="%(prog)s --checkpoint=DIR [--FLAG=VALUE ...]",
     epilog=cli.describe_funnels(),
-    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
 
   def add(name: str, metavar: str, text: str, default=None, **options) -> None:
@@ -430,5 +428,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.stdout.reconfigure(encoding="utf-8")
+  if sys.stdout:
+    sys.stdout.reconfigure(encoding="utf-8")
   sys.exit(main())

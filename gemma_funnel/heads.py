@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_funnel import params
-from gemma_funnel.checks import require, require_choice, require_int
+from gemma_funnel.checks import is_number, require, require_choice, require_int
 from gemma_funnel.config import check_recovers
 from gemma_funnel.layers import normalize
 from gemma_funnel.model import Transformer
@@ -31,7 +31,7 @@ class HeadConfig:
   def __post_init__(self):
     require_choice("head.pool", self.pool, POOLS)
     require(
-      0 <= self.dropout < 1,
+      is_number(self.dropout) and 0 <= self.dropout < 1,
       f"head.dropout={self.dropout}: expected at least 0 and below 1",
     )
     require_int("head.hidden", self.hidden)

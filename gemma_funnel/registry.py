@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Callable
+import importlib
 
 from gemma_funnel.checks import require, require_choice
 
@@ -16,11 +17,12 @@ class Registry(dict[str, type]):
 
   Attributes:
     key: of the configuration, that the names are values of.
+    module: where ours are; it imports jax, and so only when they are needed.
   """
 
-  def __init__(self, key: str):
+  def __init__(self, key: str, module: str):
     super().__init__()
-    self.key = key
+    self.key, self.module = key, module
 
   def register(self, name: str) -> Callable[[type], type]:
     """A decorator that enters a class under a name.
@@ -42,14 +44,16 @@ class Registry(dict[str, type]):
     Raises:
       ValueError: no such name; it lists all.
     """
+    importlib.import_module(self.module)
     require_choice(self.key, name, self)
     return self[name]
 
   def describe(self) -> str:
     """A line for each name: the first paragraph of its class's docstring."""
+    importlib.import_module(self.module)
     first = lambda cls: " ".join((cls.__doc__ or "").split("\n\n")[0].split())
     return "\n".join(f"{name}: {first(cls)}" for name, cls in self.items())
 
 
-REDUCERS = Registry("funnel.reduce")
-RECOVERIES = Registry("funnel.recover")
+REDUCERS = Registry("funnel.reduce", "gemma_funnel.reducers")
+RECOVERIES = Registry("funnel.recover", "gemma_funnel.funnel")

@@ -1,23 +1,24 @@
 """The command line: a mistake is one line, not a traceback."""
 
 import errno
+import importlib.util
 import io
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 
-from absl import flags
 import pytest
 import tiny_run
 
-from gemma_funnel import cli, experiment, locks
-
-# How ml_collections loads a file.
-pytestmark = pytest.mark.filterwarnings(
-  "ignore:.*load_module:DeprecationWarning"
-)
-CONFIG = str(tiny_run.ROOT / "configs" / "quickstart.py")
+from gemma_funnel import cli, config_file, evaluation, experiment, locks, tasks
+from gemma_funnel.data import pipeline, tokenize
+from gemma_funnel.evaluation import finetuned, latency
+from gemma_funnel.evaluation import training as evaluation_training
+from gemma_funnel.tasks import task
+from gemma_funnel.training import finetune, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -27,43 +28,19 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def run_main(monkeypatch, capsys):
-  """cli.main in this process, with flags of its own: (status, stderr)."""
+  """cli.main in this process: (status, stderr)."""
 
-  def call(run, *args):
-    values = flags.FlagValues()
-    # What absl.app defines, and what its run() reads.
-    monkeypatch.setattr(flags, "FLAGS", values)
-    monkeypatch.setattr(sys, "argv", ["train.py", *args])
-    monkeypatch.setattr(cli, "config_flags", _Own(values))
-    monkeypatch.setattr(
-      flags,
-      "mark_flag_as_required",
-      lambda name: flags._validators.mark_flag_as_required(name, values),
-    )
-    monkeypatch.setattr(
-      cli.app, "run", lambda main, flags_parser: main(flags_parser(sys.argv))
-    )
+  def call(run, *args, command="train.py"):
+    monkeypatch.setattr(sys, "argv", [command, *args])
     capsys.readouterr()
     try:
-      cli.main(run)
+      cli.main(run, command)
       status = 0
     except SystemExit as stop:
       status = stop.code
     return status, capsys.readouterr().err
 
   return call
-
-
-class _Own:
-  """config_flags that define their flag in `values`."""
-
-  def __init__(self, values):
-    self._values = values
-
-  def DEFINE_config_file(self, *args):  # noqa: N802
-    from ml_collections import config_flags
-
-    return config_flags.DEFINE_config_file(*args, flag_values=self._values)
 
 
 def _assert_refused(result, text):
@@ -75,51 +52,242 @@ def _assert_refused(result, text):
 @pytest.mark.parametrize(
   "argument, text",
   [
-    ("--config.modle.num_layers=3", "no key 'modle'; .* mean 'model'"),
-    ("--config.model.num_layer=3", "'num_layer'; .* mean 'num_layers'"),
-    ("--config.xyzzy=3", "no key 'xyzzy'"),
-    ("--config.steps=abc", "config.steps=abc"),
-    ("--config.model.num_layers=1.5", "config.model.num_layers=1.5"),
-    ("--confg=x", "Unknown command line flag 'confg'"),
-    ("word", r"unexpected arguments \['word'\]"),
     ("--config.funnel=start=2,stop=2", "funnel.start=2 .*funnel.stop=2"),
     ("--config.funnel=start=1,stop=3", "funnel.stop=3 is past .* 2 layers"),
     ("--config.funnel=start=1,stride=0", "funnel.stride=0"),
-    ("--config.funnel=start=1,stried=2", r"no field \['stried'\]"),
+    ("--config.funnel=start=1,stried=2", r"no field \['stried'\]; .*'stride'"),
+    ("--config.funnel=start=1 stride=2", "joined by commas"),
+    ("--config.funnel=start=1;stride=2", "joined by commas"),
     ("--config.funnel=start=0+start=0", "two funnel stages start at layer 0"),
     ("--config.funnel=start=1,recover=none", "recover='none' leaves .* short"),
     ("--config.funnel=2", "'2' is not key=value"),
     ("--config.length=66", "length=66 is beyond model.max_length=64"),
     ("--config.batch_size=12", "batch_size=12 must be a multiple of 8"),
-    ("--config.mesh.data=3", "does not divide 8 devices"),
+    (
+      "--config.mesh.data=3",
+      "mesh.data=3 does not divide 8 devices: .* such as mesh.data=8",
+    ),
+    ("--config.mesh.fsdp=16", "product is 8, such as mesh.fsdp=8"),
+    ("--config.optimizer.warmup_steps=30", "steps=30: .* below steps=12"),
+    ("--config.wandb=funnels", "needs the package wandb; expected pip"),
     ("--config.mesh.tensor=8", "tensor=8 does not divide 4"),
     ("--config.data.source=/nowhere/*.txt", "no file matches"),
     ("--config.data.tokenizer=/nowhere", "/nowhere: cannot be read"),
     ("--config.optimizer.b1=2", "optimizer.b1=2"),
   ],
 )
-def test_a_mistake_is_one_line(argument, text, run_main, source, tmp_path):
+def test_a_mistake_is_one_line(
+  argument, text, run_main, source, tmp_path, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, "wandb", None)
   args = tiny_run.command(tmp_path / "run", source, argument)[2:]
   _assert_refused(run_main(experiment.run, *args), text)
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_config_files_that_cannot_be_loaded(run_main, tmp_path):
-  run = lambda config: config.to_dict()
-  _assert_refused(run_main(run), "config must have a value")
-  missing = tmp_path / "none.py"
-  _assert_refused(run_main(run, f"--config={missing}"), str(missing))
-  overridden = run_main(run, f"--config={missing}", "--config.steps=3")
-  _assert_refused(overridden, str(missing))
+QUICK = "--config=quickstart"
+
+
+@pytest.mark.parametrize(
+  ("command", "arguments", "said"),
+  [
+    # No file, another one, or one that is not there.
+    ("train.py", [], "expected --config=FILE, .* quickstart, finetune"),
+    ("eval.py", [], "of configs/: eval_accuracy, eval_latency, eval_task"),
+    ("train.py", ["--config"], "--config has no value"),
+    ("train.py", ["--config="], "expected --config=FILE"),
+    ("train.py", [QUICK, QUICK], "--config is given twice"),
+    ("train.py", ["--config=configs/quickstrat.py"], "mean .*quickstart.py"),
+    ("train.py", ["--config=Quickstart"], "mean .*quickstart.py"),
+    ("train.py", ["--config=nowhere"], "no such file; expected .* finetune"),
+    ("train.py", ["--config=setup.cfg"], "expected a Python file"),
+    ("train.py", ["--config=gs://b/a.py"], "no such file"),
+    ("train.py", ["--config=quickstart:x"], "takes no argument"),
+    ("eval.py", ["--config=eval_latency:gema"], "line .* preset='gema'"),
+    ("eval.py", ["--config=eval_task:hellaswag"], "expected one of .*blimp"),
+    # Words, and flags that are none.
+    ("train.py", ["configs/quickstart.py"], "--config=configs/quickstart.py"),
+    ("train.py", ["finetune:table"], "mean --config=finetune:table"),
+    ("train.py", [QUICK, "steps=1"], "mean --config.steps=1"),
+    ("train.py", [QUICK, "word"], "unexpected argument 'word'"),
+    ("train.py", ["--steps=10"], "mean --config.steps"),
+    ("train.py", ["--learning-rate=1"], "mean --config.optimizer.learning"),
+    ("train.py", ["--num-layers=1"], "mean --config.model.num_layers"),
+    ("eval.py", ["--checkpoint=x"], "mean --config.checkpoint"),
+    ("train.py", ["--confg=x"], "mean --config"),
+    ("train.py", ["--confg.steps=3"], "mean --config.steps"),
+    ("train.py", ["--xyzzy"], "unknown flag --xyzzy; --help lists all"),
+    ("train.py", [QUICK, "--num-processes=x"], "'x': expected an integer"),
+    # Keys that are none.
+    ("train.py", [QUICK, "--config.lr=1"], "optimizer.learning_rate"),
+    (
+      "train.py",
+      [QUICK, "--config.optimizer.lr=1"],
+      "optimizer has no key 'lr'",
+    ),
+    ("train.py", [QUICK, "--config.batch=1"], "mean --config.batch_size"),
+    ("train.py", [QUICK, "--config.num_layers=1"], "--config.model.num_layers"),
+    ("train.py", [QUICK, "--config.modle.window=3"], "--config.model.window"),
+    ("train.py", [QUICK, "--config.model.num_layer=3"], "model.num_layers"),
+    ("train.py", [QUICK, "--config.xyzzy=3"], "no key 'xyzzy'; it has: "),
+    ("train.py", [QUICK, "--config.steps.x=3"], "steps=280 has no keys"),
+    ("train.py", [QUICK, "--config.=3"], "has no key ''"),
+    # Values of another type.
+    ("train.py", [QUICK, "--config.steps"], "--config.steps has no value"),
+    ("train.py", [QUICK, "--config.steps=ten"], "=ten: expected an integer"),
+    ("train.py", [QUICK, "--config.steps=1e3"], "=1e3: expected an integer"),
+    ("train.py", [QUICK, "--config.steps=True"], "expected an integer"),
+    ("train.py", [QUICK, "--config.z_loss=small"], "=small: expected a number"),
+    ("train.py", [QUICK, "--config.tensorboard=2"], "expected true or false"),
+    ("train.py", [QUICK, "--config.keep_period=x"], "an integer, or None"),
+    ("train.py", [QUICK, "--config.optimizer.b1=x"], "a number, or None"),
+    ("train.py", [QUICK, "--config.profile_steps=(1"], "expected a tuple"),
+    ("train.py", [QUICK, "--config.optimizer=adam"], "is a group of keys"),
+    ("train.py", [QUICK, "--config.model=gemma3"], "preset.* 'gemma2_2b'"),
+    # Configurations of other commands.
+    ("train.py", ["--config=eval_latency"], "python eval.py --config=eval_la"),
+    ("train.py", ["--config=ablation_quick"], "python -m gemma_funnel.study"),
+    ("train.py", ["--config=tokenize"], "python -m gemma_funnel.data.tokenize"),
+    ("eval.py", [QUICK], "python train.py --config=quickstart"),
+    ("tpu/plan.py", ["--config=finetune"], "python train.py"),
+    ("-m gemma_funnel.study", ["--config=eval_task"], "python eval.py"),
+    # Places that are not read.
+    ("train.py", [QUICK, "--config.workdir=gs:/a"], "expected gs://BUCKET"),
+    ("train.py", [QUICK, "--config.workdir=gs:"], "expected gs://BUCKET"),
+    ("train.py", [QUICK, "--config.workdir=s3://a/b"], "install s3fs"),
+    ("train.py", [QUICK, "--config.data.source=a,gs://a/b"], "install gcsfs"),
+    ("train.py", [QUICK, "--config.init_from=hf://a/b"], "Download it"),
+    ("eval.py", ["--config=eval_task", "--config.out=https://a/b"], "Download"),
+  ],
+)
+def test_a_wrong_command_is_told_of(command, arguments, said, run_main):
+  never = lambda config: pytest.fail(f"run with {config}")
+  _assert_refused(run_main(never, *arguments, command=command), said)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "key", "expected"),
+  [
+    (["--config.z-loss=1"], "z_loss", 1.0),
+    (["--config.steps", "7"], "steps", 7),
+    (["--config.steps=3", "--config.steps=4"], "steps", 4),
+    (["--config.seed", "-1"], "seed", -1),
+    (["--config.tensorboard=False"], "tensorboard", False),
+    (["--config.tensorboard", "no"], "tensorboard", False),
+    (["--noconfig.tensorboard"], "tensorboard", False),
+    (["--config.stochastic=x"], None, None),
+    (["--config.optimizer.stochastic_rounding"], "optimizer", True),
+    (["--config.keep_period=3"], "keep_period", 3),
+    (["--config.keep_period=None"], "keep_period", None),
+    (["--config.model.attn_softcap=None"], "model.attn_softcap", None),
+    (["--config.model.attn_softcap=2"], "model.attn_softcap", 2.0),
+    (["--config.model.embed_scale=2"], "model.embed_scale", 2),
+    (["--config.profile_steps=1,2"], "profile_steps", (1, 2)),
+    (["--config.funnel_sampled=off"], "funnel_sampled", ("off",)),
+    (["--config.funnel_sampled=('off', 'x')"], "funnel_sampled", ("off", "x")),
+    (["--config.data.heldout=x.txt"], "data.heldout", "x.txt"),
+    (["--config.workdir=file:///a/b"], "workdir", "/a/b"),
+    (["--config.data.source=a=b,file:///c"], "data.source", "a=b,/c"),
+    # A preset, and one of its keys, in whatever order.
+    (["--config.model=gemma2_9b"], "model.embed_dim", 3584),
+    (
+      ["--config.model.window=3", "--config.model=gemma1_2b"],
+      "model.window",
+      3,
+    ),
+  ],
+)
+def test_values_of_keys(arguments, key, expected, run_main):
+  seen = []
+  status, err = run_main(seen.append, QUICK, *arguments)
+  if key is None:
+    assert status == 2
+    return
+  assert (status, err) == (0, "")
+  (config,) = seen
+  for name in key.split("."):
+    config = config[name]
+  if key == "optimizer":
+    config = config.stochastic_rounding
+  assert config == expected and type(config) is type(expected)
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("\ndef get_config(:\n", r"{file}, line 2: "),
+    ("import nothing_of_that_name", "{file}, line 1: ModuleNotFoundError: "),
+    ("def get_config():\n  raise ValueError('a\\nb')", "{file}, line 2: a b"),
+    ("def get_config():\n  return {}['x']", "{file}, line 2: KeyError: 'x'"),
+    ("x = 1", "{file} has no function get_config"),
+    ("get_config = 1", "{file} has no function get_config"),
+    (
+      "get_config = lambda: {}",
+      "{file}: .* returned a dict: expected a ml_coll",
+    ),
+    ("def get_config(): pass", "returned a NoneType: expected a ml_coll"),
+    ("def get_config(size): pass", "takes an argument, .*:ARGUMENT"),
+    (
+      "import ml_collections\nget_config = ml_collections.ConfigDict",
+      "has no key 'optimizer', as those of train.py have; such as quickstart",
+    ),
+    ("\0", "{file}: "),
+  ],
+)
+def test_config_files_that_cannot_be_loaded(text, said, run_main, tmp_path):
   file = tmp_path / "file.py"
-  file.write_text("\ndef get_config(:\n")
-  _assert_refused(run_main(run, f"--config={file}"), rf"{file}, line 2: ")
-  file.write_text("def get_config():\n  raise ValueError('too few')\n")
-  _assert_refused(run_main(run, f"--config={file}"), "too few")
-  latency = tiny_run.ROOT / "configs" / "eval_latency.py"
-  _assert_refused(
-    run_main(run, f"--config={latency}:gema"), "preset='gema': expected one"
+  file.write_text(text)
+  result = run_main(print, f"--config={file}", "--config.steps=3")
+  _assert_refused(result, said.format(file=file))
+
+
+def test_a_config_of_another_folder(run_main, tmp_path, monkeypatch):
+  """It imports its neighbour, and raises a stack on request."""
+  (tmp_path / "neighbour.py").write_text("STEPS = 5\n")
+  (tmp_path / "mine.py").write_text(
+    "import ml_collections, neighbour\n"
+    "def get_config(scale='1'):\n"
+    "  steps = neighbour.STEPS * int(scale)\n"
+    "  return ml_collections.ConfigDict(dict(optimizer={}, steps=steps))\n"
   )
+  monkeypatch.chdir(tmp_path)
+  for given, steps in (
+    ("mine.py", 5),
+    ("mine", 5),
+    (f"{tmp_path}/mine.py:3", 15),
+    ("./mine.py:2", 10),
+  ):
+    seen = []
+    assert run_main(seen.append, f"--config={given}") == (0, "")
+    assert seen[0].steps == steps
+  # Ours are found from wherever the command is called.
+  assert run_main(seen.append, "--config=configs/quickstart.py") == (0, "")
+  monkeypatch.setenv("GEMMA_FUNNEL_TRACEBACK", "1")
+  with pytest.raises(ValueError, match="mine.py, line 3: invalid literal"):
+    run_main(print, "--config=mine.py:x")
+
+
+@pytest.mark.parametrize(
+  ("command", "keys"),
+  [
+    ("train.py", ["optimizer.learning_rate=0.003", "keep_period=(unset, int)"]),
+    ("train.py", ["task.dev_fraction=0.1", "epochs=4.0"]),
+    ("eval.py", ["chunk=512", "decode.new_tokens=128", "few_shot=0"]),
+    ("-m gemma_funnel.study", ["axes.seed=(0, 1)"]),
+    ("-m gemma_funnel.data.tokenize", ["source=stdlib"]),
+  ],
+)
+def test_help_lists_flags_and_keys(
+  command, keys, run_main, capsys, monkeypatch
+):
+  monkeypatch.setattr(sys, "argv", [command, "--help"])
+  with pytest.raises(SystemExit) as stop:
+    cli.main(print, command)
+  told = capsys.readouterr()
+  assert stop.value.code == 0 and told.err == ""
+  assert "--process_id" in told.out and "(default: off)" in told.out
+  for key in keys:
+    assert f"--config.{key}" in told.out
 
 
 def test_files_that_are_not_what_they_should_be(run_main, source, tmp_path):
@@ -141,7 +309,7 @@ def test_files_that_are_not_what_they_should_be(run_main, source, tmp_path):
   taken = tmp_path / "taken"
   taken.mkdir()
   (taken / "config.json").write_text("{")
-  refuse("config.json is not JSON", workdir=taken)
+  refuse("config.json cannot be read: Expecting", workdir=taken)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(run_main, source, tmp_path):
@@ -182,26 +350,11 @@ def test_errors_of_the_package_alone_are_lines(run_main):
     del config
     int("x")
 
-  args = (f"--config={CONFIG}",)
+  args = (QUICK,)
   _assert_refused(run_main(named, *args), "no sharding rule")
   for bug in (not_named, from_elsewhere):
     with pytest.raises(ValueError):
       run_main(bug, *args)
-
-
-def test_the_configuration_is_handed_on(run_main):
-  seen = []
-  status, err = run_main(
-    seen.append,
-    f"--config={CONFIG}",
-    "--config.steps=7",
-    "--config.data.heldout=x.txt",
-    "--config.model.attn_softcap=2",
-  )
-  assert (status, err) == (0, "")
-  (config,) = seen
-  assert (config.steps, config.data.heldout) == (7, "x.txt")
-  assert config.model.attn_softcap == 2.0
 
 
 @pytest.mark.slow
@@ -211,6 +364,138 @@ def test_a_loss_that_is_not_finite_exits_with_status_two(source, tmp_path):
   )
   _, err = tiny_run.finish(tiny_run.start(args), 2)
   _assert_refused((2, err), "is (nan|inf) at step 3; the last good checkpoint")
+
+
+_INTEGERS = ("0", "-1", f"{2**31 - 1}", f"{10**20}", "9" * 400)
+_NUMBERS = ("0", "-1", "1e30", "nan", "inf", "-inf", "1e-320", "None")
+_TUPLES = ("()", "(0,)", "(-1,)", f"({10**20},)", "('x',)", "(1.5,)", "((1,),)")
+_ABSURD = {
+  bool: ("False", "True"),
+  int: _INTEGERS,
+  float: _NUMBERS,
+  str: ("", "\x1b[31m", "None", "-1", "a/b", "(", "*", "x" * 5000),
+  tuple: (*_TUPLES, "(None,)", "(1, 2, 3)", "x"),
+  type(None): (*_NUMBERS, f"{10**20}", "x", "(1,)"),
+}
+
+
+class _End(Exception):
+  """All has been checked: what takes long would begin."""
+
+
+def _resolve_finetuning(config):
+  text = task.TextExample("ab ba", None, 1)
+  made = task.Task(
+    "t",
+    "classification",
+    ("a", "b"),
+    ("accuracy",),
+    dict.fromkeys(task.SPLITS, (text,) * 320),
+  )
+  for seed in config.seeds:
+    finetune.resolve(finetuned.of_seed(config, seed), made)
+
+
+def _read_data(config):
+  pipeline.load_corpus(config.data, 512, config.workdir)
+
+
+def _evaluate(config):
+  with pytest.MonkeyPatch.context() as patch:
+    for module, name in (
+      (latency, "random_model"),
+      (evaluation_training, "_Steps"),
+    ):
+      patch.setattr(module, name, _raise_end)
+    evaluation.run(config)
+
+
+def _raise_end(*args):
+  raise _End
+
+
+@pytest.mark.parametrize(
+  ("name", "only", "resolve"),
+  [
+    ("quickstart", "", pretrain.resolve),
+    ("quickstart", "data.", _read_data),
+    ("finetune", "", _resolve_finetuning),
+    ("finetune", "task.", lambda config: tasks.load(config.task)),
+    ("eval_latency", "", _evaluate),
+    ("eval_training", "", _evaluate),
+    ("tokenize", "", tokenize.tokenize),
+  ],
+  ids=str,
+)
+def test_an_absurd_value_of_any_key_is_named(
+  name, only, resolve, source, tmp_path, monkeypatch
+):
+  """All ends well, or in a mistake that the package names."""
+  monkeypatch.chdir(tmp_path)
+  tokenizer = tmp_path / "t.model"
+  if only == "data." or name == "tokenize":
+    pipeline.load_corpus(
+      tiny_run.make_config(".", source).data, 512, str(tmp_path)
+    )
+    tokenizer = tmp_path / "tokenizer.model"
+  rows = [f"w{i} a\t{'ab'[i % 2]}\n" for i in range(40)]
+  (tmp_path / "t.tsv").write_text("".join(["text\tlabel\n", *rows]))
+  base = config_file.load(name)
+
+  def changed(key, text):
+    config = config_file.load(name)
+    config.update_from_flattened_dict(
+      {
+        "quickstart": {"data.source": source, "data.tokenizer": str(tokenizer)},
+        "finetune": {
+          f"task.{key}": value
+          for key, value in dict(
+            kind="classification",
+            format="table",
+            text="text",
+            label="label",
+            train="t.tsv",
+            test="t.tsv",
+          ).items()
+        },
+        "tokenize": {
+          "source": source,
+          "tokenizer": str(tokenizer),
+          "out": tempfile.mktemp(dir=tmp_path),
+        },
+      }.get(name, {})
+    )
+    config_file.set_key(config, key, text)
+    config_file.check_paths(config)
+    return config
+
+  for key, group, end in config_file.leaves(base):
+    for text in _ABSURD[group.get_type(end)] if key.startswith(only) else ():
+      try:
+        resolve(changed(key, text))
+      except _End:
+        pass
+      except ValueError as error:
+        assert cli.is_named(error), f"{key}={text}: {error!r}"
+      except (MemoryError, OSError) as error:
+        assert isinstance(error, MemoryError) or error.filename
+      except Exception as error:
+        raise AssertionError(f"{key}={text}: {error!r}") from error
+
+
+def test_the_package_lists_its_commands(monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["gemma_funnel"])
+  with pytest.raises(SystemExit) as stop:
+    runpy.run_module("gemma_funnel", run_name="__main__")
+  told = capsys.readouterr().out
+  assert stop.value.code == 0
+  named = re.findall(r"^  python (\S+\.py|-m \S+) ", told, re.MULTILINE)
+  assert len(named) == 8
+  for name in named:
+    if name.endswith(".py"):
+      assert (tiny_run.ROOT / name).exists()
+    else:
+      assert importlib.util.find_spec(name.removeprefix("-m "))
 
 
 def test_eval_takes_the_same_flags():
@@ -275,6 +560,13 @@ ORBAX = ValueError("RESOURCE_EXHAUSTED: writing: No space left on device [28]")
     (KeyboardInterrupt(), 130, ""),
     (RuntimeError("a bug"), None, ""),
     (FileNotFoundError(errno.ENOENT, "No such file"), None, ""),
+    (PermissionError(errno.EACCES, "No", "a\nb"), 2, "error: a b: No"),
+    (MemoryError("Unable to"), 1, "error: not enough memory: Unable to"),
+    (
+      RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"),
+      1,
+      "error: not enough memory: RESOURCE_EXHAUSTED",
+    ),
   ],
 )
 def test_a_disk_that_is_full_is_one_line(error, status, said, capsys):
@@ -297,9 +589,7 @@ def test_a_folder_of_a_disk_for_reading_alone(capsys, monkeypatch):
   monkeypatch.setattr(os, "open", refuse)
   assert cli.guard(lambda: locks.Lock("x/.lock", "workdir=x").__enter__()) == 1
   told = capsys.readouterr().err
-  assert told.startswith(
-    "error: workdir=x cannot be written to: Read-only file"
-  )
+  assert told.startswith("error: workdir=x cannot be written: Read-only file")
 
 
 def test_a_stack_is_shown_on_request(monkeypatch):

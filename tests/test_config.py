@@ -239,7 +239,7 @@ def test_what_needs_every_token_back():
 @pytest.mark.parametrize(
   "changes,message",
   [
-    (dict(num_layers=0), r"model.num_layers=0: expected an integer >= 1"),
+    (dict(num_layers=0), r"model.num_layers=0: expected an integer from 1"),
     (dict(num_kv_heads=3), r"num_heads=4 must be a multiple of"),
     (dict(head_dim=7), r"head_dim=7: rotary embeddings need an even one"),
     (dict(attn_softcap=0.0), r"attn_softcap=0.0: expected a number > 0"),
@@ -259,7 +259,7 @@ def test_what_needs_every_token_back():
     (dict(hidden=3), r"has no field \['hidden'\]"),
     (dict(norm_offset=0.5), r"model.norm_offset=0.5: expected one of"),
     (dict(activation="relu"), r"model.activation='relu': expected one of"),
-    (dict(embed_scale=0), r"model.embed_scale=0: expected a number > 0"),
+    (dict(embed_scale=0), r"model.embed_scale=0.0: expected a number > 0"),
     (dict(local_rope_base=-1.0), r"model.local_rope_base=-1.0"),
     (dict(tied=1), r"model.tied=1: expected a bool"),
     (dict(qk_norm="no"), r"model.qk_norm='no': expected a bool"),

@@ -372,15 +372,24 @@ def test_the_command_registers_the_model_once(stub, argv, status, said):
   assert (done.returncode, said in done.stdout + done.stderr) == (status, True)
 
 
-@pytest.mark.skipif(REAL, reason="lm_eval is installed")
-def test_the_command_without_lm_eval_is_one_line():
+@pytest.mark.parametrize(
+  ("flag", "status", "said"),
+  [
+    ("--tasks=x", 2, "error: lm_eval is missing"),
+    ("--help", 0, "--model_args"),
+  ],
+)
+def test_the_command_without_lm_eval(flag, status, said, tmp_path):
+  (tmp_path / "lm_eval.py").write_text("raise ImportError")
+  path = os.pathsep.join([str(tmp_path), *sys.path])
   done = subprocess.run(
-    [sys.executable, "-m", "gemma_funnel.evaluation.harness"],
+    [sys.executable, "-m", "gemma_funnel.evaluation.harness", flag],
+    env={**os.environ, "PYTHONPATH": path},
     capture_output=True,
     text=True,
   )
-  assert done.returncode == 1
-  assert done.stderr.startswith("error: lm_eval is missing")
+  assert done.returncode == status and done.stderr.count("\n") == (status == 2)
+  assert said in done.stdout + done.stderr
 
 
 def test_a_checkpoint_that_is_not_there(adapter, tmp_path):

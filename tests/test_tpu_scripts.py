@@ -423,7 +423,7 @@ def test_the_commands_of_the_guide_and_of_help_are_ones_that_there_are(fakes):
 @pytest.mark.parametrize(
   ("flags", "said"),
   [
-    (["--config=configs/ablation_quick.py"], "expected a pretraining"),
+    (["--config=configs/ablation_quick.py"], "python -m gemma_funnel.study"),
     (["--config=configs/quickstart.py", "--slices=0"], "slices=0: expected"),
   ],
 )

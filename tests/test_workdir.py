@@ -6,6 +6,8 @@ import os
 import pytest
 import tiny_run
 
+from gemma_funnel import config_file
+from gemma_funnel.config import TransformerConfig
 from gemma_funnel.training import pretrain, workdir
 
 
@@ -48,6 +50,42 @@ def test_a_workdir_of_another_run_is_refused(changes, tmp_path):
   (key,) = changes
   text = str(error.value)
   assert f"{key}: " in text and text.count(" / ") == 2 and "\n" not in text
+
+
+@pytest.mark.parametrize(
+  ("funnel", "same"),
+  [
+    ("start=1,stride=2", "start=1"),
+    ("start=1,stride=2", "start=1,stride=2,recover=average"),
+    ("start=1,stride=2", "stride=2,reduce=mean,start=1"),
+    ("start=1,stride=2", " start = 1 , stride=2 "),
+    ("start=1,stride=2", "start=1,stop=2,stride=2,position=last"),
+    ("start=1,stride=2", "start=1,keep_first=false,pool_query_only=false"),
+    ("start=1,stride=2", "start=1,pool=mean"),
+    ("start=0,stop=1+start=1", "start=1,stop=2+start=0,stop=1,stride=2"),
+    ("off", ""),
+    ("off", " off "),
+  ],
+)
+def test_a_funnel_spelled_otherwise_is_the_same_run(funnel, same, tmp_path):
+  workdir.init_workdir(
+    _config(tmp_path, funnel=funnel, funnel_sampled=(funnel, "off"))
+  )
+  (tmp_path / "checkpoints").mkdir()
+  workdir.init_workdir(
+    _config(tmp_path, funnel=same, funnel_sampled=(same, ""))
+  )
+
+
+def test_a_preset_is_the_model_written_out(tmp_path):
+  config = _config(tmp_path)
+  config.model.update(TransformerConfig.preset("tiny").to_dict())
+  workdir.init_workdir(config)
+  (tmp_path / "checkpoints").mkdir()
+  config = _config(tmp_path)
+  config.model.kernel = "auto"  # How a model runs is no part of a preset.
+  config_file.set_key(config, "model", "tiny")
+  workdir.init_workdir(config)
 
 
 def test_what_changes_rounding_at_most_may_change(tmp_path):

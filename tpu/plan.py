@@ -11,6 +11,7 @@ remats and parts of the batch (accumulate), the most promising first, until one
 fits. --out writes plan.json and plan.md.
 """
 
+import argparse
 import json
 import math
 import os
@@ -20,17 +21,20 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
-from absl import flags  # noqa: E402
-
 from gemma_funnel import atomic, checks, cli  # noqa: E402
 from gemma_funnel.training import aot  # noqa: E402
 
-flags.DEFINE_string("topology", None, "Such as v5p:4x4x4, v5e:16x16, v6e:8x8.")
-flags.DEFINE_integer("slices", 1, "Slices of it (mesh.slice).")
-flags.DEFINE_bool("search", False, "Try meshes and remats.")
-flags.DEFINE_integer("most", 6, "Compilations of a search.")
-flags.DEFINE_string("out", None, "A folder for plan.json and plan.md.")
-flags.mark_flag_as_required("topology")
+_FLAGS = {
+  "topology": dict(
+    required=True, metavar="NAME", help="such as v5p:4x4x4, v5e:16x16, v6e:8x8"
+  ),
+  "slices": dict(type=int, default=1, metavar="N", help="of it (mesh.slice)"),
+  "search": dict(action="store_true", help="tries meshes and remats"),
+  "most": dict(
+    type=int, default=6, metavar="N", help="compilations of a search"
+  ),
+  "out": dict(metavar="DIR", help="a folder for plan.json and plan.md"),
+}
 
 _HEADER = (
   "| mesh | remat | parts | fits | parameters | optimizer | activations "
@@ -39,13 +43,9 @@ _HEADER = (
 )
 
 
-def run(config) -> None:
+def run(config, **flags) -> None:
   """Prints the plan, or those of a search."""
-  values = flags.FLAGS
-  checks.require(
-    "mesh" in config and "objective" in config,
-    "--config: expected a pretraining, such as configs/quickstart.py",
-  )
+  values = argparse.Namespace(**flags)
   checks.require_int("slices", values.slices, 1)
   checks.require_int("most", values.most, 1)
   config.mesh.slice = values.slices
@@ -122,4 +122,4 @@ def _verdict(found: list[aot.Plan], count: int) -> str:
 
 
 if __name__ == "__main__":
-  cli.main(run)
+  cli.main(run, "tpu/plan.py", _FLAGS)

@@ -65,10 +65,7 @@ _FLAGS = {
 
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(
-    prog="python -m gemma_funnel.convert",
-    allow_abbrev=False,
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog="python -m gemma_funnel.convert", description=__doc__
   )
   parser.add_argument("source", metavar="SRC")
   parser.add_argument("destination", metavar="DST")

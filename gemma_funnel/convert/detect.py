@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from gemma_funnel import cli, inputs
+from gemma_funnel import cli, inputs, paths
 from gemma_funnel.checks import require
 from gemma_funnel.config import (
   PRESETS,
@@ -210,7 +210,7 @@ def _torch(file: pathlib.Path, folder: pathlib.Path) -> Weights:
 
 def _describe(path: pathlib.Path) -> str:
   if not path.exists():
-    return "there is nothing there"
+    return f"there is nothing there{paths.hint_missing(path)}"
   if not path.is_dir():
     return "it is a file of another kind"
   names = _names(path)

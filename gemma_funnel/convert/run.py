@@ -23,7 +23,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from gemma_funnel import inputs
+from gemma_funnel import cli, inputs, paths
 from gemma_funnel import lora as lora_lib
 from gemma_funnel.checks import require
 from gemma_funnel.convert import param_mapping
@@ -52,7 +52,7 @@ _THREADS = 8
 
 def path_of(path: str | os.PathLike) -> epath.Path:
   """A folder here, made absolute, or on a bucket."""
-  text = os.fspath(path)
+  text = paths.check(path)
   return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
@@ -116,10 +116,7 @@ def _find_intact(folder: epath.Path) -> tuple[int, list[int]]:
       f"no checkpoint in {folder} can be read: " + (listed or "it is empty")
     )
   for broken, damage in damages.items():
-    print(
-      f"checkpoint {broken} is damaged ({damage}); using {step} instead",
-      flush=True,
-    )
+    cli.tell(f"checkpoint {broken} is damaged ({damage}); using {step} instead")
   return step, list(damages)
 
 

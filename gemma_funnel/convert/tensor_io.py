@@ -18,7 +18,7 @@ from etils import epath
 import ml_dtypes
 import numpy as np
 
-from gemma_funnel import inputs
+from gemma_funnel import inputs, paths
 from gemma_funnel.checks import require
 
 # A call that writes more asks the system for larger pages, which take it twice
@@ -286,7 +286,7 @@ class RangeWriter:
 
 def to_path(path: str | os.PathLike) -> pathlib.Path | epath.Path:
   """A path here, or on a bucket such as gs://..."""
-  text = os.fspath(path)
+  text = paths.check(path)
   return epath.Path(text) if "://" in text else pathlib.Path(text)
 
 

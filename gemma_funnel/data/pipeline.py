@@ -13,7 +13,14 @@ import numpy as np
 
 from gemma_funnel.checks import require, require_int
 from gemma_funnel.data import documents as documents_lib
-from gemma_funnel.data import files, mixture, packing, sources, tokenized
+from gemma_funnel.data import (
+  files,
+  mixture,
+  packing,
+  sources,
+  tokenized,
+  workers,
+)
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.data.documents import Document
 from gemma_funnel.data.shards import VirtualShards
@@ -113,7 +120,7 @@ def load_corpus(
     f"{sorted(default_config())}",
   )
   require_int("data.lanes", cfg.lanes, 1)
-  require_int("data.num_workers", cfg.num_workers)
+  require_int("data.num_workers", cfg.num_workers, 0, workers.MOST)
   require_int("data.seed", cfg.seed, 0, _MOST_SEED)
   cache_path = os.path.join(workdir, TOKENIZER_FILE)
   # Before the corpus: a wrong tokenizer is found without reading it.

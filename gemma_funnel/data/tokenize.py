@@ -203,7 +203,7 @@ def tokenize(config: Any) -> dict[str, Any]:
   for key in ("tokenizer", "out"):
     require(config[key], f"{key} is not set; expected a path")
   require_int("shards", config.shards, 1)
-  require_int("num_workers", config.num_workers)
+  require_int("num_workers", config.num_workers, 0, workers.MOST)
   out = config.out
   require(
     not files.is_remote(out),
@@ -289,4 +289,4 @@ def _run(config: Any) -> None:
 
 
 if __name__ == "__main__":
-  cli.main(_run)
+  cli.main(_run, "-m gemma_funnel.data.tokenize")

@@ -16,6 +16,8 @@ import threading
 import traceback
 from typing import Any
 
+# More than any machine has cores.
+MOST = 1024
 _SPAWN = multiprocessing.get_context("spawn")
 
 Items = Callable[[], Iterator[Any]]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gemma_funnel import cli
 from gemma_funnel.checks import require, require_int
 from gemma_funnel.config import (
   OFF,
@@ -108,7 +109,7 @@ def measure_each(
   """A row for each funnel: `funnel`, `resolved`, and what `measure` finds."""
   rows = []
   for name, stages in named.items():
-    print(f"{what}: {name}", flush=True)
+    cli.tell(f"{what}: {name}")
     about = {"funnel": name, "resolved": format_funnel(stages)}
     rows.append(about | measure(stages))
   return rows

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our model: any of its tasks, with any funnel.
+r"""lm-evaluation-harness on our model: any of its tasks, with any funnel.
 
   python -m gemma_funnel.evaluation.harness --tasks=lambada_openai \
     --model_args=checkpoint=DIR,funnel=off,batch_size=8
@@ -16,17 +16,22 @@ import sys
 from gemma_funnel import cli
 from gemma_funnel.checks import require
 
-try:
-  from gemma_funnel.evaluation.lm_eval_model import NAME
-except ImportError as error:
-  if __name__ == "__main__":
-    sys.exit(f"error: {error}")
-  raise
+if __name__ != "__main__":  # It registers the model.
+  from gemma_funnel.evaluation import lm_eval_model  # noqa: F401
 
 
 def _run(argv: Sequence[str]) -> int:
-  from lm_eval.__main__ import cli_evaluate
+  try:
+    from lm_eval.__main__ import cli_evaluate
 
+    from gemma_funnel.evaluation.lm_eval_model import NAME
+  except ImportError as error:
+    if {"-h", "--help"} & {*argv}:
+      print(__doc__)
+      return 0
+    raise ValueError(
+      "lm_eval is missing: expected pip install 'gemma-funnel[lm-eval]'"
+    ) from error
   require(
     all(flag.split("=")[0] not in ("--model", "-M") for flag in argv),
     f"--model: expected none, it is {NAME}",

@@ -9,8 +9,9 @@ from typing import Any
 from flax import nnx
 from ml_collections import config_dict
 
-from gemma_funnel import convert
+from gemma_funnel import convert, paths
 from gemma_funnel.checks import require
+from gemma_funnel.convert.run import path_of
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.model import Transformer
 
@@ -65,7 +66,10 @@ def load(
     "checkpoint is missing: expected --config.checkpoint=PATH, of a training "
     "run or of what gemma_funnel.load reads",
   )
-  require(os.path.exists(path), f"checkpoint={path!r} is not there")
+  require(
+    path_of(path).exists(),
+    f"checkpoint={path!r} is not there{paths.hint_missing(path)}",
+  )
   found = convert.describe(path)
   if found.is_run:
     require(

@@ -211,8 +211,9 @@ def write(
   atomic.write_text(paths["md"], f"{text}\n")
   if plot_fn:  # Last: a plot that fails costs no result.
     atomic.write_bytes(paths["png"], png(plot_fn(rows)))
-  print(text, flush=True)
-  print(f"\nwritten: {', '.join(paths.values())}\n", flush=True)
+  for line in (*text.split("\n"), "", f"written: {', '.join(paths.values())}"):
+    cli.tell(line)
+  print(flush=True)
   return paths
 
 

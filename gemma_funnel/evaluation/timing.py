@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gemma_funnel import cli
 from gemma_funnel.checks import require, require_int
 
 Row = dict[str, Any]
@@ -39,7 +40,7 @@ class Protocol:
   warmup: int = 2  # Rounds before them that do not.
   seed: int = 0  # Of the order within rounds, and of random inputs.
   clock: Clock = time.perf_counter
-  log: Callable[[str], None] = functools.partial(print, flush=True)
+  log: Callable[[str], None] = cli.tell
 
   def __post_init__(self):
     require_int("repeats", self.repeats, 1)

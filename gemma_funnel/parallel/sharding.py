@@ -1,6 +1,6 @@
 """Where arrays live: a mesh, and the shardings of parameters and batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import math
 import re
@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from gemma_funnel import params
-from gemma_funnel.checks import require
+from gemma_funnel.checks import require, require_int
 from gemma_funnel.parallel.mesh import AXES, HEADS, ROWS, TOKENS
 
 # Of rows of tokens, and all else that a batch has for each token.
@@ -49,6 +49,8 @@ def make_mesh(
     f"mesh has the axes {list(config)}: expected {list(AXES)}",
   )
   sizes = {axis: config.get(axis, 1) for axis in AXES}
+  for axis, size in sizes.items():
+    require_int(f"mesh.{axis}", size, -1)
   free = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
   require(
@@ -59,7 +61,9 @@ def make_mesh(
     sizes[free[0]] = len(devices) // known
   require(
     math.prod(sizes.values()) == len(devices),
-    f"mesh {sizes} does not divide {len(devices)} devices",
+    f"{_flags(sizes)} does not divide {len(devices)} devices: expected axes "
+    f"whose product is {len(devices)}, such as "
+    + _flags(_fitting(sizes, len(devices))),
   )
   slices = len({getattr(d, "slice_index", 0) for d in devices})
   require(
@@ -77,6 +81,20 @@ def make_mesh(
     )
   types = (jax.sharding.AxisType.Auto,) * len(AXES)
   return jax.sharding.Mesh(grid, AXES, types)
+
+
+def _flags(sizes: Mapping[str, int]) -> str:
+  given = [f"mesh.{axis}={n}" for axis, n in sizes.items() if n not in (1, -1)]
+  return " ".join(given) or "mesh.data=1"
+
+
+def _fitting(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+  """What divides the devices of each axis, and what is left as "data"."""
+  left, fitting = devices, {}
+  for axis, size in sizes.items():
+    fitting[axis] = 1 if size == -1 else math.gcd(size, left)
+    left //= fitting[axis]
+  return fitting | {"data": fitting["data"] * left}
 
 
 def describe(mesh: jax.sharding.Mesh) -> str:

@@ -22,19 +22,15 @@ overridden by --config.KEY=VALUE. Axes of the grid, such as
 
 import sys
 
-from gemma_funnel import (
-  cli,
-  funnel,  # noqa: F401
-  reducers,  # noqa: F401
-)
+from gemma_funnel import cli
 
 
 def _run(config):
-  from gemma_funnel.study import runner  # Not needed by --help.
+  from gemma_funnel.study import runner  # It imports jax.
 
   runner.run(config)
 
 
 if __name__ == "__main__":
   sys.argv = ["--config.dry_run" if x == "--dry-run" else x for x in sys.argv]
-  cli.main(_run)
+  cli.main(_run, "-m gemma_funnel.study")

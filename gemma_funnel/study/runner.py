@@ -96,7 +96,8 @@ def _run(made: grid.Grid) -> None:
 
 def _say(*lines: str) -> None:
   # Names of tasks and models are whatever a configuration has.
-  print("\n".join(map(cli.clean, lines)), flush=True)
+  for line in lines:
+    cli.tell(line)
 
 
 def _rate(config: Any) -> float:

@@ -183,8 +183,8 @@ def _check(config: Any) -> None:
   if config.format in ("table", "conll"):
     require(
       bool(config.test),
-      "test is not set: name the file that results are of (only dev can be "
-      "taken from train)",
+      "test is not set: name the file that results are of by "
+      "--config.task.test=FILE (only dev can be taken from train)",
     )
     require(
       bool(config.train) or config.kind in GENERATIVE_KINDS,

@@ -100,6 +100,10 @@ def _read(path: str, config) -> list[Row]:
   """A table's rows; of a text file (perplexity), the whole or each line."""
   is_table = os.path.splitext(path)[1] in tables.EXTENSIONS
   if config.kind == "perplexity" and not is_table:
+    require(
+      not config.text,
+      f"text={config.text!r}: {path} is a text without columns; leave it unset",
+    )
     text = tables.read_text(path)
     texts = [text]
     if config.documents == "line":

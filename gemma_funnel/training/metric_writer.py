@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import importlib
 import json
 import math
 import os
 import tempfile
 import time
+import types
 from typing import Any
 
 from etils import epath
@@ -19,6 +21,17 @@ from gemma_funnel.training.spec import RunSpec
 
 # Of metrics.jsonl: ten million steps have 2 GB.
 _MAX_BYTES = 8 << 30
+
+
+def import_wandb(project: str) -> types.ModuleType:
+  """The package that logs to a project; raises ValueError without it."""
+  try:
+    return importlib.import_module("wandb")
+  except ImportError as error:
+    raise ValueError(
+      f"wandb={project!r} needs the package wandb; expected "
+      "pip install 'gemma-funnel[wandb]'"
+    ) from error
 
 
 class MetricWriter:
@@ -53,15 +66,8 @@ class MetricWriter:
         os.path.join(spec.workdir, "tensorboard"), purge_step=step + 1
       )
     if project:
-      try:
-        import wandb
-      except ImportError as error:
-        raise ValueError(
-          f"wandb={project!r} needs the package wandb; expected "
-          "pip install 'gemma-funnel[wandb]'"
-        ) from error
       # The same run goes on under the same name.
-      self._wandb = wandb.init(
+      self._wandb = import_wandb(project).init(
         project=project,
         id=spec.workdir.strip("/").replace("/", "-").replace(":", ""),
         resume="allow",
@@ -180,7 +186,7 @@ class MetricWriter:
 
   def _print(self, step: int, text: str) -> None:
     if self._leads:
-      print(f"step {step}/{self._spec.steps}  {text}", flush=True)
+      cli.tell(f"step {step}/{self._spec.steps}  {text}")
 
   def _write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
     if not self._leads:

@@ -15,7 +15,7 @@ from ml_collections import config_dict
 import optax
 
 from gemma_funnel import params as params_lib
-from gemma_funnel.checks import require, require_choice
+from gemma_funnel.checks import is_number, require, require_choice, require_int
 from gemma_funnel.params import by_path, path_of
 from gemma_funnel.training.transforms import scale_by
 
@@ -38,6 +38,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 SCHEDULES = ("cosine", "linear", "wsd", "wsd_sqrt", "constant")
 MOMENT_DTYPES = ("float32", "bfloat16")
 
+# Without a value these are not left out.
+_NEEDED = ("learning_rate", "final_fraction", "weight_decay")
 # So that rounding is no other random choice's of the same key.
 _SALT = 0x726F756E
 
@@ -104,11 +106,13 @@ def schedule_of(
   """
   _check(config)
   peak, warmup = config.learning_rate, config.warmup_steps
+  require_int("optimizer.warmup_steps", warmup)
   end = peak * config.final_fraction
   require(
     0 <= warmup < steps,
     f"optimizer.warmup_steps={warmup}: expected at least 0 "
-    f"and below steps={steps}",
+    f"and below steps={steps}, such as --config.optimizer.warmup_steps="
+    f"{steps // 10}; or more steps (--config.steps; --config.epochs of a task)",
   )
   decay = _decay_steps(config, steps)
   match config.schedule:
@@ -170,8 +174,9 @@ def _check(config: ml_collections.ConfigDict) -> None:
   for names, fits, expected in ranges:
     for name in names.split():
       value = config[name]
+      none = value is None and name not in _NEEDED
       require(
-        value is None or fits(value),
+        none or (is_number(value) and fits(value)),
         f"optimizer.{name}={value!r}: expected {expected}",
       )
   require_choice("optimizer.name", config.name, OPTIONS)

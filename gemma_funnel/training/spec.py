@@ -6,7 +6,6 @@ it. Nothing below reads a ConfigDict, parses a funnel or opens `init_from` anew.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import os
 import typing
 from typing import Any
 
@@ -16,25 +15,15 @@ import ml_collections
 from ml_collections import config_dict
 import optax
 
-from gemma_funnel import checks, convert
+from gemma_funnel import checks, convert, paths
 from gemma_funnel import lora as lora_lib
-from gemma_funnel.config import FunnelConfig, TransformerConfig
+from gemma_funnel.config import RUNTIME, FunnelConfig, TransformerConfig
+from gemma_funnel.convert.run import path_of
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import sharding
 from gemma_funnel.parallel.mesh import ROWS
 from gemma_funnel.training import optimizer as optimizer_lib
 from gemma_funnel.training import schedules
-
-# A run that starts from a checkpoint sets these itself; sizes are the
-# checkpoint's.
-RUNTIME = (
-  "param_dtype",
-  "dtype",
-  "softmax_dtype",
-  "kernel",
-  "scan_layers",
-  "remat",
-)
 
 # Held-out metrics of a model; "loss" ranks checkpoints.
 Evaluate = Callable[[nnx.Module], dict[str, float | None]]
@@ -305,16 +294,26 @@ def open_run(
   model_config = TransformerConfig.from_dict(config.model)
   base = None
   if config.init_from is not None:
-    if not os.path.exists(config.init_from):
-      raise ValueError(f"init_from={config.init_from!r} is not there")
     runtime = {name: getattr(model_config, name) for name in RUNTIME}
+    if not path_of(config.init_from).exists():
+      raise ValueError(
+        f"init_from={config.init_from!r} is not there"
+        + paths.hint_missing(config.init_from)
+      )
     found = convert.describe(config.init_from)
     model_config = dataclasses.replace(found.config, **runtime)
     base = BaseCheckpoint(config.init_from, found.stages, found.tokenizer_path)
-  for name, value in model_config.to_dict().items():
-    config.model[name] = value
-  for name, least in (("batch_size", 1), ("length", 1), ("seed", 0)):
-    checks.require_int(name, config[name], least)
+  with config.ignore_type():  # 10 is as good as 10.0.
+    for name, value in model_config.to_dict().items():
+      config.model[name] = value
+  checks.require_int("seed", config.seed, 0, 2**32 - 1)
+  for name in ("batch_size", "length"):
+    checks.require_int(name, config[name], 1)
+  checks.require(
+    config.batch_size * config.length <= checks.LARGEST,
+    f"batch_size={config.batch_size} x length={config.length}: expected at most "
+    f"{checks.LARGEST} tokens a step",
+  )
   checks.require_int("accumulate", config.accumulate, 1)
   check_lengths({"length": config.length}, model_config)
   mesh = sharding.make_mesh(config.mesh, devices)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_funnel import inputs
+from gemma_funnel import cli, inputs
 from gemma_funnel.convert.reader import base_fingerprints
 from gemma_funnel.convert.run import (
   INPUTS,
@@ -382,7 +382,7 @@ class _Trainer:
 
 def _say(text: str) -> None:
   if jax.process_index() == 0:
-    print(text, flush=True)
+    cli.tell(text)
 
 
 def _best(params: Params, value: float, step: int, waited):
