@@ -44,7 +44,7 @@ def open_file(
     ValueError: it is not there, cannot be read, is no regular file (a folder,
       FIFO, device or socket), or is larger.
   """
-  name = paths.check(path)
+  name = os.fspath(path)
   try:
     if "://" in name:
       size, opened = None, epath.Path(name).open("rb")
