@@ -425,7 +425,7 @@ def _raise_end(*args):
     ("eval_training", "", _evaluate),
     ("tokenize", "", tokenize.tokenize),
   ],
-  ids=str,
+  ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_absurd_value_of_any_key_is_named(
   name, only, resolve, source, tmp_path, monkeypatch
