@@ -40,7 +40,9 @@ def get_config(task: str = "table") -> config_dict.ConfigDict:
   # needs none, one with the same labels.
   config.task = tasks.preset(task)
   config.split = "test"
-  config.max_examples = config_dict.placeholder(int)  # Unset is all of them.
+  # A sample of the split; unset is all of it.
+  config.max_examples = config_dict.placeholder(int)
+  config.split_seed = 0  # Of samples, of few_shot's too.
 
   # Unset is 8, or a fine-tuned run's.
   config.batch_size = config_dict.placeholder(int)
@@ -49,9 +51,9 @@ def get_config(task: str = "table") -> config_dict.ConfigDict:
   # is not of fine-tuned runs.
   config.max_length = config_dict.placeholder(int)
 
-  # Choice and generation: how many examples of the train split, its first ones,
-  # come before each prompt, and what they and the prompt look like. A space at
-  # a prompt's end goes with the choice: "{prompt} " for choices without one.
+  # Choice and generation: how many examples of the train split, a sample, come
+  # before each prompt, and what they and the prompt look like. A space at a
+  # prompt's end goes with the choice: "{prompt} " for choices without one.
   config.few_shot = 0
   config.shot_format = "{prompt}{answer}\n\n"
   config.prompt_format = "{prompt}"

@@ -1,11 +1,13 @@
 """Generates text: python -m gemma_funnel.generate --checkpoint=DIR --prompt=TEXT
 
 Prompts are --prompt (as often as wanted), the "prompt" of each object of
---prompts=FILE.jsonl, or else stdin, whole. One prompt and one sample stream
+--prompts=FILE.jsonl ("-" is stdin), or else stdin, whole. One prompt and one sample stream
 their text to stdout, and a newline at the end. Several, and --prompts always,
 are JSON lines, one a continuation:
 
   {"prompt": str, "sample": int, "text": str, "tokens": [int], "stopped": bool}
+
+with what else the prompt's object has.
 
 --context=FILE stands between BOS and each prompt; a funnel of reduce=context
 drops it from its layer on, others read it as the start of the prompt.
@@ -53,6 +55,7 @@ class GenerationRequest:
   dtype: str | None  # Of parameters and compute; None is as trained.
   tokenizer: Tokenizer
   texts: list[str]
+  others: list[dict[str, Any]]  # What else the objects of --prompts have.
   prompts: list[list[int]]  # BOS, the context's token ids, the text's.
   context_length: int | None  # Tokens that the funnel drops; None: it does not.
   cache_length: int
@@ -236,7 +239,7 @@ def prepare(args: argparse.Namespace) -> GenerationRequest:
   if args.context is not None:
     text = tables.read_text(args.context)
     start += _encode(tokenizer, args.context, text)
-  places, texts = zip(*_read_prompts(args), strict=True)
+  places, texts, others = zip(*_read_prompts(args), strict=True)
   prompts = [
     start + _encode(tokenizer, place, text)
     for place, text in zip(places, texts, strict=True)
@@ -248,6 +251,7 @@ def prepare(args: argparse.Namespace) -> GenerationRequest:
     dtype=args.dtype or (None if found.is_run else "float32"),
     tokenizer=tokenizer,
     texts=list(texts),
+    others=list(others),
     prompts=prompts,
     context_length=len(start) - 1 if drops else None,
     cache_length=cache_length,
@@ -278,25 +282,33 @@ def _find_tokenizer(args, found: convert.Description) -> Tokenizer:
   return tokenizer
 
 
-def _read_prompts(args) -> Iterator[tuple[str, str]]:
-  """(what an error calls it, the text) of each prompt."""
+def _read_prompts(args) -> Iterator[tuple[str, str, dict[str, Any]]]:
+  """(what an error calls it, the text, the rest) of each prompt."""
   if args.prompts is not None:
-    rows = tables.json_rows(args.prompts, ("prompt",))
-    require(bool(rows), f"{args.prompts} has no prompts: expected JSON lines")
+    path, text = args.prompts, None
+    if path == "-":
+      path, text = "stdin", _read_stdin()
+    rows = tables.json_rows(path, ("prompt",), text)
+    require(bool(rows), f"{path} has no prompts: expected JSON lines")
     for row in rows:
       require(not row.fault, f"{row.place}: {row.fault}")
-      yield row.place, row.values["prompt"]
+      others = dict(row.values)
+      yield row.place, others.pop("prompt"), others
   elif args.prompt is not None:
     many = len(args.prompt) > 1
     for number, text in enumerate(args.prompt, start=1):
-      yield f"--prompt number {number}" if many else "--prompt", text
+      yield f"--prompt number {number}" if many else "--prompt", text, {}
   else:
-    if sys.stdin.isatty():
-      cli.say("the prompt is read from stdin, to its end (Ctrl-D)")
-    try:
-      yield "stdin", sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-      raise ValueError(f"stdin is not UTF-8: {error}") from error
+    yield "stdin", _read_stdin(), {}
+
+
+def _read_stdin() -> str:
+  if sys.stdin.isatty():
+    cli.say("the prompt is read from stdin, to its end (Ctrl-D)")
+  try:
+    return sys.stdin.buffer.read().decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"stdin is not UTF-8: {error}") from error
 
 
 def _encode(tokenizer: Tokenizer, place: str, text: str) -> list[int]:
@@ -375,7 +387,7 @@ def write_lines(
     except KeyboardInterrupt:
       interrupted = True
     for result in results:
-      values = {
+      values = request.others[start + result.prompt] | {
         "prompt": request.texts[start + result.prompt],
         "sample": result.sample,
         "text": decode(request.tokenizer, result.tokens),

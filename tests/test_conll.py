@@ -62,6 +62,18 @@ class TestSentences:
     assert found.fault == "found 4 columns; expected 2"
     assert found.place.endswith("line 2")
 
+  @pytest.mark.parametrize("separator", [None, "tab"])
+  def test_an_empty_word_costs_nothing_but_itself(self, tmp_path, separator):
+    content = "a\tO\n\tO\nb\tB-X\n \tO\n"
+    (found,) = _read(tmp_path, content, separator=separator)
+    assert not found.fault and found.tags == ("O", "O", "B-X", "O")
+    assert [word.strip() for word in found.words] == ["a", "", "b", ""]
+
+  def test_metrics_of_spans_need_them(self, tmp_path):
+    rows = dict.fromkeys(("train", "dev", "test"), "a N\nb V\n")
+    with pytest.raises(ValueError, match="'span_f1': found the tag 'N'"):
+      _load(tmp_path, rows, metrics="span_f1")
+
   def test_wrong_number_of_columns(self, tmp_path):
     content = "a B-X O\nb O\n\nc x O\n\nd x O\n"
     with pytest.raises(ValueError, match="line 2: found 2 columns; expected 3"):

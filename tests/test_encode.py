@@ -88,6 +88,8 @@ def test_words_get_their_tags_back(which, length, long, trained):
       if long == "window":
         assert count == len(expected)
       assert tags == expected[:count] + ["O"] * (len(expected) - count)
+      cut = sum(row.num_cut for row in rows if row.example == number)
+      assert cut == len(expected) - count
 
 
 def test_truncation_leaves_out_no_word_that_fits():

@@ -99,9 +99,9 @@ class TestClassification:
     assert task.skipped == {"train": 1, "dev": 1}
 
   def test_a_comma_in_a_name(self, tmp_path):
-    content = "text\tlabel\nx\tyes, sir\ny\tno\n"
+    content = "text\tlabel\nx\tyes, sir\ny\tno\nz\tyes\nw\tsir\n"
     task = _classify(tmp_path, content, content, content)
-    assert task.labels == ("no", "yes, sir")
+    assert task.labels == ("no", "sir", "yes", "yes, sir")
 
   @pytest.mark.parametrize(
     ("row", "message"),

@@ -248,6 +248,17 @@ def test_prompts_of_a_file(command, tmp_path):
   assert len(_lines(command(f"--prompts={path}", "--max_new_tokens=2")[1])) == 1
 
 
+def test_prompts_of_stdin_keep_what_else_they_have(
+  command, monkeypatch, tmp_path
+):
+  line = json.dumps({"id": 7, "prompt": "abc", "text": "gone", "a": {"b": 1}})
+  _set_stdin(monkeypatch, b"\xef\xbb\xbf" + line.encode() + b"\n")
+  (found,) = _lines(command("--prompts=-", "--max_new_tokens=2")[1])
+  path = _write_prompts(tmp_path, "abc")
+  (plain,) = _lines(command(f"--prompts={path}", "--max_new_tokens=2")[1])
+  assert found == plain | {"id": 7, "a": {"b": 1}}
+
+
 def _set_stdin(monkeypatch, content: bytes):
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
@@ -503,7 +514,7 @@ def test_files_without_prompts(refuse, tmp_path, monkeypatch):
   path = tmp_path / "prompts.jsonl"
   path.write_text("\n")
   refuse(f"{path} has no prompts", f"--prompts={path}")
-  refuse(f"{tmp_path}: cannot be read: Is a dir", f"--prompts={tmp_path}")
+  refuse(f"{tmp_path} is a folder: expected a file", f"--prompts={tmp_path}")
   for content, text in ((b"", "is empty"), (b"\xff", "not UTF-8")):
     _set_stdin(monkeypatch, content)
     refuse(f"stdin .*{text.removeprefix('is ')}")

@@ -123,7 +123,23 @@ def test_few_shots_come_first(model, tokenizer, monkeypatch):
     prompt_format="Q: {prompt}",
   )
   generative.evaluate(task, model, tokenizer, settings)
-  assert seen[0] == ("Q: x{} {yes}.Q: y {yes}.Q: one two", " three")
+  assert seen[0] == ("Q: y {yes}.Q: z {yes}.Q: one two", " three")
+  shots = {
+    prompts.prompt_maker(
+      task,
+      dataclasses.replace(settings, split_seed=seed),
+      lambda e: e.choices[e.answer],
+    )(CHOICES[0])
+    for seed in range(20)
+  }
+  assert len(shots) == 3  # Of three, two in their order.
+
+
+def test_a_sample_is_of_all_and_of_its_seed():
+  groups = [f"{n // 100}" for n in range(500)]
+  found = Settings(max_examples=50).sample(groups)
+  assert set(found) == set("01234") and list(found) == sorted(found)
+  assert Settings(max_examples=50, split_seed=1).sample(groups) != found
 
 
 def test_prompts_too_long_are_counted(model, tokenizer):

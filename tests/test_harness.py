@@ -39,6 +39,7 @@ from lm_eval.api import registry
 def cli_evaluate():
   print(*sys.argv, *registry.MODELS)
 """,
+  "utils": "",
   "api/__init__": "",
   "api/model": """
 class LM:
@@ -341,7 +342,8 @@ def test_the_command(adapter, model, tokenizer, tmp_path, monkeypatch, capsys):
   before = list(sys.argv)
   status = harness.main(
     [
-      "--model_args=checkpoint=DIR,funnel=start=1/stride=2,dtype=float32",
+      "--model_args=checkpoint=DIR,funnel=start=1/stride=2,dtype=float32,"
+      "batch_size=3",
       "--tasks=gf_choice",
       f"--include_path={tmp_path}",
       "--batch_size=4",
@@ -351,12 +353,26 @@ def test_the_command(adapter, model, tokenizer, tmp_path, monkeypatch, capsys):
   assert seen == [("DIR", "float32")]
   out = capsys.readouterr().out
   assert "gf_choice" in out and "acc_bytes" in out
+  for flag, said in (
+    ("--tasks=nowhere", "Tasks not found: nowhere"),
+    (
+      "--model_args=checkpoint=DIR,funnels=off",
+      r"--model_args has ['funnels']",
+    ),
+  ):
+    flags = ["--tasks=gf_choice", f"--include_path={tmp_path}", flag]
+    assert harness.main(flags) == 2
+    assert f"error: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
   "argv, status, said",
   [
-    (["--tasks=x"], 0, "run --model=gemma_funnel --tasks=x gemma_funnel"),
+    (
+      ["--tasks=x"],
+      0,
+      "run --model=gemma_funnel --batch_size=8 --tasks=x gemma_funnel",
+    ),
     (["--model=hf"], 2, "error: --model: expected none, it is gemma_funnel"),
   ],
 )

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 import types
 
@@ -192,6 +193,16 @@ def test_weights_and_biases_are_told(tmp_path, monkeypatch):
   assert logged[0]["project"] == "funnels" and logged[0]["resume"] == "allow"
   assert logged[1] == (1, {f"train/{k}": v for k, v in VALUES.items()})
   assert logged[2:] == [(1, {"heldout/loss": 3.0}), "finished"]
+  # A run keeps its id, wherever it is; one that is begun again has another.
+  moved = tmp_path.with_name("moved")
+  shutil.copytree(tmp_path, moved)
+  for folder, step in ((moved, 1), (tmp_path / "again", 0), ("old/run", 3)):
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    with _metrics(_config(tmp_path / folder, wandb="funnels"), step, 9):
+      pass
+  ids = [kw["id"] for kw in logged if isinstance(kw, dict) and "id" in kw]
+  assert ids[0] == ids[1] != ids[2]
+  assert ids[3] == str(tmp_path / "old/run").strip("/").replace("/", "-")
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(ValueError, match="needs the package wandb"):
     _metrics(_config(tmp_path, wandb="funnels"), 0, 9)

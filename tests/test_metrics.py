@@ -160,3 +160,9 @@ def test_libraries_are_imported_when_wanted():
     [sys.executable, "-c", program], check=True, capture_output=True, text=True
   ).stdout
   assert found == "set()\n"
+
+
+def test_f1_is_of_two_labels():
+  metrics.check_names(["f1"], "classification", ("a", "b"))
+  with pytest.raises(ValueError, match="'f1': found 3 labels; expected two"):
+    metrics.check_names(["f1"], "classification", ("a", "b", "c"))

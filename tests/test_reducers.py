@@ -256,7 +256,7 @@ def test_options_that_a_reducer_does_not_have():
 
 
 def test_a_name_is_registered_once():
-  registry = Registry("funnel.reduce")
+  registry = Registry("funnel.reduce", "gemma_funnel.reducers")
   registry.register("loudest")(Loudest)
   with pytest.raises(ValueError, match="funnel.reduce='loudest'"):
     registry.register("loudest")(FirstLoud)
@@ -500,7 +500,7 @@ def test_context_drop_saves_the_share_of_layers_and_of_the_span(r):
     (lambda m: m(_tokens(1, 8)), "'context' at layer 1: expected a span"),
     (
       lambda m: m(_tokens(1, 8), context_BT=np.zeros((1, 7), bool)),
-      r"context has shape \(1, 7\)",
+      r"context_BT has shape \(1, 7\)",
     ),
     (
       lambda m: Decoder(m, 16).generate(

@@ -115,3 +115,28 @@ def test_a_plot_that_fails_leaves_the_old_one(tmp_path):
   with open(old, "rb") as f:
     assert f.read() == content
   assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_place_is_tried_and_no_result_lost(tmp_path, monkeypatch, capsys):
+  write = lambda task: report.write(
+    tmp_path, "x", [], (), "x", settings={"task": {"test": task, "other": 1}}
+  )
+  claim = lambda task: report.claim(tmp_path, "x", {"task": {"test": task}})
+  claim("a.tsv")
+  write("a.tsv")
+  claim("a.tsv")
+  with pytest.raises(ValueError, match=r"x\.json is a result of another task"):
+    claim("b.tsv")
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match="cannot be written to .*--config.out="):
+    report.claim(tmp_path / "file" / "below", "x")
+  full = OSError(30, "Read-only file system")
+  monkeypatch.setattr(
+    report.tempfile, "TemporaryFile", lambda **kw: _raise(full)
+  )
+  with pytest.raises(ValueError, match="Read-only file system; expected anoth"):
+    claim("a.tsv")
+
+
+def _raise(error):
+  raise error

@@ -332,7 +332,7 @@ def test_right_values_are_accepted():
   Sampling(temperature=1, top_k=1, top_p=1, min_p=0, repetition_penalty=2)
   Sampling(0, None, 1, 0, 1)
   Sampling(0.0, None, 1.0, 0.0, 0.5)
-  Sampling(1e6, 10**30, 1e-9, 0.999, 1e-6)
+  Sampling(1e6, 2**31 - 1, 1e-9, 0.999, 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,14 @@ def test_a_configuration_has_the_keys_and_defaults_of_the_loop():
     spec.loop_config(evaluate_every=3)
 
 
+@pytest.mark.parametrize(("decay", "told"), [(0.999, True), (0.5, False)])
+def test_an_average_of_initial_weights_is_told(decay, told, capsys):
+  changes = {"optimizer.ema_decay": decay, "steps": 100}
+  pretrain.resolve(tiny_run.make_config("unused", "unused", **changes))
+  said = "after 100 steps 90% of the average" in capsys.readouterr().err
+  assert said == told
+
+
 def test_a_run_is_frozen_and_leaves_what_it_was_given():
   config = tiny_run.make_config("unused", "unused", funnel=None)
   before = config.to_dict()

@@ -57,6 +57,22 @@ def test_number_of_columns(tmp_path, row, count):
   assert bad.place == f"{path}, line 3"
 
 
+def test_a_first_row_that_is_malformed(tmp_path):
+  path = _write(tmp_path, "t.tsv", "x\n1\t2\n3\t4\n")
+  first, *others = tables.read_rows(path, ["0"], False)
+  assert first.place == f"{path}, line 1"
+  assert first.fault == "found 1 columns; expected 2"
+  assert not any(row.fault for row in others)
+  with pytest.raises(ValueError, match="line 1: found 1 names; expected 2"):
+    tables.read_rows(path, ["x"], True)
+
+
+def test_a_long_cell(tmp_path):
+  text = "x" * 200_000
+  path = _write(tmp_path, "t.csv", f"a,b\n{text},1\n")
+  assert tables.read_rows(path, ["a"], True)[0].values["a"] == text
+
+
 @pytest.mark.parametrize(
   ("line", "fault"),
   [

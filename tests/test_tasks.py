@@ -82,6 +82,17 @@ def test_names_and_metrics(tmp_path):
   assert tasks.load(config).name == "News"
 
 
+def test_files_of_one_folder_have_names_of_their_own(tmp_path, capsys):
+  names = []
+  for file in ("amazon.jsonl", "imdb.jsonl", "test_2.jsonl", "latest.jsonl"):
+    test = _write(tmp_path, file, 60)
+    names.append(tasks.load(_config(tmp_path, test=test)).name)
+  assert names == ["amazon", "imdb", tmp_path.name, "latest"]
+  assert capsys.readouterr().err == ""
+  tasks.load(_config(tmp_path, test=_config(tmp_path).train))
+  assert "train and test are both" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   ("keys", "message"),
   [

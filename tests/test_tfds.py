@@ -169,7 +169,7 @@ def test_any_other_set(tmp_path):
 @pytest.mark.parametrize(
   ("split", "message"),
   [
-    ("test", "example 0: found the label -1: .*hidden"),
+    ("test", "example 0: found the label -1, .*hidden"),
     ("dev", "test='dev'.*Unknown split.*validation"),
   ],
 )

@@ -177,15 +177,19 @@ def run(config: Any) -> list[Row]:
   named = funnels_lib.resolve_for(loaded.model, config.funnels, **_NEEDS)
   alignment = math.lcm(*map(total_stride, named.values()))
   heldout, settings = _heldout(config, loaded, alignment)
+  settings |= loaded.settings()
+  out = config.out or load_for_eval.default_out(config.checkpoint)
+  of = {key: settings[key] for key in ("checkpoint", "data")}
+  report.claim(out, "accuracy", of)
   rows = measure(loaded.model, config.funnels, heldout, config.chunk)
   report.write(
-    config.out or load_for_eval.default_out(config.checkpoint),
+    out,
     "accuracy",
     rows,
     COLUMNS,
     loaded.title("Held-out text"),
     plots.accuracy,
-    settings=settings | loaded.settings(),
+    settings=settings,
     notes=[
       f"{rows[0]['num_tokens']} tokens, {heldout.num_bytes} bytes, "
       f"{heldout.num_documents} documents, in rows of {settings['length']}. "

@@ -29,7 +29,7 @@ from gemma_funnel.training import finetune, trainer
 
 Row = dict[str, Any]
 # The settings of configs/eval_task.py that tasks with a head have.
-_USED = ("batch_size", "split", "max_examples")
+_USED = ("batch_size", "split", "max_examples", "split_seed")
 # What the seeds of one table have in common.
 _COMMON = """
   task length long causal head init_from tokenizer funnel funnel_from
@@ -128,6 +128,7 @@ def measure(
     made = encoder.with_funnel(stages)
     return finetune.measure(made, task, split, rows, **sizes) | {
       "num_examples": len(task.splits[split]),
+      "num_cut": sum(row.num_cut for row in rows),
       "ideal_reduction": flops.ideal_reduction(
         config, stages, 1, length, head=False, causal=encoder.causal
       ),
@@ -163,6 +164,7 @@ def _report(out, name, rows, examples: Examples, title, settings) -> None:
     *(report.percent(metric, metric, ".2f") for metric in metrics),
     report.percent("spread", f"deviation of {metrics[0]}", ".2f"),
     report.Column("seeds", "seeds", "d"),
+    report.Column("num_cut", "cut", "d"),
     "ideal_reduction",
   )
   counts = ", ".join(f"{len(task.splits[s])} {s}" for s in task.splits)
@@ -193,7 +195,7 @@ def evaluate(config: Any, settings: Settings) -> list[Row]:
   """Measures the runs of `find_runs` on their task, or on another with the
   same labels; returns and writes the table of `run`, as TASK.json, .md, .png.
 
-  Of `settings` only `split` and `max_examples` count.
+  Of `settings` only `split`, `max_examples` and `split_seed` count.
 
   Raises:
     ValueError: a key that a head has no use for; seeds that are not of one
@@ -225,25 +227,26 @@ def evaluate(config: Any, settings: Settings) -> list[Row]:
   ]
   model, head = encoders[0].model, encoders[0].head.config
   funnels_lib.resolve_for(model, config.funnels, **_needs(head))
-  task = _read_task(config.task, trained, settings)
+  task, of_task = _read_task(config.task, trained, settings)
   _check_labels(task, labels[0], head, path)
   vocab_size, length = model.config.vocab_size, trained.length
   tokenizer = tokenizer_lib.find_tokenizer(trained.tokenizer, "", vocab_size)
-  rows = encode.encode(
-    task, task.splits[split], tokenizer, length, trained.long
-  )
+  rows = encode.encode(task, task.splits[split], tokenizer, length, "window")
   batch_size = config.batch_size or trained.batch_size
   examples = Examples(task, split, rows, batch_size, length)
+  out = config.out or load_for_eval.default_out(path)
+  of = dict(checkpoint=path, task=tasks.read_from(of_task))
+  report.claim(out, report.file_name(task.name), of)
   rows = _over_seeds(
     task, [measure(encoder, examples, config.funnels) for encoder in encoders]
   )
   _report(
-    config.out or load_for_eval.default_out(path),
+    out,
     report.file_name(task.name),
     rows,
     examples,
     f"{task.name}: {path}, {split} split",
-    {"config": config.to_dict(), "trained": trained.to_dict()},
+    {**of, "config": config.to_dict(), "trained": trained.to_dict()},
   )
   return rows
 
@@ -257,8 +260,8 @@ def _check_same(first: str, one, folder: str, other) -> None:
     )
 
 
-def _read_task(given, trained, settings: Settings) -> Task:
-  """The task that is `given`, or the run's; cut to `max_examples`."""
+def _read_task(given, trained, settings: Settings) -> tuple[Task, Any]:
+  """The task that is `given`, or the run's, with `max_examples`; its keys."""
   default = tasks.default_config()
   changed = [key for key in default if given[key] != default[key]]
   named = {"train", "dev", "test", "dataset", "format"}.intersection(changed)
@@ -267,14 +270,15 @@ def _read_task(given, trained, settings: Settings) -> Task:
       f"task.{changed[0]}={given[changed[0]]!r} without a file, a data set or "
       "a format: expected these too, or none of task, which is the run's own"
     )
-  task = tasks.load(given if named else trained.task)
+  given = given if named else trained.task
+  task = tasks.load(given)
   examples = task.splits.get(settings.split)
   require(
     bool(examples),
     f"task {task.name} has no examples in split={settings.split!r}",
   )
-  cut = {settings.split: examples[: settings.max_examples]}
-  return dataclasses.replace(task, splits={**task.splits, **cut})
+  cut = {settings.split: settings.sample(examples)}
+  return dataclasses.replace(task, splits={**task.splits, **cut}), given
 
 
 def _check_labels(task: Task, labels, head, path: str) -> None:

@@ -76,7 +76,7 @@ def predict(
   )
   lengths = bucket_lengths(longest or most)
   scorer = Scorer(model, tokenizer, settings.batch_size, lengths)
-  examples = task.splits[settings.split][: settings.max_examples]
+  examples = settings.sample(task.splits[settings.split])
   return _PREDICTORS[task.kind](task, examples, scorer, settings)
 
 
@@ -292,9 +292,11 @@ def run(config: Any) -> list[Row]:
   model = load_for_eval.on_this_device(loaded.model)
   named = funnels_lib.resolve_for(model, config.funnels, recovers=_RECOVERS)
   tokenizer = loaded.load_tokenizer()
-  rows, predictions = measure(task, model, named, tokenizer, settings)
   out = config.out or load_for_eval.default_out(config.checkpoint)
   name = report.file_name(task.name)
+  of = dict(checkpoint=config.checkpoint, task=tasks.read_from(config.task))
+  report.claim(out, name, of)
+  rows, predictions = measure(task, model, named, tokenizer, settings)
   report.write(
     out,
     name,

@@ -37,9 +37,12 @@ def _run(argv: Sequence[str]) -> int:
     f"--model: expected none, it is {NAME}",
   )
   before = sys.argv
-  sys.argv = ["lm-eval", "run", f"--model={NAME}", *argv]
+  # lm_eval's own default is 1; what --model_args say counts more than both.
+  sys.argv = ["lm-eval", "run", f"--model={NAME}", "--batch_size=8", *argv]
   try:
     cli_evaluate()
+  except ValueError as error:  # An unknown task, or few-shot setting.
+    raise ValueError(str(error)) from error
   finally:
     sys.argv = before
   return 0

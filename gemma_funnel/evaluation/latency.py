@@ -293,6 +293,7 @@ def run(config: Any) -> list[Row]:
     f"decode.new_tokens=0, found {config.decode.new_tokens}",
   )
   # What can be said before a checkpoint is read, and then before it is run.
+  report.claim(config.out, "latency")
   funnels_lib.resolve(config.funnels, recovers=_recovers(config.head))
   wanted, model = TransformerConfig.from_dict(config.model), None
   if config.checkpoint is not None:

@@ -5,9 +5,11 @@ To import this module registers the model "gemma_funnel". Needs the extra
 """
 
 from collections.abc import Sequence
+import inspect
 from typing import Any
 
 try:
+  from lm_eval import utils
   from lm_eval.api.model import LM
   from lm_eval.api.registry import register_model
 except ImportError as error:
@@ -76,7 +78,7 @@ class GemmaFunnel(LM):
     )
     model = load_for_eval.on_this_device(loaded.model)
     if funnel is not None:
-      model = model.with_funnel(funnel.replace("/", ","))
+      model = model.with_funnel(str(funnel).replace("/", ","))
     longest = model.config.max_length
     if max_length is not None:
       max_length = _int("max_length", max_length)
@@ -84,6 +86,29 @@ class GemmaFunnel(LM):
     lengths = bucket_lengths(max_length or longest)
     tokenizer = loaded.load_tokenizer()
     self.scorer = Scorer(model, tokenizer, batch_size, lengths, seed)
+
+  @classmethod
+  def create_from_arg_obj(
+    cls,
+    arg_dict: dict[str, Any],
+    additional_config: dict[str, Any] | None = None,
+  ) -> "GemmaFunnel":
+    """From --model_args, which say more than the defaults of other flags."""
+    known = list(inspect.signature(cls).parameters)
+    unknown = sorted(set(arg_dict) - set(known))
+    require(
+      not unknown, f"--model_args has {unknown}: expected some of {known}"
+    )
+    others = {k: v for k, v in (additional_config or {}).items() if v}
+    return cls(**others | arg_dict)
+
+  @classmethod
+  def create_from_arg_string(
+    cls, arg_string: str, additional_config: dict[str, Any] | None = None
+  ) -> "GemmaFunnel":
+    """As `create_from_arg_obj`, from "key=value,key=value"."""
+    given = utils.simple_parse_args_string(arg_string)
+    return cls.create_from_arg_obj(given, additional_config)
 
   @property
   def tokenizer_name(self) -> str:

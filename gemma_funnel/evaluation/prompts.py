@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from gemma_funnel.checks import require, require_choice, require_int
-from gemma_funnel.tasks.task import GENERATIVE_KINDS, SPLITS, Task
+from gemma_funnel.tasks.task import GENERATIVE_KINDS, SPLITS, Task, sample
 
 # The first is the main one of a task that names none.
 METRICS = {
@@ -25,8 +25,10 @@ class Settings:
   # loses its beginning, but BOS.
   max_length: int | None = None
   split: str = "test"
-  max_examples: int | None = None  # The split's first ones; None is all.
-  # Examples before each prompt, the first of the train split, and what they and
+  # A sample of the split, the same for a seed; None is all.
+  max_examples: int | None = None
+  split_seed: int = 0  # Of that sample, and of the examples before a prompt.
+  # Examples before each prompt, a sample of the train split, and what they and
   # the prompt look like. {answer} is the first right one.
   few_shot: int = 0
   shot_format: str = "{prompt}{answer}\n\n"
@@ -43,6 +45,7 @@ class Settings:
     require_int("batch_size", self.batch_size, 1)
     require_int("max_new_tokens", self.max_new_tokens, 1)
     require_int("few_shot", self.few_shot)
+    require_int("split_seed", self.split_seed)
     for name, least in (("max_length", 2), ("max_examples", 1)):
       if getattr(self, name) is not None:
         require_int(name, getattr(self, name), least)
@@ -62,6 +65,10 @@ class Settings:
       raise ValueError(
         f"answer_pattern={pattern!r} is no regular expression: {error}"
       ) from error
+
+  def sample(self, examples: Sequence[Any]) -> Sequence[Any]:
+    """`max_examples` of a split, in their order."""
+    return sample(examples, self.max_examples, self, "max_examples")
 
 
 def _check_format(name: str, text: str, fields: Sequence[str]) -> None:
@@ -130,9 +137,10 @@ def prompt_maker(
   task: Task, settings: Settings, answer_of: Callable[[Any], str]
 ) -> Callable[[Any], str]:
   """A function that makes an example's prompt, few-shot examples first."""
+  train = task.splits.get("train", ())
   shots = "".join(
     settings.shot_format.format(prompt=shot.prompt, answer=answer_of(shot))
-    for shot in task.splits.get("train", ())[: settings.few_shot]
+    for shot in sample(train, settings.few_shot, settings, "few_shot")
   )
   return lambda example: (
     shots + settings.prompt_format.format(prompt=example.prompt)

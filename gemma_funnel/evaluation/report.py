@@ -8,12 +8,15 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 from typing import Any
 import warnings
 
 import jax
 
 from gemma_funnel import atomic, cli
+from gemma_funnel.checks import require
+from gemma_funnel.convert import tensor_io
 
 Row = Mapping[str, Any]
 
@@ -150,6 +153,46 @@ def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
   ends = zip(widths, columns, strict=True)
   rule = ["-" * (n + 1) + (":" if c.format else "-") for n, c in ends]
   return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
+
+
+def claim(
+  out_dir: str | os.PathLike, name: str, of: Mapping[str, Any] | None = None
+) -> None:
+  """Tries, before the work, whether `write` will be able to.
+
+  Args:
+    out_dir, name: as of `write`.
+    of: settings of the result, or some of theirs; one that is there already
+      must have the same, or it would be lost.
+
+  Raises:
+    ValueError: the folder cannot be written to, or there is another result.
+  """
+  try:
+    os.makedirs(out_dir, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out_dir):
+      pass
+  except OSError as error:
+    raise ValueError(
+      f"results cannot be written to {out_dir}: {error.strerror}; expected "
+      "another folder by --config.out=FOLDER"
+    ) from error
+  path = os.path.join(out_dir, f"{name}.json")
+  there = tensor_io.peek_json(path).get("settings")
+  there = there if isinstance(there, dict) else {}
+  for key, value in json.loads(json.dumps(of or {})).items():
+    require(
+      key not in there or _has(there[key], value),
+      f"{path} is a result of another {key}: it would be lost. Expected another "
+      "--config.out=FOLDER, or that you move it",
+    )
+
+
+def _has(found: Any, wanted: Any) -> bool:
+  """Whether it is the same, or has the same by every key that is wanted."""
+  if isinstance(wanted, dict) and isinstance(found, dict):
+    return all(key in found and _has(found[key], wanted[key]) for key in wanted)
+  return found == wanted
 
 
 def write(

@@ -181,6 +181,7 @@ def run(config: ml_collections.ConfigDict) -> list[Row]:
     ValueError: a key that is missing, or a value out of range.
     RuntimeError: no variant compiles.
   """
+  report.claim(config.out, "training")
   rows = measure(config)
   model = config.pretrain.model
   report.write(

@@ -7,10 +7,12 @@ code, tagged or told apart by package. `preset` has configurations by name.
 
 import dataclasses
 import os
+import re
 from typing import Any
 
 from ml_collections import config_dict
 
+from gemma_funnel import cli
 from gemma_funnel.checks import (
   require,
   require_between,
@@ -148,15 +150,32 @@ def load(config: Any) -> Task:
   names = task.metrics
   if config.metrics:
     names = tuple(name.strip() for name in config.metrics.split(","))
-  metrics.check_names(names, task.kind)
+  metrics.check_names(names, task.kind, task.labels)
+  if config.train and config.train == config.test:
+    cli.say(
+      f"train and test are both {config.train}: results are of examples that "
+      "a model is trained on, or shown"
+    )
   name = config.name or config.dataset or config.format
   paths = [config[split] for split in SPLITS if config[split]]
   if paths and not (config.name or config.dataset):
-    # "data/snli/test.tsv" is snli: files are called after their splits.
-    folder = os.path.basename(os.path.dirname(os.path.abspath(paths[-1])))
-    name = folder or os.path.basename(paths[-1])
+    name = _name_of(os.path.abspath(paths[-1]))
   task = dataclasses.replace(task, name=name, metrics=names)
   return dataclasses.replace(task, splits=_splits(task, config))
+
+
+def _name_of(path: str) -> str:
+  """What tells a file from others: "data/snli/test.tsv" is "snli"."""
+  folder, file = os.path.split(path)
+  stem = os.path.splitext(file)[0]
+  if re.search(r"(?i)(^|[^a-z])(test|dev|valid|validation|train)", stem):
+    return os.path.basename(folder) or stem
+  return stem
+
+
+def read_from(config: Any) -> dict[str, Any]:
+  """The keys of a configuration that say where its examples are from."""
+  return {key: config[key] for key in ("format", "dataset", *SPLITS)}
 
 
 def _check(config: Any) -> None:

@@ -101,7 +101,8 @@ def read_sentences(
   A line of white space alone ends a sentence, and so does one whose word is
   -DOCSTART-, which is left out. A line that starts with "#" is a comment where
   it precedes the first word of a sentence and has another number of columns
-  than the file's: "#" with its columns is a word.
+  than the file's: "#" with its columns is a word. A line that begins with a
+  blank and lacks a column is of an empty word, as Broad Twitter has some.
 
   Columns count from 0; -1 is the last. `separator` is "tab", "space", or None:
   any run of spaces and tabs.
@@ -123,6 +124,8 @@ def read_sentences(
     )
   sentences, rows = [], []
   for number, line, cells in [*lines, (0, "", [])]:
+    if line[:1].isspace() and len(cells) == width - 1:
+      cells = ["", *cells]
     if not cells or _DOCUMENT_MARK in (cells[0], *cells[word_column:][:1]):
       if rows:
         sentences.append(_sentence(path, rows, width, word_column, tag_column))
@@ -146,8 +149,8 @@ def _sentence(path, rows, width, word_column, tag_column) -> Sentence:
     fault = ""
     if len(cells) != width:
       fault = f"found {len(cells)} columns; expected {width}"
-    elif not cells[word_column].strip() or not cells[tag_column].strip():
-      fault = "the word or the tag is empty"
+    elif not cells[tag_column].strip():
+      fault = "the tag is empty"
     if fault:
       return Sentence(f"{path}, line {number}", (), (), fault)
   words, tags = zip(

@@ -34,6 +34,7 @@ class Row:
   label: int | float | np.ndarray
   example: int  # Which example it is of.
   first_word: int = 0  # Among the words of that example.
+  num_cut: int = 0  # Words after it that no row has; of a text, 1 if it is cut.
 
 
 def encode(
@@ -65,21 +66,28 @@ def encode(
   # A regression's labels are numbers, however they are written.
   label_of = float if task.kind == "regression" else int
   return [
-    Row(_text_tokens(x, tokenizer, length), label_of(x.label), number)
+    Row(tokens, label_of(x.label), number, num_cut=cut)
     for number, x in enumerate(examples)
+    for tokens, cut in [_text_tokens(x, tokenizer, length)]
   ]
 
 
-def _text_tokens(example: TextExample, tokenizer: Tokenizer, length: int):
+def _text_tokens(
+  example: TextExample, tokenizer: Tokenizer, length: int
+) -> tuple[np.ndarray, bool]:
+  """The tokens, and whether some are missing."""
   first, second = tokenizer.encode(example.text), []
+  cut = False
   room = length - 2
   if example.second is not None:
     second, room = tokenizer.encode(example.second), length - 3
     # The longer of the two is cut, until both fit.
-    second = second[: max(room - len(first), room // 2)] + [tokenizer.eos_id]
-    room -= len(second) - 1
+    kept = second[: max(room - len(first), room // 2)]
+    cut, second = len(kept) < len(second), [*kept, tokenizer.eos_id]
+    room -= len(kept)
   bos, eos = tokenizer.bos_id, tokenizer.eos_id
-  return np.asarray([bos, *first[:room], eos, *second], np.int32)
+  tokens = np.asarray([bos, *first[:room], eos, *second], np.int32)
+  return tokens, cut or len(first) > room
 
 
 def _tagged_rows(
@@ -88,12 +96,13 @@ def _tagged_rows(
   room = length - 2  # BOS and EOS.
   tokens, labels, first_word = [], [], 0
 
-  def row():
+  def row(num_cut: int = 0):
     return Row(
       np.asarray([tokenizer.bos_id, *tokens, tokenizer.eos_id], np.int32),
       np.asarray([IGNORE, *labels, IGNORE], np.int32),
       number,
       first_word,
+      num_cut,
     )
 
   before = example.before or ("", *[" "] * (len(example.words) - 1))
@@ -105,9 +114,10 @@ def _tagged_rows(
     nothing = tokenizer.eos_id if tokenizer.unk_id is None else tokenizer.unk_id
     ids = (tokenizer.encode(space + word) or [nothing])[-room:]
     if len(tokens) + len(ids) > room:
-      yield row()
       if long == "truncate":
+        yield row(len(example.words) - at)
         return
+      yield row()
       tokens, labels, first_word = [], [], at
     tokens += ids
     labels += [IGNORE] * (len(ids) - 1) + [tag]

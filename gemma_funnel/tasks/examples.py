@@ -191,7 +191,7 @@ def _name(value: Any) -> str:
 def _labels(config, rows: list[Row]) -> tuple[str, ...]:
   """Labels of the file, or of train.
 
-  A cell such as "1,3" is several of them, not one of its own.
+  A cell such as "1,3" is several of them, if they are numbers.
   """
   if config.labels:
     return tables.read_labels(config.labels)
@@ -204,8 +204,7 @@ def _labels(config, rows: list[Row]) -> tuple[str, ...]:
   several = [
     name
     for name in places
-    if "," in name
-    and all(p.isdigit() or p in places for p in map(str.strip, name.split(",")))
+    if "," in name and all(part.strip().isdigit() for part in name.split(","))
   ]
   if several and config.on_bad == "error":
     raise ValueError(

@@ -33,8 +33,12 @@ _KINDS = {
 }
 
 
-def check_names(names: Iterable[str], kind: str | None = None) -> None:
-  """Raises ValueError on a metric that is unknown or not of the task's kind."""
+def check_names(
+  names: Iterable[str],
+  kind: str | None = None,
+  labels: Sequence[str] | None = None,
+) -> None:
+  """Raises ValueError on a metric that is unknown, or not of such a task."""
   for name in names:
     require(name in _KINDS, f"metric {name!r}: expected one of {list(_KINDS)}")
     fitting = [n for n, kinds in _KINDS.items() if kind in kinds]
@@ -42,6 +46,16 @@ def check_names(names: Iterable[str], kind: str | None = None) -> None:
       kind is None or name in fitting,
       f"metric {name!r}: not of kind={kind!r}; expected one of {fitting}",
     )
+    require(
+      name != "f1" or labels is None or len(labels) == 2,
+      f"metric 'f1': found {len(labels or ())} labels; expected two",
+    )
+    is_spans = kind == "tagging" and name.startswith("span_")
+    for tag in labels or () if is_spans else ():
+      require(
+        bool(_SPAN_TAG.fullmatch(tag)),
+        f"metric {name!r}: found the tag {tag!r}; expected BIO2 tags",
+      )
 
 
 def compute(
@@ -73,15 +87,11 @@ def compute(
     FloatingPointError: a number that is not finite.
   """
   names = tuple(names)
-  check_names(names)
+  check_names(names, labels=task_labels)
   require(
     len(predictions) == len(references) > 0,
     f"found {len(predictions)} predictions and {len(references)} references; "
     "expected as many of both, and at least one",
-  )
-  require(
-    "f1" not in names or len(task_labels) == 2,
-    f"metric 'f1': found {len(task_labels)} labels; expected two",
   )
   with warnings.catch_warnings():
     # Of a single class, of constant or nearly constant input.

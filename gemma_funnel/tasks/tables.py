@@ -1,5 +1,6 @@
 """Rows of .tsv, .csv and .jsonl files, and tasks of any format's rows."""
 
+import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import csv
 import dataclasses
@@ -112,8 +113,8 @@ def read_rows(path: str, columns: Iterable[str], header: bool) -> list[Row]:
     header: whether the first row of a .tsv or .csv names the columns.
 
   Returns:
-    Rows with these columns, or with a fault: a number of columns that differs
-    from the first row's, or no JSON object with these keys.
+    Rows with these columns, or with a fault: a number of columns that is not
+    the header's, or most rows', or no JSON object with these keys.
   """
   columns, extension = tuple(columns), os.path.splitext(path)[1]
   require_choice(f"{path}: extension", extension, EXTENSIONS)
@@ -124,10 +125,20 @@ def read_rows(path: str, columns: Iterable[str], header: bool) -> list[Row]:
     lines = [(n, line.split("\t")) for n, line in lines_of(text) if line]
   else:
     lines = list(_csv_lines(path, text))
+  names, lines = (lines[0][1], lines[1:]) if header and lines else ([], lines)
   if not lines:
     return []
-  width = len(lines[0][1])
-  names = lines[0][1] if header else [str(i) for i in range(width)]
+  widths = collections.Counter(len(cells) for _, cells in lines)
+  width = widths.most_common(1)[0][0]
+  if header:
+    require(
+      len(names) in widths,
+      f"{path}, line 1: found {len(names)} names; expected {width}, the columns "
+      "of the rows below",
+    )
+    width = len(names)
+  else:
+    names = [str(i) for i in range(width)]
   for column in columns:
     found = "twice the" if column in names else "no"
     hint = "" if header else " (header=False: columns are numbers from 0)"
@@ -136,7 +147,7 @@ def read_rows(path: str, columns: Iterable[str], header: bool) -> list[Row]:
       f"{path}: {found} column {column!r}; found {names}{hint}",
     )
   rows = []
-  for number, cells in lines[1 if header else 0 :]:
+  for number, cells in lines:
     fits = len(cells) == width
     fault = "" if fits else f"found {len(cells)} columns; expected {width}"
     values = dict(zip(names, cells, strict=False))
@@ -145,6 +156,8 @@ def read_rows(path: str, columns: Iterable[str], header: bool) -> list[Row]:
 
 
 def _csv_lines(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
+  # A text may be longer than the module's limit, of 131,072 characters.
+  csv.field_size_limit(max(len(text), csv.field_size_limit()))
   # newline="": a line break within quotes is kept as it is.
   reader = csv.reader(io.StringIO(text, newline=""), strict=True)
   start = 1
@@ -157,10 +170,15 @@ def _csv_lines(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
     raise ValueError(f"{path}, line {start}: malformed CSV: {e}") from e
 
 
-def json_rows(path: str, columns: Iterable[str]) -> list[Row]:
-  """The objects of a .jsonl file, one a line; see `read_rows`."""
+def json_rows(
+  path: str, columns: Iterable[str], text: str | None = None
+) -> list[Row]:
+  """The objects of a .jsonl file, one a line; see `read_rows`.
+
+  `text` is what it holds, if that has been read.
+  """
   rows = []
-  for number, line in lines_of(read_text(path)):
+  for number, line in lines_of(read_text(path) if text is None else text):
     fault, record = "", {}
     if not line.strip():
       continue

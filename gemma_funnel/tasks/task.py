@@ -26,7 +26,7 @@ class TextExample:
 class TaggedExample:
   """A sentence of words, each with a tag."""
 
-  words: tuple[str, ...]  # Not empty, and none of them is.
+  words: tuple[str, ...]  # One at least; a word may be empty.
   tags: tuple[int, ...]  # Indices into the task's labels.
   # The text before each word; None is a space before all but the first.
   before: tuple[str, ...] | None = None

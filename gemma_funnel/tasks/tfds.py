@@ -74,6 +74,11 @@ def load(config: Any) -> Task:
     )
   feature = features[spec.label]
   if hasattr(feature, "feature"):
+    require(
+      hasattr(features[spec.text], "feature"),
+      f"text={spec.text!r}: expected a sequence of words, as label="
+      f"{spec.label!r} is one of tags; found {features[spec.text]}",
+    )
     kind, feature = "tagging", feature.feature
   elif np.issubdtype(feature.np_dtype, np.floating):
     kind = "regression"
@@ -144,7 +149,6 @@ def _sentence(place: str, record, spec: DatasetSpec, names) -> conll.Sentence:
     require(
       len(words) == len(tags), f"found {len(words)} words and {len(tags)} tags"
     )
-    require(all(word.strip() for word in words), "a word is empty")
   except ValueError as e:
     return conll.Sentence(place, (), (), str(e))
   return conll.Sentence(place, words, tags)
@@ -166,8 +170,11 @@ def _label(value: Any, names: Sequence[str] | None) -> Any:
     return value.decode("utf-8", errors="replace")
   if not np.issubdtype(np.asarray(value).dtype, np.integer):
     return value
-  hidden = "found the label -1: the labels of this split are hidden"
-  require(value != -1, hidden)
+  require(
+    value != -1,
+    "found the label -1, which is none; of a "
+    "whole split, its labels are hidden",
+  )
   if names is None:
     return str(value)
   require_int("label id", int(value), 0, len(names) - 1)

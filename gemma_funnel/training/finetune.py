@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gemma_funnel import atomic, checks, convert, tasks
+from gemma_funnel import atomic, checks, cli, convert, tasks
 from gemma_funnel.config import Funnel, TransformerConfig, format_funnel
 from gemma_funnel.convert.tensor_io import peek_json
 from gemma_funnel.data.tokenizer import FILES, Tokenizer
@@ -177,12 +177,23 @@ def resolve(
     "a label for every token" if tagging else None,
     causal=config.causal,
   )
+  # Every word of what is measured has a row.
   rows = {
     split: encode.encode(
-      task, task.splits[split], tokenizer, config.length, config.long
+      task, task.splits[split], tokenizer, config.length, long
     )
-    for split in ("train", "dev", "test")
+    for split, long in (
+      ("train", config.long),
+      ("dev", "window"),
+      ("test", "window"),
+    )
   }
+  for split, found in rows.items():
+    if cut := sum(row.num_cut for row in found):
+      cli.say(
+        f"{split}: {cut:,} {'words' if tagging else 'texts'} are cut at length="
+        f"{config.length} tokens"
+      )
   steps = num_steps(config, len(rows["train"]))
   if config.eval_every is None:
     epoch = encode.steps_of_epoch(len(rows["train"]), config.batch_size)

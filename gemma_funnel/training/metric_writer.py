@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import secrets
 import tempfile
 import time
 import types
@@ -21,6 +22,20 @@ from gemma_funnel.training.spec import RunSpec
 
 # Of metrics.jsonl: ten million steps have 2 GB.
 _MAX_BYTES = 8 << 30
+
+
+def _wandb_id(folder: str, step: int) -> str:
+  """The run's id in Weights & Biases, kept in its folder.
+
+  A run that is begun again is another one there too.
+  """
+  path = workdir.path_of(folder) / "wandb_id"
+  if not path.exists():
+    id_ = secrets.token_hex(4)
+    if step:  # Of version 0.1, whose ids were made of paths.
+      id_ = folder.strip("/").replace("/", "-").replace(":", "")
+    atomic.write_text(path, id_)
+  return inputs.read_bytes(path, 200).decode()
 
 
 def import_wandb(project: str) -> types.ModuleType:
@@ -66,10 +81,9 @@ class MetricWriter:
         os.path.join(spec.workdir, "tensorboard"), purge_step=step + 1
       )
     if project:
-      # The same run goes on under the same name.
       self._wandb = import_wandb(project).init(
         project=project,
-        id=spec.workdir.strip("/").replace("/", "-").replace(":", ""),
+        id=_wandb_id(spec.workdir, step),
         resume="allow",
         config=json.loads(spec.config.to_json()),
       )

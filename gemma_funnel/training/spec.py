@@ -15,7 +15,7 @@ import ml_collections
 from ml_collections import config_dict
 import optax
 
-from gemma_funnel import checks, convert, paths
+from gemma_funnel import checks, cli, convert, paths
 from gemma_funnel import lora as lora_lib
 from gemma_funnel.config import RUNTIME, FunnelConfig, TransformerConfig
 from gemma_funnel.convert.run import path_of
@@ -27,6 +27,10 @@ from gemma_funnel.training import schedules
 
 # Held-out metrics of a model; "loss" ranks checkpoints.
 Evaluate = Callable[[nnx.Module], dict[str, float | None]]
+
+
+# Of an average of weights, the most that may be those it began with.
+_MOST_INITIAL = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +264,13 @@ class Opened:
       freeze=given.freeze,
       stochastic_rounding=given.stochastic_rounding,
     )
+    kept = (given.ema_decay or 0) ** steps
+    if kept > _MOST_INITIAL:
+      cli.say(
+        f"optimizer.ema_decay={given.ema_decay}: after {steps} steps {kept:.0%} "
+        "of the average, which results are of, is the initial weights; with "
+        f"{_MOST_INITIAL ** (1 / steps):.3g}, {_MOST_INITIAL:.0%} would be"
+      )
     lora = lora_lib.make_config(config.lora)
     if lora and self.base is None:
       raise ValueError(
