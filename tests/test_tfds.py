@@ -10,37 +10,12 @@ import pytest
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")
 
+from made_tfds import TEXT, prepare, prepare_sst2
+
 from gemma_funnel import tasks
 from gemma_funnel.data import tfds as prepared
 from gemma_funnel.tasks import tfds as reader
 from gemma_funnel.tasks.task import TextExample
-
-_TEXT = tfds.features.Text()
-_CLASS = tfds.features.ClassLabel(names=["negative", "positive"])
-
-
-def _prepare(data_dir, name, features, splits, file_format="array_record"):
-  """Writes a set as TFDS does; its own writer needs no tensorflow."""
-  set_, _, config = name.partition("/")
-
-  class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
-
-    def _info(self):
-      return tfds.core.DatasetInfo(
-        builder=self, features=tfds.features.FeaturesDict(features)
-      )
-
-    def _split_generators(self, _):
-      return {key: enumerate(rows) for key, rows in splits.items()}
-
-    def _generate_examples(self):
-      raise NotImplementedError
-
-  Made.name = set_
-  builder = Made(data_dir=str(data_dir), file_format=file_format)
-  builder.download_and_prepare()
 
 
 def _load(data_dir, dataset, **keys):
@@ -49,40 +24,28 @@ def _load(data_dir, dataset, **keys):
   return tasks.load(config)
 
 
-def _sentences(count, start=0, label=None):
-  return [
-    {"sentence": f"text é {i}", "label": i % 2 if label is None else label}
-    for i in range(start, start + count)
-  ]
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
   """GLUE's names and columns, with texts of our own."""
   root = tmp_path_factory.mktemp("tfds")
-  sst2 = {
-    "train": _sentences(20),
-    "validation": _sentences(6, 100),
-    "test": _sentences(3, 200, -1),
-  }
-  _prepare(root, "glue/sst2", {"sentence": _TEXT, "label": _CLASS}, sst2)
+  prepare_sst2(root)
   rows = [
     {"sentence1": f"a {i}", "sentence2": f"b {i}", "label": i / 2}
     for i in range(10)
   ]
-  features = {"sentence1": _TEXT, "sentence2": _TEXT, "label": np.float32}
+  features = {"sentence1": TEXT, "sentence2": TEXT, "label": np.float32}
   splits = {"train": rows, "validation": rows[:4]}
-  _prepare(root, "glue/stsb", features, splits)
+  prepare(root, "glue/stsb", features, splits)
   names = ["entailment", "neutral", "contradiction"]
   rows = [{"premise": "p", "hypothesis": "", "label": i % 3} for i in range(9)]
   label = tfds.features.ClassLabel(names=names)
-  features = {"premise": _TEXT, "hypothesis": _TEXT, "label": label}
+  features = {"premise": TEXT, "hypothesis": TEXT, "label": label}
   splits = {
     f"validation_{k}matched": rows[:n] for k, n in (("", 3), ("mis", 5))
   }
-  _prepare(root, "glue/mnli", features, {"train": rows, **splits})
+  prepare(root, "glue/mnli", features, {"train": rows, **splits})
   tags = tfds.features.ClassLabel(names=["O", "B-PER", "I-PER"])
-  features = {"tokens": _TEXT, "ner": tags}
+  features = {"tokens": TEXT, "ner": tags}
   features = {k: tfds.features.Sequence(v) for k, v in features.items()}
   words = [
     {"tokens": [], "ner": []},
@@ -90,7 +53,7 @@ def data_dir(tmp_path_factory):
     {"tokens": ["She", "ran"], "ner": [0, 0]},
   ]
   splits = {"train": words, "dev": words[1:], "test": words[:2]}
-  _prepare(root, "conll2003", features, splits)
+  prepare(root, "conll2003", features, splits)
   return root
 
 
@@ -150,9 +113,9 @@ def test_conll2003(data_dir):
 
 
 def test_any_other_set(tmp_path):
-  features = {"body": _TEXT, "stars": np.int64}
+  features = {"body": TEXT, "stars": np.int64}
   rows = [{"body": "x", "stars": s} for s in (10, 9, 10, 9)]
-  _prepare(tmp_path, "reviews", features, {"train": rows, "test": rows[:2]})
+  prepare(tmp_path, "reviews", features, {"train": rows, "test": rows[:2]})
   keys = dict(text="body", label="stars", test="test", train="train")
   task = _load(tmp_path, "reviews", **keys, dev="train[50%:]")
   assert task.labels == ("9", "10")
