@@ -20,6 +20,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
   try:
     yield beside
     beside.replace(path)
+  except OSError as error:
+    if error.filename is None and error.errno is not None:  # Of a write.
+      raise type(error)(error.errno, error.strerror, str(path)) from error
+    raise
   finally:
     beside.unlink(missing_ok=True)
 

@@ -8,6 +8,7 @@ flag is told at once.
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 import errno
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -120,7 +121,10 @@ def guard(run: Callable[[], int]) -> int:
   that is full or cannot be written to one and status 1; any other error is a
   traceback.
   """
-  sys.excepthook = _show_stack
+  sys.excepthook = _show_unless_told
+  sys.unraisablehook = _show_ignored_unless_told
+  for name in ("absl", "asyncio"):
+    python_logging.getLogger(name).addFilter(_is_not_told)
   if sys.stdout is None:
     say("error: stdout is closed")
     return 1
@@ -137,6 +141,7 @@ def guard(run: Callable[[], int]) -> int:
     named = _text_of(error)
     found, full = disk_error(error), is_memory_error(error)
     if os.environ.get("GEMMA_FUNNEL_TRACEBACK") or not (named or found or full):
+      sys.excepthook = _show_stack
       raise
     if found is None:
       say(f"error: {named or f'not enough memory: {error}'}")
@@ -149,6 +154,31 @@ def guard(run: Callable[[], int]) -> int:
     )
     _end_stdout()
     return 1
+
+
+def _is_told(error: BaseException | None) -> bool:
+  """Whether an error of another thread is one that `guard` tells of.
+
+  Orbax and tensorstore show what ends their threads, and raise it besides.
+  """
+  if os.environ.get("GEMMA_FUNNEL_TRACEBACK"):
+    return False
+  closed = isinstance(error, RuntimeError) and "loop is closed" in str(error)
+  return closed or disk_error(error) is not None
+
+
+def _show_unless_told(kind, error, stack) -> None:
+  if not _is_told(error):
+    _show_stack(kind, error, stack)
+
+
+def _show_ignored_unless_told(ignored) -> None:
+  if not _is_told(ignored.exc_value):
+    sys.__unraisablehook__(ignored)
+
+
+def _is_not_told(record: python_logging.LogRecord) -> bool:
+  return not (record.exc_info and _is_told(record.exc_info[1]))
 
 
 def _show_stack(kind, error, stack) -> None:
@@ -179,7 +209,8 @@ def disk_error(error: BaseException | None) -> OSError | None:
     # What Orbax raises has the text of the system's error alone.
     for number in _DISK_ERRORS:
       if os.strerror(number) in str(error):
-        return OSError(number, os.strerror(number))
+        place = re.search(r"""['"](/[^'"]+)""", str(error))
+        return OSError(number, os.strerror(number), place and place[1])
     error = error.__cause__ or error.__context__
   return None
 

@@ -91,6 +91,7 @@ def train(
       )
     )
     watchdog = stack.enter_context(watchdog_lib.Watchdog(loop.watchdog_minutes))
+    stack.enter_context(watchdog_lib.Peers())
     termination = stack.enter_context(watchdog_lib.Termination())
     trainer = _Trainer(
       spec,
