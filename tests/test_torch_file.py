@@ -785,6 +785,8 @@ def test_a_damaged_file_is_read_or_refused(tmp_path):
 
 
 def test_a_zip_that_torch_would_not_read(tmp_path):
+  import torch
+
   path = tmp_path / "x.bin"
   torch.save({"a": torch.ones(3)}, path)
   data = path.read_bytes()
