@@ -24,7 +24,7 @@ import numpy as np
 from gemma_funnel import cli, inputs, locks
 from gemma_funnel.checks import require
 from gemma_funnel.config import TransformerConfig
-from gemma_funnel.convert import detect, sums, writer
+from gemma_funnel.convert import detect, gguf, sums, writer
 from gemma_funnel.convert.param_mapping import (
   ParamView,
   Slices,
@@ -128,6 +128,8 @@ def companions_of(source: CheckpointReader) -> dict[str, bytes]:
   names each such file.
   """
   path = pathlib.Path(source.where)
+  if inputs.is_gguf(path):
+    return gguf.companions(path)
   folder = (path if path.is_dir() else path.parent).resolve()
   inside = [folder, folder.parent]
   if folder.parent.name == "snapshots":  # Of a cache of Hugging Face's.

@@ -172,7 +172,7 @@ def open_checkpoint(
       named.
   """
   weights = detect.find(path)
-  if weights.format != "run":
+  if weights.format not in ("run", "gguf"):
     # What is missing of a funnel is told of below, if it is needed.
     own = [detect.LEARNED]
     processes.on_host0(lambda: sums.check(weights.folder, own))

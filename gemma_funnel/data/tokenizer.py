@@ -373,11 +373,16 @@ class Tokenizer:
     """Reads a file; its content tells the format, not the name.
 
     Of a tokenizer.json, what its special tokens are is read from the files
-    beside it, `CONFIGS`.
+    beside it, `CONFIGS`. A GGUF file has a tokenizer too.
 
     Raises:
       ValueError: the file cannot be read, or see `__init__`.
     """
+    if inputs.is_gguf(path):
+      from gemma_funnel.convert import gguf  # It imports this.
+
+      content, special = gguf.read_tokenizer(path)
+      return cls(content, os.fspath(path), special)
     try:
       model = inputs.read_bytes(path, inputs.MAX_TOKENIZER)
     except ValueError as error:
