@@ -21,7 +21,7 @@ from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert import families
 from gemma_funnel.convert.gguf_file import GGUFFile
 from gemma_funnel.convert.tensor_io import Header, Index
-from gemma_funnel.data.tokenizer import CONFIGS, FILES
+from gemma_funnel.data.tokenizer import CONFIGS, FILES, MASK_PIECE
 
 # The family of each architecture.
 _FAMILIES = {
@@ -422,9 +422,18 @@ class _TokenizerData:
     """A ModelProto of SentencePiece's (sentencepiece_model.proto)."""
     scores = self._numbers("scores", np.float32)
     out = bytearray()
-    for text, score, kind in zip(self.texts, scores, self.types, strict=True):
+    around = {*self.ids.values()}
+    for i, (text, score) in enumerate(zip(self.texts, scores, strict=True)):
+      kind = int(self.types[i])
+      # Marks of a chat's turns are special to others, and stand in texts.
+      if kind == _CONTROL and i not in around and text != MASK_PIECE:
+        kind = _USER
+      if i == self.ids.get("unk"):
+        kind = _UNKNOWN
+      if kind == _USER:
+        text = text.replace(" ", "\u2581")
       piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score)
-      out += _field(1, piece + _number(3, int(kind)))
+      out += _field(1, piece + _number(3, kind))
     ids = {key: self.ids.get(key, -1) for key in _SPECIAL}
     trainer = _number(3, 2)  # BPE.
     trainer += _number(4, len(self.texts)) + _number(35, 1)  # Bytes.
