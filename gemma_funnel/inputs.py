@@ -69,6 +69,17 @@ def open_file(
     yield opened
 
 
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+  """Whether it is a GGUF file, by its first bytes; never raises."""
+  if "://" in os.fspath(path) or not os.path.isfile(path):
+    return False
+  try:
+    with open_file(path) as file:
+      return file.read(4) == b"GGUF"
+  except ValueError:
+    return False
+
+
 def _kind(mode: int) -> str:
   kinds = {
     stat.S_IFDIR: "a folder",

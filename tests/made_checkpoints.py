@@ -16,6 +16,7 @@ from gemma_funnel.convert import (
   detect,
   param_mapping,
   reader,
+  sums,
   writer,
 )
 from gemma_funnel.convert.__main__ import main
@@ -39,6 +40,8 @@ def make(origin, folder, to, shards=False, **options):
     if shards:
       patch.setattr(writer, "SHARD_BYTES", 4000)
     conversion.convert(origin, folder, to, **options)
+  # Others are to find what is spoiled in it.
+  (folder / sums.SUMS).unlink()
 
 
 def make_learned(origin, folder):

@@ -187,7 +187,10 @@ def test_what_a_link_leads_to_is_not_copied(tmp_path, capsys):
   (source / "tokenizer_config.json").write_text("no JSON")
   convert.convert(source, tmp_path / "there", "hf")
   names = {path.name for path in (tmp_path / "there").iterdir()}
-  assert names == {"config.json", "generation_config.json", "model.safetensors"}
+  assert names == {
+    *("config.json", "generation_config.json", "model.safetensors"),
+    "sums.json",
+  }
   assert capsys.readouterr().err.count("is left out") == 3
   (source / "tokenizer.model").symlink_to(secret)
   with pytest.raises(ValueError, match="secret"):

@@ -254,6 +254,24 @@ def test_reading_a_run_changes_nothing_in_it(copy):
   assert files() == before
 
 
+def test_a_checkpoint_that_cannot_be_read_back_does_not_count(
+  source, tmp_path, monkeypatch
+):
+  class Lacking(checkpoint_lib.OrbaxTree):
+    def __init__(self, folder):
+      super().__init__(folder)
+      if "8.orbax" in str(folder):
+        self.tensors.popitem()
+
+  monkeypatch.setattr(checkpoint_lib, "OrbaxTree", Lacking)
+  config = tiny_run.make_config(tmp_path / "run", source)
+  with pytest.raises(
+    ValueError, match="is not what was saved: .* as None, exp"
+  ):
+    tiny_run.train(config)
+  assert convert.load_run(tmp_path / "run").step == 4
+
+
 # Damages: what a disk, a full disk or a copy that was cut short leaves.
 def _truncate(path):
   content = path.read_bytes()

@@ -21,7 +21,14 @@ import gemma_funnel
 from gemma_funnel import convert
 from gemma_funnel.config import RopeScaling, TransformerConfig, resolve_funnel
 from gemma_funnel.convert import __main__ as command
-from gemma_funnel.convert import conversion, param_mapping, run, verify, writer
+from gemma_funnel.convert import (
+  conversion,
+  param_mapping,
+  run,
+  sums,
+  verify,
+  writer,
+)
 from gemma_funnel.convert.reader import BLOCK_BYTES, open_checkpoint
 from gemma_funnel.data import sources, tokenizer
 
@@ -180,12 +187,13 @@ def test_learned_parts_that_are_missing_are_named(source, tmp_path):
   tensors = load_file(beside)
   del tensors["funnel.1.recovery.gate"]
   save_file(tensors, beside)
+  (tmp_path / "hf" / sums.SUMS).unlink()
   with pytest.raises(
     ValueError, match=r"missing: \['funnel.1.recovery.gate'\]"
   ):
     gemma_funnel.load(tmp_path / "hf")
   beside.unlink()
-  with pytest.raises(ValueError, match="funnel.safetensors cannot be read"):
+  with pytest.raises(ValueError, match="funnel.safetensors: cannot be read"):
     gemma_funnel.load(tmp_path / "hf")
 
 
@@ -359,6 +367,7 @@ def test_what_version_0_1_wrote_is_read(source, tmp_path, kind, capsys):
       for n, v in learned.items()
     }
     save_file(old, folder / "funnel.safetensors")
+    (folder / sums.SUMS).unlink()  # Version 0.1 wrote none.
   else:
     tree = folder / "params"
     if kind == "run":
@@ -403,6 +412,7 @@ def test_differences_are_found(source, tmp_path, capsys):
   name = "model.layers.1.mlp.up_proj.weight"
   tensors[name] = tensors[name] + np.float32(0.5).astype(ml_dtypes.bfloat16)
   save_file(tensors, file)
+  (there / sums.SUMS).unlink()
   found = verify.compare(open_checkpoint(source), open_checkpoint(there))
   assert found.unequal == ("layers.mlp.up, layer 1",)
   assert found.largest == pytest.approx(0.5, rel=0.02) and found.logits > 0

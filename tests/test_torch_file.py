@@ -782,3 +782,18 @@ def test_a_damaged_file_is_read_or_refused(tmp_path):
     tracemalloc.stop()
   # Both happen often, or the damage would show nothing.
   assert min(counts["read"], counts["refused"]) > 100
+
+
+def test_a_zip_that_torch_would_not_read(tmp_path):
+  import torch
+
+  path = tmp_path / "x.bin"
+  torch.save({"a": torch.ones(3)}, path)
+  data = path.read_bytes()
+  path.write_bytes(b"x" * 100 + data)
+  with pytest.raises(ValueError, match="does not begin where the file does"):
+    TorchFile(path)
+  at = data.index(b"PK\x01\x02") + 34  # The number of its disk.
+  path.write_bytes(data[:at] + b"\x01" + data[at + 1 :])
+  with pytest.raises(ValueError, match="is on another disk"):
+    TorchFile(path)

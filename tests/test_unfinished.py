@@ -14,6 +14,7 @@ import tempfile
 from made_checkpoints import contents, fails, parameters, refused_by_command
 import numpy as np
 import pytest
+import tiny_run
 
 import gemma_funnel
 from gemma_funnel import locks
@@ -333,3 +334,40 @@ def test_a_conversion_that_is_interrupted(made, tmp_path, monkeypatch, to):
     assert main(argv) == 130
   assert not os.listdir(tmp_path)
   rerun(made / "hf", tmp_path, to)
+
+
+def test_a_full_disk_is_one_line_and_training_goes_on(tmp_path):
+  """A real one, small; at several stages of a run."""
+  disk = tmp_path / "disk"
+  disk.mkdir()
+  size = lambda size, *more: (
+    subprocess.run(
+      [
+        "mount",
+        "-t",
+        "tmpfs",
+        "-o",
+        ",".join([f"size={size}", *more]),
+        "x",
+        disk,
+      ],
+      capture_output=True,
+    ).returncode
+  )
+  if size("1m"):
+    pytest.skip("mounting is not allowed")
+  try:
+    source = tiny_run.write_corpus(tmp_path)
+    args = tiny_run.command(str(disk / "run"), source)
+    for room in ("40k", "300k", "900k"):
+      size(room, "remount")
+      _, err = tiny_run.finish(tiny_run.start(args), 1)
+      # A line of a log may be cut, which the next start tells.
+      lines = [x for x in err.splitlines() if "is dropped" not in x]
+      assert len(lines) == 1, err
+      assert lines[0].startswith(f"error: {disk}"), err
+      assert "No space left on device" in lines[0]
+    size("100m", "remount")
+    tiny_run.finish(tiny_run.start(args))
+  finally:
+    subprocess.run(["umount", disk])

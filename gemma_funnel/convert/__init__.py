@@ -157,7 +157,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
   return Description(
     config,
     stages,
-    os.fspath(found or weights.folder / detect.TOKENIZERS[0]),
+    os.fspath(found or weights.file or weights.folder / detect.TOKENIZERS[0]),
     weights.format == "run",
     detect.stop_ids(weights, config.vocab_size),
   )

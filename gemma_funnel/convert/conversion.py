@@ -24,7 +24,7 @@ import numpy as np
 from gemma_funnel import cli, inputs, locks
 from gemma_funnel.checks import require
 from gemma_funnel.config import TransformerConfig
-from gemma_funnel.convert import detect, writer
+from gemma_funnel.convert import detect, gguf, sums, writer
 from gemma_funnel.convert.param_mapping import (
   ParamView,
   Slices,
@@ -41,6 +41,7 @@ from gemma_funnel.data.tokenizer import Tokenizer
 
 # Room for what is not a tensor.
 _SPARE_BYTES = 64 << 20
+_MAX_NAME = 4096
 
 # Told of each block: the tensor's name and the bytes of it.
 Progress = Callable[[str, int], None]
@@ -127,6 +128,8 @@ def companions_of(source: CheckpointReader) -> dict[str, bytes]:
   names each such file.
   """
   path = pathlib.Path(source.where)
+  if inputs.is_gguf(path):
+    return gguf.companions(path)
   folder = (path if path.is_dir() else path.parent).resolve()
   inside = [folder, folder.parent]
   if folder.parent.name == "snapshots":  # Of a cache of Hugging Face's.
@@ -212,8 +215,8 @@ def _require_free(path: pathlib.Path, note: dict[str, Any]) -> None:
 def _is_left_by(note: dict[str, Any], path: pathlib.Path) -> bool:
   """Whether the noted conversion was killed as its folder had become `path`."""
   try:
-    content = (path / detect.UNFINISHED).read_bytes()
-  except OSError:
+    content = inputs.read_bytes(path / detect.UNFINISHED, _MAX_NAME)
+  except ValueError:
     return False
   return content.decode(errors="replace") == _partial_in(note, path)
 
@@ -268,6 +271,10 @@ def write(
     for name, text in spec.texts.items():
       data = text if isinstance(text, bytes) else text.encode()
       (partial / name).write_bytes(data)
+    # A configuration may be edited; what it is of must not.
+    kept = {detect.CONFIG, detect.SIDECAR, detect.UNFINISHED}
+    files = sums.files_in(partial)
+    sums.write(partial, [file for file in files if file.name not in kept])
     os.replace(partial, path)
     # Until now, whatever killed it, the next conversion would start anew.
     (path / detect.UNFINISHED).unlink()

@@ -21,7 +21,7 @@ from gemma_funnel.config import (
   TransformerConfig,
   resolve_funnel,
 )
-from gemma_funnel.convert import gemma_pytorch, google, huggingface
+from gemma_funnel.convert import gemma_pytorch, gguf, google, huggingface
 from gemma_funnel.convert.orbax_tree import OrbaxTree, is_orbax_tree
 from gemma_funnel.convert.run import (
   CONFIG,
@@ -97,8 +97,8 @@ class Weights:
   Attributes:
     what: of messages: the format, and how the files are called.
     format: "run", "orbax" (converted by us), "huggingface" (until names of
-      tensors are known: gemma_pytorch's `.bin` too), "gemma_pytorch" or
-      "google".
+      tensors are known: gemma_pytorch's `.bin` too), "gemma_pytorch",
+      "google" or "gguf".
     folder: what lies beside them is in here.
     open: reads their headers.
   """
@@ -107,6 +107,7 @@ class Weights:
   format: str
   folder: pathlib.Path
   open: Callable[[], TensorReader]
+  file: pathlib.Path | None = None  # Of "gguf", which has all in one.
 
 
 def find(path: str | os.PathLike) -> Weights:
@@ -131,6 +132,8 @@ def _find(path: pathlib.Path) -> Weights:
     found = [
       Weights(f"weights ({path.name})", "huggingface", path.parent, opened)
     ]
+  elif inputs.is_gguf(path):
+    found = [_gguf(path)]
   elif path.is_file():
     found = [_torch(path, path.parent)] if is_torch_file(path) else []
   else:
@@ -156,7 +159,7 @@ def _find(path: pathlib.Path) -> Weights:
 
 def _check_adapters(weights: Weights) -> None:
   """Refuses weights that others would change by an adapter beside them."""
-  if weights.format == "run":
+  if weights.format in ("run", "gguf"):
     return
   there = [n for n in _ADAPTERS if (weights.folder / n).exists()]
   require(
@@ -190,6 +193,8 @@ def _candidates(folder: pathlib.Path) -> Iterator[Weights]:
       continue
     if "model_type" in config and OURS not in config:
       break  # As transformers, which reads no other file then.
+  for file in sorted(folder.glob("*.gguf")):
+    yield _gguf(file)
   for file in sorted(folder.glob("*.ckpt")):
     yield _torch(file, folder)
   # A trainer's checkpoint has the tree in "default"; an archive of weights has
@@ -201,6 +206,11 @@ def _candidates(folder: pathlib.Path) -> Iterator[Weights]:
     if not (OURS in config and tree == folder / PARAMS):
       opened = functools.partial(OrbaxTree, tree)
       yield Weights(f"an Orbax tree ({tree.name})", "google", folder, opened)
+
+
+def _gguf(file: pathlib.Path) -> Weights:
+  opened = functools.partial(gguf.GGUFTensors, file)
+  return Weights(f"weights ({file.name})", "gguf", file.parent, opened, file)
 
 
 def _torch(file: pathlib.Path, folder: pathlib.Path) -> Weights:
@@ -235,6 +245,8 @@ def read_config(
     ValueError: no or a damaged configuration, one of another architecture, or
       one that contradicts the published model of its sizes.
   """
+  if weights.format == "gguf":
+    return gguf.read_config(weights.file), ()
   file = weights.folder / CONFIG
   if weights.format in ("run", "orbax"):
     return read_own_config(file)
@@ -288,6 +300,8 @@ def open_tensors(weights: Weights) -> tuple[str, TensorReader]:
   names = reader.tensors
   if weights.format in ("run", "orbax"):
     return weights.format, reader
+  if weights.format == "gguf":
+    return "huggingface", reader
   if gemma_pytorch.EMBEDDING in names:
     return "gemma_pytorch", gemma_pytorch.Dequantized(reader)
   if weights.format != "google":
@@ -368,6 +382,8 @@ def find_companions(weights: Weights) -> dict[str, pathlib.Path]:
   Raises:
     ValueError: the run does not say.
   """
+  if weights.format == "gguf":
+    return {}
   found = {}
   if weights.format == "run" and (given := find_tokenizer(weights.folder)):
     found[FILES[is_json(given)]] = given
@@ -393,6 +409,9 @@ def tokenizer_of(
 
 def kept_keys(weights: Weights) -> dict[str, Any]:
   """What a configuration says beside the model, and conversions keep."""
+  if weights.format == "gguf":
+    ids = list(gguf.stop_ids(weights.file))
+    return {"eos_token_id": ids} if ids else {}
   for name in (CONFIG, SIDECAR):
     raw = peek_json(weights.folder / name)
     raw = raw.get(OTHERS, raw)
@@ -410,6 +429,8 @@ def stop_ids(weights: Weights, vocab_size: int) -> tuple[int, ...]:
   """
   if weights.format == "run":
     return ()
+  if weights.format == "gguf":
+    return tuple(i for i in gguf.stop_ids(weights.file) if i < vocab_size)
   file = weights.folder / "generation_config.json"
   said = peek_json(file).get("eos_token_id")
   if said is None:
@@ -428,6 +449,8 @@ def fingerprints(weights: Weights) -> dict[str, str]:
   if weights.format == "run":
     step, _ = find_intact(folder)
     return {"sums": inputs.fingerprint(folder / FOLDER / str(step) / SUMS)}
+  if weights.format == "gguf":
+    return {weights.file.name: inputs.fingerprint(weights.file)}
   files = sorted(
     path
     for path in folder.rglob("*")

@@ -56,6 +56,9 @@ class OrbaxTree:
       base = ts.KvStore.Spec(f"{self.where.rstrip('/')}/").to_json()
     else:
       base = {"driver": "file", "path": f"{path.absolute()}/"}
+      for file in path.rglob("*"):  # TensorStore would wait for a FIFO.
+        if not (file.is_file() or file.is_dir()):
+          raise ValueError(f"{file}: expected a file")
     if (path / _MANIFEST).exists():
       base = {"driver": "ocdbt", "base": base}
     self._base = base

@@ -17,11 +17,13 @@ from gemma_funnel.convert import (
   google,
   huggingface,
   param_mapping,
+  sums,
 )
 from gemma_funnel.convert.param_mapping import ParamView, Path, Slices, Tensor
 from gemma_funnel.convert.run import LoraTensors, RunTensors
 from gemma_funnel.convert.safetensors_file import SafetensorsFile
 from gemma_funnel.convert.tensor_io import BFLOAT16, Header, TensorReader, merge
+from gemma_funnel.parallel import processes
 
 _FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, BFLOAT16)))
 # What is read, rearranged and written at a time. Larger arrays are given back
@@ -170,6 +172,10 @@ def open_checkpoint(
       named.
   """
   weights = detect.find(path)
+  if weights.format not in ("run", "gguf"):
+    # What is missing of a funnel is told of below, if it is needed.
+    own = [detect.LEARNED]
+    processes.on_host0(lambda: sums.check(weights.folder, own))
   stages: tuple[FunnelConfig, ...] = ()
   if config is None:
     config, stages = detect.read_config(weights)

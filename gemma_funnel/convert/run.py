@@ -11,13 +11,10 @@ checked before it is read: Orbax reads some damaged files without a word.
 """
 
 from collections.abc import Mapping
-from concurrent import futures
 import functools
-import json
 import os
 import pathlib
 from typing import Any
-import zlib
 
 from etils import epath
 import jax
@@ -26,8 +23,9 @@ import numpy as np
 from gemma_funnel import cli, inputs, paths
 from gemma_funnel import lora as lora_lib
 from gemma_funnel.checks import require
-from gemma_funnel.convert import param_mapping
+from gemma_funnel.convert import param_mapping, sums
 from gemma_funnel.convert.orbax_tree import OrbaxTree
+from gemma_funnel.convert.sums import SUMS
 from gemma_funnel.convert.tensor_io import (
   Header,
   Index,
@@ -43,11 +41,11 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 # A fine-tuned run has a copy of what it was given.
 TOKENIZERS = (TOKENIZER, "tokenizer.json")
-SUMS = "sums.json"
 # In a checkpoint's progress: fingerprints of what the run depends on.
 INPUTS = "inputs"
 
-_THREADS = 8
+# Merged ones that are kept: as many as threads ask for.
+_MATRICES = 8
 
 
 def path_of(path: str | os.PathLike) -> epath.Path:
@@ -122,48 +120,23 @@ def _find_intact(folder: epath.Path) -> tuple[int, list[int]]:
 
 def write_sums(folder: epath.Path) -> None:
   """Writes the sums of a checkpoint's files, all of which are complete."""
-  (folder / SUMS).write_text(json.dumps(_sums(folder), indent=1))
+  sums.write(folder, _files_of(folder))
 
 
-def _sums(folder: epath.Path) -> dict[str, list[int]]:
-  """Size and CRC-32 of each file that Orbax will not touch again."""
+def _files_of(folder: epath.Path) -> list[epath.Path]:
+  """Those that Orbax will not touch again."""
   items = sorted(child for child in folder.iterdir() if child.is_dir())
-  files = [file for item in items for file in _files_in(item)]
-  with futures.ThreadPoolExecutor(_THREADS) as pool:
-    found = list(pool.map(_size_and_crc32, files))
-  names = [path.relative_to(folder).as_posix() for path in files]
-  return dict(zip(names, found, strict=True))
-
-
-def _files_in(folder: epath.Path) -> list[epath.Path]:
-  found = []
-  for child in sorted(folder.iterdir()):
-    found += _files_in(child) if child.is_dir() else [child]
-  return found
-
-
-def _size_and_crc32(path: epath.Path) -> list[int]:
-  size = crc = 0
-  with path.open("rb") as f:
-    while block := f.read(1 << 22):
-      crc, size = zlib.crc32(block, crc), size + len(block)
-  return [size, crc]
+  return [file for item in items for file in sums.files_in(item)]
 
 
 def _damage_of(folder: epath.Path) -> str | None:
   """What is wrong with a checkpoint's files; None if nothing is."""
   try:
     expected = read_json(folder / SUMS)
-    found = _sums(folder)
+    found = sums.of(folder, _files_of(folder))
   except (OSError, ValueError) as error:
     return f"{SUMS}: {error}"
-  for name in sorted(expected.keys() | found.keys()):
-    sums = expected.get(name)
-    if name not in found:
-      return f"{name} is missing"
-    if found[name] != sums:
-      return f"{name} has size and CRC-32 {found[name]}, expected {sums}"
-  return None
+  return sums.difference(expected, found)
 
 
 def fingerprints_of(progress: Mapping[str, Any]) -> dict[str, str]:
@@ -239,7 +212,7 @@ class LoraTensors:
       if name.startswith("funnel.")
     }
     # Slices of a matrix follow each other: it is merged once.
-    self._matrix = functools.lru_cache(maxsize=_THREADS)(self._merge)
+    self._matrix = functools.lru_cache(maxsize=_MATRICES)(self._merge)
 
   def read(self, name: str, index: Index = ()) -> np.ndarray:
     if name.startswith("funnel."):

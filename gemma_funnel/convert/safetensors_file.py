@@ -14,6 +14,7 @@ import os
 import ml_dtypes
 import numpy as np
 
+from gemma_funnel import inputs
 from gemma_funnel.convert.tensor_io import (
   BFLOAT16,
   Header,
@@ -52,7 +53,7 @@ class SafetensorsFile:
     """
     self.where = os.fspath(path)
     self.tensors: dict[str, Header] = {}
-    with self._open() as file:
+    with inputs.open_file(path) as raw, self._open() as file:
       for name in file.keys():
         part = file.get_slice(name)
         if part.get_dtype() not in _DTYPES:
@@ -65,9 +66,8 @@ class SafetensorsFile:
         )
       # The library does not tell where values are, but has checked what the
       # header says of it.
-      with open(path, "rb") as raw:
-        size = int.from_bytes(raw.read(8), "little")
-        entries = json.loads(raw.read(size))
+      size = int.from_bytes(raw.read(8), "little")
+      entries = json.loads(raw.read(size))
     self._offsets = {
       name: 8 + size + entries[name]["data_offsets"][0] for name in self.tensors
     }

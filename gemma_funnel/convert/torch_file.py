@@ -466,12 +466,16 @@ def _read_directory(path: str | os.PathLike[str]) -> dict[str, _Member]:
     raise ValueError(
       f"no zip file, or one damaged or cut off: {error}"
     ) from error
+  if infos and infos[0].header_offset:
+    raise ValueError("its zip does not begin where the file does")
   members: dict[str, _Member] = {}
   limits = [info.header_offset for info in infos[1:]] + [end]
   for info, limit in zip(infos, limits, strict=True):
     what = reprlib.repr(info.filename)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
       raise ValueError(f"its member {what} is compressed or encrypted")
+    if info.volume:
+      raise ValueError(f"its member {what} is on another disk")
     encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
     name = info.orig_filename.encode(encoding)
     member = _Member(info.header_offset, name, info.file_size, limit)

@@ -8,6 +8,7 @@ bytes for characters outside the vocabulary, so `decode(encode(x)) == x`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
 import hashlib
 import io
 import json
@@ -106,6 +107,19 @@ def _byte_of() -> dict[str, int]:
   return {chr(c): byte for c, byte in zip(codes, plain + others, strict=True)}
 
 
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+  """Drops what is written to the process's stderr, whoever writes it."""
+  kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(nowhere, 2)
+    yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nowhere)
+
+
 class _HuggingFace:
   """A `tokenizer.json`, which gives text back as it was."""
 
@@ -134,7 +148,8 @@ class _HuggingFace:
       content |= dict.fromkeys(
         ("truncation", "padding", "post_processor", "decoder")
       )
-      tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+      with _without_stderr():  # Where Rust shows a panic.
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
       moved = [
         token["content"]
         for token in added
@@ -358,11 +373,16 @@ class Tokenizer:
     """Reads a file; its content tells the format, not the name.
 
     Of a tokenizer.json, what its special tokens are is read from the files
-    beside it, `CONFIGS`.
+    beside it, `CONFIGS`. A GGUF file has a tokenizer too.
 
     Raises:
       ValueError: the file cannot be read, or see `__init__`.
     """
+    if inputs.is_gguf(path):
+      from gemma_funnel.convert import gguf  # It imports this.
+
+      content, special = gguf.read_tokenizer(path)
+      return cls(content, os.fspath(path), special)
     try:
       model = inputs.read_bytes(path, inputs.MAX_TOKENIZER)
     except ValueError as error:

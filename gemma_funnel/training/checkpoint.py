@@ -2,8 +2,9 @@
 
 A checkpoint holds parameters, optimizer, data iterator, step and config; see
 `convert.run` for the folder. Orbax writes asynchronously, each process its own
-part, and makes a checkpoint visible when it is complete. Sums of its files are
-written before that, and checked before it is read.
+part, and makes a checkpoint visible when it is complete. Before that the headers
+of all arrays are read back, and sums of its files are written, which are checked
+before it is read.
 """
 
 import json
@@ -12,7 +13,9 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
+from gemma_funnel.convert.orbax_tree import OrbaxTree
 from gemma_funnel.convert.run import (
   FOLDER,
   find_intact,
@@ -20,7 +23,19 @@ from gemma_funnel.convert.run import (
   steps_in,
   write_sums,
 )
+from gemma_funnel.convert.tensor_io import Header
 from gemma_funnel.parallel import processes
+
+
+def _headers(tree: Any) -> dict[str, Header]:
+  """The arrays of a tree, as `OrbaxTree` names them."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    ".".join(jax.tree_util.keystr((key,), simple=True) for key in path): Header(
+      tuple(leaf.shape), np.dtype(leaf.dtype)
+    )
+    for path, leaf in leaves
+  }
 
 
 class Checkpoints:
@@ -39,7 +54,7 @@ class Checkpoints:
     self._ocp = ocp
     self._workdir = workdir
     self._folder = path_of(workdir) / FOLDER
-    self._saving = None
+    self._saving, self._expected = None, {}
     policies = ocp.checkpoint_managers
     kept = [policies.LatestN(keep)]
     if keep_best:
@@ -60,9 +75,7 @@ class Checkpoints:
         cleanup_tmp_directories=True,  # Of a save that was killed.
         enable_async_checkpointing=True,
         # Called when the files are complete and not yet renamed.
-        async_options=ocp.AsyncOptions(
-          post_finalization_callback=self._write_sums
-        ),
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
       ),
     )
 
@@ -97,6 +110,7 @@ class Checkpoints:
       return
     self.wait()  # The sums of the one before are then written.
     self._saving = step
+    self._expected = {name: _headers(tree) for name, tree in trees.items()}
     args = self._ocp.args
     self._manager.save(
       step,
@@ -112,12 +126,25 @@ class Checkpoints:
     """Returns when all that was saved is complete on disk."""
     self._manager.wait_until_finished()
 
-  def _write_sums(self) -> None:
+  def _finish(self) -> None:
+    """Says that a checkpoint is whole, when it can be read."""
     (folder,) = (
       path
       for path in self._folder.iterdir()
       if path.name.split(".orbax-checkpoint-tmp")[0] == str(self._saving)
     )
+    for name, expected in self._expected.items():
+      found = OrbaxTree(folder / name).tensors
+      wrong = sorted(
+        key
+        for key in found.keys() | expected.keys()
+        if found.get(key) != expected.get(key)
+      )
+      if wrong:
+        raise ValueError(
+          f"{folder / name} is not what was saved: {wrong[0]} is there as "
+          f"{found.get(wrong[0])}, expected {expected.get(wrong[0])}"
+        )
     write_sums(folder)
 
   def restore(self, trees: dict[str, Any]):

@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma_funnel import atomic, checks, cli, convert, tasks
 from gemma_funnel.config import Funnel, TransformerConfig, format_funnel
-from gemma_funnel.convert.tensor_io import peek_json
+from gemma_funnel.convert.tensor_io import peek_json, read_json
 from gemma_funnel.data.tokenizer import FILES, Tokenizer
 from gemma_funnel.heads import Encoder, Head, HeadConfig
 from gemma_funnel.model import Transformer
@@ -276,10 +276,10 @@ def load(
     ValueError: no readable run there, or none that was fine-tuned.
   """
   try:
-    about = json.loads((workdir.path_of(path) / HEAD_FILE).read_text())
+    about = read_json(workdir.path_of(path) / HEAD_FILE)
     head = HeadConfig(**about["head"])
     labels = tuple(about["labels"])
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"{path} is no fine-tuned run: {HEAD_FILE}: {error}"
     ) from error
