@@ -13,6 +13,7 @@ from gemma_funnel import flops
 from gemma_funnel import funnel as funnel_lib
 from gemma_funnel.attention.masks import AttentionSpec, visible
 from gemma_funnel.config import (
+  FAMILIES,
   PRESETS,
   FunnelConfig,
   TransformerConfig,
@@ -68,22 +69,30 @@ def test_parameters_are_the_model_s_and_the_published_ones(name):
 
 
 @pytest.mark.parametrize(
-  "funnel", [None, FunnelConfig(1), FunnelConfig(1, 3, 3)], ids=str
+  "family, funnel, head",
+  [
+    *itertools.product(
+      ["gemma2"], [None, FunnelConfig(1), FunnelConfig(1, 3, 3)], [True, False]
+    ),
+    ("gemma3_text", FunnelConfig(1), True),
+    ("llama", FunnelConfig(1, 3, 3), True),
+    ("qwen2", None, True),
+  ],
+  ids=str,
 )
-@pytest.mark.parametrize("head", [True, False])
-def test_forward_is_the_compiler_s_count(funnel, head):
+def test_forward_is_the_compiler_s_count(family, funnel, head):
   """Bidirectional, all global, unrolled: nothing skipped, looped or fused.
 
   Wide enough for norms and softmax to be a small part.
   """
   config = TransformerConfig.preset(
     "tiny",
+    **FAMILIES[family] | dict(attention_pattern=("global",)),
     embed_dim=512,
     mlp_dim=2048,
     num_heads=8,
     head_dim=64,
     vocab_size=4096,
-    attention_pattern=("global",),
     scan_layers=False,
     kernel="reference",
   )
