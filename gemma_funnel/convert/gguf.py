@@ -180,7 +180,7 @@ def read_config(path: str | os.PathLike[str]) -> TransformerConfig:
   try:
     return families.to_config(raw)
   except ValueError as error:
-    raise ValueError(f"{file.where}, read as {raw}: {error}") from error
+    raise ValueError(f"{file.where}: {error}") from error
 
 
 def _family_of(file: GGUFFile) -> str:
