@@ -65,6 +65,13 @@ def tokenizer_file(tmp_path_factory):
 def test_plans_of_the_published_models(name, to):
   """Shapes, bytes, shards and blocks, without a weight."""
   config = TransformerConfig.preset(name)
+  if to in ("google", "gemma_pytorch") and name[:7] not in (
+    "gemma1_",
+    "gemma2_",
+  ):
+    with pytest.raises(ValueError, match="expected a Gemma 1 or 2, or the"):
+      writer.make_spec(to, config, (), BFLOAT16)
+    return
   plan = writer.make_spec(to, config, (), BFLOAT16)
   # Google's embedding has 128 rows more.
   rows = 128 * config.embed_dim if to == "google" else 0
@@ -92,6 +99,14 @@ def test_plans_of_the_published_models(name, to):
     assert index["metadata"]["total_size"] == plan.nbytes
     named = {(file.name, t.name) for file in plan.files for t in file.tensors}
     assert {(f, t) for t, f in index["weight_map"].items()} == named
+
+
+@pytest.mark.parametrize("name", ["gemma3_270m", "llama2_7b"])
+def test_only_gemmas_have_the_special_ids_of_gemma(name):
+  plan = writer.make_spec("hf", TransformerConfig.preset(name), (), BFLOAT16)
+  for file in ("config.json", "generation_config.json"):
+    found = json.loads(plan.texts[file]).get("pad_token_id", "none")
+    assert found == (0 if "gemma" in name else "none")
 
 
 def test_the_shards_of_27b():

@@ -60,7 +60,7 @@ PARAMS = "params"
 OURS = "gemma_funnel"
 # A key of ours, of what a configuration of others says beside the model.
 OTHERS = "huggingface"
-# Its keys, and what goes without saying.
+# Its keys, and what goes without saying of a Gemma.
 _KEPT = huggingface.special_ids(None) | dict.fromkeys(
   ("id2label", "label2id", "problem_type")
 )
@@ -414,10 +414,13 @@ def kept_keys(weights: Weights) -> dict[str, Any]:
     return {"eos_token_id": ids} if ids else {}
   for name in (CONFIG, SIDECAR):
     raw = peek_json(weights.folder / name)
+    is_gemma = str(raw.get("model_type")).startswith("gemma")
     raw = raw.get(OTHERS, raw)
     if isinstance(raw, dict) and any(key in raw for key in _KEPT):
-      said = {key: raw.get(key) for key in _KEPT}
-      return {k: v for k, v in said.items() if v not in (None, _KEPT[k])}
+      said = {key: raw[key] for key in _KEPT if key in raw}
+      # Null is an id that there is not; what a Gemma always has is not said.
+      usual = lambda key, v: v == _KEPT[key] and (is_gemma or v is None)
+      return {k: v for k, v in said.items() if not usual(k, v)}
   return {}
 
 

@@ -171,9 +171,16 @@ def make_config(
   return raw
 
 
-def special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-  """The keys of a config.json for what is around texts; Gemma's without."""
+def special_ids(
+  tokenizer: Tokenizer | None, model_type: str = "gemma"
+) -> dict[str, int | None]:
+  """The keys of a config.json for what is around texts.
+
+  Without a tokenizer those of all Gemmas; other families have none in common.
+  """
   if tokenizer is None:
+    if not model_type.startswith("gemma"):
+      return {}
     return dict(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
   return {f"{key}_token_id": getattr(tokenizer, f"{key}_id") for key in _IDS}
 

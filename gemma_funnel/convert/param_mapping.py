@@ -21,7 +21,7 @@ from gemma_funnel.config import FunnelConfig, TransformerConfig
 from gemma_funnel.convert.tensor_io import Index, TensorReader, rename
 from gemma_funnel.model import Transformer
 
-# Fields that no format of others has, each with what Gemma has there.
+# Fields that Google's formats have not, each with what Gemma has there.
 _GEMMA = {
   "local_rope_base": None,
   "rope_scaling": None,
@@ -162,7 +162,7 @@ def own_tensors(
 
 
 def check_gemma(config: TransformerConfig, where: str = "") -> None:
-  """Checks that the formats of others can express a model; `where` it lies.
+  """Checks that Google's formats can express a model; `where` it lies.
 
   Raises:
     ValueError: it cannot; all fields are named.
@@ -178,8 +178,8 @@ def check_gemma(config: TransformerConfig, where: str = "") -> None:
   ]
   require(
     not differ,
-    f"{where and f'{where}: '}formats of others cannot have "
-    f"{', '.join(differ)}: expected a Gemma 1 or 2, or our own format, orbax",
+    f"{where and f'{where}: '}Google's formats cannot have "
+    f"{', '.join(differ)}: expected a Gemma 1 or 2, or the formats hf or orbax",
   )
 
 

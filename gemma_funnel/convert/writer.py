@@ -155,10 +155,10 @@ def make_spec(
       tensors, dtype, detect.SAFETENSORS, SafetensorsWriter
     )
     raw = huggingface.make_config(config, stages, dtype.name)
-    ids = huggingface.special_ids(tokenizer)
-    texts[detect.CONFIG] = _dump(raw | ids | kept)
-    names = {key: kept.get(key, value) for key, value in ids.items()}
-    texts["generation_config.json"] = _dump(names)
+    ids = huggingface.special_ids(tokenizer, raw["model_type"]) | kept
+    texts[detect.CONFIG] = _dump(raw | ids)
+    ids = {k: v for k, v in ids.items() if k.endswith("_token_id")}
+    texts["generation_config.json"] = _dump(ids)
     if tokenizer is not None:
       described = huggingface.make_tokenizer_config(tokenizer)
       texts["tokenizer_config.json"] = _dump(described)
