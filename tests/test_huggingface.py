@@ -1,5 +1,7 @@
 """Hugging Face's config.json, read and written, and names of tensors."""
 
+import dataclasses
+
 import pytest
 from tiny_checkpoints import GEMMA1, GEMMA2, D, F, H, K, L, N, V, write_config
 
@@ -86,6 +88,156 @@ def test_published_configs_are_the_presets(tmp_path, name):
     )
   config = config_of(tmp_path, raw, **changes)
   assert config == TransformerConfig.from_dict(PRESETS[name])
+
+
+def _sized(model_type, depth, width, mlp, heads, kv_heads, vocab, **others):
+  return (
+    dict(
+      model_type=model_type,
+      num_hidden_layers=depth,
+      hidden_size=width,
+      intermediate_size=mlp,
+      num_attention_heads=heads,
+      num_key_value_heads=kv_heads,
+      vocab_size=vocab,
+    )
+    | others
+  )
+
+
+def _sees_images(depth, width, mlp, **others):
+  """As released: most of what its configuration class says is left out."""
+  text = dict(
+    model_type="gemma3_text",
+    num_hidden_layers=depth,
+    hidden_size=width,
+    intermediate_size=mlp,
+    rope_scaling={"factor": 8.0, "rope_type": "linear"},
+    sliding_window=1024,
+  )
+  return dict(
+    model_type="gemma3",
+    boi_token_index=255_999,
+    eoi_token_index=256_000,
+    eos_token_id=[1, 106],
+    image_token_index=262_144,
+    mm_tokens_per_image=256,
+    text_config=text | others,
+    vision_config=dict(model_type="siglip_vision_model", hidden_size=1152),
+  )
+
+
+_LLAMA = dict(
+  hidden_act="silu",
+  max_position_embeddings=8192,
+  rms_norm_eps=1e-5,
+  rope_theta=500_000.0,
+  tie_word_embeddings=False,
+  attention_bias=False,
+)
+_SCALING = dict(
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=8192,
+  rope_type="llama3",
+)
+_GEMMA3 = dict(
+  head_dim=256,
+  attn_logit_softcapping=None,
+  final_logit_softcapping=None,
+  cache_implementation="hybrid",
+  hidden_activation="gelu_pytorch_tanh",
+  max_position_embeddings=32_768,
+  query_pre_attn_scalar=256,
+  rms_norm_eps=1e-6,
+  rope_local_base_freq=10_000,
+  rope_scaling=None,
+  rope_theta=1_000_000,
+  sliding_window=512,
+)
+_QWEN = dict(
+  hidden_act="silu",
+  max_position_embeddings=131_072,
+  max_window_layers=28,
+  rms_norm_eps=1e-6,
+  rope_theta=1_000_000.0,
+  sliding_window=131_072,
+  use_sliding_window=False,
+  use_mrope=False,
+)
+OTHERS = {
+  "gemma3_270m": _sized("gemma3_text", 18, 640, 2048, 4, 1, 262_144, **_GEMMA3)
+  | dict(
+    _sliding_window_pattern=6,
+    use_bidirectional_attention=False,
+    layer_types=([*["sliding_attention"] * 5, "full_attention"] * 3),
+  ),
+  "gemma3_1b": _sized("gemma3_text", 26, 1152, 6912, 4, 1, 262_144, **_GEMMA3)
+  | dict(sliding_window_pattern=6),
+  "gemma3_4b": _sees_images(34, 2560, 10_240),
+  "gemma3_12b": _sees_images(
+    48, 3840, 15_360, num_attention_heads=16, num_key_value_heads=8
+  ),
+  "gemma3_27b": _sees_images(
+    62,
+    5376,
+    21_504,
+    num_attention_heads=32,
+    num_key_value_heads=16,
+    head_dim=128,
+    query_pre_attn_scalar=168,
+  ),
+  "llama2_7b": _sized("llama", 32, 4096, 11_008, 32, 32, 32_000, **_LLAMA)
+  | dict(rope_theta=None, max_position_embeddings=4096, pretraining_tp=1),
+  "llama3_8b": _sized("llama", 32, 4096, 14_336, 32, 8, 128_256, **_LLAMA),
+  "llama3.1_8b": _sized("llama", 32, 4096, 14_336, 32, 8, 128_256, **_LLAMA)
+  | dict(rope_scaling=_SCALING, max_position_embeddings=131_072),
+  "llama3.2_1b": _sized("llama", 16, 2048, 8192, 32, 8, 128_256, **_LLAMA)
+  | dict(
+    rope_scaling=_SCALING | dict(factor=32.0),
+    max_position_embeddings=131_072,
+    head_dim=64,
+    mlp_bias=False,
+    tie_word_embeddings=True,
+  ),
+  "smollm2_135m": _sized("llama", 30, 576, 1536, 9, 3, 49_152, **_LLAMA)
+  | dict(
+    rope_theta=100_000,
+    rope_interleaved=False,
+    is_llama_config=True,
+    tie_word_embeddings=True,
+  ),
+  "mistral_7b_v0.1": _sized("mistral", 32, 4096, 14_336, 32, 8, 32_000)
+  | dict(
+    _LLAMA,
+    rope_theta=10_000.0,
+    sliding_window=4096,
+    max_position_embeddings=32_768,
+  ),
+  "mistral_7b_v0.3": _sized("mistral", 32, 4096, 14_336, 32, 8, 32_768)
+  | dict(
+    _LLAMA,
+    rope_theta=1_000_000.0,
+    sliding_window=None,
+    max_position_embeddings=32_768,
+  ),
+  "qwen2_0.5b": _sized("qwen2", 24, 896, 4864, 14, 2, 151_936, **_QWEN)
+  | dict(tie_word_embeddings=True),
+  "qwen2_7b": _sized("qwen2", 28, 3584, 18_944, 28, 4, 152_064, **_QWEN),
+  "deepseek_r1_distill_qwen_1.5b": _sized(
+    "qwen2", 28, 1536, 8960, 12, 2, 151_936, **_QWEN
+  )
+  | dict(rope_theta=10_000, sliding_window=4096, max_window_layers=21),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_published_configs_of_others_are_the_presets(tmp_path, name):
+  config = config_of(tmp_path, OTHERS[name])
+  preset = TransformerConfig.preset(name)
+  assert dataclasses.replace(config, window=preset.window) == preset
+  assert config.layers == preset.layers
 
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"

@@ -13,6 +13,7 @@ import sys
 import time
 
 from gemma_funnel import cli
+from gemma_funnel.checks import require
 from gemma_funnel.config import DTYPES, PRESETS, TransformerConfig
 from gemma_funnel.convert import (
   conversion,
@@ -80,6 +81,10 @@ def _read_config(given: str | None) -> TransformerConfig | None:
   if given in PRESETS:
     return TransformerConfig.preset(given)
   file = pathlib.Path(given)
+  require(
+    file.exists(),
+    f"--config={given}: expected a file, or a preset, one of {list(PRESETS)}",
+  )
   if "model_type" in read_json(file):
     return huggingface.read_config(file)
   return detect.read_own_config(file)[0]

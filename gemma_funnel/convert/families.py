@@ -82,6 +82,7 @@ class Family:
     pattern: local layers before each global one; None is no such key.
     window: what an absent `sliding_window` means; None is no such key.
     head_dim: whether its key has to be there, else it is width / heads.
+    sizes: what other absent sizes mean.
   """
 
   model_type: str
@@ -98,6 +99,7 @@ class Family:
   pattern: int | None = None
   window: int | None = None
   head_dim: bool = True
+  sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def fixed(self) -> Mapping[str, Any]:
@@ -137,6 +139,13 @@ FAMILIES: dict[str, Family] = {
       scalings=("linear",),
       pattern=6,
       window=4096,
+      # The published ones that see images leave these out.
+      sizes=dict(
+        vocab_size=262_208,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+      ),
     ),
     Family(
       "llama",
@@ -195,7 +204,8 @@ _SAYS_WHAT = re.compile(
 def to_config(raw: Mapping[str, Any]) -> TransformerConfig:
   """The model that the content of a config.json describes, in float32.
 
-  An absent key means what it means to transformers; sizes have to be there.
+  An absent key means what it means to transformers; most sizes have to be
+  there.
 
   Raises:
     ValueError: no family that is known, a key that is missing, that is of
@@ -451,9 +461,13 @@ def _agree(what: str, said: Mapping[str, Any], default: Any) -> Any:
 
 def _sizes(keys: _Keys, family: Family) -> dict[str, Any]:
   optional = () if family.head_dim else ("head_dim", "num_key_value_heads")
+  optional = (*optional, *family.sizes)
   missing = [k for k in _SIZES if k not in optional and not keys.given(k)]
   require(not missing, f"no {missing}")
-  sizes = {ours: keys.get(theirs) for theirs, ours in _SIZES.items()}
+  sizes = {
+    ours: keys.get(theirs, family.sizes.get(theirs))
+    for theirs, ours in _SIZES.items()
+  }
   if sizes["num_kv_heads"] is None:
     sizes["num_kv_heads"] = sizes["num_heads"]
   if sizes["head_dim"] is None:
