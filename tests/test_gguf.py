@@ -248,7 +248,11 @@ def test_a_part_of_permuted_rows(tmp_path):
     ("general.architecture", "mamba", "'mamba' is not supported: expected"),
     ("llama.expert_count", 8, r"has \['llama.expert_count'\]: expected none"),
     ("llama.rope.scaling.type", "yarn", "yarn"),
-    ("llama.attention.head_count", 3, "expected a multiple|the width of a head"),
+    (
+      "llama.attention.head_count",
+      3,
+      "expected a multiple|the width of a head",
+    ),
     ("llama.attention.value_length", 7, "value_length=7: expected 16"),
     ("llama.block_count", "3", "block_count|num_hidden_layers"),
     ("tokenizer.ggml.model", "bert", "'bert': expected 'llama'"),
