@@ -16,12 +16,12 @@ from ml_collections import config_dict
 
 from gemma_funnel.config import TransformerConfig
 
-_FULL_SIZE = "gemma"  # Presets of published sizes start with it.
+_SMALL = ("bench", "quickstart", "tiny")  # Others are of published sizes.
 
 
 def get_config(preset: str = "bench") -> config_dict.ConfigDict:
   """The configuration of a latency measurement of a preset."""
-  full_size = preset.startswith(_FULL_SIZE)
+  full_size = preset not in _SMALL
   dtypes = dict(param_dtype="bfloat16", dtype="bfloat16") if full_size else {}
   model = TransformerConfig.preset(preset, **dtypes)
   lengths = (512, 1024, 2048, 4096, 8192) if full_size else (1024, 2048, 4096)
@@ -60,7 +60,9 @@ def get_config(preset: str = "bench") -> config_dict.ConfigDict:
   config.checkpoint = config_dict.placeholder(str)
   config.model = config_dict.ConfigDict(
     {
-      key: config_dict.placeholder(float) if value is None else value
+      key: config_dict.placeholder(float)
+      if value is None and key != "rope_scaling"
+      else value
       for key, value in model.to_dict().items()
     }
   )

@@ -524,7 +524,7 @@ class TransformerConfig:
       ValueError: an unknown field, or a value out of range.
     """
     scaling = values.get("rope_scaling")
-    if isinstance(scaling, Mapping):
+    if hasattr(scaling, "items"):
       values = {**values, "rope_scaling": _from_mapping(RopeScaling, scaling)}
     return _from_mapping(cls, values)
 
@@ -539,51 +539,124 @@ class TransformerConfig:
     return cls.from_dict({**PRESETS[name], **changes})
 
 
-def _gemma1(**sizes) -> dict[str, Any]:
-  return dict(
-    vocab_size=256_000,
-    head_dim=256,
-    query_pre_attn_scalar=256.0,
-    attention_pattern=("global",),
-    attn_softcap=None,
-    final_softcap=None,
-    post_norms=False,
-    **sizes,
-  )
+_GEMMA1 = dict(
+  attention_pattern=("global",),
+  attn_softcap=None,
+  final_softcap=None,
+  post_norms=False,
+)
+_LLAMA = _GEMMA1 | dict(norm_offset=0.0, embed_scale=1.0, activation="silu")
+# What all models of a family have, where it is not what Gemma 2 has. Families
+# have transformers' names.
+FAMILIES: dict[str, dict[str, Any]] = dict(
+  gemma=_GEMMA1,
+  gemma2={},
+  gemma3_text=dict(qk_norm=True),
+  llama=_LLAMA,
+  mistral=_LLAMA,
+  qwen2=_LLAMA | dict(attention_bias=True),
+)
 
 
-def _gemma2(head_dim=256, query_pre_attn_scalar=256.0, **sizes):
-  return dict(
-    vocab_size=256_000,
-    head_dim=head_dim,
-    query_pre_attn_scalar=query_pre_attn_scalar,
-    **sizes,
-  )
+def _sized(sizes: str, **others) -> dict[str, Any]:
+  """A preset of "L D F N K"; heads are D/N wide if `others` do not say."""
+  names = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads")
+  found = dict(zip(names, map(int, sizes.split()), strict=True)) | others
+  found.setdefault("head_dim", found["embed_dim"] // found["num_heads"])
+  found.setdefault("query_pre_attn_scalar", float(found["head_dim"]))
+  return found
 
 
-# The published sizes agree in google-deepmind/gemma, google/gemma_pytorch and
-# Hugging Face's configurations. Two are often got wrong: 9B scales queries by
-# 256 (= head_dim) and not 224 (= D/N), 27B by 144 (= D/N) and not 128.
+_G1 = FAMILIES["gemma"] | dict(vocab_size=256_000, head_dim=256)
+_G2 = FAMILIES["gemma2"] | dict(vocab_size=256_000, head_dim=256)
+_G3 = FAMILIES["gemma3_text"] | dict(
+  vocab_size=262_144,
+  head_dim=256,
+  attention_pattern=("local",) * 5 + ("global",),
+  window=512,
+  attn_softcap=None,
+  final_softcap=None,
+  rope_base=1e6,
+  local_rope_base=1e4,
+  max_length=32_768,
+)
+# Those that see images have 64 rows of the embedding more.
+_G3_LARGE = _G3 | dict(
+  vocab_size=262_208,
+  window=1024,
+  rope_scaling=dict(kind="linear", factor=8.0),
+  max_length=131_072,
+)
+_L2 = FAMILIES["llama"] | dict(
+  vocab_size=32_000, norm_eps=1e-5, max_length=4096, tied=False
+)
+_L3 = _L2 | dict(vocab_size=128_256, rope_base=5e5, max_length=8192)
+_L31 = _L3 | dict(
+  rope_scaling=dict(kind="llama3", factor=8.0), max_length=131_072
+)
+_L32 = _L31 | dict(rope_scaling=dict(kind="llama3", factor=32.0), tied=True)
+_SMOL = FAMILIES["llama"] | dict(
+  vocab_size=49_152, rope_base=1e5, norm_eps=1e-5
+)
+_MISTRAL = FAMILIES["mistral"] | dict(
+  norm_eps=1e-5, max_length=32_768, tied=False
+)
+# Qwen2.5's are the same; some are for texts of at most 32,768 tokens.
+_QWEN = FAMILIES["qwen2"] | dict(
+  vocab_size=151_936, rope_base=1e6, max_length=131_072
+)
+_DISTILL = _QWEN | dict(rope_base=1e4, tied=False)
+
+# The published sizes of Gemma 1 and 2 agree in google-deepmind/gemma,
+# google/gemma_pytorch and Hugging Face's configurations. Two are often got
+# wrong: Gemma 2 9B scales queries by 256 (= head_dim) and not 224 (= D/N), 27B
+# by 144 (= D/N) and not 128. The others are those of Hugging Face's.
 PRESETS: dict[str, dict[str, Any]] = {
-    "gemma1_2b": _gemma1(
-        num_layers=18, embed_dim=2048, mlp_dim=16_384, num_heads=8,
-        num_kv_heads=1,
+    "gemma1_2b": _sized("18 2048 16384 8 1", **_G1),
+    "gemma1_7b": _sized("28 3072 24576 16 16", **_G1),
+    "gemma2_2b": _sized("26 2304 9216 8 4", **_G2),
+    "gemma2_9b": _sized("42 3584 14336 16 8", **_G2),
+    "gemma2_27b": _sized(
+        "46 4608 36864 32 16",
+        **_G2 | dict(head_dim=128, query_pre_attn_scalar=144.0),
     ),
-    "gemma1_7b": _gemma1(
-        num_layers=28, embed_dim=3072, mlp_dim=24_576, num_heads=16,
-        num_kv_heads=16,
+    "gemma3_270m": _sized("18 640 2048 4 1", **_G3),
+    "gemma3_1b": _sized("26 1152 6912 4 1", **_G3),
+    "gemma3_4b": _sized("34 2560 10240 8 4", **_G3_LARGE),
+    "gemma3_12b": _sized("48 3840 15360 16 8", **_G3_LARGE),
+    "gemma3_27b": _sized(
+        "62 5376 21504 32 16",
+        **_G3_LARGE | dict(head_dim=128, query_pre_attn_scalar=168.0),
     ),
-    "gemma2_2b": _gemma2(
-        num_layers=26, embed_dim=2304, mlp_dim=9216, num_heads=8,
-        num_kv_heads=4,
+    "llama2_7b": _sized("32 4096 11008 32 32", **_L2),
+    "llama2_13b": _sized("40 5120 13824 40 40", **_L2),
+    "llama2_70b": _sized("80 8192 28672 64 8", **_L2),
+    "llama3_8b": _sized("32 4096 14336 32 8", **_L3),
+    "llama3_70b": _sized("80 8192 28672 64 8", **_L3),
+    "llama3.1_8b": _sized("32 4096 14336 32 8", **_L31),
+    "llama3.1_70b": _sized("80 8192 28672 64 8", **_L31),
+    "llama3.2_1b": _sized("16 2048 8192 32 8", **_L32),
+    "llama3.2_3b": _sized("28 3072 8192 24 8", **_L32),
+    "smollm2_135m": _sized("30 576 1536 9 3", **_SMOL),
+    "smollm2_360m": _sized("32 960 2560 15 5", **_SMOL),
+    "smollm2_1.7b": _sized(
+        "24 2048 8192 32 32", **_SMOL | dict(rope_base=1.3e5)
     ),
-    "gemma2_9b": _gemma2(
-        num_layers=42, embed_dim=3584, mlp_dim=14_336, num_heads=16,
-        num_kv_heads=8,
+    "mistral_7b_v0.1": _sized(
+        "32 4096 14336 32 8", vocab_size=32_000,
+        **_MISTRAL | dict(attention_pattern=("local",)),
     ),
-    "gemma2_27b": _gemma2(
-        num_layers=46, embed_dim=4608, mlp_dim=36_864, num_heads=32,
-        num_kv_heads=16, head_dim=128, query_pre_attn_scalar=144.0,
+    "mistral_7b_v0.3": _sized(
+        "32 4096 14336 32 8", vocab_size=32_768, rope_base=1e6, **_MISTRAL
+    ),
+    "qwen2_0.5b": _sized("24 896 4864 14 2", **_QWEN),
+    "qwen2_1.5b": _sized("28 1536 8960 12 2", **_QWEN),
+    "qwen2_7b": _sized(
+        "28 3584 18944 28 4", **_QWEN | dict(vocab_size=152_064, tied=False)
+    ),
+    "deepseek_r1_distill_qwen_1.5b": _sized("28 1536 8960 12 2", **_DISTILL),
+    "deepseek_r1_distill_qwen_7b": _sized(
+        "28 3584 18944 28 4", **_DISTILL | dict(vocab_size=152_064)
     ),
     # The shape that latency is compared on with other implementations.
     "bench": dict(

@@ -185,7 +185,8 @@ def _set_group(group, flag: str, text: str | None) -> None:
     f"its own, such as {flag}.num_layers=...",
   )
   sizes = TransformerConfig.preset(text).to_dict()
-  group.update({k: v for k, v in sizes.items() if k not in RUNTIME})
+  for key in sizes.keys() - set(RUNTIME):
+    group[key] = sizes[key]
 
 
 def _parse(text: str, kind: type, value: Any) -> Any:

@@ -13,9 +13,11 @@ import zlib
 from flax import nnx
 import jax
 
+from gemma_funnel import config as config_lib
 from gemma_funnel.config import (
   POSITIONS,
   FunnelConfig,
+  RopeScaling,
   TransformerConfig,
   format_funnel,
   resolve_funnel,
@@ -31,6 +33,29 @@ LENGTH = 37
 CONFIG = TransformerConfig.preset(
   "tiny", num_layers=5, window=14, scan_layers=False, kernel="reference"
 )
+
+# What else has a value of its own in the models of other families; the bases
+# and the scalings bite at this length.
+_OWN = dict(
+  gemma3_text=dict(
+    attn_softcap=None,
+    final_softcap=None,
+    rope_base=3000.0,
+    local_rope_base=30.0,
+    rope_scaling=RopeScaling("linear", 8.0),
+  ),
+  llama=dict(
+    norm_eps=1e-5, rope_scaling=RopeScaling("llama3", 4.0, 1.0, 4.0, 16)
+  ),
+  mistral=dict(attention_pattern=("local",)),
+  qwen2=dict(attention_pattern=("global", "local")),
+)
+FAMILIES = {
+  name: dataclasses.replace(CONFIG, **fixed | _OWN.get(name, {}))
+  for name, fixed in config_lib.FAMILIES.items()
+}
+GEMMA2 = "gemma2"  # CONFIG's.
+OTHERS = tuple(name for name in FAMILIES if name != GEMMA2)
 
 OF_A_STAGE = dict(
   reduce=tuple(n for n in REDUCERS if REDUCERS[n].trains),
@@ -129,10 +154,11 @@ def covering(options: dict, size: int, turn: int = 0) -> list[dict]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A funnel, and which way its model looks."""
+  """A funnel, which way its model looks, and of which family it is."""
 
   stages: tuple[FunnelConfig, ...]
   causal: bool
+  family: str = GEMMA2
 
   @classmethod
   def of(cls, chosen: dict, **fixed) -> "Case":
@@ -157,7 +183,9 @@ class Case:
     return self.stride if apart else 0
 
   def __str__(self):
-    return f"{'causal' * self.causal or 'both'}:{format_funnel(self.stages)}"
+    family = "" if self.family == GEMMA2 else f"{self.family}:"
+    way = "causal" if self.causal else "both"
+    return f"{family}{way}:{format_funnel(self.stages)}"
 
 
 def each_value(cases: list[dict]) -> list[dict]:
@@ -171,8 +199,8 @@ def each_value(cases: list[dict]) -> list[dict]:
 
 
 @functools.cache
-def base() -> Transformer:
-  return Transformer(CONFIG, rngs=nnx.Rngs(0))
+def base(family: str = GEMMA2) -> Transformer:
+  return Transformer(FAMILIES[family], rngs=nnx.Rngs(0))
 
 
 def stirred(model: Transformer) -> Transformer:
@@ -181,7 +209,8 @@ def stirred(model: Transformer) -> Transformer:
   def stir(path, x):
     name = jax.tree_util.keystr(path)
     key = jax.random.fold_in(jax.random.key(1), zlib.crc32(name.encode()))
-    size = 0.3 if "scale" in name or "funnel" in name else 0.0
+    moved = any(word in name for word in ("scale", "bias", "funnel"))
+    size = 0.3 if moved else 0.0
     return x + size * jax.random.normal(key, x.shape)
 
   graphdef, params = nnx.split(model)
@@ -189,9 +218,9 @@ def stirred(model: Transformer) -> Transformer:
 
 
 @functools.cache
-def make_model(stages=()) -> Transformer:
+def make_model(stages=(), family: str = GEMMA2) -> Transformer:
   """Of these resolved stages; nothing in it is neutral."""
-  return stirred(base().with_funnel(stages))
+  return stirred(base(family).with_funnel(stages))
 
 
 @functools.cache

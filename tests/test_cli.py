@@ -143,7 +143,7 @@ QUICK = "--config=quickstart"
     ("train.py", [QUICK, "--config.optimizer.b1=x"], "a number, or None"),
     ("train.py", [QUICK, "--config.profile_steps=(1"], "expected a tuple"),
     ("train.py", [QUICK, "--config.optimizer=adam"], "is a group of keys"),
-    ("train.py", [QUICK, "--config.model=gemma3"], "preset.* 'gemma2_2b'"),
+    ("train.py", [QUICK, "--config.model=gemma4"], "preset.* 'gemma2_2b'"),
     # Configurations of other commands.
     ("train.py", ["--config=eval_latency"], "python eval.py --config=eval_la"),
     ("train.py", ["--config=ablation_quick"], "python -m gemma_funnel.study"),
@@ -190,6 +190,12 @@ def test_a_wrong_command_is_told_of(command, arguments, said, run_main):
     (["--config.data.source=a=b,file:///c"], "data.source", "a=b,/c"),
     # A preset, and one of its keys, in whatever order.
     (["--config.model=gemma2_9b"], "model.embed_dim", 3584),
+    (["--config.model=llama3.2_1b"], "model.rope_scaling.factor", 32.0),
+    (
+      ["--config.model=llama3.1_8b", "--config.model=tiny"],
+      "model.rope_scaling",
+      None,
+    ),
     (
       ["--config.model.window=3", "--config.model=gemma1_2b"],
       "model.window",

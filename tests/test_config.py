@@ -281,8 +281,10 @@ def test_model_fields(changes, message):
 
 
 def test_models_are_read_from_config_dicts():
-  values = ml_collections.ConfigDict(TransformerConfig.preset("tiny").to_dict())
-  assert TransformerConfig.from_dict(values) == TransformerConfig.preset("tiny")
+  for preset in ("tiny", "llama3.1_8b"):
+    config = TransformerConfig.preset(preset)
+    values = ml_collections.ConfigDict(config.to_dict())
+    assert TransformerConfig.from_dict(values) == config
 
 
 def test_unknown_preset():

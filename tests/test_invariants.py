@@ -14,6 +14,7 @@ from funnel_grid import (
   LENGTH,
   OF_A_STAGE,
   OPTIONS,
+  OTHERS,
   Case,
   covering,
   each_value,
@@ -37,6 +38,12 @@ GRID = PLAIN + [Case.of(chosen) for chosen in PAIRS]
 FEW = PLAIN + [Case.of(chosen) for chosen in each_value(PAIRS)]
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 MORE = [slow(Case.of(c)) for c in covering(OPTIONS, 2, turn=5)[::6]]
+# Of each other family the plain model, and one with a funnel of the grid.
+OF_FAMILIES = [
+  dataclasses.replace(case, family=family)
+  for number, family in enumerate(OTHERS)
+  for case in (PLAIN[number % 2], Case.of(PAIRS[5 * number + 2]))
+]
 over = functools.partial(pytest.mark.parametrize, "case", ids=str)
 
 
@@ -147,7 +154,7 @@ def _slots(segment_T, case: Case):
 def _run(case: Case, rows: dict) -> dict[str, Row]:
   """What the model makes of rows, by their names."""
   tokens, segments = map(np.stack, zip(*rows.values(), strict=True))
-  hidden_BRD = make_model(case.stages).encode(
+  hidden_BRD = make_model(case.stages, case.family).encode(
     tokens, segments, causal=case.causal
   )
   return {
@@ -166,7 +173,7 @@ def _hidden(case: Case) -> dict[str, Row]:
 # --- Invariants -----------------------------------------------------------
 
 
-@over(GRID + MORE)
+@over(GRID + MORE + OF_FAMILIES)
 def test_the_future_is_hidden_or_seen(case):
   """By perturbation: tokens from s on are others."""
   rows = _hidden(case)
@@ -185,7 +192,7 @@ def test_the_future_is_hidden_or_seen(case):
     assert change_SR[before_SR].max() > 1e-2
 
 
-@over(GRID + MORE)
+@over(GRID + MORE + OF_FAMILIES)
 def test_padding_changes_nothing(case):
   """Wherever a segment starts, and whatever the padding holds."""
   rows = _hidden(case)
@@ -196,7 +203,7 @@ def test_padding_changes_nothing(case):
     assert np.all(np.isfinite(row.hidden_RD))
 
 
-@over(GRID + MORE)
+@over(GRID + MORE + OF_FAMILIES)
 def test_packed_equals_unpacked(case):
   """So no segment leaks into another either."""
   rows = _hidden(case)
@@ -211,13 +218,15 @@ def test_packed_equals_unpacked(case):
     )
 
 
-@over(FEW)
+@over(FEW + OF_FAMILIES)
 def test_a_row_of_one_segment_need_not_say_so(case):
   """And may end early where no token looks ahead: a prefix of a causal row."""
   base = _hidden(case)["base"]
   length = case.stride + 1 if case.causal else LENGTH
   tokens = _tokens()[None, :length]
-  got = make_model(case.stages).encode(tokens, causal=case.causal)[0]
+  got = make_model(case.stages, case.family).encode(tokens, causal=case.causal)[
+    0
+  ]
   want = base.hidden_RD[base.last_R < length] if case.causal else base.hidden_RD
   np.testing.assert_allclose(got[: len(want)], want, atol=1e-5)
 
@@ -231,9 +240,13 @@ ONES = {
 
 @over(
   [Case.of(chosen, stride=1, recover="repeat") for chosen in covering(ONES, 2)]
+  + [
+    Case(resolve_funnel("start=1,stop=4,stride=1,recover=repeat", 5), True, f)
+    for f in OTHERS
+  ]
 )
 def test_stride_1_with_repeat_is_the_plain_model(case):
-  want = _hidden(Case((), case.causal))
+  want = _hidden(Case((), case.causal, case.family))
   got = _run(case, _rows(1, 0))
   for name, row in got.items():
     real_T = row.segment_R != 0
@@ -242,16 +255,17 @@ def test_stride_1_with_repeat_is_the_plain_model(case):
     )
 
 
-@over([case for case in GRID if case.stages])
+@over([case for case in GRID + OF_FAMILIES if case.stages])
 def test_a_funnel_changes_the_output(case):
-  got, want = _hidden(case)["base"], _hidden(Case((), case.causal))["base"]
+  plain = Case((), case.causal, case.family)
+  got, want = _hidden(case)["base"], _hidden(plain)["base"]
   size = len(got.hidden_RD)
   assert np.abs(got.hidden_RD - want.hidden_RD[:size]).max() > 1e-2
 
 
 def _jacobians(case: Case, length: int):
   """(|d slot / d input| [R, T], |d slot / d parameter| by name)."""
-  graphdef, params = nnx.split(make_model(case.stages))
+  graphdef, params = nnx.split(make_model(case.stages, case.family))
   tokens = _tokens(1, length)
   direction_D = np.random.default_rng(1).normal(size=CONFIG.embed_dim)
 
@@ -272,7 +286,7 @@ def _jacobians(case: Case, length: int):
   return np.abs(of_input).max(axis=(1, 3)), by_name
 
 
-@over(FEW + [slow(case) for case in GRID[::4] if case not in FEW])
+@over(FEW + OF_FAMILIES + [slow(case) for case in GRID[::4] if case not in FEW])
 def test_by_jacobian(case):
   """No output depends on its future; some depends on every parameter.
 

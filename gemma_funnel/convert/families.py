@@ -1,8 +1,8 @@
 """Configurations of Hugging Face's families, and names of their tensors.
 
-A family is a row of `FAMILIES`: what its models always are, what an absent key
-of its config.json means, and how a layer's tensors are called. Nothing of
-torch or transformers is needed.
+A family is a row of `FAMILIES`: what an absent key of its config.json means,
+and how a layer's tensors are called; what its models always are is in
+`config.FAMILIES`. Nothing of torch or transformers is needed.
 
 Everything that a config.json says of what is computed is read, or refused: two
 spellings of one fact have to agree, and so does a key that we do not know with
@@ -15,6 +15,7 @@ import math
 import re
 from typing import Any
 
+from gemma_funnel import config as config_lib
 from gemma_funnel.checks import require
 from gemma_funnel.config import RopeScaling, TransformerConfig
 from gemma_funnel.convert.param_mapping import Path
@@ -66,14 +67,6 @@ _GEMMA3_LAYER: Names = {
   "self_attn.k_norm": (("attn", "key_norm", "scale"), "H"),
 }
 
-_GEMMA1 = dict(
-  attention_pattern=("global",),
-  attn_softcap=None,
-  final_softcap=None,
-  post_norms=False,
-)
-_LLAMA = _GEMMA1 | dict(norm_offset=0.0, embed_scale=1.0, activation="silu")
-
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -82,7 +75,6 @@ class Family:
   Attributes:
     model_type, architecture: its names.
     layer: of a layer's tensors.
-    fixed: fields of TransformerConfig that all its models have.
     keys: (field, what an absent key means) of those of its keys that are one
       number of ours; None is nothing.
     rope_base, local_rope_base, max_length, tied: what absent keys mean.
@@ -95,7 +87,6 @@ class Family:
   model_type: str
   architecture: str
   layer: Names
-  fixed: Mapping[str, Any]
   keys: Mapping[str, tuple[str, float | None]] = dataclasses.field(
     default_factory=dict
   )
@@ -108,17 +99,21 @@ class Family:
   window: int | None = None
   head_dim: bool = True
 
+  @property
+  def fixed(self) -> Mapping[str, Any]:
+    """Fields of TransformerConfig that all its models have."""
+    return config_lib.FAMILIES[self.model_type]
+
 
 _SCALAR = {"query_pre_attn_scalar": ("query_pre_attn_scalar", 256.0)}
 FAMILIES: dict[str, Family] = {
   family.model_type: family
   for family in (
-    Family("gemma", "GemmaForCausalLM", _LLAMA_LAYER, _GEMMA1),
+    Family("gemma", "GemmaForCausalLM", _LLAMA_LAYER),
     Family(
       "gemma2",
       "Gemma2ForCausalLM",
       _GEMMA2_LAYER,
-      {},
       keys=_SCALAR
       | {
         "attn_logit_softcapping": ("attn_softcap", 50.0),
@@ -131,7 +126,6 @@ FAMILIES: dict[str, Family] = {
       "gemma3_text",
       "Gemma3ForCausalLM",
       _GEMMA3_LAYER,
-      dict(qk_norm=True),
       keys=_SCALAR
       | {
         "attn_logit_softcapping": ("attn_softcap", None),
@@ -148,7 +142,6 @@ FAMILIES: dict[str, Family] = {
       "llama",
       "LlamaForCausalLM",
       _LLAMA_LAYER,
-      _LLAMA,
       max_length=2048,
       tied=False,
       scalings=("linear", "llama3"),
@@ -158,7 +151,6 @@ FAMILIES: dict[str, Family] = {
       "mistral",
       "MistralForCausalLM",
       _LLAMA_LAYER,
-      _LLAMA,
       max_length=131_072,
       tied=False,
       scalings=("linear", "llama3"),
@@ -169,7 +161,6 @@ FAMILIES: dict[str, Family] = {
       "qwen2",
       "Qwen2ForCausalLM",
       _QWEN2_LAYER,
-      _LLAMA | dict(attention_bias=True),
       max_length=32_768,
       tied=False,
       scalings=("linear", "llama3"),
