@@ -254,7 +254,8 @@ def check_paths(config: ml_collections.ConfigDict) -> None:
     ValueError: see `paths.check`.
   """
   for key, group, name in leaves(config):
-    if isinstance(value := group[name], str):
+    models = name in paths.OF_MODELS and str(group[name]).startswith("hf://")
+    if isinstance(value := group[name], str) and not models:
       try:
         found = ",".join(map(paths.check, value.split(",")))
       except ValueError as error:

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from gemma_funnel import paths
 from gemma_funnel.checks import require
 
 # A configuration, an index or bookkeeping; those of the largest have 100 kB.
@@ -58,10 +57,8 @@ def open_file(
         raise ValueError(f"{name} is {_kind(found.st_mode)}: expected a file")
       size, opened = found.st_size, open(descriptor, "rb")
   except OSError as error:
-    missing = isinstance(error, FileNotFoundError)
     raise ValueError(
       f"{name}: cannot be read: {error.strerror or error}"
-      + (paths.hint_missing(name) if missing else "")
     ) from error
   with opened:
     if None not in (most, size) and size > most:

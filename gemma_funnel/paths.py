@@ -9,22 +9,21 @@ from gemma_funnel.checks import require
 # What paths of other places begin with; "gs:/b" is no folder here.
 _SCHEMES = ("gs", "s3", "az", "hf", "http", "https", "file")
 _CLIENTS = {
+  "hf": ("huggingface_hub",),
   "gs": ("gcsfs", "tensorflow"),
   "s3": ("s3fs", "tensorflow"),
   "az": ("adlfs",),
 }
-_DOWNLOAD = (
-  "Download it (hf download OWNER/NAME --local-dir=DIR, of huggingface_hub) and "
-  "name the folder"
-)
+# Keys and flags that may name a model of the Hub.
+OF_MODELS = ("init_from", "checkpoint")
 
 
 def check(path: str | os.PathLike[str]) -> str:
   """A path as it can be opened: of this machine, or of a bucket.
 
   Raises:
-    ValueError: of the Hugging Face Hub, of the web, or of a bucket whose
-      client is not installed.
+    ValueError: a model of the Hugging Face Hub, of the web, or of a bucket
+      whose client is not installed.
   """
   name = os.fspath(path)
   scheme, colon, rest = name.partition(":")
@@ -33,8 +32,12 @@ def check(path: str | os.PathLike[str]) -> str:
   if scheme == "file" and rest.startswith("/"):
     return "/" + rest.removeprefix("//localhost").lstrip("/")
   require(
-    scheme not in ("hf", "http", "https"),
-    f"{name}: is not read from there. {_DOWNLOAD}",
+    scheme not in ("http", "https"),
+    f"{name}: is not read from there: download it and name the file or folder",
+  )
+  require(
+    scheme != "hf" or rest.startswith("//datasets/"),
+    f"{name}: models of the Hub are read by {' and '.join(OF_MODELS)} alone",
   )
   require(
     re.match("//[^/]", rest) is not None,
@@ -46,9 +49,3 @@ def check(path: str | os.PathLike[str]) -> str:
     f"{name}: needs {client and client[0]}: pip install {client and client[0]}",
   )
   return name
-
-
-def hint_missing(path: str | os.PathLike[str]) -> str:
-  """What a message adds where nothing is at `path`: it may be of the Hub."""
-  is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(path))
-  return f" (names of the Hub are not read. {_DOWNLOAD})" if is_name else ""

@@ -156,8 +156,8 @@ QUICK = "--config=quickstart"
     ("train.py", [QUICK, "--config.workdir=gs:"], "expected gs://BUCKET"),
     ("train.py", [QUICK, "--config.workdir=s3://a/b"], "install s3fs"),
     ("train.py", [QUICK, "--config.data.source=a,gs://a/b"], "install gcsfs"),
-    ("train.py", [QUICK, "--config.init_from=hf://a/b"], "Download it"),
-    ("eval.py", ["--config=eval_task", "--config.out=https://a/b"], "Download"),
+    ("train.py", [QUICK, "--config.workdir=hf://a/b"], "by init_from and che"),
+    ("eval.py", ["--config=eval_task", "--config.out=https://a/b"], "download"),
   ],
 )
 def test_a_wrong_command_is_told_of(command, arguments, said, run_main):

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from gemma_funnel import cli, inputs, paths
+from gemma_funnel import cli, inputs
 from gemma_funnel.checks import require
 from gemma_funnel.config import (
   PRESETS,
@@ -21,7 +21,7 @@ from gemma_funnel.config import (
   TransformerConfig,
   resolve_funnel,
 )
-from gemma_funnel.convert import gemma_pytorch, gguf, google, huggingface
+from gemma_funnel.convert import gemma_pytorch, gguf, google, hub, huggingface
 from gemma_funnel.convert.orbax_tree import OrbaxTree, is_orbax_tree
 from gemma_funnel.convert.run import (
   CONFIG,
@@ -117,9 +117,20 @@ def find(path: str | os.PathLike) -> Weights:
     ValueError: nothing that is known, or two formats at once.
   """
   try:
-    return _find(to_path(path))
+    return _find(to_path(local(path)))
   except OSError as error:
     raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def local(path: str | os.PathLike) -> str | os.PathLike:
+  """Where a model of the Hub is here; other paths as they are.
+
+  Raises:
+    ValueError: see `hub.fetch`.
+  """
+  if not hub.is_name(path):
+    return path
+  return hub.fetch(path, (CONFIG, SIDECAR, LEARNED, SUMS, *COMPANIONS))
 
 
 def _find(path: pathlib.Path) -> Weights:
@@ -220,7 +231,7 @@ def _torch(file: pathlib.Path, folder: pathlib.Path) -> Weights:
 
 def _describe(path: pathlib.Path) -> str:
   if not path.exists():
-    return f"there is nothing there{paths.hint_missing(path)}"
+    return "there is nothing there"
   if not path.is_dir():
     return "it is a file of another kind"
   names = _names(path)

@@ -171,6 +171,7 @@ def open_checkpoint(
       that are missing, unexpected, mis-shaped or not floating point: all are
       named.
   """
+  path = detect.local(path)
   weights = detect.find(path)
   if weights.format not in ("run", "gguf"):
     # What is missing of a funnel is told of below, if it is needed.

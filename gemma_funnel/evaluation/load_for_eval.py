@@ -9,8 +9,9 @@ from typing import Any
 from flax import nnx
 from ml_collections import config_dict
 
-from gemma_funnel import convert, paths
+from gemma_funnel import convert
 from gemma_funnel.checks import require
+from gemma_funnel.convert import hub
 from gemma_funnel.convert.run import path_of
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.model import Transformer
@@ -67,8 +68,8 @@ def load(
     "run or of what gemma_funnel.load reads",
   )
   require(
-    path_of(path).exists(),
-    f"checkpoint={path!r} is not there{paths.hint_missing(path)}",
+    hub.is_name(path) or path_of(path).exists(),
+    f"checkpoint={path!r} is not there",
   )
   found = convert.describe(path)
   if found.is_run:

@@ -15,9 +15,10 @@ import ml_collections
 from ml_collections import config_dict
 import optax
 
-from gemma_funnel import checks, cli, convert, paths
+from gemma_funnel import checks, cli, convert
 from gemma_funnel import lora as lora_lib
 from gemma_funnel.config import RUNTIME, FunnelConfig, TransformerConfig
+from gemma_funnel.convert import hub
 from gemma_funnel.convert.run import path_of
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel import sharding
@@ -306,11 +307,10 @@ def open_run(
   base = None
   if config.init_from is not None:
     runtime = {name: getattr(model_config, name) for name in RUNTIME}
-    if not path_of(config.init_from).exists():
-      raise ValueError(
-        f"init_from={config.init_from!r} is not there"
-        + paths.hint_missing(config.init_from)
-      )
+    if not (
+      hub.is_name(config.init_from) or path_of(config.init_from).exists()
+    ):
+      raise ValueError(f"init_from={config.init_from!r} is not there")
     found = convert.describe(config.init_from)
     model_config = dataclasses.replace(found.config, **runtime)
     base = BaseCheckpoint(config.init_from, found.stages, found.tokenizer_path)
