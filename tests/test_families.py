@@ -12,6 +12,7 @@ import re
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -21,6 +22,8 @@ from gemma_funnel import layers as layers_lib
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.decode.decoder import Decoder
 from gemma_funnel.model import Transformer
+from gemma_funnel.parallel import sharding
+from gemma_funnel.parallel.mesh import AXES
 
 pytestmark = pytest.mark.parity
 
@@ -34,7 +37,7 @@ TOKENS = np.random.default_rng(1).integers(3, 97, (2, 90)).astype(np.int32)
 
 def _config(kind, **changes):
   common = dict(
-    vocab_size=97,
+    vocab_size=98,
     hidden_size=40,
     intermediate_size=48,
     num_hidden_layers=3,
@@ -236,7 +239,18 @@ def test_files_come_back(saved, tmp_path, name):
     assert got.get(key) == want[key], key
 
 
-@ALL
+# As another of its family, in other sizes, bases or heads.
+ALIKE = "gemma3_1b gemma3_12b gemma3_sees_images llama3 qwen2_tied".split()
+ALIKE += ["qwen2_sliding_tied", "deepseek_r1_distill_qwen"]
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else [])
+    for name in CONFIGS
+  ],
+)
 def test_cached_decoding_is_the_one_pass_forward(load_ours, name):
   model = load_ours(name).with_funnel("start=1,stop=2,stride=2")
   prompts = [[5, 6, 7, 8, 9], [11, 12, 13]]
@@ -253,6 +267,14 @@ def test_cached_decoding_is_the_one_pass_forward(load_ours, name):
 
 # One of each kind of layer's parameters and switches.
 FEW = ("gemma3_4b", "llama3.1", "mistral_v0.1", "qwen2_sliding")
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_it_is_loaded_onto_a_mesh(saved, name):
+  sizes = dict.fromkeys(AXES, 1) | dict(data=2, fsdp=2, tensor=2)
+  mesh = sharding.make_mesh(config_dict.ConfigDict(sizes))
+  with jax.set_mesh(mesh):
+    assert _difference(convert.load(saved(name), mesh=mesh), name) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", FEW)
