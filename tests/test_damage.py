@@ -85,7 +85,7 @@ def test_the_table(model, tmp_path, monkeypatch):
     "skip",
   ]
   assert plain["damage_text"] == 0 and funnel["damage_text"] != 0
-  assert skip["variant"] == "skip 1:2" and skip["flops_saved"] == 0.5
+  assert skip["variant"] == "skip 1:2" and 0.4 < skip["flops_saved"] < 0.6
   assert 0 < funnel["flops_saved_with_head"] < funnel["flops_saved"] < 0.5
   assert (tmp_path / "out" / "damage.png").stat().st_size > 1000
   monkeypatch.undo()
