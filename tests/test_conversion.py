@@ -468,7 +468,10 @@ def test_dry_run_writes_nothing(source, tmp_path, capsys):
     (["--to=torch"], "invalid choice: 'torch'"),
     (["--to=hf", "--dtype=int8"], "invalid choice: 'int8'"),
     (["--to=hf", "--vocab_size=0"], "model.vocab_size=0"),
-    (["--to=hf", "--config=nowhere.json"], "nowhere.json: expected a file, or a preset"),
+    (
+      ["--to=hf", "--config=nowhere.json"],
+      "nowhere.json: expected a file, or a preset",
+    ),
     (["--to=hf", "--config=gemma2_2b"], "does not fit its configuration"),
     ([], "required: --to"),
   ],

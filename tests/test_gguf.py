@@ -11,9 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import gemma_funnel
-from gemma_funnel import convert
+from gemma_funnel import convert, gguf_head
 from gemma_funnel.convert import families, huggingface
-from gemma_funnel.convert.gguf_file import GGUFFile
 from gemma_funnel.data.tokenizer import Tokenizer
 
 VOCAB = 300
@@ -262,14 +261,14 @@ def test_a_part_of_permuted_rows(tmp_path):
 )
 def test_metadata_that_cannot_be(tmp_path, monkeypatch, key, value, message):
   file, _ = write(tmp_path, "llama")
-  read = GGUFFile._read_head
+  read = gguf_head.read
 
-  def change(self, cursor, size):
-    read(self, cursor, size)
-    changed = np.asarray(value) if isinstance(value, list) else value
-    self.metadata[key] = changed
+  def change(path):
+    head = read(path)
+    head.metadata[key] = np.asarray(value) if isinstance(value, list) else value
+    return head
 
-  monkeypatch.setattr(GGUFFile, "_read_head", change)
+  monkeypatch.setattr(gguf_head, "read", change)
   with pytest.raises(ValueError, match=f"x.gguf.*({message})"):
     Tokenizer.load(file)
     gemma_funnel.load(file)

@@ -4,15 +4,12 @@ Numbers are little-endian. Values of quantised types are blocks along a tensor's
 last axis; llama.cpp's own library dequantises them, a few rows at a time.
 """
 
-from collections.abc import Iterator
 import math
 import os
-import struct
-from typing import Any
 
 import numpy as np
 
-from gemma_funnel import inputs
+from gemma_funnel import gguf_head
 from gemma_funnel.checks import require
 from gemma_funnel.convert.tensor_io import (
   BFLOAT16,
@@ -22,23 +19,6 @@ from gemma_funnel.convert.tensor_io import (
   read_range,
 )
 
-_MAGIC = b"GGUF"
-_VERSIONS = (2, 3)
-_STRING, _ARRAY = 8, 9
-# Of metadata, by the number of the type.
-_SCALARS = {
-  0: "<u1",
-  1: "<i1",
-  2: "<u2",
-  3: "<i2",
-  4: "<u4",
-  5: "<i4",
-  6: "<f4",
-  7: "?",
-  10: "<u8",
-  11: "<i8",
-  12: "<f8",
-}
 # Of tensors that need no library, by the number of the type.
 _PLAIN = {
   0: np.dtype("<f4"),
@@ -50,9 +30,6 @@ _PLAIN = {
   28: np.dtype("<f8"),
   30: BFLOAT16,
 }
-# All that comes before the values: metadata, and what tensors there are.
-_MAX_HEAD = 1 << 30
-_MAX_AXES = 4
 
 
 class GGUFFile:
@@ -61,74 +38,41 @@ class GGUFFile:
   Attributes:
     where: the file.
     tensors: by name; quantised ones are float32.
-    metadata: by key; an array is a numpy array, or a list of bytes.
+    metadata: as of `gguf_head.Head`.
   """
 
   def __init__(self, path: str | os.PathLike):
     """Reads metadata and headers.
 
     Raises:
-      ValueError: it cannot be read, is damaged or cut off, of another version
-        or byte order, or has tensors of a type that cannot be dequantised.
+      ValueError: see `gguf_head.read`; or it has tensors of a type that cannot
+        be dequantised, or that are not where a file has them.
     """
-    self.where = os.fspath(path)
-    with inputs.open_file(path) as file:
-      size = file.seek(0, os.SEEK_END)
-      head = np.memmap(file, np.uint8, "r") if size else b""
-      cursor = _Cursor(memoryview(head)[: min(size, _MAX_HEAD)], self.where)
-      try:
-        self._read_head(cursor, size)
-      except (UnicodeDecodeError, OverflowError) as error:
-        raise cursor.damaged(str(error)) from error
-
-  def _read_head(self, cursor: "_Cursor", size: int) -> None:
-    require(
-      cursor.take(4) == _MAGIC, f"{self.where} is no GGUF file: no {_MAGIC!r}"
-    )
-    version = cursor.number("<u4")
-    require(
-      version in _VERSIONS,
-      f"{self.where} is of GGUF version {version}: expected one of "
-      f"{list(_VERSIONS)}, little-endian",
-    )
-    # Of a tensor and of an entry, the fewest bytes there can be.
-    num_tensors, num_entries = cursor.count(24), cursor.count(13)
-    self.metadata: dict[str, Any] = {}
-    for _ in range(num_entries):
-      key = cursor.string().decode()
-      if key in self.metadata:
-        raise cursor.damaged(f"it has {key!r} twice")
-      self.metadata[key] = cursor.value(cursor.number("<u4"))
-    found = [_entry(cursor) for _ in range(num_tensors)]
-    alignment = self.metadata.get("general.alignment", 32)
-    if type(alignment) is not int or not 0 < alignment <= 1 << 20:
-      raise cursor.damaged(f"general.alignment={alignment!r}")
-    start = -(-cursor.at // alignment) * alignment
+    head = gguf_head.read(path)
+    self.where, self.metadata = head.where, head.metadata
     self.tensors: dict[str, Header] = {}
     self._places: dict[str, tuple[int, int]] = {}
-    for name, shape, kind, offset in found:
+    ends = []
+    for entry in head.entries:
+      name = entry.name
       if name in self.tensors:
-        raise cursor.damaged(f"it has tensor {name!r} twice")
-      if offset % alignment:
-        raise cursor.damaged(f"{name!r} begins at {offset}, unaligned")
-      dtype, nbytes = _size_of(self.where, name, shape, kind)
-      if start + offset + nbytes > size:
-        raise cursor.damaged(
-          f"{name!r} ends at byte {start + offset + nbytes}, the file at {size}"
+        raise head.damaged(f"it has tensor {name!r} twice")
+      if entry.offset % head.alignment:
+        raise head.damaged(f"{name!r} begins at {entry.offset}, unaligned")
+      dtype, nbytes = _size_of(self.where, name, entry.shape, entry.kind)
+      start = head.start + entry.offset
+      if start + nbytes > head.size:
+        raise head.damaged(
+          f"{name!r} ends at byte {start + nbytes}, the file at {head.size}"
         )
-      self.tensors[name] = Header(shape, dtype)
-      self._places[name] = start + offset, kind
-    self._check_apart(cursor, found)
-
-  def _check_apart(self, cursor: "_Cursor", found) -> None:
-    """Two tensors over the same bytes would make a small file a large model."""
-    ends = sorted(
-      (offset, offset + _size_of(self.where, name, shape, kind)[1], name)
-      for name, shape, kind, offset in found
-    )
+      self.tensors[name] = Header(entry.shape, dtype)
+      self._places[name] = start, entry.kind
+      ends.append((start, start + nbytes, name))
+    # Two over the same bytes would make a small file a large model.
+    ends.sort()
     for (_, end, name), (start, _, other) in zip(ends, ends[1:], strict=False):
       if start < end:
-        raise cursor.damaged(f"{name!r} and {other!r} overlap")
+        raise head.damaged(f"{name!r} and {other!r} overlap")
 
   def read(self, name: str, index: Index = ()) -> np.ndarray:
     header, (place, kind) = self.tensors[name], self._places[name]
@@ -150,16 +94,6 @@ class GGUFFile:
     )
     values = values.reshape(*shape, columns)[rest]
     return values[(..., *index[len(outer) :])]
-
-
-def _entry(cursor: "_Cursor") -> tuple[str, tuple[int, ...], int, int]:
-  """(name, shape, type, offset) of a tensor; its axes are last to first."""
-  name = cursor.string().decode()
-  axes = cursor.number("<u4")
-  if not 0 < axes <= _MAX_AXES:
-    raise cursor.damaged(f"{name!r} has {axes} axes")
-  shape = tuple(cursor.number("<u8") for _ in range(axes))[::-1]
-  return name, shape, cursor.number("<u4"), cursor.number("<u8")
 
 
 def _size_of(
@@ -203,63 +137,3 @@ def _library():
 
 def _quants():
   return _library().quants
-
-
-class _Cursor:
-  """Reads values one after the other; what is beyond the end is damage."""
-
-  def __init__(self, data: memoryview, where: str):
-    self._data, self._where, self.at = data, where, 0
-
-  def damaged(self, what: str) -> ValueError:
-    return ValueError(f"{self._where} is damaged or cut off: {what}")
-
-  def take(self, nbytes: int) -> bytes:
-    return bytes(self._view(nbytes))
-
-  def _view(self, nbytes: int) -> memoryview:
-    if nbytes > len(self._data) - self.at:
-      raise self.damaged(
-        f"{nbytes} bytes at {self.at}, of {len(self._data)} at most"
-      )
-    self.at += nbytes
-    return self._data[self.at - nbytes : self.at]
-
-  def number(self, dtype: str) -> Any:
-    dtype = np.dtype(dtype)
-    return np.frombuffer(self._view(dtype.itemsize), dtype)[0].item()
-
-  def count(self, nbytes: int) -> int:
-    """A number of items of at least `nbytes` each, that are still to come."""
-    count = self.number("<u8")
-    if count * nbytes > len(self._data) - self.at:
-      raise self.damaged(f"a count of {count:,} at {self.at}")
-    return count
-
-  def string(self) -> bytes:
-    return self.take(self.count(1))
-
-  def value(self, kind: int) -> Any:
-    if kind in _SCALARS:
-      return self.number(_SCALARS[kind])
-    if kind == _STRING:
-      return self.string().decode()
-    if kind != _ARRAY:
-      raise self.damaged(f"a value of type {kind} at {self.at}")
-    kind = self.number("<u4")
-    if kind in _SCALARS:
-      dtype = np.dtype(_SCALARS[kind])
-      count = self.count(dtype.itemsize)
-      return np.frombuffer(self.take(count * dtype.itemsize), dtype)
-    if kind != _STRING:
-      raise self.damaged(f"an array of type {kind} at {self.at}")
-    return list(self._strings(self.count(8)))
-
-  def _strings(self, count: int) -> Iterator[bytes]:
-    data, unpack = self._data, struct.Struct("<Q").unpack_from
-    for _ in range(count):
-      if self.at + 8 > len(data):
-        raise self.damaged(f"a string at {self.at}")
-      (size,) = unpack(data, self.at)
-      self.at += 8
-      yield bytes(self._view(size))

@@ -20,6 +20,7 @@ from etils import epath
 
 from gemma_funnel import atomic, inputs
 from gemma_funnel.checks import require
+from gemma_funnel.data import gguf_tokenizer
 from gemma_funnel.data.documents import Document, key_of
 
 # Gemma's, which trained tokenizers have.
@@ -379,9 +380,7 @@ class Tokenizer:
       ValueError: the file cannot be read, or see `__init__`.
     """
     if inputs.is_gguf(path):
-      from gemma_funnel.convert import gguf  # It imports this.
-
-      content, special = gguf.read_tokenizer(path)
+      content, special = gguf_tokenizer.read(path)
       return cls(content, os.fspath(path), special)
     try:
       model = inputs.read_bytes(path, inputs.MAX_TOKENIZER)
