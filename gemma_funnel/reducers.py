@@ -173,7 +173,7 @@ def select(
     uniform=uniform,
     packed=packed,
   )
-  row_B1 = jnp.arange(len(keep_BR))[:, None]
+  row_B1 = jnp.arange(keep_BR.shape[0])[:, None]
   slot_1R = jnp.arange(keep_BR.shape[1], dtype=jnp.int32)[None]
   nothing_BT = jnp.full(stream.segment_BT.shape, BYPASS, jnp.int32)
   gather_index_BT = nothing_BT.at[row_B1, keep_BR].set(
@@ -308,7 +308,7 @@ class Pool(Groups):
     offset_k = jnp.arange(stride) - (stride - 1 if causal else 0)
     slot_BRk = anchor_BR[..., None] + offset_k[None, None]
     of_group = lambda x_BT: take(
-      x_BT, slot_BRk.reshape(len(slot_BRk), -1)
+      x_BT, slot_BRk.reshape(slot_BRk.shape[0], -1)
     ).reshape(*slot_BRk.shape, *x_BT.shape[2:])
     segment_BR = jnp.where(
       anchor_BR < length, take(stream.segment_BT, anchor_BR), 0

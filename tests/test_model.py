@@ -5,6 +5,7 @@ import re
 
 from flax import nnx
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -350,3 +351,17 @@ def test_bad_tokens(model, tokens, message):
     model(tokens)
   with pytest.raises(ValueError, match=message):
     model.encode(tokens)
+
+
+def test_it_is_exported_for_any_number_of_rows(model):
+  """Of a fixed length: blocks of attention, and a funnel, divide it."""
+  graphdef, params = nnx.split(model)
+  rows = jax.export.symbolic_shape("rows")[0]
+  exported = jax.export.export(
+    jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
+  )(params, jax.ShapeDtypeStruct((rows, 21), jnp.int32))
+  for batch in (1, 3):
+    tokens = jnp.asarray(_tokens(batch), jnp.int32)
+    np.testing.assert_allclose(
+      exported.call(params, tokens), model(tokens), rtol=1e-5, atol=1e-5
+    )
