@@ -9,6 +9,17 @@ from etils import epath
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Gives an OSError of the block that names no file, as of a write, `path`."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None and error.errno is not None:
+      raise type(error)(error.errno, error.strerror, str(path)) from error
+    raise
+
+
+@contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
   """A path beside `path`, on the same file system, which then takes its name.
 
@@ -18,12 +29,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
   path = epath.Path(path)
   beside = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
   try:
-    yield beside
-    beside.replace(path)
-  except OSError as error:
-    if error.filename is None and error.errno is not None:  # Of a write.
-      raise type(error)(error.errno, error.strerror, str(path)) from error
-    raise
+    with naming(path):
+      yield beside
+      beside.replace(path)
   finally:
     beside.unlink(missing_ok=True)
 

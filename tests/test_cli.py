@@ -93,7 +93,7 @@ QUICK = "--config=quickstart"
   [
     # No file, another one, or one that is not there.
     ("train.py", [], "expected --config=FILE, .* quickstart, finetune"),
-    ("eval.py", [], "of configs/: eval_accuracy, eval_latency, eval_task"),
+    ("eval.py", [], "of configs/: eval_accuracy, eval_damage, eval_latency"),
     ("train.py", ["--config"], "--config has no value"),
     ("train.py", ["--config="], "expected --config=FILE"),
     ("train.py", [QUICK, QUICK], "--config is given twice"),

@@ -15,7 +15,7 @@ from gemma_funnel.training import pretrain, spec
     ({"batch_size": 12}, "batch_size=12 must be a multiple of 8"),
     ({"seed": -1}, "seed=-1"),
     ({"length": 128}, "length=128 is beyond model.max_length=64"),
-    ({"init_from": "nowhere/run"}, "init_from='nowhere/run' is not there"),
+    ({"init_from": "tests/nowhere"}, "init_from=.tests/nowhere. is not there"),
     ({"accumulate": 0}, "accumulate=0"),
     ({"log_every": 0.5}, "log_every=0.5"),
     ({"checkpoint_every": 0}, "checkpoint_every=0"),

@@ -236,7 +236,7 @@ class _Lines:
     # JSON has no numbers that are not finite.
     is_odd = lambda x: isinstance(x, float) and not math.isfinite(x)
     entry = {k: None if is_odd(x) else x for k, x in entry.items()}
-    with self._path.open("a") as f:
+    with atomic.naming(self._path), self._path.open("a") as f:
       f.write(json.dumps(entry) + "\n")
 
   def flush(self) -> None:
