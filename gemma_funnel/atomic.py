@@ -2,19 +2,23 @@
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import os
 import uuid
 
 from etils import epath
 
+# A full disk, a full quota, one for reading alone, a broken one.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Gives an OSError of the block that names no file, as of a write, `path`."""
+  """Gives an error of a disk that names no file, as of a write, `path`."""
   try:
     yield
   except OSError as error:
-    if error.filename is None and error.errno is not None:
+    if error.filename is None and error.errno in DISK_ERRORS:
       raise type(error)(error.errno, error.strerror, str(path)) from error
     raise
 

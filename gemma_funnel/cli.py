@@ -7,7 +7,6 @@ flag is told at once.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-import errno
 import logging as python_logging
 import os
 import pathlib
@@ -21,13 +20,11 @@ from typing import Any
 from absl import logging
 from ml_collections.config_dict import config_dict
 
-from gemma_funnel import config_file
+from gemma_funnel import atomic, config_file
 from gemma_funnel.checks import near, require
 from gemma_funnel.registry import RECOVERIES, REDUCERS
 
 _PACKAGE = pathlib.Path(__file__).parent
-# A full disk, a full quota, one for reading alone, a broken one.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # Between two lines of progress where there is no terminal.
 _PROGRESS_SECONDS = 10.0
 # Commands of configurations: a key that no other's have, and how the names of
@@ -204,10 +201,10 @@ def disk_error(error: BaseException | None) -> OSError | None:
   seen = set()
   while error is not None and id(error) not in seen:
     seen.add(id(error))
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    if isinstance(error, OSError) and error.errno in atomic.DISK_ERRORS:
       return error
     # What Orbax raises has the text of the system's error alone.
-    for number in _DISK_ERRORS:
+    for number in atomic.DISK_ERRORS:
       if os.strerror(number) in str(error):
         place = re.search(r"""['"](/[^'"]+)""", str(error))
         return OSError(number, os.strerror(number), place and place[1])

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from typing import Any
@@ -31,6 +30,7 @@ from flax import nnx
 from gemma_funnel import cli, convert
 from gemma_funnel import config as config_lib
 from gemma_funnel.checks import require, require_int
+from gemma_funnel.convert.tensor_io import to_path
 from gemma_funnel.data import files
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.data.tokenizer import Tokenizer
@@ -269,7 +269,7 @@ def _find_tokenizer(args, found: convert.Description) -> Tokenizer:
   vocab_size = found.config.vocab_size
   path = args.tokenizer or found.tokenizer_path
   require(
-    args.tokenizer is not None or os.path.isfile(path),
+    args.tokenizer is not None or to_path(path).is_file(),
     f"{args.checkpoint} has no tokenizer: there is no file {path}. Expected "
     "--tokenizer=FILE, a SentencePiece model or a tokenizer.json",
   )

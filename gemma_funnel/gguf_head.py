@@ -6,13 +6,14 @@ before anything of that size is made.
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 import os
 import struct
 from typing import Any
 
 import numpy as np
 
-from gemma_funnel import inputs
+from gemma_funnel import buckets, inputs
 from gemma_funnel.checks import require
 
 _MAGIC = b"GGUF"
@@ -35,6 +36,8 @@ _SCALARS = {
 # All that comes before the values: metadata, and what tensors there are.
 _MAX_HEAD = 1 << 30
 _MAX_AXES = 4
+# Of a bucket's file, what is read of it first.
+_FIRST_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +88,38 @@ def read(path: str | os.PathLike[str]) -> Head:
       or byte order.
   """
   where = os.fspath(path)
+  if buckets.is_remote(path):
+    return _read_remote(where, inputs.fingerprint(path))
   with inputs.open_file(path) as file:
     size = file.seek(0, os.SEEK_END)
     data = np.memmap(file, np.uint8, "r") if size else b""
-    cursor = _Cursor(memoryview(data)[: min(size, _MAX_HEAD)], where)
+    return _read(memoryview(data)[: min(size, _MAX_HEAD)], where, size)
+
+
+@functools.lru_cache(maxsize=1)  # It is asked for the tokenizer, too.
+def _read_remote(where: str, fingerprint: str) -> Head:
+  """Of a file of a bucket; more and more of it is read until it is enough."""
+  size = buckets.size_of(where)
+  most, some = min(size, _MAX_HEAD), _FIRST_BYTES
+  while True:
+    data = buckets.read_range(where, 0, min(some, most))
     try:
-      return _read(cursor, where, size)
-    except (UnicodeDecodeError, OverflowError) as error:
-      raise cursor.damaged(str(error)) from error
+      return _read(memoryview(data), where, size)
+    except ValueError:
+      if some >= most:
+        raise
+    some *= 4
 
 
-def _read(cursor: "_Cursor", where: str, size: int) -> Head:
+def _read(data: memoryview, where: str, size: int) -> Head:
+  cursor = _Cursor(data, where)
+  try:
+    return _read_from(cursor, where, size)
+  except (UnicodeDecodeError, OverflowError) as error:
+    raise cursor.damaged(str(error)) from error
+
+
+def _read_from(cursor: "_Cursor", where: str, size: int) -> Head:
   require(cursor.take(4) == _MAGIC, f"{where} is no GGUF file: no {_MAGIC!r}")
   version = cursor.number("<u4")
   require(

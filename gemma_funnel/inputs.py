@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
+from gemma_funnel import buckets
 from gemma_funnel.checks import require
 
 # A configuration, an index or bookkeeping; those of the largest have 100 kB.
@@ -44,8 +45,8 @@ def open_file(
       FIFO, device or socket), or is larger.
   """
   name = os.fspath(path)
-  try:
-    if "://" in name:
+  with buckets.naming(name):
+    if buckets.is_remote(name):
       size, opened = None, epath.Path(name).open("rb")
     else:
       # Opened without waiting: a FIFO would wait for a writer.
@@ -56,10 +57,6 @@ def open_file(
         os.close(descriptor)
         raise ValueError(f"{name} is {_kind(found.st_mode)}: expected a file")
       size, opened = found.st_size, open(descriptor, "rb")
-  except OSError as error:
-    raise ValueError(
-      f"{name}: cannot be read: {error.strerror or error}"
-    ) from error
   with opened:
     if None not in (most, size) and size > most:
       raise ValueError(f"{name} has {size:,} bytes: expected at most {most:,}")
@@ -68,9 +65,11 @@ def open_file(
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
   """Whether it is a GGUF file, by its first bytes; never raises."""
-  if "://" in os.fspath(path) or not os.path.isfile(path):
-    return False
   try:
+    if buckets.is_remote(path):
+      return buckets.read_range(path, 0, 4) == b"GGUF"
+    if not os.path.isfile(path):
+      return False
     with open_file(path) as file:
       return file.read(4) == b"GGUF"
   except ValueError:
@@ -88,13 +87,8 @@ def _kind(mode: int) -> str:
 
 def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
   """A file's content, of `most` bytes; raises as `open_file` does."""
-  with open_file(path, most) as file:
-    try:
-      content = file.read(most + 1)  # A file of /proc has no size.
-    except OSError as error:
-      raise ValueError(
-        f"{os.fspath(path)}: cannot be read: {error.strerror or error}"
-      ) from error
+  with open_file(path, most) as file, buckets.naming(path):
+    content = file.read(most + 1)  # A file of /proc has no size.
   require(
     len(content) <= most,
     f"{os.fspath(path)} has more than {most:,} bytes, the most expected",
@@ -143,13 +137,9 @@ def fingerprint(path: str | os.PathLike[str], parts: int = _PARTS) -> str:
     ValueError: see `open_file`.
   """
   name = os.fspath(path)
-  if "://" in name:
-    try:
+  if buckets.is_remote(name):
+    with buckets.naming(name):
       found = epath.Path(name).stat()
-    except OSError as error:
-      raise ValueError(
-        f"{name}: cannot be read: {error.strerror or error}"
-      ) from error
     return f"{found.length}:changed:{found.mtime}"
   with open_file(path) as file:
     size = os.fstat(file.fileno()).st_size
@@ -169,7 +159,7 @@ def fingerprint_all(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
   Of more than 4 GiB in all, 16 parts of each file are read.
   """
   names = [os.fspath(path) for path in paths]
-  local = [name for name in names if "://" not in name]
+  local = [name for name in names if not buckets.is_remote(name)]
   try:
     many = sum(os.path.getsize(name) for name in local) > _MANY_BYTES
   except OSError:

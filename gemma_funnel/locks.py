@@ -7,7 +7,7 @@ import os
 import socket
 from typing import Any
 
-from gemma_funnel import inputs
+from gemma_funnel import buckets, inputs
 
 _MOST = 1 << 16
 
@@ -39,7 +39,7 @@ class Lock:
       HeldError: another process holds it, which is named.
       ValueError: the file cannot be made.
     """
-    if "://" in self._path:
+    if buckets.is_remote(self._path):
       return self
     try:
       self._descriptor = self._acquire()

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 
+from gemma_funnel import buckets
 from gemma_funnel.checks import require
 
 # What paths of other places begin with; "gs:/b" is no folder here.
@@ -48,4 +49,5 @@ def check(path: str | os.PathLike[str]) -> str:
     client is None or any(map(importlib.util.find_spec, client)),
     f"{name}: needs {client and client[0]}: pip install {client and client[0]}",
   )
+  buckets.prepare(scheme)
   return name

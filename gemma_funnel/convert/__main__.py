@@ -8,7 +8,6 @@ before it is complete. No more than a few layers' matrices are in memory.
 
 import argparse
 from collections.abc import Sequence
-import pathlib
 import sys
 import time
 
@@ -24,7 +23,7 @@ from gemma_funnel.convert import (
   writer,
 )
 from gemma_funnel.convert.reader import CheckpointReader, open_checkpoint
-from gemma_funnel.convert.tensor_io import read_json
+from gemma_funnel.convert.tensor_io import read_json, to_path
 
 _FLAGS = {
   "to": dict(
@@ -80,7 +79,7 @@ def _read_config(given: str | None) -> TransformerConfig | None:
     return None
   if given in PRESETS:
     return TransformerConfig.preset(given)
-  file = pathlib.Path(given)
+  file = to_path(given)
   require(
     file.exists(),
     f"--config={given}: expected a file, or a preset, one of {list(PRESETS)}",

@@ -19,9 +19,10 @@ import shutil
 from typing import Any
 import uuid
 
+from etils import epath
 import numpy as np
 
-from gemma_funnel import cli, inputs, locks
+from gemma_funnel import buckets, cli, inputs, locks
 from gemma_funnel.checks import require
 from gemma_funnel.config import TransformerConfig
 from gemma_funnel.convert import detect, gguf, sums, writer
@@ -36,7 +37,7 @@ from gemma_funnel.convert.reader import (
   CheckpointReader,
   open_checkpoint,
 )
-from gemma_funnel.convert.tensor_io import TensorWriter
+from gemma_funnel.convert.tensor_io import TensorWriter, to_path
 from gemma_funnel.data.tokenizer import Tokenizer
 
 # Room for what is not a tensor.
@@ -127,20 +128,18 @@ def companions_of(source: CheckpointReader) -> dict[str, bytes]:
   leads to out of its folder stays, unless it is a tokenizer that fits. A line
   names each such file.
   """
-  path = pathlib.Path(source.where)
+  path = to_path(source.where)
   if inputs.is_gguf(path):
     return gguf.companions(path)
-  folder = (path if path.is_dir() else path.parent).resolve()
+  folder = _resolve(path if path.is_dir() else path.parent)
   inside = [folder, folder.parent]
   if folder.parent.name == "snapshots":  # Of a cache of Hugging Face's.
     inside.append(folder.parent.parent / "blobs")
   found = {}
   for name, file in source.companions.items():
-    origin = file if "://" in os.fspath(file) else file.resolve()
+    origin = _resolve(file)
     data = inputs.read_bytes(origin, inputs.MAX_TOKENIZER)
-    within = [
-      place for place in inside if place in getattr(origin, "parents", ())
-    ]
+    within = [place for place in inside if place in origin.parents]
     if name in detect.TOKENIZERS and (not within or source.format == "run"):
       fits = Tokenizer.load(origin).vocab_size <= source.rows
       require(fits, f"tokenizer {origin} has more tokens than {source.where}")
@@ -156,6 +155,11 @@ def companions_of(source: CheckpointReader) -> dict[str, bytes]:
   return found
 
 
+def _resolve(path: pathlib.Path | epath.Path) -> pathlib.Path | epath.Path:
+  """Where links lead; a bucket has none."""
+  return path if buckets.is_remote(path) else pathlib.Path(path).resolve()
+
+
 def _is_object(data: bytes) -> bool:
   try:
     return isinstance(json.loads(data.decode("utf-8-sig")), dict)
@@ -169,10 +173,14 @@ def check_destination(
   destination: str | os.PathLike[str],
 ) -> None:
   """Raises a ValueError where nothing can be written, before anything is."""
+  require(
+    not buckets.is_remote(destination),
+    f"{destination}: expected a local folder, which can then be copied there",
+  )
   with _naming(destination):
     path = pathlib.Path(destination).absolute()
     _require_free(path, locks.read_note(_lock_of(path)))
-    origin = pathlib.Path(source.where).resolve()
+    origin = _resolve(to_path(source.where))
     if path.resolve().is_relative_to(origin) and origin.is_dir():
       raise ValueError(f"{destination} is within the source, {source.where}")
     parent = next(p for p in path.parents if p.exists())

@@ -21,7 +21,14 @@ from gemma_funnel.config import (
   TransformerConfig,
   resolve_funnel,
 )
-from gemma_funnel.convert import gemma_pytorch, gguf, google, hub, huggingface
+from gemma_funnel.convert import (
+  gemma_pytorch,
+  gguf,
+  google,
+  hub,
+  huggingface,
+  sums,
+)
 from gemma_funnel.convert.orbax_tree import OrbaxTree, is_orbax_tree
 from gemma_funnel.convert.run import (
   CONFIG,
@@ -465,11 +472,7 @@ def fingerprints(weights: Weights) -> dict[str, str]:
     return {"sums": inputs.fingerprint(folder / FOLDER / str(step) / SUMS)}
   if weights.format == "gguf":
     return {weights.file.name: inputs.fingerprint(weights.file)}
-  files = sorted(
-    path
-    for path in folder.rglob("*")
-    if path.is_file() and path.name not in COMPANIONS
-  )
+  files = [p for p in sums.files_in(folder) if p.name not in COMPANIONS]
   names = [path.relative_to(folder).as_posix() for path in files]
   values = inputs.fingerprint_all(files).values()
   return dict(zip(names, values, strict=True))

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_funnel import buckets
 from gemma_funnel.convert.tensor_io import (
   Header,
   Index,
@@ -52,7 +53,7 @@ class OrbaxTree:
 
     self.where = os.fspath(folder)
     path = to_path(folder)
-    if "://" in self.where:
+    if buckets.is_remote(self.where):
       base = ts.KvStore.Spec(f"{self.where.rstrip('/')}/").to_json()
     else:
       base = {"driver": "file", "path": f"{path.absolute()}/"}

@@ -20,7 +20,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from gemma_funnel import cli, inputs, paths
+from gemma_funnel import buckets, cli, inputs, paths
 from gemma_funnel import lora as lora_lib
 from gemma_funnel.checks import require
 from gemma_funnel.convert import param_mapping, sums
@@ -51,7 +51,7 @@ _MATRICES = 8
 def path_of(path: str | os.PathLike) -> epath.Path:
   """A folder here, made absolute, or on a bucket."""
   text = paths.check(path)
-  return epath.Path(text if "://" in text else os.path.abspath(text))
+  return epath.Path(text if buckets.is_remote(text) else os.path.abspath(text))
 
 
 def find_tokenizer(
@@ -74,7 +74,8 @@ def find_tokenizer(
   if not given or any((folder / name).is_file() for name in TOKENIZERS):
     return None
   require(
-    isinstance(given, str) and ("://" in given or os.path.isabs(given)),
+    isinstance(given, str)
+    and (buckets.is_remote(given) or os.path.isabs(given)),
     f"{folder} has no tokenizer, and names it by where the run was started: "
     f"tokenizer={given!r}. Expected the file in that folder, as "
     f"{' or '.join(TOKENIZERS)}",
@@ -85,6 +86,8 @@ def find_tokenizer(
 def steps_in(folder: epath.Path) -> list[int]:
   """The steps of a `checkpoints` folder, whatever state they are in."""
   # Orbax's own list leaves out what it finds incomplete, and tells no one.
+  if not folder.exists():  # A bucket has no empty folders.
+    return []
   names = [path.name for path in folder.iterdir()]
   return sorted(int(name) for name in names if name.isdecimal())
 

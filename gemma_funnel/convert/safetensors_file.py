@@ -5,16 +5,17 @@ the file: its own slices are copied twice and keep pages of the file in memory,
 and its writer needs a whole file's tensors at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
 import json
 import math
 import os
+import tempfile
 
 import ml_dtypes
 import numpy as np
 
-from gemma_funnel import inputs
+from gemma_funnel import buckets, inputs
 from gemma_funnel.convert.tensor_io import (
   BFLOAT16,
   Header,
@@ -40,6 +41,8 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 8
+# Bytes of a header, as the library has it.
+_MAX_HEADER = 100_000_000
 
 
 class SafetensorsFile:
@@ -53,7 +56,7 @@ class SafetensorsFile:
     """
     self.where = os.fspath(path)
     self.tensors: dict[str, Header] = {}
-    with inputs.open_file(path) as raw, self._open() as file:
+    with inputs.open_file(path) as raw, self._open(path) as file:
       for name in file.keys():
         part = file.get_slice(name)
         if part.get_dtype() not in _DTYPES:
@@ -73,11 +76,14 @@ class SafetensorsFile:
     }
 
   @contextlib.contextmanager
-  def _open(self):
+  def _open(self, path: str | os.PathLike):
     import safetensors
 
     try:
-      with safetensors.safe_open(self.where, framework="numpy") as file:
+      with (
+        _local(path) as local,
+        safetensors.safe_open(local, framework="numpy") as file,
+      ):
         yield file
     except (OSError, safetensors.SafetensorError) as error:
       raise ValueError(
@@ -93,6 +99,21 @@ class SafetensorsFile:
       math.prod(shape) * header.dtype.itemsize,
     )
     return values.view(header.dtype).reshape(shape)[rest]
+
+
+@contextlib.contextmanager
+def _local(path: str | os.PathLike) -> Iterator[str]:
+  """The file, or one here of the same header and size, but without values."""
+  if not buckets.is_remote(path):
+    yield os.fspath(path)
+    return
+  size = int.from_bytes(buckets.read_range(path, 0, 8), "little")
+  with tempfile.NamedTemporaryFile() as file:
+    if size <= _MAX_HEADER:  # The library tells of a larger one.
+      file.write(buckets.read_range(path, 0, 8 + size))
+    file.truncate(buckets.size_of(path))
+    file.flush()
+    yield file.name
 
 
 class SafetensorsWriter(RangeWriter):

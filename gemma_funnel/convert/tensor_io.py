@@ -18,7 +18,7 @@ from etils import epath
 import ml_dtypes
 import numpy as np
 
-from gemma_funnel import inputs, paths
+from gemma_funnel import buckets, inputs, paths
 from gemma_funnel.checks import require
 
 # A call that writes more asks the system for larger pages, which take it twice
@@ -147,7 +147,7 @@ def open_indexed(
   outside = [name for name in names if pathlib.PurePath(name).name != name]
   if outside:
     raise ValueError(f"{index}: expected names of files beside it: {outside}")
-  missing = [n for n in names if not os.path.isfile(index.parent / n)]
+  missing = [n for n in names if not (index.parent / n).is_file()]
   if missing:
     raise ValueError(f"{index} names files that are not there: {missing}")
   readers = {name: open_one(index.parent / name) for name in names}
@@ -203,11 +203,18 @@ def leading_range(
 
 
 def read_range(path: str, offset: int, nbytes: int) -> np.ndarray:
-  """Bytes of a file, as uint8.
+  """Bytes of a file, here or on a bucket, as uint8.
 
   Raises:
     ValueError: it cannot be read, or ends before.
   """
+  if buckets.is_remote(path):
+    data = buckets.read_range(path, offset, offset + nbytes)
+    require(
+      len(data) == nbytes,
+      f"{path} ends at byte {offset + len(data)}: expected {offset + nbytes}",
+    )
+    return np.frombuffer(data, np.uint8)
   values = np.empty(nbytes, np.uint8)
   try:
     with open(path, "rb", buffering=0) as file:
@@ -287,7 +294,7 @@ class RangeWriter:
 def to_path(path: str | os.PathLike) -> pathlib.Path | epath.Path:
   """A path here, or on a bucket such as gs://..."""
   text = paths.check(path)
-  return epath.Path(text) if "://" in text else pathlib.Path(text)
+  return epath.Path(text) if buckets.is_remote(text) else pathlib.Path(text)
 
 
 def read_json(file: pathlib.Path | epath.Path) -> dict[str, Any]:

@@ -21,12 +21,14 @@ import zipfile
 
 import numpy as np
 
+from gemma_funnel import buckets
 from gemma_funnel.convert.tensor_io import (
   BFLOAT16,
   Header,
   Index,
   RangeWriter,
   read_range,
+  to_path,
 )
 
 # Far above what models need, far below what fills a memory or takes for ever.
@@ -336,9 +338,9 @@ def is_torch_file(path: str | os.PathLike[str]) -> bool:
   says what is wrong.
   """
   try:
-    if not os.path.isfile(path):
+    if not to_path(path).is_file():
       return False
-    with open(path, "rb") as file:
+    with _Bounded(path) as file:
       head = file.read(512)
     if not head.startswith(_LOCAL_HEADER):
       return _LEGACY in head[:32]
@@ -362,9 +364,9 @@ class TorchFile:
   def __init__(self, path: str | os.PathLike[str]):
     self.where = str(path)
     with self._naming():
-      if not os.path.isfile(path):
+      if not to_path(path).is_file():
         raise ValueError("there is no such file")
-      with open(path, "rb") as file:
+      with _Bounded(path) as file:
         if _LEGACY in file.read(32):
           raise ValueError(
             "it was saved in the format before torch 1.6: expected a zip, "
@@ -446,14 +448,40 @@ class TorchFile:
       raise ValueError(f"{self.where} cannot be read: {error}") from error
 
 
-class _Bounded(io.FileIO):
-  """zipfile reads a directory of whatever size a file claims it to have."""
+class _Bounded(io.RawIOBase):
+  """A file, here or on a bucket, of which no more than a directory is read.
+
+  zipfile reads one of whatever size a file claims it to have.
+  """
+
+  def __init__(self, path: str | os.PathLike[str]):
+    self._path, self._at = os.fspath(path), 0
+    self._size = buckets.size_of(path)
+
+  def seekable(self) -> bool:
+    return True
+
+  def readable(self) -> bool:
+    return True
+
+  def tell(self) -> int:
+    return self._at
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    start = (0, self._at, self._size)[whence]
+    if start + offset < 0:
+      raise ValueError("a place before its first byte")
+    self._at = start + offset
+    return self._at
 
   def read(self, size: int = -1) -> bytes:
-    left = os.fstat(self.fileno()).st_size - self.tell()
-    if min(left, size if size >= 0 else left) > _MAX_DIRECTORY:
+    left = max(0, self._size - self._at)
+    size = left if size < 0 else min(left, size)
+    if size > _MAX_DIRECTORY:
       raise ValueError(f"its directory is above {_MAX_DIRECTORY} bytes")
-    return super().read(size)
+    data = read_range(self._path, self._at, size).tobytes()
+    self._at += size
+    return data
 
 
 def _read_directory(path: str | os.PathLike[str]) -> dict[str, _Member]:

@@ -18,6 +18,7 @@ from etils import epath
 import numpy as np
 
 from gemma_funnel import cli, inputs
+from gemma_funnel.buckets import is_remote, naming
 from gemma_funnel.checks import require, require_choice
 from gemma_funnel.data import tfds
 from gemma_funnel.data.documents import Document, LazyDocuments
@@ -64,11 +65,6 @@ _KEPT_ROW_GROUPS = 4
 _BLOCK_BYTES = 1 << 20
 
 
-def is_remote(path: str) -> bool:
-  """Whether a path is of a bucket and not of this machine."""
-  return "://" in path
-
-
 class BadRowError(ValueError):
   """A row has no text, or is damaged; the file is as it should be."""
 
@@ -79,24 +75,8 @@ def _require_row(ok: bool, message: str) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-  """Turns an error of reading `path` into a ValueError that names it."""
-  try:
-    yield
-  except ValueError:
-    raise
-  except OSError as e:
-    raise ValueError(f"{path}: cannot be read: {e.strerror or e}") from e
-  except Exception as e:  # Clients of buckets raise of every kind.
-    if not is_remote(path):
-      raise
-    text = " ".join(f"{type(e).__name__}: {e}".split())
-    raise ValueError(f"{path}: cannot be read: {text}") from e
-
-
-@contextlib.contextmanager
 def _open(path: str) -> Iterator[Any]:
-  with _naming(path), inputs.open_file(path) as f:
+  with naming(path), inputs.open_file(path) as f:
     yield f
 
 
@@ -112,14 +92,14 @@ def matches(pattern: str) -> list[str]:
   )
   scheme, _, rest = pattern.partition("://")
   bucket, _, within = rest.partition("/")
-  with _naming(pattern):
+  with naming(pattern):
     found = epath.Path(f"{scheme}://{bucket}").glob(within)
     return [os.fspath(path) for path in found]
 
 
 def is_file(path: str) -> bool:
   """Whether it is there and no folder."""
-  with _naming(path):
+  with naming(path):
     at = epath.Path(path)
     return not at.is_dir() and at.exists()
 

@@ -11,6 +11,7 @@ import grain
 from ml_collections import config_dict
 import numpy as np
 
+from gemma_funnel import buckets
 from gemma_funnel.checks import require, require_int
 from gemma_funnel.data import documents as documents_lib
 from gemma_funnel.data import (
@@ -211,7 +212,7 @@ class _MakeShard:
     # the order of epoch 0 of seed 1.
     own = own.seed(self._seed(shard, name)).shuffle().repeat()
     of = documents_lib.files_of(documents)
-    if any(files.is_remote(getattr(file, "path", "")) for file in of):
+    if any(buckets.is_remote(getattr(file, "path", "")) for file in of):
       options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=64)
     else:
       options = _NO_THREADS  # They would wait for nothing.

@@ -10,7 +10,7 @@ import hashlib
 import os
 import sysconfig
 
-from gemma_funnel import inputs
+from gemma_funnel import buckets, inputs
 from gemma_funnel.checks import require, require_between
 from gemma_funnel.data import documents as documents_lib
 from gemma_funnel.data import files, tokenized
@@ -162,7 +162,7 @@ def check_disjoint(source: str, heldout: str) -> None:
   """Checks that no file is trained on and held out."""
 
   def real_paths(source):
-    is_name = lambda path: files.is_remote(path) or path.startswith("tfds:")
+    is_name = lambda path: buckets.is_remote(path) or path.startswith("tfds:")
     return {p if is_name(p) else os.path.realpath(p) for p in paths_of(source)}
 
   held = real_paths(heldout)

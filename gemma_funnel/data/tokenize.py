@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from gemma_funnel import atomic, cli, inputs, locks
+from gemma_funnel import atomic, buckets, cli, inputs, locks
 from gemma_funnel.checks import require, require_int
-from gemma_funnel.data import files, sources, tokenized, workers
+from gemma_funnel.data import sources, tokenized, workers
 from gemma_funnel.data.documents import Document, digest
 from gemma_funnel.data.tokenizer import Tokenizer
 
@@ -206,7 +206,7 @@ def tokenize(config: Any) -> dict[str, Any]:
   require_int("num_workers", config.num_workers, 0, workers.MOST)
   out = config.out
   require(
-    not files.is_remote(out),
+    not buckets.is_remote(out),
     f"out={out!r}: expected a local folder, to be copied from there",
   )
   path = pathlib.Path(os.path.abspath(out))

@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from gemma_funnel import atomic, inputs
+from gemma_funnel import atomic, buckets, inputs
 from gemma_funnel.checks import require
 from gemma_funnel.data import gguf_tokenizer
 from gemma_funnel.data.documents import Document, key_of
@@ -545,7 +545,7 @@ def train(
       f"vocab_size={vocab_size}: cannot train a tokenizer of that size on "
       f"{len(documents)} documents: {e}"
     ) from e
-  if "://" not in name:  # A bucket has no folders.
+  if not buckets.is_remote(name):  # A bucket has no folders.
     os.makedirs(os.path.dirname(os.path.abspath(name)), exist_ok=True)
   atomic.write_bytes(name, model.getvalue())
   return Tokenizer(model.getvalue(), name)

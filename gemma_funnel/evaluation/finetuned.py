@@ -7,7 +7,6 @@ reads them.
 from collections.abc import Sequence
 import dataclasses
 import os
-import pathlib
 import re
 import statistics
 from typing import Any
@@ -17,6 +16,7 @@ import ml_collections
 
 from gemma_funnel import flops, tasks
 from gemma_funnel.checks import require
+from gemma_funnel.convert.tensor_io import to_path
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.evaluation import funnels as funnels_lib
 from gemma_funnel.evaluation import load_for_eval, plots, report
@@ -181,7 +181,7 @@ def find_runs(path: str | None) -> list[str]:
   """The fine-tuned runs at `path`: itself, or its folders seed_N; or none."""
   if path is None:
     return []
-  folder = pathlib.Path(path)
+  folder = to_path(path)
   if (folder / finetune.HEAD_FILE).is_file():
     return [str(folder)]
   seeds = {}

@@ -13,6 +13,7 @@ from gemma_funnel import convert
 from gemma_funnel.checks import require
 from gemma_funnel.convert import hub
 from gemma_funnel.convert.run import path_of
+from gemma_funnel.convert.tensor_io import to_path
 from gemma_funnel.data import tokenizer as tokenizer_lib
 from gemma_funnel.model import Transformer
 
@@ -81,7 +82,7 @@ def load(
     run = convert.load_run(path, dtype=dtype)
     return EvalModel(path, run.model, run.tokenizer_path, run.config, run.step)
   tokenizer = config.tokenizer or found.tokenizer_path
-  given = {"tokenizer": os.path.isfile(tokenizer)}
+  given = {"tokenizer": to_path(tokenizer).is_file()}
   for key, there in (given | {key: config[key] for key in needs}).items():
     require(
       there,
@@ -94,7 +95,7 @@ def load(
 
 def default_out(path: str) -> str:
   """Where results of the checkpoint at `path` go unless said otherwise."""
-  inside = path if os.path.isdir(path) else os.path.dirname(path)
+  inside = path if to_path(path).is_dir() else os.path.dirname(path)
   return os.path.join(inside, "eval")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 import jax
 
-from gemma_funnel import atomic, cli, inputs
+from gemma_funnel import atomic, buckets, cli, inputs
 from gemma_funnel.parallel.hardware import chip_of
 from gemma_funnel.training import workdir
 from gemma_funnel.training.spec import RunSpec
@@ -224,7 +224,7 @@ class _Lines:
 
   def __init__(self, folder: epath.Path, step: int):
     self._path, self._remote = folder / "metrics.jsonl", None
-    if "://" in os.fspath(folder):
+    if buckets.is_remote(folder):
       self._remote = self._path
       temporary = tempfile.mkdtemp(prefix="gemma_funnel_")
       self._path = epath.Path(temporary) / "metrics.jsonl"
@@ -236,7 +236,7 @@ class _Lines:
     # JSON has no numbers that are not finite.
     is_odd = lambda x: isinstance(x, float) and not math.isfinite(x)
     entry = {k: None if is_odd(x) else x for k, x in entry.items()}
-    with atomic.naming(self._path), self._path.open("a") as f:
+    with self._path.open("a") as f:
       f.write(json.dumps(entry) + "\n")
 
   def flush(self) -> None:

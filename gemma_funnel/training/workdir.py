@@ -89,7 +89,8 @@ def hold(workdir: str) -> Iterator[None]:
 
   with contextlib.ExitStack() as stack:
     processes.on_host0(take)
-    yield
+    with atomic.naming(workdir):  # TensorBoard, say, tells no name.
+      yield
 
 
 @contextlib.contextmanager
