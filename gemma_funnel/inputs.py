@@ -144,13 +144,18 @@ def fingerprint(path: str | os.PathLike[str], parts: int = _PARTS) -> str:
   with open_file(path) as file:
     size = os.fstat(file.fileno()).st_size
     if size <= parts * _PART_BYTES:
-      digest = hashlib.file_digest(file, "sha256")
-      return f"{size}:sha256:{digest.hexdigest()}"
-    digest = hashlib.sha256()
+      found = hashlib.file_digest(file, "sha256")
+      return f"{size}:sha256:{found.hexdigest()}"
+    found = hashlib.sha256()
     for part in range(parts):
       file.seek((size - _PART_BYTES) * part // (parts - 1))
-      digest.update(file.read(_PART_BYTES))
-    return f"{size}:sha256-of-{parts}-parts:{digest.hexdigest()}"
+      found.update(file.read(_PART_BYTES))
+    return f"{size}:sha256-of-{parts}-parts:{found.hexdigest()}"
+
+
+def digest(content: bytes) -> str:
+  """The fingerprint of a file of this content, wherever it is."""
+  return f"{len(content)}:sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def fingerprint_all(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:

@@ -15,6 +15,7 @@ _CLIENTS = {
   "s3": ("s3fs", "tensorflow"),
   "az": ("adlfs",),
 }
+_EXTRAS = {"gs": "'gemma-funnel[gcs]'", "hf": "'gemma-funnel[hf]'"}
 # Keys and flags that may name a model of the Hub.
 OF_MODELS = ("init_from", "checkpoint")
 
@@ -45,9 +46,10 @@ def check(path: str | os.PathLike[str]) -> str:
     f"{name}: expected {scheme}://BUCKET/PATH",
   )
   client = _CLIENTS.get(scheme)
+  package = _EXTRAS.get(scheme) or (client and client[0])
   require(
     client is None or any(map(importlib.util.find_spec, client)),
-    f"{name}: needs {client and client[0]}: pip install {client and client[0]}",
+    f"{name}: needs {client and client[0]}: pip install {package}",
   )
   buckets.prepare(scheme)
   return name

@@ -7,6 +7,8 @@ from tiny_run import FAST_COMPILE
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+# gcsfs, when it is imported; else it asks by gRPC of what kind a bucket is.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + f" --xla_force_host_platform_device_count=8 {FAST_COMPILE}"

@@ -2,9 +2,8 @@
 
 Real clients talk to it: gcsfs (by STORAGE_EMULATOR_HOST) and TensorStore (by
 TENSORSTORE_GCS_HTTP_URL). It knows what those two ask for, counts the bytes
-that each token reads of each object, and refuses what a test says.
-
-  python tests/fake_gcs.py PORT   serves until it is ended
+that each of several processes reads of each object, and refuses what a test
+says.
 """
 
 import base64
@@ -15,7 +14,6 @@ import http.server
 import itertools
 import json
 import re
-import sys
 import threading
 import urllib.parse
 import uuid
@@ -68,7 +66,7 @@ class FakeGCS(http.server.ThreadingHTTPServer):
 
   Attributes:
     objects: by bucket and name.
-    sent: bytes read, by (token, bucket/name); a token is what follows "Bearer".
+    sent: bytes read, by (who, bucket/name); who, as `environment` was told.
     forbidden: (bucket, what follows "storage.objects."), answered with 403.
   """
 
@@ -88,18 +86,15 @@ class FakeGCS(http.server.ThreadingHTTPServer):
   def url(self) -> str:
     return f"http://127.0.0.1:{self.server_address[1]}"
 
-  def environment(self, token: str = "") -> dict[str, str]:
-    """What a process needs to find it, and to be told from others."""
-    found = {
-      # Which asks by gRPC of what kind a bucket is.
-      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-      "STORAGE_EMULATOR_HOST": self.url,
-      "TENSORSTORE_GCS_HTTP_URL": self.url,
+  def environment(self, who: str = "test") -> dict[str, str]:
+    """What a process needs to find it."""
+    url = f"{self.url}/as/{who}"
+    return {
       "FSSPEC_GS_TOKEN": "anon",
+      "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+      "STORAGE_EMULATOR_HOST": url,
+      "TENSORSTORE_GCS_HTTP_URL": url,
     }
-    if token:
-      found["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = token
-    return found
 
   def put(self, bucket: str, name: str, data: bytes) -> Stored:
     with self.lock:
@@ -142,6 +137,9 @@ class _Refused(Exception):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
+  # An answer is one packet: a second would wait for the first one's receipt.
+  wbufsize = -1
+  disable_nagle_algorithm = True
   server: FakeGCS
 
   def log_message(self, *_) -> None:
@@ -175,6 +173,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.send_header("Content-Length", str(len(data)))
     self.end_headers()
     self.wfile.write(data)
+    self.wfile.flush()
 
   def _body(self) -> bytes:
     if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -189,7 +188,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _route(self, method, target, headers, body):
     url = urllib.parse.urlsplit(target)
     query = dict(urllib.parse.parse_qsl(url.query))
-    path = url.path
+    _, _, self.who, path = url.path.split("/", 3)  # Of /as/WHO/...
+    path = f"/{path}"
     if path.startswith("/batch/"):
       return self._batch(headers, body)
     if found := re.fullmatch("/upload/storage/v1/b/([^/]+)/o", path):
@@ -255,9 +255,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         raise _Refused(416, "The requested range cannot be satisfied.")
       said["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
       data, status = data[first : last + 1], 206
-    token = headers.get("Authorization", "").removeprefix("Bearer ")
     with self.server.lock:
-      self.server.sent[token, f"{bucket}/{key}"] += len(data)
+      self.server.sent[self.who, f"{bucket}/{key}"] += len(data)
     return status, said, data
 
   def _list(self, bucket, query):
@@ -309,7 +308,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       name = query.get("name") or json.loads(body)["name"]
       number = uuid.uuid4().hex
       self.server.uploads[number] = bucket, name, bytearray()
-      where = f"{self.server.url}/upload/storage/v1/b/{bucket}/o"
+      where = f"{self.server.url}/as/{self.who}/upload/storage/v1/b/{bucket}/o"
       where += f"?uploadType=resumable&upload_id={number}"
       return 200, {"Location": where}, b""
     raise _Refused(501, f"the fake does not know uploadType={kind!r}")
@@ -359,7 +358,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     for part in message.get_payload():
       request = part.get_payload(decode=True).decode()
       method, target = request.split()[:2]
-      target = "/" + target.split("://", 1)[-1].split("/", 1)[-1]
+      target = f"/as/{self.who}/storage{target.partition('/storage')[2]}"
       try:
         status, _, data = self._route(method, target, {}, b"")
       except _Refused as error:
@@ -385,9 +384,3 @@ def _check_generation(query: dict[str, str], found: Stored | None) -> None:
 
 def _json(what: dict) -> bytes:
   return json.dumps(what).encode()
-
-
-if __name__ == "__main__":
-  server = FakeGCS(int(sys.argv[1]))
-  print(server.url, flush=True)
-  server.serve_forever()

@@ -155,7 +155,7 @@ QUICK = "--config=quickstart"
     ("train.py", [QUICK, "--config.workdir=gs:/a"], "expected gs://BUCKET"),
     ("train.py", [QUICK, "--config.workdir=gs:"], "expected gs://BUCKET"),
     ("train.py", [QUICK, "--config.workdir=s3://a/b"], "install s3fs"),
-    ("train.py", [QUICK, "--config.data.source=a,gs://a/b"], "install gcsfs"),
+    ("train.py", [QUICK, "--config.data.source=a,s3://a/b"], "install s3fs"),
     ("train.py", [QUICK, "--config.workdir=hf://a/b"], "by init_from and che"),
     ("eval.py", ["--config=eval_task", "--config.out=https://a/b"], "download"),
   ],

@@ -128,15 +128,18 @@ def environment(devices: int = 1) -> dict[str, str]:
   return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
-def start(args: list[str], devices: int = 1) -> subprocess.Popen:
-  """Starts a process of so many devices, in a group of its own."""
+def start(args: list[str], devices: int = 1, more=None) -> subprocess.Popen:
+  """Starts a process of so many devices, in a group of its own.
+
+  `more` is of its environment.
+  """
   # Files, not pipes: workers of a killed process would hold those open.
   files = [tempfile.TemporaryFile("w+") for _ in range(2)]
   process = subprocess.Popen(
     args,
     stdout=files[0],
     stderr=files[1],
-    env=environment(devices),
+    env={**environment(devices), **(more or {})},
     cwd=ROOT,
     start_new_session=True,
   )
@@ -144,7 +147,9 @@ def start(args: list[str], devices: int = 1) -> subprocess.Popen:
   return process
 
 
-def start_all(args: list[str], count: int, devices: int = 1, flags=()) -> list:
+def start_all(
+  args: list[str], count: int, devices: int = 1, flags=(), environments=None
+) -> list:
   """Starts the processes of one run; `flags` are of the last of them."""
   if count == 1:
     return [start([*args, *flags], devices)]
@@ -154,7 +159,11 @@ def start_all(args: list[str], count: int, devices: int = 1, flags=()) -> list:
   joint = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
   own = [[f"--process_id={i}"] for i in range(count)]
   own[-1] += flags
-  return [start([*args, *joint, *more], devices) for more in own]
+  environments = environments or [{}] * count
+  return [
+    start([*args, *joint, *more], devices, env)
+    for more, env in zip(own, environments, strict=True)
+  ]
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:

@@ -34,6 +34,7 @@ from gemma_funnel.convert.tensor_io import (
   to_path,
 )
 from gemma_funnel.data.tokenizer import CONFIGS
+from gemma_funnel.inputs import MAX_TOKENIZER
 from gemma_funnel.parallel import processes
 
 FOLDER = "checkpoints"
@@ -151,8 +152,11 @@ def fingerprints_of(progress: Mapping[str, Any]) -> dict[str, str]:
 def tokenizer_fingerprint(folder: epath.Path) -> dict[str, str]:
   """That of the tokenizer in a run's folder, by its name; {} has none."""
   paths = (folder / name for name in (*TOKENIZERS, *CONFIGS[:1]))
+  # By content on a bucket too: a run may be copied.
   return {
-    f"tokenizer:{p.name}": inputs.fingerprint(p) for p in paths if p.is_file()
+    f"tokenizer:{p.name}": inputs.digest(inputs.read_bytes(p, MAX_TOKENIZER))
+    for p in paths
+    if p.is_file()
   }
 
 

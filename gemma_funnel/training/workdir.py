@@ -79,10 +79,9 @@ def hold(workdir: str) -> Iterator[None]:
       f"workdir={workdir!r}: expected no [, ], * and ? in its path: checkpoints "
       "below it could not be read",
     )
-    require(
-      folder.is_dir() or not folder.exists(),
-      f"workdir={workdir} is a file, not a folder",
-    )
+    with _writing(workdir):
+      is_file = folder.exists() and not folder.is_dir()
+    require(not is_file, f"workdir={workdir} is a file, not a folder")
     with _writing(workdir):
       folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locks.Lock(folder / ".lock", f"workdir={workdir}"))
