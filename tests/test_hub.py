@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import threading
+import urllib.parse
 
 from flax import nnx
 import jax
@@ -14,6 +15,7 @@ from tiny_checkpoints import GEMMA2, random_tensors, write
 import gemma_funnel
 from gemma_funnel import convert
 from gemma_funnel.convert import hub
+from gemma_funnel.data import sources
 from gemma_funnel.evaluation import load_for_eval
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -41,6 +43,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     self.asked.append(self.path)
     if "gated" in self.path:
       return self._answer(403, X_Error_Code="GatedRepo")
+    if "datasets/google/words" in self.path:
+      return self._answer_data()
     if "google/tiny" not in self.path:
       return self._answer(404, X_Error_Code="RepoNotFound")
     if "revision/old" in self.path:
@@ -62,7 +66,36 @@ class Server(http.server.BaseHTTPRequestHandler):
     tag = hashlib.sha256(data).hexdigest()
     return self._answer(200, data, X_Repo_Commit=COMMIT, ETag=f'"{tag}"')
 
-  do_HEAD = do_GET
+  def _answer_data(self):
+    """Of a data set, "google/words", in a folder "data"."""
+    folder = self.folder / "data"
+    entries = [
+      dict(type="file", path=f"data/{f.name}", size=f.stat().st_size, oid="0")
+      for f in sorted(folder.iterdir())
+    ]
+    path = self.path.partition("?")[0]
+    if "/resolve/" in path:
+      data = (folder / path.rpartition("/")[2]).read_bytes()
+      said = dict(X_Repo_Commit=COMMIT, ETag='"data"', Accept_Ranges="bytes")
+      if part := self.headers.get("Range"):
+        first, _, last = part.removeprefix("bytes=").partition("-")
+        data = data[int(first) : int(last) + 1 if last else None]
+        return self._answer(206, data, **said)
+      return self._answer(200, data, **said)
+    found = {"id": "google/words", "sha": COMMIT, "siblings": []}
+    if "/paths-info/" in path:
+      length = int(self.headers["Content-Length"])
+      asked = urllib.parse.parse_qs(self.rfile.read(length).decode())["paths"]
+      found = [e for e in entries if e["path"] in asked]
+      if "data" in asked:
+        found.append(dict(type="directory", path="data", oid="1"))
+    elif "/tree/" in path:
+      top = [dict(type="directory", path="data", oid="1")]
+      found = entries if path.endswith("/data") else top
+    body = json.dumps(found).encode()
+    return self._answer(200, body, Content_Type="application/json")
+
+  do_HEAD = do_POST = do_GET
 
 
 @pytest.fixture
@@ -153,3 +186,23 @@ def test_paths_are_no_names(tmp_path, monkeypatch):
   given = config_dict.create(checkpoint="runs/quickstart", tokenizer=None)
   with pytest.raises(ValueError, match="is not there"):
     load_for_eval.load(given)
+
+
+def test_data_of_the_hub(served, monkeypatch):
+  folder, _ = served
+  hf_file_system = pytest.importorskip("huggingface_hub.hf_file_system")
+  (folder / "data").mkdir()
+  texts = [f"text {i}" * 9 for i in range(60)]
+  lines = [json.dumps({"text": text}) for text in texts]
+  (folder / "data" / "a.jsonl").write_text("\n".join(lines[:40]))
+  (folder / "data" / "b.jsonl").write_text("\n".join(lines[40:]))
+  (folder / "data" / "README.md").write_text("no text")
+  hf_file_system.HfFileSystem.clear_instance_cache()
+  found = sources.load("hf://datasets/google/words/data/*.jsonl")
+  assert [document.text for document in found] == texts
+  one = sources.load("hf://datasets/google/words/data/b.jsonl")
+  assert [document.text for document in one] == texts[40:]
+  with pytest.raises(ValueError, match="google/words/data/.*no file matches"):
+    sources.load("hf://datasets/google/words/data/*.parquet")
+  with pytest.raises(ValueError, match="hf://datasets/google/nothing"):
+    sources.load("hf://datasets/google/nothing/data/*.jsonl")
