@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 
+import fake_gcs
 import pytest
 import tiny_run
 import tiny_study
@@ -108,7 +109,12 @@ def folder(tmp_path_factory):
   shutil.copytree(run, folder / "runs/ablation/pretrain/standard-HASH")
   shutil.copy(run / "tokenizer.model", folder)
   _write_texts(folder)
-  return folder
+  with fake_gcs.FakeGCS() as bucket:
+    bucket.put_folder(run, "gs://my-bucket/run1")
+    with pytest.MonkeyPatch.context() as patch:
+      for key, value in bucket.environment().items():
+        patch.setenv(key, value)
+      yield folder
 
 
 def _write_texts(folder):
@@ -179,6 +185,8 @@ def test_a_command(command, folder):
     return  # The fixture ran it.
   if command.startswith(NOT_HERE):
     pytest.skip("needs a TPU's compiler")
+  if "gs://" in command and not importlib.util.find_spec("gcsfs"):
+    pytest.skip("needs gcsfs")
   if "harness" in command and not importlib.util.find_spec("lm_eval"):
     pytest.skip("needs lm_eval")
   if "=TFDS" in command:
