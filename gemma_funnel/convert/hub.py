@@ -69,7 +69,10 @@ def _fetch(text: str, beside: tuple[str, ...]) -> str:
   download = functools.partial(api.snapshot_download, name, revision=revision)
   not_here = f"there is no folder {text}, and " if "://" not in text else ""
   try:
-    files = api.list_repo_files(name, revision=revision)
+    # Unlike a list of the files, it is not asked for again for half a minute
+    # where there is no connection.
+    about = api.model_info(name, revision=revision)
+    files = [entry.rfilename for entry in about.siblings or ()]
     if chosen := _choose(files, beside):
       return download(allow_patterns=chosen)
   except errors.GatedRepoError as error:
