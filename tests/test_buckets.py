@@ -1,6 +1,7 @@
 """Buckets by their real clients, against a server on this machine."""
 
 import json
+import os
 import pathlib
 import signal
 import time
@@ -155,6 +156,7 @@ def test_a_run_is_evaluated(run, server):
   config.update(checkpoint=RUN, max_documents=3, length=32)
   config.data.source = "gs://bucket/corpus.jsonl"
   rows = accuracy.run(config)
+  assert not os.path.exists("gs:")  # As a folder here.
   assert {"run/eval/accuracy.json", "run/eval/accuracy.png"} <= {
     *server.names("bucket")
   }

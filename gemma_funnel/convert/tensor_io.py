@@ -147,7 +147,7 @@ def open_indexed(
   outside = [name for name in names if pathlib.PurePath(name).name != name]
   if outside:
     raise ValueError(f"{index}: expected names of files beside it: {outside}")
-  missing = [n for n in names if not (index.parent / n).is_file()]
+  missing = [n for n in names if not _is_file(index.parent / n)]
   if missing:
     raise ValueError(f"{index} names files that are not there: {missing}")
   readers = {name: open_one(index.parent / name) for name in names}
@@ -177,6 +177,13 @@ def open_indexed(
     if weight_map.get(tensor, name) == name
   }
   return Renamed(str(index), origins)
+
+
+def _is_file(path: pathlib.Path | epath.Path) -> bool:
+  try:
+    return path.is_file()
+  except OSError:  # A name that no file can have.
+    return False
 
 
 def leading_range(

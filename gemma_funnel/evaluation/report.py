@@ -10,11 +10,13 @@ import re
 import subprocess
 import tempfile
 from typing import Any
+import uuid
 import warnings
 
+from etils import epath
 import jax
 
-from gemma_funnel import atomic, cli
+from gemma_funnel import atomic, buckets, cli
 from gemma_funnel.checks import require
 from gemma_funnel.convert import tensor_io
 
@@ -169,13 +171,21 @@ def claim(
     ValueError: the folder cannot be written to, or there is another result.
   """
   try:
-    os.makedirs(out_dir, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out_dir):
-      pass
-  except OSError as error:
+    if buckets.is_remote(out_dir):
+      tried = epath.Path(out_dir) / f".tried.{uuid.uuid4().hex}"
+      tried.write_bytes(b"")
+      tried.unlink()
+    else:
+      os.makedirs(out_dir, exist_ok=True)
+      with tempfile.TemporaryFile(dir=out_dir):
+        pass
+  except Exception as error:  # Clients of buckets raise of every kind.
+    if not (buckets.is_remote(out_dir) or isinstance(error, OSError)):
+      raise
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
     raise ValueError(
-      f"results cannot be written to {out_dir}: {error.strerror}; expected "
-      "another folder by --config.out=FOLDER"
+      f"results cannot be written to {out_dir}: {text}; expected another "
+      "folder by --config.out=FOLDER"
     ) from error
   path = os.path.join(out_dir, f"{name}.json")
   there = tensor_io.peek_json(path).get("settings")
@@ -227,7 +237,8 @@ def write(
   Raises:
     ValueError: a value that JSON cannot hold.
   """
-  os.makedirs(out_dir, exist_ok=True)
+  if not buckets.is_remote(out_dir):  # Which has no folders.
+    os.makedirs(out_dir, exist_ok=True)
   place = environment()
   where = (
     f"{place['num_devices']} x {place['device_kind']} ({place['platform']}, "
