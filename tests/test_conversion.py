@@ -237,6 +237,18 @@ def test_tokenizers_come_along(source, tmp_path, to, tokenizer_file):
     assert (described["bos_token"], described["add_bos_token"]) == ("<s>", True)
 
 
+@pytest.mark.parametrize(
+  ("preset", "kind"),
+  [("gemma2_2b", "GemmaTokenizer"), ("llama2_7b", "LlamaTokenizer")],
+)
+def test_a_tokenizer_is_called_after_its_family(preset, kind, tokenizer_file):
+  config = TransformerConfig.preset(preset)
+  lone = tokenizer.Tokenizer.load(tokenizer_file)
+  spec = writer.make_spec("hf", config, (), BFLOAT16, tokenizer=lone)
+  described = json.loads(spec.texts["tokenizer_config.json"])
+  assert described["tokenizer_class"] == kind
+
+
 def test_a_tokenizer_that_is_none_is_told_of_before_anything(source, tmp_path):
   (source / "tokenizer.model").write_bytes(b"none")
   with pytest.raises(ValueError, match="tokenizer.model"):

@@ -185,7 +185,9 @@ def special_ids(
   return {f"{key}_token_id": getattr(tokenizer, f"{key}_id") for key in _IDS}
 
 
-def make_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+def make_tokenizer_config(
+  tokenizer: Tokenizer, model_type: str
+) -> dict[str, Any]:
   """The tokenizer_config.json of a tokenizer that came without one.
 
   transformers would else know neither its special tokens nor that text begins
@@ -194,7 +196,10 @@ def make_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
   ids = {key: getattr(tokenizer, f"{key}_id") for key in SPECIAL}
   return dict(
     {f"{k}_token": tokenizer.piece(i) for k, i in ids.items() if i is not None},
-    tokenizer_class="GemmaTokenizer",
+    # Which differ in what they do with spaces.
+    tokenizer_class="GemmaTokenizer"
+    if model_type.startswith("gemma")
+    else "LlamaTokenizer",
     add_bos_token=True,
     add_eos_token=False,
     clean_up_tokenization_spaces=False,

@@ -160,7 +160,9 @@ def make_spec(
     ids = {k: v for k, v in ids.items() if k.endswith("_token_id")}
     texts["generation_config.json"] = _dump(ids)
     if tokenizer is not None:
-      described = huggingface.make_tokenizer_config(tokenizer)
+      described = huggingface.make_tokenizer_config(
+        tokenizer, raw["model_type"]
+      )
       texts["tokenizer_config.json"] = _dump(described)
   if learned:
     files = [*files, File(detect.LEARNED, learned, SafetensorsWriter)]
