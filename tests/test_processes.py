@@ -1,5 +1,6 @@
 """Several processes as one run, on any mesh: the losses of one device alone."""
 
+from concurrent import futures
 import os
 import pathlib
 import random
@@ -41,6 +42,28 @@ def alone(source, tmp_path_factory):
   folder = str(tmp_path_factory.mktemp("alone") / "run")
   _finish(_start(folder, source))
   return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def waiting(source, tmp_path_factory):
+  """A process whose coordinator is not there, and how long it takes to end.
+
+  It does so beside the tests: it only waits.
+  """
+  flags = ("--coordinator=localhost:9", "--num_processes=2", "--process_id=1")
+  folder = str(tmp_path_factory.mktemp("waiting"))
+  begun = time.monotonic()
+  process = tiny_run.start(tiny_run.command(folder, source, *flags))
+
+  def wait():
+    process.wait()
+    return time.monotonic() - begun
+
+  with futures.ThreadPoolExecutor(1) as pool:
+    yield process, pool.submit(wait)
+    process.kill()
+    for file in process.files:
+      file.close()
 
 
 def _mesh(**sizes):
@@ -153,12 +176,10 @@ def _wait_for_step(folder, step, started):
     time.sleep(0.01)
 
 
-def test_a_coordinator_that_is_not_there_is_named(source, tmp_path):
-  start = time.monotonic()
-  flags = ("--coordinator=localhost:9", "--num_processes=2", "--process_id=1")
-  command = tiny_run.command(str(tmp_path), source, *flags)
-  _, err = tiny_run.finish(tiny_run.start(command), 1)
-  assert time.monotonic() - start < 60
+def test_a_coordinator_that_is_not_there_is_named(waiting):
+  process, seconds = waiting
+  _, err = tiny_run.finish(process, 1)
+  assert seconds.result() < 60
   assert "error: waited 50 s for 2 processes at localhost:9" in err
   assert "process 0 is not there" in err and "Traceback" not in err
 
