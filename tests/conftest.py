@@ -13,6 +13,9 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + f" --xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 )
+# torch's threads wait for each other spinning: of the oracles, a worker has one.
+if "PYTEST_XDIST_WORKER" in os.environ:
+  os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
