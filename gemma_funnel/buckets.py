@@ -78,14 +78,21 @@ def read_range(path: str | os.PathLike[str], start: int, stop: int) -> bytes:
       return file.read(stop - start)
 
 
-def files_in(folder: epath.Path) -> list[epath.Path] | None:
-  """All files below it, by one request; None where there is no such request."""
+def _find(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """What a client says of all files below it, by path; None is no client."""
   name = os.fspath(folder)
-  if (client := _client(name)) is None or not is_remote(name):
+  client = _client(name) if is_remote(name) else None
+  if client is None:
     return None
   with naming(name):
-    scheme = name.partition("://")[0]
-    return [epath.Path(f"{scheme}://{path}") for path in client.find(name)]
+    scheme, found = name.partition("://")[0], client.find(name, detail=True)
+  return {f"{scheme}://{path}": about for path, about in found.items()}
+
+
+def files_in(folder: epath.Path) -> list[epath.Path] | None:
+  """All files below it, by one request; None where there is no such request."""
+  found = _find(folder)
+  return None if found is None else [epath.Path(path) for path in found]
 
 
 def checksums_in(folder: str | os.PathLike[str]) -> dict[str, list[int | str]]:
@@ -93,14 +100,9 @@ def checksums_in(folder: str | os.PathLike[str]) -> dict[str, list[int | str]]:
 
   The store checks a file by it whenever it is read. {} where it has none.
   """
-  name = os.fspath(folder)
-  if (client := _client(name)) is None or not is_remote(name):
-    return {}
-  with naming(name):
-    scheme, found = name.partition("://")[0], client.find(name, detail=True)
   return {
-    f"{scheme}://{path}": [about["size"], f"{kind}:{about[kind]}"]
-    for path, about in found.items()
+    path: [about["size"], f"{kind}:{about[kind]}"]
+    for path, about in (_find(folder) or {}).items()
     for kind in [next((k for k in _CHECKSUMS if about.get(k)), None)]
     if kind
   }

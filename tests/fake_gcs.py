@@ -296,9 +296,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if kind == "multipart":
       text = b"Content-Type: " + headers["Content-Type"].encode()
       message = email.message_from_bytes(text + b"\r\n\r\n" + body)
-      about, content = (
-        part.get_payload(decode=True) for part in message.get_payload()
-      )
+      about = message.get_payload()[0].get_payload(decode=True)
       # The parser takes line ends of the data for the boundary's.
       boundary = message.get_boundary().encode()
       raw = body.split(b"--" + boundary)[2]

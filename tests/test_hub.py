@@ -188,7 +188,7 @@ def test_paths_are_no_names(tmp_path, monkeypatch):
     load_for_eval.load(given)
 
 
-def test_data_of_the_hub(served, monkeypatch):
+def test_data_of_the_hub(served):
   folder, _ = served
   hf_file_system = pytest.importorskip("huggingface_hub.hf_file_system")
   (folder / "data").mkdir()

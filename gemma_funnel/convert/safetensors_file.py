@@ -56,7 +56,11 @@ class SafetensorsFile:
     """
     self.where = os.fspath(path)
     self.tensors: dict[str, Header] = {}
-    with inputs.open_file(path) as raw, self._open(path) as file:
+    with (
+      _local(path) as local,
+      inputs.open_file(local) as raw,
+      self._open(local) as file,
+    ):
       for name in file.keys():
         part = file.get_slice(name)
         if part.get_dtype() not in _DTYPES:
@@ -76,14 +80,11 @@ class SafetensorsFile:
     }
 
   @contextlib.contextmanager
-  def _open(self, path: str | os.PathLike):
+  def _open(self, path: str):
     import safetensors
 
     try:
-      with (
-        _local(path) as local,
-        safetensors.safe_open(local, framework="numpy") as file,
-      ):
+      with safetensors.safe_open(path, framework="numpy") as file:
         yield file
     except (OSError, safetensors.SafetensorError) as error:
       raise ValueError(
