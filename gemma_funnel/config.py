@@ -7,12 +7,14 @@ field, what was found and what was expected, before anything is computed.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
+import re
 from typing import Any
 
 from gemma_funnel.checks import (
   is_number,
   near,
   require,
+  require_between,
   require_bool,
   require_choice,
   require_int,
@@ -22,6 +24,8 @@ from gemma_funnel.registry import RECOVERIES, REDUCERS
 
 ATTENTION_KINDS = ("local", "global")
 POSITIONS = ("last", "first", "mean")
+# What the layers of a stage attend to; see `FunnelConfig.keys`.
+KEYS = ("own", "first", "before", "none")
 KERNELS = ("auto", "reference", "blocked", "tokamax", "splash")
 REMATS = ("none", "dots", "offload", "block")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -38,7 +42,9 @@ RUNTIME = (
   "remat",
 )
 # Fields of a stage that every reducer goes by.
-_ALWAYS_SET = ("start", "stop", "reduce", "recover")
+_ALWAYS = ("start", "stop", "reduce", "recover", "keys", "layers")
+# Those that are always in its string, where its reducer goes by them.
+_SHOWN = ("stride", "keep", "last", "threshold")
 
 
 def _from_mapping(cls, values: Mapping[str, Any]):
@@ -68,7 +74,8 @@ class FunnelConfig:
 
   Layers before `start` and from `stop` on see the sequence as it came. The
   string form is "start=2,stop=8,stride=2,reduce=mean,recover=average", in
-  which all but `start` may be left out.
+  which all but `start` may be left out. "layers=0-9,14-25" alone is the plain
+  model with these layers in its layers' stead.
 
   Attributes:
     start: the first layer of the stage, >= 0.
@@ -79,8 +86,16 @@ class FunnelConfig:
       ours.
     recover: how the full length returns, a name of `registry.RECOVERIES`;
       `funnel.py` defines ours. None is the reducer's own default.
-    pool_query_only: the first layer of the stage has pooled queries, and the
-      keys and values of the sequence before pooling (Dai et al. 2020).
+    keys: what the stage's layers take keys and values from: their "own" short
+      sequence; the sequence "before" the reduction, as it entered the stage
+      (SwiftKV, arXiv 2410.03960); that one for the "first" layer alone (Dai et
+      al. 2020); "none", without attention (arXiv 2404.05741). None is the
+      reducer's own default.
+    layers: the layers that run in the stead of [start, stop), in their order;
+      None is each of them once. A string is such as "4-9,8,8,12-19".
+    keep: of a selection, the part of the slots that go on, in thousandths.
+    last: of "tail", how many slots at the end of a row go on.
+    threshold: of "boundary", the least probability of a boundary.
     keep_first: the first slot (BOS, CLS) is a group of its own. In a causal
       model it always is.
     position: a group's position is that of its "last" slot, of its "first", or
@@ -92,9 +107,13 @@ class FunnelConfig:
   stride: int = 2
   reduce: str = "mean"
   recover: str | None = None
-  pool_query_only: bool = False
+  keys: str | None = None
+  layers: tuple[int, ...] | str | None = None
   keep_first: bool = False
   position: str = "last"
+  keep: float = 0.5
+  last: int = 1
+  threshold: float = 0.5
 
   def __post_init__(self):
     require_int("funnel.start", self.start, 0)
@@ -106,29 +125,49 @@ class FunnelConfig:
       )
     require_int("funnel.stride", self.stride, 1)
     kind = REDUCERS.find(self.reduce)
-    if self.recover is None:
-      object.__setattr__(self, "recover", kind.recover)
+    for name, default in (("recover", kind.recover), ("keys", kind.keys[0])):
+      if getattr(self, name) is None:
+        object.__setattr__(self, name, default)
     RECOVERIES.find(self.recover)
+    require_choice("funnel.keys", self.keys, KEYS)
+    require(
+      self.keys in kind.keys,
+      f"funnel.keys={self.keys!r} cannot be with funnel.reduce="
+      f"{self.reduce!r}: expected one of {list(kind.keys)}",
+    )
     require_choice("funnel.position", self.position, POSITIONS)
-    for name in ("pool_query_only", "keep_first"):
-      require_bool(f"funnel.{name}", getattr(self, name))
+    require_bool("funnel.keep_first", self.keep_first)
+    require_int("funnel.last", self.last, 1)
+    for name in ("keep", "threshold"):
+      require_between(f"funnel.{name}", getattr(self, name), 0, 1)
+      object.__setattr__(self, name, float(getattr(self, name)))
+    require(
+      self.keep > 0 and round(self.keep * 1000, 6) % 1 == 0,
+      f"funnel.keep={self.keep}: expected thousandths, from 0.001 to 1",
+    )
+    if self.layers is not None:
+      object.__setattr__(self, "layers", _layers_of(self.layers))
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       require(
-        field.name in (*_ALWAYS_SET, *kind.options) or value == field.default,
+        field.name in (*_ALWAYS, *kind.options) or value == field.default,
         f"funnel.{field.name}={value!r} has no effect with funnel.reduce="
         f"{self.reduce!r}, whose options are {list(kind.options)}",
       )
 
   def __str__(self) -> str:
-    options = REDUCERS[self.reduce].options
+    kind = REDUCERS[self.reduce]
+    plain = {f.name: f.default for f in dataclasses.fields(self)}
+    plain["keys"] = kind.keys[0]
     shown = {
-      f.name: getattr(self, f.name)
-      for f in dataclasses.fields(self)
-      if f.name in _ALWAYS_SET
-      or (f.name == "stride" and f.name in options)
-      or getattr(self, f.name) != f.default
+      name: getattr(self, name)
+      for name in plain
+      if name in ("start", "stop", "reduce", "recover")
+      or (name in _SHOWN and name in kind.options)
+      or getattr(self, name) != plain[name]
     }
+    if self.layers is not None:
+      shown["layers"] = _format_layers(self.layers)
     text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
     return ",".join(f"{k}={text(v)}" for k, v in shown.items() if v is not None)
 
@@ -140,29 +179,76 @@ class FunnelConfig:
       ValueError: a key or value that is none, named.
     """
     values = {}
-    for item in text.split(","):
+    # The values of `layers` have commas of their own.
+    for item in re.split(r",(?!\s*[\d\s-]+(?:,|$))", text):
       key, equals, value = (part.strip() for part in item.partition("="))
       require(
         bool(equals and value) and "=" not in value,
         f"funnel {text!r}: {item!r} is not key=value, joined by commas; "
         "expected 'off' or e.g. 'start=2,stride=2,recover=average'",
       )
-      value = _from_text(value)
-      if key == "pool":  # The name of `reduce` in version 0.1.
-        key, value = "reduce", {"every": "strided"}.get(value, value)
+      value = _from_text(value) if key != "layers" else value
+      match key:  # Names of version 0.1.
+        case "pool":
+          key, value = "reduce", {"every": "strided"}.get(value, value)
+        case "pool_query_only" if isinstance(value, bool):
+          key, value = "keys", "first" if value else "own"
       require(key not in values, f"funnel {text!r}: {key} is given twice")
       values[key] = value
+    if list(values) == ["layers"]:
+      values |= dict(start=0, reduce="all")
     require("start" in values, f"funnel {text!r}: start is missing")
     return _from_mapping(cls, values)
 
 
-def _from_text(value: str) -> int | bool | str:
+def _from_text(value: str) -> int | float | bool | str:
   if value in ("true", "false"):
     return value == "true"
-  try:
-    return int(value)
-  except ValueError:
-    return value
+  for number in (int, float):
+    try:
+      return number(value)
+    except ValueError:
+      pass
+  return value
+
+
+def _layers_of(layers: Any) -> tuple[int, ...]:
+  """Numbers of layers, of a tuple or of a string such as "0-9,12"."""
+  if isinstance(layers, str):
+    found = []
+    for part in layers.split(","):
+      match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+      require(
+        match and int(match[1]) <= int(match[2] or match[1]),
+        f"funnel.layers={layers!r}: expected such as '0-9,14-25'",
+      )
+      found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    layers = tuple(found)
+  require(
+    isinstance(layers, tuple) and len(layers) > 0,
+    f"funnel.layers={layers!r}: expected such as (0, 1, 2) or '0-9,14-25'",
+  )
+  for layer in layers:
+    require_int("funnel.layers", layer, 0)
+  return layers
+
+
+def contiguous(layers: Sequence[int]) -> list[tuple[int, int]]:
+  """[first, last) of each run of neighbours in an order of layers."""
+  runs = []
+  for layer in layers:
+    if runs and layer == runs[-1][1]:
+      runs[-1] = runs[-1][0], layer + 1
+    else:
+      runs.append((layer, layer + 1))
+  return runs
+
+
+def _format_layers(layers: tuple[int, ...]) -> str:
+  return ",".join(
+    str(lo) if lo + 1 == hi else f"{lo}-{hi - 1}"
+    for lo, hi in contiguous(layers)
+  )
 
 
 # What is taken for a funnel: one stage, several of them, or a string. None,
@@ -222,6 +308,10 @@ def resolve_funnel(funnel: Funnel, num_layers: int) -> tuple[FunnelConfig, ...]:
       f"funnel.start={stage.start} must be below funnel.stop={stop} "
       f"(the model has {num_layers} layers)",
     )
+    require(
+      max(stage.layers or (0,)) < num_layers,
+      f"funnel.layers={stage.layers}: the model has {num_layers} layers",
+    )
     stages.append(dataclasses.replace(stage, stop=stop))
   stages.sort(key=lambda stage: stage.start)
   for n, inner in enumerate(stages):
@@ -236,11 +326,18 @@ def resolve_funnel(funnel: Funnel, num_layers: int) -> tuple[FunnelConfig, ...]:
         f"funnel stages [{outer.start}, {outer.stop}) and [{inner.start}, "
         f"{inner.stop}) cross: expected one within the other, or apart",
       )
+      require(
+        outer.layers is None or inner.start >= outer.stop,
+        f"funnel.layers={_format_layers(outer.layers or ())} of the stage "
+        f"[{outer.start}, {outer.stop}), which holds [{inner.start}, "
+        f"{inner.stop}): expected funnel.layers in the inner stage, or none",
+      )
     kind = REDUCERS[inner.reduce]
+    alone = inner.start > 0 and all(s.stop != inner.start for s in stages[:n])
     require(
-      inner.start > 0 or not kind.needs,
-      f"funnel.reduce={inner.reduce!r} needs {list(kind.needs)} of the layer "
-      "before the stage: expected funnel.start >= 1",
+      alone or not kind.needs,
+      f"funnel.reduce={inner.reduce!r} needs {list(kind.needs)} of a layer "
+      "before the stage: expected funnel.start >= 1, and not another's stop",
     )
     if inner.recover == "none":
       require(

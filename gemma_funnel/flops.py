@@ -29,6 +29,7 @@ from gemma_funnel.config import (
   check_reducers,
   resolve_funnel,
 )
+from gemma_funnel.reducers import NEEDS
 from gemma_funnel.stream import Stream, make_stream
 
 # A model that reducers are run for, to see which slots they leave.
@@ -131,10 +132,11 @@ class _Part:
 
   Attributes:
     queries, keys: one row's.
-    query_weights, key_weights: of the matrices that each goes through.
+    query_weights, key_weights: of the matrices that each goes through; without
+      key weights there are no keys.
     vectors: weights that are in no matrix.
-    visible: how many keys each query sees; None where nothing attends.
-    passes: how often its logits are made.
+    visible: how many keys each query sees; None where it is no layer.
+    asked: pairs whose logits are made once more, for what a reducer needs.
   """
 
   queries: _Slots
@@ -143,11 +145,12 @@ class _Part:
   key_weights: int = 0
   vectors: int = 0
   visible: np.ndarray | None = None
-  passes: int = 1
+  asked: int = 0
 
-  def pair_flops(self, config: TransformerConfig, pairs: int) -> int:
-    """Of the logit of each (query, key) pair, and of its weighted value."""
-    return 2 * (self.passes + 1) * config.num_heads * config.head_dim * pairs
+
+def _pair_flops(config: TransformerConfig, pairs: int) -> int:
+  """Of the logit of each (query, key) pair, and of its weighted value."""
+  return 4 * config.num_heads * config.head_dim * pairs
 
 
 @functools.lru_cache(maxsize=512)
@@ -171,22 +174,29 @@ def _parts(
 def _make_parts(config, stages, length, causal, context_length):
   D, parts = config.embed_dim, []
   query_weights, key_weights = _attention_weights(config)
-  norms = (4 if config.post_norms else 2) * D
+  mlp_weights = 3 * D * config.mlp_dim
+  matrices = query_weights + key_weights + mlp_weights
+  vectors = parameters(config).layers // config.num_layers - matrices
+  mlp_norms = (1 + config.post_norms) * D
   made = [funnel_lib.Stage(_NARROW, stage, nnx.Rngs(0)) for stage in stages]
 
   def run(step, slots, keys):
     keys = keys or slots
     for layer in range(step.start, step.stop):
+      if step.keys == "none":
+        none = np.zeros(len(slots), int)
+        parts.append(_Part(slots, slots, mlp_weights, 0, mlp_norms, none))
+        continue
       visible = slots.num_visible(keys, config.layers[layer].window, causal)
       parts.append(
         _Part(
           slots,
           keys,
-          query_weights + 3 * D * config.mlp_dim,
+          query_weights + mlp_weights,
           key_weights,
-          norms,
+          vectors,
           visible,
-          passes=1 + ("attention_received" in step.needs),
+          sum(int(visible[-NEEDS[need] :].sum()) for need in step.needs),
         )
       )
     return slots, {need: jnp.ones((1, len(keys))) for need in step.needs}
@@ -212,7 +222,7 @@ def _make_parts(config, stages, length, causal, context_length):
       )
     return before
 
-  steps = funnel_lib.layer_plan(stages, config.num_layers)
+  steps = funnel_lib.layer_plan(stages, config)
   row = _row(length, context_length)
   funnel_lib.run_trunk(steps, row, run, reduce, upsample)
   return parts
@@ -251,7 +261,8 @@ def forward(
     total += 2 * len(part.queries) * part.query_weights
     total += 2 * len(part.keys) * part.key_weights
     if part.visible is not None:
-      total += part.pair_flops(config, int(part.visible.sum()))
+      total += _pair_flops(config, int(part.visible.sum()))
+      total += _pair_flops(config, part.asked) // 2
   return batch * total
 
 
@@ -280,7 +291,7 @@ def train_step(
     return 3 * total
   stages = resolve_funnel(funnel, config.num_layers)
   pairs = sum(
-    part.pair_flops(config, int(part.visible.sum()))
+    _pair_flops(config, int(part.visible.sum()))
     for part in _parts(config, stages, length, causal)
     if part.visible is not None
   )
@@ -306,7 +317,7 @@ def forward_bytes(
 ) -> int:
   """Least bytes that a forward pass moves to and from memory.
 
-  Every weight is read once in the compute dtype; the residual stream is read
+  What runs reads its weights once in the compute dtype; the residual stream is read
   and written, and keys and values written and read, once a layer; logits are
   written in float32. It is the memory side of a roofline: a small batch cannot
   take less time than this, with or without a funnel.
@@ -315,16 +326,16 @@ def forward_bytes(
     ValueError: see `forward`.
   """
   stages = _check(config, funnel, head)
-  count = parameters(config, stages)
-  numbers = length * config.embed_dim  # embedding rows
+  numbers, weights = length * config.embed_dim, 0  # embedding rows
   for part in _parts(config, stages, length, causal, context_length):
+    weights += part.query_weights + part.key_weights + part.vectors
     if part.visible is not None:
       numbers += 2 * len(part.queries) * config.embed_dim
-      numbers += 2 * len(part.keys) * _key_width(config)
+      if part.key_weights:
+        numbers += 2 * len(part.keys) * _key_width(config)
       if part.keys is not part.queries:
         numbers += len(part.keys) * config.embed_dim
-  numbers = batch * numbers + count.layers + count.funnel
-  numbers += head * count.head
+  numbers = batch * numbers + weights + head * parameters(config).head
   size = jnp.dtype(config.dtype).itemsize
   return size * numbers + head * 4 * batch * length * config.vocab_size
 
@@ -394,7 +405,7 @@ def decode_flops(
     total += 2 * part.key_weights * part.keys.rate
     per_run = 2 * part.query_weights
     if part.visible is not None:
-      per_run += part.pair_flops(config, int(part.visible[-1]))
+      per_run += _pair_flops(config, int(part.visible[-1]))
     total += per_run * part.queries.rate
   return total + 2 * head * config.embed_dim * config.vocab_size
 
@@ -430,7 +441,7 @@ def decode_bytes(
     often, key_often = part.queries.rate, part.keys.rate
     numbers += often * (part.query_weights + part.vectors)
     numbers += key_often * part.key_weights
-    if part.visible is not None:
+    if part.key_weights:
       entries = often * int(part.visible[-1]) + key_often
       numbers += batch * entries * _key_width(config)
   numbers += head * parameters(config).head

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_funnel import config as config_lib
 from gemma_funnel import params
 from gemma_funnel.config import FunnelConfig, LayerSpec, TransformerConfig
 from gemma_funnel.layers import (
@@ -36,14 +37,15 @@ class LayerRun:
   """Layers [start, stop), on the stream of the open `stages`.
 
   Attributes:
-    query_only: on the stream's queries, and keys from before its reduction.
-    needs: what the last of them is asked for, of `reducers.NEEDS`.
+    keys: what they attend to: the stream's "own" slots, as it goes on; those
+      from "before" the innermost stage's reduction; "none", not at all.
+    needs: what the only one of them is asked for, of `reducers.NEEDS`.
   """
 
   start: int
   stop: int
   stages: tuple[int, ...] = ()
-  query_only: bool = False
+  keys: str = "own"
   needs: tuple[str, ...] = ()
 
 
@@ -62,26 +64,40 @@ class Upsample:
 
 
 def layer_plan(
-  stages: Sequence[FunnelConfig], num_layers: int
+  stages: Sequence[FunnelConfig], config: TransformerConfig
 ) -> list[LayerRun | Reduce | Upsample]:
   """What a model with these (resolved) stages does, in order.
 
-  A stage that is never upsampled has no `Upsample`.
+  A stage that is never upsampled has no `Upsample`. What a stage needs of a
+  layer before it comes from the last one on the same stream that sees all
+  tokens, or from the last one if none does.
   """
   steps, open_stages, at = [], [], 0
 
-  def run(layer, **options):
-    nonlocal at
-    if at < layer:
-      steps.append(LayerRun(at, layer, tuple(open_stages), **options))
-      at = layer
+  def run(layers, keys, **options):
+    for start, stop in config_lib.contiguous(layers):
+      steps.append(LayerRun(start, stop, tuple(open_stages), keys, **options))
 
   def run_to(layer, needs=()):
-    if at < layer and steps and isinstance(steps[-1], Reduce):
-      if stages[steps[-1].stage].pool_query_only:
-        run(at + 1, query_only=True)
-    run(layer - bool(needs))
-    run(layer, needs=needs)
+    nonlocal at
+    layers, keys = range(at, layer), "own"
+    at = layer
+    if open_stages:
+      stage = stages[open_stages[-1]]
+      layers = layers if stage.layers is None else stage.layers
+      keys = stage.keys
+      if keys == "first":
+        keys = "own"
+        if isinstance(steps[-1], Reduce):
+          run(layers[:1], "before")
+          layers = layers[1:]
+    if needs:
+      sees_all = lambda i: config.layers[layers[i]].window is None
+      chosen = max(range(len(layers)), key=lambda i: (sees_all(i), i))
+      run(layers[:chosen], keys)
+      run(layers[chosen : chosen + 1], keys, needs=needs)
+      layers = layers[chosen + 1 :]
+    run(layers, keys)
 
   def close_to(layer):
     while open_stages and stages[open_stages[-1]].stop <= layer:
@@ -95,8 +111,8 @@ def layer_plan(
     run_to(stage.start, REDUCERS[stage.reduce].needs)
     steps.append(Reduce(number))
     open_stages.append(number)
-  close_to(num_layers)
-  run_to(num_layers)
+  close_to(config.num_layers)
+  run_to(config.num_layers)
   return steps
 
 
@@ -113,7 +129,7 @@ def run_trunk(
     steps: from `layer_plan`.
     stream: what enters the first layer.
     run: (which layers, stream, keys) -> (stream, what was needed); keys are
-      the stream from before the reduction for a query-only run, else None.
+      the stream from before the reduction where they attend to that, else None.
     reduce: (stage, stream, what it needs) -> (short stream, gather_index_BT).
     upsample: (stage, deep stream, short stream before its layers, stream before
       the reduction, gather_index_BT) -> stream.
@@ -122,12 +138,13 @@ def run_trunk(
   for step in steps:
     match step:
       case LayerRun():
-        keys = before[-1][1] if step.query_only else None
-        stream, aux = run(step, stream, keys)
+        keys = before[-1][1] if step.keys == "before" else None
+        stream, found = run(step, stream, keys)
+        aux |= found
       case Reduce(stage):
         short, gather_index_BT = reduce(stage, stream, aux)
         before.append((short, stream, gather_index_BT))
-        stream = short
+        stream, aux = short, {}
       case Upsample(stage):
         stream = upsample(stage, stream, *before.pop())
   return stream
@@ -404,8 +421,8 @@ def check_segments(
         if sum(lengths) > slots:
           apart = stage.keep_first and not causal
           raise ValueError(
-            f"row {row} needs {sum(lengths)} groups of {stage.stride} tokens "
-            f"and has room for {slots}: start its segments at multiples of "
+            f"row {row} needs {sum(lengths)} slots in the stage {stage} and "
+            f"has room for {slots}: start its segments at multiples of "
             "the total stride"
             + (", and leave a stride of padding" if apart else "")
           )

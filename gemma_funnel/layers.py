@@ -19,12 +19,17 @@ import numpy as np
 
 from gemma_funnel import params
 from gemma_funnel.attention.api import attend
-from gemma_funnel.attention.blocked import attention_received
+from gemma_funnel.attention.blocked import (
+  attention_of_last,
+  attention_received,
+)
 from gemma_funnel.config import LayerSpec, RopeScaling, TransformerConfig
 from gemma_funnel.numerics import normalize
 from gemma_funnel.parallel import mesh as mesh_lib
 from gemma_funnel.stream import Stream
 
+# Queries at the end of a row that "attention_of_last" is of (arXiv 2404.14469).
+LAST_QUERIES = 8
 # What `remat` may keep, products of activations and parameters, is called.
 PRODUCT = "product"
 
@@ -50,8 +55,9 @@ def make_attention_fn(
     config: of the model.
     queries, keys: where they stand.
     causal, window: what queries may see.
-    needs: what it gives besides; "attention_received" is float32 [B, S], the
-      attention that each key gets, summed over heads and queries.
+    needs: what it gives besides, float32 [B, S]: "attention_received" is the
+      attention that each key gets, summed over heads and queries;
+      "attention_of_last" that of the last `LAST_QUERIES` queries of each row.
   """
   rules = dict(
     queries=queries.slots(),
@@ -68,6 +74,10 @@ def make_attention_fn(
     aux = {}
     if "attention_received" in needs:
       aux["attention_received"] = attention_received(q_BTNH, k_BSKH, **rules)
+    if "attention_of_last" in needs:
+      aux["attention_of_last"] = attention_of_last(
+        q_BTNH, k_BSKH, LAST_QUERIES, **rules
+      )
     o_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, kernel=config.kernel, **rules)
     return o_BTNH, aux
 
@@ -233,22 +243,24 @@ class Block(nnx.Module):
     self,
     x_BTD,
     rope: Rope,
-    attention_fn: AttentionFn,
+    attention_fn: AttentionFn | None,
     keys_BSD=None,
     keys_rope=None,
   ) -> tuple[jax.Array, Aux]:
     """(x after the layer, aux); it attends to `keys_BSD`, None is x itself.
 
-    `aux` is that of `attention_fn`.
+    `aux` is that of `attention_fn`; without one there is no attention.
     """
-    if keys_BSD is not None:
-      keys_BSD = self.pre_attn_norm(keys_BSD)
-    branch_BTD, aux = self.attn(
-      self.pre_attn_norm(x_BTD), rope, attention_fn, keys_BSD, keys_rope
-    )
-    if self.post_norms:
-      branch_BTD = self.post_attn_norm(branch_BTD)
-    x_BTD = x_BTD + branch_BTD
+    aux = {}
+    if attention_fn is not None:
+      if keys_BSD is not None:
+        keys_BSD = self.pre_attn_norm(keys_BSD)
+      branch_BTD, aux = self.attn(
+        self.pre_attn_norm(x_BTD), rope, attention_fn, keys_BSD, keys_rope
+      )
+      if self.post_norms:
+        branch_BTD = self.post_attn_norm(branch_BTD)
+      x_BTD = x_BTD + branch_BTD
     branch_BTD = self.mlp(self.pre_mlp_norm(x_BTD))
     if self.post_norms:
       branch_BTD = self.post_mlp_norm(branch_BTD)

@@ -196,10 +196,11 @@ class Transformer(nnx.Module):
         keys,
         causal=causal,
         needs=step.needs,
+        attends=step.keys != "none",
       )
 
     return funnel_lib.run_trunk(
-      funnel_lib.layer_plan(self.stages, self.config.num_layers),
+      funnel_lib.layer_plan(self.stages, self.config),
       stream,
       run,
       lambda stage, *args: self.funnel[stage].reducer.reduce(*args, causal),

@@ -26,15 +26,21 @@ import jax
 import jax.numpy as jnp
 
 from gemma_funnel import params
-from gemma_funnel.config import TransformerConfig
+from gemma_funnel.config import KEYS, TransformerConfig
+from gemma_funnel.layers import LAST_QUERIES
 from gemma_funnel.numerics import normalize
 from gemma_funnel.registry import REDUCERS
 from gemma_funnel.stream import Stream, last_slot, rank, take, take_slots
 
 # A slot that reads this back has no deep state: it stays as it was before.
 BYPASS = -1
-# What a layer can be asked for; see `layers.Block`.
-NEEDS = ("attention_received",)
+# What a layer can be asked for (`layers.make_attention_fn`), and the queries at
+# a row's end that it is of; 0 is all.
+NEEDS = {"attention_received": 0, "attention_of_last": LAST_QUERIES}
+
+
+# Of neighbouring slots, whose scores "last_queries" takes the mean of.
+_NEIGHBOURS = 7
 
 
 class Step(NamedTuple):
@@ -43,7 +49,8 @@ class Step(NamedTuple):
   Attributes:
     state: after it.
     short: the short stream's one slot [B, 1]; any values where not `due`.
-    due: bool scalar, whether the stage runs on it; None is always.
+    due: bool, whether the stage runs on it: a scalar, or [B] where rows differ
+      (those that it does not run on have segment 0 in `short`); None is always.
     bypasses: whether a slot that is not due bypasses the stage.
   """
 
@@ -61,10 +68,12 @@ class Reducer(nnx.Module):
 
   Attributes:
     stage: the `FunnelConfig` of its stage.
-    options: fields of `FunnelConfig` that it honours, besides `start`, `stop`
-      and `recover`; others raise when they are set.
+    options: fields of `FunnelConfig` that it honours, besides those that all
+      do; others raise when they are set.
     recover: the recovery where the configuration names none.
-    needs: names of `NEEDS`: collected from the layer before the stage.
+    keys: values of `FunnelConfig.keys` that make sense with it, its default
+      first.
+    needs: names of `NEEDS`: collected from a layer before the stage.
     trains: whether a loss may be taken at every token; False for a choice that
       looks at later tokens, or needs what training data do not have.
     decodes: whether `init_state` and `step` exist.
@@ -75,6 +84,7 @@ class Reducer(nnx.Module):
 
   options: tuple[str, ...] = ()
   recover: str = "average"
+  keys: tuple[str, ...] = KEYS
   needs: tuple[str, ...] = ()
   trains: bool = True
   decodes: bool = False
@@ -112,6 +122,16 @@ class Reducer(nnx.Module):
     `context_length` is as in `Stream`.
     """
     raise NotImplementedError
+
+  def cache_length(self, length: int, stream: Stream, further: int) -> int:
+    """Short slots that decoding has room for.
+
+    Args:
+      length: slots of the long stream that a row may come to have.
+      stream: the prompt's.
+      further: slots that a row may come to have after that.
+    """
+    return self.length(length, True)
 
   def reduce(
     self, stream: Stream, aux: dict[str, jax.Array], causal: bool
@@ -182,6 +202,13 @@ def select(
   return short, gather_index_BT
 
 
+def slots_of(chosen_BT: jax.Array, count: int) -> jax.Array:
+  """int32 [B, count]: the first chosen slots in order; T for none."""
+  size = chosen_BT.shape[1]
+  slot_1T = jnp.arange(size, dtype=jnp.int32)[None]
+  return jnp.sort(jnp.where(chosen_BT, slot_1T, size), axis=1)[:, :count]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pending:
@@ -199,7 +226,7 @@ class Pending:
 class Groups(Reducer):
   """Groups of `stride` slots each, at anchors; what they become is `shrink`."""
 
-  options = ("stride", "pool_query_only", "keep_first", "position")
+  options = ("stride", "keep_first", "position")
   decodes = True
 
   @property
@@ -250,14 +277,10 @@ class Groups(Reducer):
   def _pending(self, stream: Stream) -> Stream:
     return stream.replace(context_BT=None, context_length=0)
 
-  def window(self, state: Pending, stream: Stream) -> Stream:
-    """The newest `stride` slots; a query-only layer's keys."""
-    join = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=1)
-    return jax.tree.map(join, state.slots, self._pending(stream))
-
   def step(self, state, stream):
     stride = self.stage.stride
-    window = self.window(state, stream)
+    join = lambda x, y: jnp.concatenate([x, y.astype(x.dtype)], axis=1)
+    window = jax.tree.map(join, state.slots, self._pending(stream))
     anchor_B1 = jnp.full((len(window.segment_BT), 1), stride - 1, jnp.int32)
     short, _ = self.shrink(window, anchor_B1, None, causal=True)
     count = (state.count + 1) % stride
@@ -270,7 +293,7 @@ class Strided(Groups):
   """selects each stride-th slot; the others bypass the stage (token dropping,
   arXiv 2203.13240)"""
 
-  options = ("stride", "pool_query_only", "keep_first")
+  options = ("stride", "keep_first")
 
   def shrink(self, stream, anchor_BR, gather_index_BT, causal):
     return select(
@@ -433,8 +456,41 @@ class AttentionPool(Pool):
     return counts_BRk.astype(jnp.float32) * weight_BRk
 
 
+class OfPrompt(Reducer):
+  """Chooses among the slots of a prompt; further slots all go on."""
+
+  recover = "repeat"
+  decodes = True
+
+  def cache_length(self, length, stream, further):
+    slots = stream.segment_BT.shape[1]
+    kept = self.length(slots, True, stream.context_length)
+    return min(length, kept + further)
+
+  def init_state(self, stream, phase):
+    return ()
+
+  def step(self, state, stream):
+    short = stream.slots().replace(
+      hidden_BTD=stream.hidden_BTD, uniform=False, packed=True
+    )
+    return Step(state, short, None)
+
+
+@REDUCERS.register("all")
+class All(OfPrompt):
+  """every slot goes on: for `keys` and `layers`"""
+
+  def length(self, length: int, causal: bool, context_length: int = 0) -> int:
+    return length
+
+  def reduce(self, stream, aux, causal):
+    slot_1T = jnp.arange(stream.segment_BT.shape[1], dtype=jnp.int32)[None]
+    return stream, jnp.broadcast_to(slot_1T, stream.segment_BT.shape)
+
+
 @REDUCERS.register("context")
-class ContextDrop(Reducer):
+class ContextDrop(OfPrompt):
   """drops a span of tokens, such as demonstrations, which bypasses the stage
   (Sia et al., arXiv 2403.04510)
 
@@ -442,12 +498,13 @@ class ContextDrop(Reducer):
   Tokens say which they are (`Stream.context_BT`).
   """
 
-  recover = "repeat"
   trains = False
-  decodes = True
 
   def length(self, length: int, causal: bool, context_length: int = 0) -> int:
     return length - context_length
+
+  def cache_length(self, length, stream, further):
+    return self.length(length, True, stream.context_length)
 
   def reduce(self, stream, aux, causal):
     if stream.context_BT is None:
@@ -455,19 +512,218 @@ class ContextDrop(Reducer):
         f"funnel.reduce='context' at layer {self.stage.start}: expected a span "
         "of tokens to drop (context), of a stage that is in no other"
       )
-    size = stream.segment_BT.shape[1]
     kept_BT = (stream.segment_BT != 0) & ~stream.context_BT
-    slot_1T = jnp.arange(size, dtype=jnp.int32)[None]
-    keep_BT = jnp.sort(jnp.where(kept_BT, slot_1T, size), axis=1)
+    size = kept_BT.shape[1]
     length = self.length(size, causal, stream.context_length)
-    return select(stream, keep_BT[:, :length], stride=stream.stride)
+    return select(stream, slots_of(kept_BT, length), stride=stream.stride)
+
+
+@REDUCERS.register("tail")
+class Tail(OfPrompt):
+  """the last slots of a row, whose logits are wanted; keys and values are of
+  all slots, as they entered the stage (SwiftKV, arXiv 2410.03960)
+
+  Others bypass the stage. What it computes is what "all" computes with the
+  same keys, which can be trained at every token.
+  """
+
+  options = ("last",)
+  keys = ("before",)
+  trains = False
+  packs = False
+
+  def length(self, length: int, causal: bool, context_length: int = 0) -> int:
+    return min(length, self.stage.last)
+
+  def reduce(self, stream, aux, causal):
+    size = stream.segment_BT.shape[1]
+    slot_1T = jnp.arange(size, dtype=jnp.int32)[None]
+    from_B1 = last_slot(stream)[:, None] - self.stage.last
+    kept_BT = (stream.segment_BT != 0) & (slot_1T > from_B1)
+    keep_BR = slots_of(kept_BT, self.length(size, causal))
+    return select(stream, keep_BR, stride=stream.stride)
+
+
+class Scored(OfPrompt):
+  """The slots of the highest scores; the others bypass the stage.
+
+  A row of n slots that are no padding keeps `keep` n, rounded up, whatever
+  batch and padding it is in. A row's first slot and its last `always` are
+  kept in any case.
+
+  Attributes:
+    always: how many slots at the end.
+  """
+
+  options = ("keep",)
+  trains = False
+  packs = False
+  always: int = 1
+
+  def length(self, length: int, causal: bool, context_length: int = 0) -> int:
+    return min(length, max(self._part(length), self.always + 1))
+
+  def _part(self, count):
+    """`keep` of a number of slots, rounded up; of an array too."""
+    return -(-count * round(1000 * self.stage.keep) // 1000)
+
+  def score(self, stream: Stream, aux, causal: bool) -> jax.Array:
+    """float32 [B, T], >= 0."""
+    raise NotImplementedError
+
+  def reduce(self, stream, aux, causal):
+    real_BT = stream.segment_BT != 0
+    size = real_BT.shape[1]
+    slot_1T = jnp.arange(size, dtype=jnp.int32)[None]
+    ends_BT = slot_1T > last_slot(stream)[:, None] - self.always
+    score_BT = self.score(stream, aux, causal)
+    fixed_BT = ends_BT | (rank(stream.segment_BT) == 0)
+    score_BT = jnp.where(fixed_BT, jnp.inf, score_BT)
+    length = self.length(size, causal)
+    _, best_BR = jax.lax.top_k(jnp.where(real_BT, score_BT, -1), length)
+    count_B1 = jnp.sum(real_BT, axis=1, keepdims=True)
+    count_B1 = jnp.minimum(
+      count_B1, jnp.maximum(self._part(count_B1), self.always + 1)
+    )
+    place_1R = jnp.arange(length)[None]
+    keep_BR = jnp.sort(jnp.where(place_1R < count_B1, best_BR, size), axis=1)
+    return select(stream, keep_BR, stride=stream.stride)
+
+
+@REDUCERS.register("last_queries")
+class LastQueries(Scored):
+  """the slots that a prompt's last 8 queries attend to most, by 7 neighbours,
+  and these 8 (SnapKV, arXiv 2404.14469; FastKV, arXiv 2502.01068)"""
+
+  needs = ("attention_of_last",)
+  always = LAST_QUERIES
+
+  def score(self, stream, aux, causal):
+    score_BT = aux["attention_of_last"]
+    sum_BT = jax.lax.reduce_window(
+      score_BT, 0.0, jax.lax.add, (1, _NEIGHBOURS), (1, 1), "SAME"
+    )
+    return sum_BT / _NEIGHBOURS
+
+
+@REDUCERS.register("received")
+class Received(Scored):
+  """the slots that receive most attention (PoWER-BERT, arXiv 2001.08950; LTP,
+  arXiv 2107.00910)
+
+  Of an encoder. Where the future is hidden, what a slot receives is divided by
+  the number of slots that see it.
+  """
+
+  needs = ("attention_received",)
+
+  def score(self, stream, aux, causal):
+    received_BT = aux["attention_received"]
+    if not causal:
+      return received_BT
+    seen_BT = last_slot(stream)[:, None] + 1 - jnp.arange(received_BT.shape[1])
+    return received_BT / jnp.maximum(seen_BT, 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Boundaries:
+  """What a stage of "boundary" waits with.
+
+  Attributes:
+    hidden_B1D: of the newest slot.
+    rank_B: int32, its place in its row.
+    count_B: int32, boundaries up to it.
+  """
+
+  hidden_B1D: jax.Array
+  rank_B: jax.Array
+  count_B: jax.Array
+
+
+@REDUCERS.register("boundary")
+class Boundary(Reducer):
+  """slots that are unlike the one before, by their states (H-Net, arXiv
+  2507.07955, of tokens as in ConceptMoE, arXiv 2601.21420); the others read
+  the newest of them
+
+  The probability of a boundary is (1 - cos(h[t-1], h[t])) / 2, and 1 at a
+  segment's first slot. There is one where it is `threshold` at least and no
+  more than one slot in `stride` has been one so far: a budget that each slot
+  can tell without the slots after it, so that decoding makes the same choice.
+  """
+
+  options = ("stride", "threshold")
+  recover = "delta"
+  keys = ("own", "before", "none")
+  decodes = True
+  bidirectional = False
+
+  @property
+  def period(self) -> int:
+    return self.stage.stride
+
+  def length(self, length: int, causal: bool, context_length: int = 0) -> int:
+    return -(-length // self.stage.stride)
+
+  def cache_length(self, length, stream, further):
+    return length  # An entry of one row is one of all rows.
+
+  def reduce(self, stream, aux, causal):
+    size = stream.segment_BT.shape[1]
+    rank_BT = rank(stream.segment_BT)
+    before_BTD = jnp.pad(stream.hidden_BTD[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    wants_BT = self._wants(before_BTD, stream.hidden_BTD) | (rank_BT == 0)
+    wants_BT &= stream.segment_BT != 0
+    # Within a segment, count[t] = min(count[t-1] + wants[t], budget[t]): the
+    # least, over s <= t, of budget[s] and all that is wanted after s.
+    budget_BT = rank_BT // self.stage.stride + 1
+    total_BT = jnp.cumsum(wants_BT, axis=1, dtype=jnp.int32)
+    first_BT = (rank_BT == 0) & wants_BT
+    base_BT = jax.lax.cummax(jnp.where(first_BT, total_BT - 1, 0), axis=1)
+    spare_BT = budget_BT - (total_BT - base_BT)
+    # Segments are told apart by a step down that no spare can make up for.
+    step_BT = jnp.cumsum(first_BT, axis=1, dtype=jnp.int32) * 2 * (size + 1)
+    least_BT = jax.lax.cummin(spare_BT - step_BT, axis=1) + step_BT
+    count_BT = total_BT - base_BT + jnp.minimum(least_BT, 0)
+    earlier_BT = jnp.where(
+      rank_BT == 0, 0, jnp.pad(count_BT[:, :-1], ((0, 0), (1, 0)))
+    )
+    is_one_BT = (count_BT > earlier_BT) & (stream.segment_BT != 0)
+    keep_BR = slots_of(is_one_BT, self.length(size, causal))
+    short, _ = select(stream, keep_BR, stride=stream.stride)
+    newest_BT = jnp.cumsum(is_one_BT, axis=1, dtype=jnp.int32) - 1
+    return short, jnp.maximum(newest_BT, 0)
+
+  def _wants(self, before_BTD, hidden_BTD) -> jax.Array:
+    """bool [B, T]: whether the probability of a boundary is high enough."""
+    return self.probability(before_BTD, hidden_BTD) >= self.stage.threshold
+
+  def probability(self, before_BTD, hidden_BTD) -> jax.Array:
+    """float32 [B, T], of slots and the ones before them."""
+    x, y = (normalize(h, 1e-30) for h in (before_BTD, hidden_BTD))
+    return (1 - jnp.mean(x * y, axis=-1)) / 2
 
   def init_state(self, stream, phase):
-    return ()
+    stride = self.stage.stride
+    at_B1 = last_slot(stream)[:, None]
+    rank_B1 = take(rank(stream.segment_BT), at_B1)
+    _, newest_BT = self.reduce(stream, {}, True)
+    return Boundaries(
+      take(stream.hidden_BTD, at_B1),
+      rank_B1[:, 0],
+      take(newest_BT, at_B1)[:, 0] + 1,
+    )
 
   def step(self, state, stream):
-    # A generated token is of no span.
+    rank_B = state.rank_B + 1
+    wants_B = self._wants(state.hidden_B1D, stream.hidden_BTD)[:, 0]
+    due_B = wants_B & (state.count_B < rank_B // self.stage.stride + 1)
     short = stream.slots().replace(
-      hidden_BTD=stream.hidden_BTD, uniform=False, packed=True
+      hidden_BTD=stream.hidden_BTD,
+      segment_BT=jnp.where(due_B[:, None], stream.segment_BT, 0),
+      uniform=False,
+      packed=True,
     )
-    return Step(state, short, None)
+    count_B = state.count_B + due_B
+    return Step(Boundaries(stream.hidden_BTD, rank_B, count_B), short, due_B)

@@ -28,6 +28,7 @@ def run_layers(
   *,
   causal: bool,
   needs: tuple[str, ...] = (),
+  attends: bool = True,
 ) -> tuple[Stream, Aux]:
   """Runs layers [start, stop) of a stack.
 
@@ -40,6 +41,7 @@ def run_layers(
     causal: whether the future is hidden.
     needs: what a single layer is asked for, of `reducers.NEEDS`; gradients of
       it are stopped.
+    attends: whether their attention runs; without it, only their MLPs do.
 
   Returns:
     (the stream after the layers, a value for each of `needs`).
@@ -47,7 +49,7 @@ def run_layers(
   assert not needs or stop == start + 1, (start, stop)
   block, stacked_L = nnx.split(layers)
   bare = lambda s: s and s.replace(context_BT=None, context_length=0)
-  span = _Span(block, config, start, stop, causal, needs)
+  span = _Span(block, config, start, stop, causal, needs, attends)
   result, aux = _run(span, stacked_L, bare(stream), bare(keys))
   return stream.replace(hidden_BTD=result.hidden_BTD), aux
 
@@ -67,6 +69,7 @@ class _Span:
   stop: int
   causal: bool
   needs: tuple[str, ...] = ()
+  attends: bool = True
 
   def ropes(self, stream):
     """The angles of each kind of layer, in the order of `kinds`."""
@@ -88,7 +91,7 @@ class _Span:
     rope, keys_rope = (angles and angles[kind] for angles in ropes)
 
     def call(params, stream, keys):
-      attention_fn = make_attention_fn(
+      attention_fn = self.attends and make_attention_fn(
         self.config,
         stream,
         keys or stream,
@@ -99,7 +102,7 @@ class _Span:
       hidden_BTD, aux = nnx.merge(self.block, params)(
         stream.hidden_BTD,
         rope,
-        attention_fn,
+        attention_fn or None,
         keys and keys.hidden_BTD,
         keys_rope,
       )

@@ -24,6 +24,7 @@ from gemma_funnel.config import (
   total_stride,
 )
 from gemma_funnel.model import Transformer
+from gemma_funnel.reducers import Groups
 from gemma_funnel.registry import RECOVERIES, REDUCERS
 
 # Total strides are 2, 3, 4, 6, 8, 9 and 12: of 37 tokens, the last ends a group
@@ -58,10 +59,10 @@ GEMMA2 = "gemma2"  # CONFIG's.
 OTHERS = tuple(name for name in FAMILIES if name != GEMMA2)
 
 OF_A_STAGE = dict(
-  reduce=tuple(n for n in REDUCERS if REDUCERS[n].trains),
+  reduce=tuple(n for n in REDUCERS if issubclass(REDUCERS[n], Groups)),
   recover=tuple(RECOVERIES),
   stride=(2, 3, 4),
-  pool_query_only=(False, True),
+  keys=("own", "first", "before", "none"),
   keep_first=(False, True),
   position=POSITIONS,
 )

@@ -37,7 +37,7 @@ def _prefill(graphdef, params, lengths_B, phase, begin_BP):
   slot_1P = jnp.arange(longest)[None]
   segment_BP = (slot_1P >= longest - lengths_B[:, None]).astype(jnp.int32)
   stream = make_stream(model.embed(begin_BP), segment_BP)
-  return caches_lib.prefill(model, stream, phase, CACHE)
+  return caches_lib.prefill(model, stream, phase, CACHE, CACHE - 1)
 
 
 # As `Decoder` runs it. Op by op is cheaper where many funnels share the shapes.
@@ -150,7 +150,7 @@ def test_prompts_of_every_phase_alone(funnel):
 COUNTED = {
   "off": [1],
   "start=1,stop=4,stride=3": [1, 3, 1],
-  "start=1,stride=2,pool_query_only=true": [1, 2, 2],
+  "start=1,stride=2,keys=first": [1, 2, 2],
   "start=1,stop=4,stride=2+start=2,stop=3,stride=3": [1, 2, 6, 2, 1],
   "start=0,stop=2,stride=2+start=3,stop=4,stride=3": [2, 1, 3, 1],
 }
@@ -190,7 +190,7 @@ def test_a_stage_a_token_late_or_early_is_seen(late):
 @pytest.mark.parametrize("fault", ["ring", "pending"])
 def test_planted_faults_are_seen(fault, monkeypatch):
   """A ring too short by one, a lost slot."""
-  size, window = caches_lib._ring_size, reducers.Groups.window
+  size, step = caches_lib._ring_size, reducers.Groups.step
   if fault == "ring":
     monkeypatch.setattr(
       caches_lib, "_ring_size", lambda *args: max(1, size(*args) - 1)
@@ -200,9 +200,9 @@ def test_planted_faults_are_seen(fault, monkeypatch):
     def rolled(self, state, stream):
       roll = lambda x: jnp.roll(x, 1, axis=1)
       slots = jax.tree.map(roll, state.slots)
-      return window(self, dataclasses.replace(state, slots=slots), stream)
+      return step(self, dataclasses.replace(state, slots=slots), stream)
 
-    monkeypatch.setattr(reducers.Groups, "window", rolled)
+    monkeypatch.setattr(reducers.Groups, "step", rolled)
   worst, _ = _compare(_model(FAULTY), [4] * 3, fault=fault)
   assert worst > 1e-3
 

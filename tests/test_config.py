@@ -37,7 +37,7 @@ from gemma_funnel.config import (
     ),
     (dict(start=1, recover="avg"), r"funnel.recover='avg': expected one of"),
     (dict(start=1, position="end"), r"funnel.position='end': expected one of"),
-    (dict(start=1, pool_query_only=1), r"funnel.pool_query_only=1: .* a bool"),
+    (dict(start=1, keys="all"), r"funnel.keys='all': expected one of"),
     (dict(start=1, keep_first="no"), r"funnel.keep_first='no': .* a bool"),
     (
       dict(start=1, reduce="strided", position="first"),
@@ -126,9 +126,13 @@ STAGES = [
   FunnelConfig(2),
   FunnelConfig(0, 3, 4),
   FunnelConfig(1, 7, 3, "max", "add"),
-  FunnelConfig(0, None, 2, "attention", "gate", True, True, "mean"),
+  FunnelConfig(0, None, 2, "attention", "gate", "first", None, True, "mean"),
   FunnelConfig(3, 9, 1, "strided", "attend", keep_first=True),
   FunnelConfig(3, reduce="context"),
+  FunnelConfig(3, 5, reduce="all", layers=(3, 4, 4, 0), keys="none"),
+  FunnelConfig(3, reduce="last_queries", keep=0.25, keys="before"),
+  FunnelConfig(3, reduce="tail", last=4),
+  FunnelConfig(3, reduce="boundary", stride=3, threshold=0.125),
   FunnelConfig(3, reduce="first", recover="none", position="first"),
 ]
 
@@ -152,8 +156,8 @@ def test_strings_say_what_differs_from_the_defaults():
   assert str(FunnelConfig(2, 8)) == (
     "start=2,stop=8,stride=2,reduce=mean,recover=average"
   )
-  assert str(FunnelConfig(2, pool_query_only=True)) == (
-    "start=2,stride=2,reduce=mean,recover=average,pool_query_only=true"
+  assert str(FunnelConfig(2, keys="first")) == (
+    "start=2,stride=2,reduce=mean,recover=average,keys=first"
   )
   spaced = " start = 2 , keep_first = true + start=3 "
   assert parse_funnel(spaced) == (
@@ -166,6 +170,9 @@ def test_strings_say_what_differs_from_the_defaults():
 def test_the_names_of_version_0_1_are_read():
   assert FunnelConfig.parse("start=2,pool=max") == FunnelConfig(2, reduce="max")
   assert FunnelConfig.parse("start=2,pool=every").reduce == "strided"
+  old = FunnelConfig.parse("start=2,pool_query_only=true")
+  assert old == FunnelConfig(2, keys="first")
+  assert FunnelConfig.parse("start=2,pool_query_only=false").keys == "own"
   with pytest.raises(ValueError, match="reduce is given twice"):
     FunnelConfig.parse("start=2,pool=max,reduce=max")
 

@@ -18,34 +18,6 @@ def model():
   return make_model(LENGTH)
 
 
-def test_without_layers_is_the_rest(model):
-  """Leaving out the second of two is what the first makes of the text."""
-  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (1, 16)))
-  first = damage.without_layers(model, 1, 2)
-  assert first.config.num_layers == 1
-  states = damage.layer_similarity.states(
-    model, tokens, jnp.ones_like(tokens), True
-  )
-  (after,) = [
-    x for (_, n, at, _), x in states.items() if (n, at) == (0, "layer")
-  ]
-  own = damage.layer_similarity.states(
-    first, tokens, jnp.ones_like(tokens), True
-  )
-  (found,) = [x for (_, n, at, _), x in own.items() if (n, at) == (0, "layer")]
-  np.testing.assert_allclose(found, after, rtol=1e-5, atol=1e-5)
-  second = damage.without_layers(model, 0, 1)
-  for kept, whole in zip(
-    jax.tree.leaves(damage.nnx.state(second.layers)),
-    jax.tree.leaves(damage.nnx.state(model.layers)),
-    strict=True,
-  ):
-    np.testing.assert_array_equal(kept, whole[1:])
-  for start, stop in ((0, 2), (1, 1), (1, 3), (-1, 1)):
-    with pytest.raises(ValueError, match="expected some of 2 layers"):
-      damage.without_layers(model, start, stop)
-
-
 def test_a_layer_that_does_nothing_is_found():
   config = damage.dataclasses.replace(
     make_model(LENGTH).config, num_layers=4, post_norms=False

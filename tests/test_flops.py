@@ -163,8 +163,11 @@ def by_hand(config, funnel, length, causal):
     found.append((name, queries, keys, np.asarray(see[0])))
 
   def run(step, stream, keys):
-    assert step.query_only == (keys is not None)
+    assert (step.keys == "before") == (keys is not None)
     for layer in range(step.start, step.stop):
+      if step.keys == "none":
+        found.append(("mlp", stream, stream, None))
+        continue
       add("layer", stream, keys or stream, config.layers[layer].window)
     return stream, {}
 
@@ -181,7 +184,7 @@ def by_hand(config, funnel, length, causal):
     return before
 
   stream = make_stream(jnp.zeros((1, length, config.embed_dim)))
-  steps = funnel_lib.layer_plan(stages, config.num_layers)
+  steps = funnel_lib.layer_plan(stages, config)
   funnel_lib.run_trunk(steps, stream, run, reduce, upsample)
   return found
 
@@ -196,30 +199,34 @@ GRID = [
     5,
     stride,
     pool,
-    "gate" if query_only else "attend",
-    pool_query_only=query_only,
+    "gate" if keys == "first" else "attend",
+    keys=keys,
     keep_first=keep_first,
     position=position,
   )
-  for stride, pool, query_only, keep_first, position in itertools.product(
+  for stride, pool, keys, keep_first, position in itertools.product(
     (2, 3),
     ("mean", "attention", "strided"),
-    (False, True),
+    ("own", "first"),
     (False, True),
     ("last", "first", "mean"),
   )
   if position == "last" or (pool == "mean" and stride == 3)
 ]
-# Stages one within another, and apart; a query-only layer of both kinds.
+# Stages one within another, and apart; keys from before the stage in both; and
+# layers left out, repeated, and without attention.
 NESTED = [
-  (outer, FunnelConfig(2, 4, 2, pool_query_only=True, recover="attend"))
+  (outer, FunnelConfig(2, 4, 2, keys="first", recover="attend"))
   for outer in GRID[::2]
 ] + [
-  (FunnelConfig(0, 2, 3), FunnelConfig(3, 6, 2, pool_query_only=True)),
+  (FunnelConfig(0, 2, 3), FunnelConfig(3, 6, 2, keys="first")),
   (FunnelConfig(0, 6, 2), FunnelConfig(1, 5, 2), FunnelConfig(4, 5, 2)),
   (FunnelConfig(1, stride=40), FunnelConfig(2, 4, 3, "strided")),
+  (FunnelConfig(1, 5, 3, keys="before"), FunnelConfig(5, 6, keys="none")),
+  FunnelConfig.parse("layers=0,3,3,1-2,5"),
+  FunnelConfig(1, 5, 3, keys="before", layers=(3, 2, 2)),
 ]
-FUNNELS = [None, *GRID[::5], *NESTED[::5], *NESTED[-3:]]
+FUNNELS = [None, *GRID[::5], *NESTED[::5], *NESTED[-6:]]
 ENCODER = FunnelConfig(1, stride=4, recover="none")
 
 
@@ -236,6 +243,8 @@ def test_forward_is_what_real_streams_make_visible(length, causal):
         expected += 4 * N * H * see.sum()
       elif name == "pool":
         expected += 2 * slots(queries) * D
+      elif name == "mlp":
+        expected += 2 * slots(queries) * MLP
     arguments = CONFIG, funnel, 3, length
     assert flops.forward(*arguments, False, causal) == 3 * expected, funnel
     if funnel is not ENCODER:
@@ -251,6 +260,9 @@ def test_bytes_of_a_forward_pass():
         weights += Q_O + K_V + MLP + NORMS
       elif name == "attend":
         weights += Q_O + K_V + 2 * D
+      elif name == "mlp":
+        weights += MLP + NORMS // 2
+        slots_ += 2 * D * slots(queries)
       else:
         weights += D
       if see is not None:
@@ -277,6 +289,9 @@ def test_decoding_is_what_real_streams_make_visible(context):
       elif name == "pool":
         cost += often * 2 * D
         moved += often * D
+      elif name == "mlp":
+        cost += often * 2 * MLP
+        moved += often * (MLP + NORMS // 2)
       else:
         moved += often * D
     found = flops.decode_flops(CONFIG, funnel, context, head=False)
@@ -315,7 +330,7 @@ def test_decoding_by_hand():
 
 def test_decoding_with_pooled_queries_alone_by_hand():
   """Layer 1 has a key for every token, of which it sees a window's 8."""
-  funnel = FunnelConfig(1, 5, 2, pool_query_only=True)
+  funnel = FunnelConfig(1, 5, 2, keys="first")
   layer, pair = 2 * (Q_O + K_V + MLP), 4 * N * H
   cost = (2 + 4 / 2) * layer + 2 * K_V / 2
   cost += (2 * 24 + (2 * 12 + 8 + 4) / 2) * pair

@@ -439,6 +439,9 @@ def test_select_leaves_the_others_as_they_were():
 
 # --- Which layers see what ------------------------------------------------
 
+# Layers 1, 3 and 5 see all.
+SIX = TransformerConfig.preset("tiny", num_layers=6)
+
 
 @pytest.mark.parametrize(
   "funnel,steps",
@@ -447,33 +450,33 @@ def test_select_leaves_the_others_as_they_were():
     ("start=2", [LayerRun(0, 2), Reduce(0), LayerRun(2, 6, (0,)), Upsample(0)]),
     ("start=0,recover=none", [Reduce(0), LayerRun(0, 6, (0,))]),
     (
-      "start=1,stop=4,pool_query_only=true",
+      "start=1,stop=4,keys=first",
       [
         LayerRun(0, 1),
         Reduce(0),
-        LayerRun(1, 2, (0,), True),
+        LayerRun(1, 2, (0,), "before"),
         LayerRun(2, 4, (0,)),
         Upsample(0),
         LayerRun(4, 6),
       ],
     ),
     (
-      "start=3,stop=4,pool_query_only=true",
+      "start=3,stop=4,keys=first",
       [
         LayerRun(0, 3),
         Reduce(0),
-        LayerRun(3, 4, (0,), True),
+        LayerRun(3, 4, (0,), "before"),
         Upsample(0),
         LayerRun(4, 6),
       ],
     ),
     (
-      "start=0,stop=5+start=2,stop=4,pool_query_only=true",
+      "start=0,stop=5+start=2,stop=4,keys=first",
       [
         Reduce(0),
         LayerRun(0, 2, (0,)),
         Reduce(1),
-        LayerRun(2, 3, (0, 1), True),
+        LayerRun(2, 3, (0, 1), "before"),
         LayerRun(3, 4, (0, 1)),
         Upsample(1),
         LayerRun(4, 5, (0,)),
@@ -482,10 +485,10 @@ def test_select_leaves_the_others_as_they_were():
       ],
     ),
     (
-      "start=0,pool_query_only=true+start=1",
+      "start=0,keys=first+start=1",
       [
         Reduce(0),
-        LayerRun(0, 1, (0,), True),
+        LayerRun(0, 1, (0,), "before"),
         Reduce(1),
         LayerRun(1, 6, (0, 1)),
         Upsample(1),
@@ -521,10 +524,66 @@ def test_select_leaves_the_others_as_they_were():
         Upsample(1),
       ],
     ),
+    (
+      "start=1,stop=4,keys=before+start=2,stop=3",
+      [
+        LayerRun(0, 1),
+        Reduce(0),
+        LayerRun(1, 2, (0,), "before"),
+        Reduce(1),
+        LayerRun(2, 3, (0, 1)),
+        Upsample(1),
+        LayerRun(3, 4, (0,), "before"),
+        Upsample(0),
+        LayerRun(4, 6),
+      ],
+    ),
+    (
+      "layers=0-1,4,4,3-5",
+      [
+        Reduce(0),
+        LayerRun(0, 2, (0,)),
+        LayerRun(4, 5, (0,)),
+        LayerRun(4, 5, (0,)),
+        LayerRun(3, 6, (0,)),
+        Upsample(0),
+      ],
+    ),
+    (
+      "start=2,stop=5,keys=first,layers=3,2",
+      [
+        LayerRun(0, 2),
+        Reduce(0),
+        LayerRun(3, 4, (0,), "before"),
+        LayerRun(2, 3, (0,)),
+        Upsample(0),
+        LayerRun(5, 6),
+      ],
+    ),
+    (
+      "start=5,reduce=last_queries,keys=none",
+      [
+        LayerRun(0, 3),
+        LayerRun(3, 4, needs=("attention_of_last",)),
+        LayerRun(4, 5),
+        Reduce(0),
+        LayerRun(5, 6, (0,), "none"),
+        Upsample(0),
+      ],
+    ),
+    (
+      "start=1,reduce=received",
+      [
+        LayerRun(0, 1, needs=("attention_received",)),
+        Reduce(0),
+        LayerRun(1, 6, (0,)),
+        Upsample(0),
+      ],
+    ),
   ],
 )
 def test_layer_plan(funnel, steps):
-  assert funnel_lib.layer_plan(resolve_funnel(funnel, 6), 6) == steps
+  assert funnel_lib.layer_plan(resolve_funnel(funnel, 6), SIX) == steps
 
 
 def test_run_trunk_hands_each_what_it_needs(monkeypatch):
@@ -532,10 +591,10 @@ def test_run_trunk_hands_each_what_it_needs(monkeypatch):
   kind = type("Asks", (REDUCERS["mean"],), {"needs": ("received",)})
   monkeypatch.setitem(REDUCERS, "asks", kind)
   funnel = (
-    "start=1,stop=5,pool_query_only=true+start=3,stop=4,recover=add,reduce=asks"
+    "start=1,stop=5,keys=first+start=3,stop=4,recover=add,reduce=asks"
   )
   end = funnel_lib.run_trunk(
-    funnel_lib.layer_plan(resolve_funnel(funnel, 6), 6),
+    funnel_lib.layer_plan(resolve_funnel(funnel, 6), SIX),
     "x",
     lambda step, x, keys: (
       f"{x}>{step.start}{step.stop}" + (f"[{keys}]" if keys else ""),
@@ -560,12 +619,12 @@ def test_run_trunk_hands_each_what_it_needs(monkeypatch):
   [
     ([1, 2, 1, 0], "off", True, "row 0 has .* one contiguous run"),
     ([1, -2, 0, 0], "off", True, "positive id"),
-    ([1, 2, 3, 4], "start=0", True, "row 0 needs 4 groups of 2 .* for 2"),
+    ([1, 2, 3, 4], "start=0", True, "row 0 needs 4 slots in the stage start=.* for 2"),
     (
       [1, 1, 2, 2, 3, 3, 4, 4],
       "start=0,stride=2+start=1,stride=2",
       True,
-      "needs 4 groups of 2 .* for 2",
+      "needs 4 slots in the stage start=.* for 2",
     ),
     ([1, 1, 2, 2], "start=0,keep_first=true", False, "needs 4 .* for 3: .*pad"),
   ],

@@ -377,7 +377,7 @@ def _ends_early(reduce, reducer, stream):
   [
     ("start=1,stop=4,stride=3", _aligned),
     ("start=1,stop=4,stride=3,recover=repeat", _reads_ahead),
-    ("start=2,stop=3,stride=3,pool_query_only=true", _sees_its_block),
+    ("start=2,stop=3,stride=3,keys=first", _sees_its_block),
     ("start=1,stop=4,stride=3,recover=attend", _ends_early),
   ],
 )

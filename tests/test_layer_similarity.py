@@ -139,7 +139,7 @@ def test_one_stage_by_hand(model):
   "funnel",
   [
     NESTED,
-    "start=0,stop=2,pool_query_only=true",
+    "start=0,stop=2,keys=first",
     "start=1,reduce=strided,recover=none",
   ],
 )

@@ -20,7 +20,7 @@ CONFIG = TransformerConfig.preset("tiny", num_layers=5)
 FUNNEL = "start=1,stop=4,stride=3"
 # Everything that a funnel may learn, and positions that are not integers.
 NESTED = (
-  "start=1,stop=4,reduce=attention,recover=attend,pool_query_only=true+"
+  "start=1,stop=4,reduce=attention,recover=attend,keys=first+"
   "start=2,stop=3,reduce=max,recover=gate,position=mean"
 )
 
@@ -157,7 +157,7 @@ def test_embedding_scale_is_rounded_to_the_compute_dtype():
 def test_pooled_queries_see_the_keys_from_before(causal):
   """A model of one such layer, against a call of its block."""
   config = dataclasses.replace(CONFIG, num_layers=1, kernel="reference")
-  funnel = "start=0,stride=3,reduce=max,recover=none,pool_query_only=true"
+  funnel = "start=0,stride=3,reduce=max,recover=none,keys=first"
   model = Transformer(config, funnel, rngs=nnx.Rngs(0))
   stream = make_stream(model.embed(_tokens()))
   short, _ = model.funnel[0].reducer.reduce(stream, {}, causal)

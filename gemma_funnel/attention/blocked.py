@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gemma_funnel.attention import flash, masks
 from gemma_funnel.attention.masks import AttentionSpec
-from gemma_funnel.stream import Stream
+from gemma_funnel.stream import Stream, last_slot, take, take_slots
 
 # Logits within +-this can be exponentiated and summed in float32 as they are.
 _MAX_UNSHIFTED_SOFTCAP = 60.0
@@ -77,6 +77,40 @@ def attention_received(
   # On a mesh: one entry a part of the queries, and of the heads.
   received_BTNS = _per_shard(call, q_BTNH, k_BSKH, k_BSKH, queries, keys)
   return received_BTNS.sum((1, 2))
+
+
+def attention_of_last(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  count: int,
+  queries: Stream,
+  keys: Stream,
+  **spec,
+) -> jax.Array:
+  """Attention that each key gets of a row's last queries, summed over heads.
+
+  It costs `count` queries, whichever kernel does the rest, and has no gradient.
+
+  Args:
+    q_BTNH, k_BSKH, queries, keys, **spec: as of `api.attend`.
+    count: how many queries that are no padding, at the end of each row.
+
+  Returns:
+    float32 [B, S]; 0 for padding. A row sums to N times `count`, or to N times
+    its queries if it has fewer.
+  """
+  q_BTNH, k_BSKH = map(jax.lax.stop_gradient, (q_BTNH, k_BSKH))
+  back_W = jnp.arange(count, dtype=jnp.int32) - (count - 1)
+  index_BW = last_slot(queries)[:, None] + back_W[None]
+  p_BKXS, total_BKX1 = _weights(
+    _query_groups(take(q_BTNH, jnp.maximum(index_BW, 0)), k_BSKH.shape[2]),
+    _head_major(k_BSKH),
+    take_slots(queries.slots(), index_BW),
+    keys,
+    AttentionSpec(**spec),
+  )
+  p_BKXS = p_BKXS / jnp.where(total_BKX1 > 0, total_BKX1, 1)
+  return jnp.sum(p_BKXS, axis=(1, 2), dtype=jnp.float32)
 
 
 def _per_shard(call, q_BTNH, k_BSKH, v_BSKH, queries, keys):

@@ -110,15 +110,11 @@ def _fill(keys_values, keys: Stream, sizes: Sequence[int], start) -> Cache:
   )
 
 
-def _put(ring, new, start, axis: int):
-  """Writes the slots of `new` into a ring, from slot `start` on."""
-  size = ring.shape[axis]
-  for n in range(new.shape[axis]):
-    one = jax.lax.slice_in_dim(new, n, n + 1, axis=axis)
-    ring = jax.lax.dynamic_update_slice_in_dim(
-      ring, one.astype(ring.dtype), (start + n) % size, axis
-    )
-  return ring
+def _put(ring, new, slot, axis: int):
+  """Writes one slot into a ring."""
+  at = slot % ring.shape[axis]
+  new = new.astype(ring.dtype)
+  return jax.lax.dynamic_update_slice_in_dim(ring, new, at, axis)
 
 
 def _put_slots(cache: Cache, keys: Stream) -> Cache:
@@ -131,7 +127,9 @@ def _put_slots(cache: Cache, keys: Stream) -> Cache:
   return dataclasses.replace(cache, slots=slots)
 
 
-def prefill(model: Transformer, stream: Stream, phase, cache_length: int):
+def prefill(
+  model: Transformer, stream: Stream, phase, cache_length: int, further: int
+):
   """Runs prompts, and keeps what their continuation needs.
 
   Args:
@@ -139,12 +137,13 @@ def prefill(model: Transformer, stream: Stream, phase, cache_length: int):
     stream: left-padded rows; their last tokens are all in `phase`.
     phase: int32 scalar, the last tokens' ranks modulo the total stride.
     cache_length: tokens that a row may come to have.
+    further: how many of them may come after the prompt.
 
   Returns:
     (the stream after the layers, a `Cache` for each run of layers, a
     `StageState` for each stage).
   """
-  walker = _Prefill(model, phase, cache_length)
+  walker = _Prefill(model, phase, cache_length, further)
   stream = _walk(model, walker, stream)
   return stream, walker.caches, walker.stages
 
@@ -166,7 +165,7 @@ def step(model: Transformer, stream: Stream, caches, stages):
 
 
 def _walk(model: Transformer, walker, stream: Stream) -> Stream:
-  steps = funnel_lib.layer_plan(model.stages, model.config.num_layers)
+  steps = funnel_lib.layer_plan(model.stages, model.config)
   return funnel_lib.run_trunk(
     steps, stream, walker.run, walker.reduce, walker.upsample
   )
@@ -193,8 +192,10 @@ def _layer(
 class _Prefill:
   """What `run_trunk` calls for prompts: the trunk, and a note of its states."""
 
-  def __init__(self, model: Transformer, phase, cache_length: int):
-    self._model, self._phase = model, phase
+  def __init__(
+    self, model: Transformer, phase, cache_length: int, further: int
+  ):
+    self._model, self._phase, self._further = model, phase, further
     # Slots that the open streams may come to have, the innermost last.
     self._lengths = [cache_length]
     self.caches: list[Cache] = []
@@ -215,34 +216,35 @@ class _Prefill:
         keys or stream,
         True,
         config.layers[layer].window,
-        run.needs if layer == run.stop - 1 else (),
+        run.needs,
       )
-      stream, aux = _layer(
-        self._model, layer, stream, keys, functools.partial(stash, attention_fn)
-      )
+      attention_fn = functools.partial(stash, attention_fn)
+      if run.keys == "none":
+        attention_fn = None
+      stream, aux = _layer(self._model, layer, stream, keys, attention_fn)
     self.caches.append(self._cache(run, keys_values, keys or stream))
     return stream, aux
 
   def _cache(self, run: LayerRun, keys_values, keys: Stream) -> Cache:
-    most, extra = self._lengths[-1 - run.query_only], 0
-    start = jnp.int32(keys.segment_BT.shape[1])
-    if run.query_only:
-      # Slots since the newest group ended are written again with their group.
-      number = run.stages[-1]
-      extra = self._model.funnel[number].reducer.period
-      start = start - self.stages[number].reducer.count
+    most, extra = self._lengths[-1], 0
+    if run.keys == "before":
+      # A group's position may be that of an earlier slot than its last.
+      most = self._lengths[-2]
+      extra = self._model.funnel[run.stages[-1]].reducer.period
     sizes = [
-      _ring_size(self._model.config, layer, keys, most, extra)
-      for layer in range(run.start, run.stop)
+      _ring_size(self._model.config, run.start + n, keys, most, extra)
+      for n in range(len(keys_values))
     ]
+    start = jnp.int32(keys.segment_BT.shape[1])
     return _fill(keys_values, keys, sizes, start)
 
   def reduce(self, number: int, stream: Stream, aux: Aux):
     reducer = self._model.funnel[number].reducer
     state = reducer.init_state(stream, self._phase)
     self.stages.append(StageState(state, None, None))
-    most = reducer.length(self._lengths[-1], True, stream.context_length)
-    self._lengths.append(most)
+    self._lengths.append(
+      reducer.cache_length(self._lengths[-1], stream, self._further)
+    )
     return reducer.reduce(stream, aux, True)
 
   def upsample(
@@ -274,45 +276,64 @@ class _Step:
   def __init__(self, model: Transformer, caches, stages):
     self._model = model
     self._old_caches = iter(caches)
-    # Of the open stages: the query-only layer's keys, whether the stage is due
-    # (None is always), and whether others bypass it.
-    self._windows: dict[int, Stream] = {}
+    # Of the open stages: whether the stage is due (None is always), and whether
+    # others bypass it.
     self._dues: list[jax.Array | None] = [None]
     self._bypasses: list[bool] = []
     self.caches: list[Cache] = []
     self.stages: list[StageState] = list(stages)
 
   def run(self, run: LayerRun, stream: Stream, keys: Stream | None):
-    if run.query_only:
-      keys = self._windows[run.stages[-1]]
-
-    def layers(carry):
-      hidden_BTD, cache = carry
-      return self._layers(
-        run, stream.replace(hidden_BTD=hidden_BTD), keys, cache
-      )
-
+    """Layers on a slot that is due; keys from before it are cached always."""
+    cache = next(self._old_caches)
+    if keys is not None:
+      put = lambda cache: self._put_keys(run, keys, cache)
+      cache = _if_due(self._dues[-2], put, cache)
+    layers = lambda carry: self._layers(run, stream, keys, *carry)
     hidden_BTD, cache = _if_due(
-      self._dues[-1], layers, (stream.hidden_BTD, next(self._old_caches))
+      self._dues[-1], layers, (stream.hidden_BTD, cache)
     )
     self.caches.append(cache)
     return stream.replace(hidden_BTD=hidden_BTD), {}
 
-  def _layers(self, run: LayerRun, stream: Stream, keys: Stream | None, cache):
-    """(hidden_BTD, cache) after a run of layers, which adds to its cache."""
-    cache = _put_slots(cache, keys or stream)
-    rings = []
+  def _put_keys(self, run: LayerRun, keys: Stream, cache: Cache) -> Cache:
+    """The cache with the keys and values that all layers of a run have."""
+    cache, rings = _put_slots(cache, keys), []
+    for n, layer in enumerate(range(run.start, run.stop)):
+      block = self._model.layers[layer]
+      keys_values = block.attn.keys_values(
+        block.pre_attn_norm(keys.hidden_BTD),
+        rope_angles(
+          keys.position_BT, self._model.config, self._model.config.layers[layer]
+        ),
+      )
+      rings.append(_put_values(cache, n, keys_values))
+    return Cache(rings, cache.slots, cache.next + 1, cache.runs)
+
+  def _layers(self, run: LayerRun, stream, keys, hidden_BTD, cache):
+    """(hidden_BTD, cache) after layers; they add keys that are their own."""
+    stream = stream.replace(hidden_BTD=hidden_BTD)
+    if keys is None:
+      cache = _put_slots(cache, stream)
+    rings = list(cache.keys_values)
     for n, layer in enumerate(range(run.start, run.stop)):
 
       def attention_fn(q_BTNH, *kv, n=n, layer=layer):
-        rings.append(_put_values(cache, n, kv))
+        if keys is None:
+          rings[n] = _put_values(cache, n, kv)
         window = self._model.config.layers[layer].window
         return self._attend(cache.slots, rings[n], stream, window, q_BTNH)
 
-      stream, _ = _layer(self._model, layer, stream, keys, attention_fn)
-    added = (keys or stream).segment_BT.shape[1]
+      stream, _ = _layer(
+        self._model,
+        layer,
+        stream,
+        keys,
+        None if run.keys == "none" else attention_fn,
+      )
+    next_slot = cache.next + (keys is None)
     return stream.hidden_BTD, Cache(
-      rings, cache.slots, cache.next + added, cache.runs + 1
+      rings, cache.slots, next_slot, cache.runs + 1
     )
 
   def _attend(self, slots, keys_values, queries: Stream, window, q_BTNH, *_):
@@ -331,8 +352,6 @@ class _Step:
 
   def reduce(self, number: int, stream: Stream, aux: Aux):
     reducer, state = self._model.funnel[number].reducer, self.stages[number]
-    if reducer.stage.pool_query_only:
-      self._windows[number] = reducer.window(state.reducer, stream)
     step = reducer.step(state.reducer, stream)
     around = self._dues[-1]
     self.stages[number] = dataclasses.replace(
@@ -359,7 +378,9 @@ class _Step:
       attended_BTD = stage.recovery.attend(before, (None, None), attention_fn)
     self.stages[number] = StageState(state.reducer, held_B1D, cache)
     misses = jnp.bool_(False) if due is None else ~due & bypasses
-    bypass_BT = jnp.broadcast_to(misses, before.segment_BT.shape)
+    bypass_BT = jnp.broadcast_to(
+      misses.reshape(-1, 1), before.segment_BT.shape
+    )
     return stage.combine(held_B1D, before, bypass_BT, attended_BTD)
 
 
@@ -381,7 +402,12 @@ def _where(due: jax.Array | None, new, old):
   """`new` where due (None is always), else `old`; trees."""
   if due is None:
     return new
-  return jax.tree.map(lambda x, y: jnp.where(due, x, y), new, old)
+
+  def choose(x, y):
+    of_row = due.reshape(due.shape + (1,) * (x.ndim - due.ndim) * due.ndim)
+    return jnp.where(of_row, x, y)
+
+  return jax.tree.map(choose, new, old)
 
 
 def _if_due(due: jax.Array | None, body, carry):
@@ -393,5 +419,5 @@ def _if_due(due: jax.Array | None, body, carry):
   if due is None:
     return body(carry)
   return jax.lax.fori_loop(
-    0, due.astype(jnp.int32), lambda _, carry: body(carry), carry
+    0, jnp.any(due).astype(jnp.int32), lambda _, carry: body(carry), carry
   )

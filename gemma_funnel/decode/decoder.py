@@ -122,6 +122,14 @@ def _bucket(length: int) -> int:
   return -(-length // step) * step
 
 
+def _shortest(bucket: int) -> int:
+  """The least length whose bucket this is."""
+  if bucket <= _SMALLEST_BUCKET:
+    return 1
+  step = 2 ** (bucket - 1).bit_length() // 2 // _BUCKETS_PER_OCTAVE
+  return bucket - step + 1
+
+
 def _common_phase(lengths: Sequence[int], stride: int) -> tuple[int, list[int]]:
   """(phase, how much of each prompt to prefill), for the fewest steps after."""
 
@@ -184,8 +192,14 @@ class Decoder:
       context_BT=inputs["context_BT"],
       context_length=context_length,
     )
+    # The longest row fills its bucket; all take as many steps.
+    shortest = _shortest(segment_BT.shape[1])
     stream, caches, stages = caches_lib.prefill(
-      model, stream, inputs["phase"], self.cache_length
+      model,
+      stream,
+      inputs["phase"],
+      self.cache_length,
+      self.cache_length - shortest,
     )
     # One prefill serves all samples of a prompt.
     fork = lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x

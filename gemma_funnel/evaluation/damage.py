@@ -24,7 +24,7 @@ import numpy as np
 
 from gemma_funnel import cli, flops, weights
 from gemma_funnel.checks import require, require_int
-from gemma_funnel.config import OFF, check_recovers
+from gemma_funnel.config import OFF, FunnelConfig, check_recovers
 from gemma_funnel.decode.decoder import Decoder
 from gemma_funnel.evaluation import funnels as funnels_lib
 from gemma_funnel.evaluation import load_for_eval, report, timing
@@ -63,32 +63,6 @@ def default_texts() -> dict[str, str]:
   return {"docs": "\n\n".join(docs), "novel": _TEXT.read_text("utf-8")}
 
 
-def without_layers(model: Transformer, start: int, stop: int) -> Transformer:
-  """The plain model without the layers [start, stop).
-
-  Raises:
-    ValueError: no such layers, or no others.
-  """
-  depth = model.config.num_layers
-  require(
-    0 <= start < stop <= depth and stop - start < depth,
-    f"skip {start}:{stop}: expected some of {depth} layers, and not all",
-  )
-  kept = lambda values: [*values[:start], *values[stop:]]
-  config = dataclasses.replace(
-    model.config,
-    num_layers=depth - (stop - start),
-    attention_pattern=tuple(kept(model.config.attention_kinds)),
-  )
-  params = nnx.to_pure_dict(nnx.state(model.with_funnel(OFF)))
-  params["layers"] = jax.tree.map(
-    lambda p: jnp.concatenate([p[:start], p[stop:]]), params["layers"]
-  )
-  graphdef, state = nnx.split(Transformer.abstract(config, ()))
-  nnx.replace_by_pure_dict(state, params)
-  return nnx.merge(graphdef, state)
-
-
 def least_influence(model: Transformer, tokens_BT, count: int) -> int:
   """Where `count` consecutive layers begin that turn the states least.
 
@@ -124,9 +98,10 @@ def _variants(model, funnels, length: int, tokens_BT) -> list[Variant]:
     if count < config.num_layers and count not in skips:
       skips[count] = least_influence(plain, tokens_BT, count)
   for count, start in sorted(skips.items()):
+    kept = [*range(start), *range(start + count, config.num_layers)]
+    skip = FunnelConfig(0, reduce="all", layers=tuple(kept))
     name = f"skip {start}:{start + count}"
-    skipped = without_layers(plain, start, start + count)
-    found.append(Variant(name, "skip", skipped))
+    found.append(Variant(name, "skip", model.with_funnel(skip)))
   return found
 
 

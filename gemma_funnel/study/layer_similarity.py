@@ -113,7 +113,7 @@ def states(
     for layer in range(step.start, step.stop):
       needs = step.needs if layer == step.stop - 1 else ()
       layers = model.layers, model.config, layer, layer + 1
-      options = dict(causal=causal, needs=needs)
+      options = dict(causal=causal, needs=needs, attends=step.keys != "none")
       stream, aux = run_layers(*layers, stream, keys, **options)
       report(stream, layer, "layer")
     return stream, aux
@@ -131,7 +131,7 @@ def states(
     return report(stream, model.stages[stage].stop - 1, "recovery")
 
   stream = make_stream(model.embed(tokens_BT), segment_BT)
-  plan = layer_plan(model.stages, model.config.num_layers)
+  plan = layer_plan(model.stages, model.config)
   run_trunk(plan, stream, run, reduce, upsample)
   return found
 
