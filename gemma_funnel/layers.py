@@ -19,10 +19,7 @@ import numpy as np
 
 from gemma_funnel import params
 from gemma_funnel.attention.api import attend
-from gemma_funnel.attention.blocked import (
-  attention_of_last,
-  attention_received,
-)
+from gemma_funnel.attention.blocked import attention_of_last, attention_received
 from gemma_funnel.config import LayerSpec, RopeScaling, TransformerConfig
 from gemma_funnel.numerics import normalize
 from gemma_funnel.parallel import mesh as mesh_lib

@@ -77,6 +77,7 @@ class Reducer(nnx.Module):
     trains: whether a loss may be taken at every token; False for a choice that
       looks at later tokens, or needs what training data do not have.
     decodes: whether `init_state` and `step` exist.
+    by_row: whether its steps are due for some rows and not for others.
     packs: whether rows may hold several segments.
     bidirectional: whether it knows streams that are not causal.
     rows: the parameters that it learns.
@@ -88,6 +89,7 @@ class Reducer(nnx.Module):
   needs: tuple[str, ...] = ()
   trains: bool = True
   decodes: bool = False
+  by_row: bool = False
   packs: bool = True
   bidirectional: bool = True
   rows: tuple[params.Row, ...] = ()
@@ -488,6 +490,9 @@ class All(OfPrompt):
     slot_1T = jnp.arange(stream.segment_BT.shape[1], dtype=jnp.int32)[None]
     return stream, jnp.broadcast_to(slot_1T, stream.segment_BT.shape)
 
+  def step(self, state, stream):
+    return Step(state, stream, None)
+
 
 @REDUCERS.register("context")
 class ContextDrop(OfPrompt):
@@ -621,7 +626,8 @@ class Received(Scored):
     received_BT = aux["attention_received"]
     if not causal:
       return received_BT
-    seen_BT = last_slot(stream)[:, None] + 1 - jnp.arange(received_BT.shape[1])
+    slot_1T = jnp.arange(received_BT.shape[1])[None]
+    seen_BT = last_slot(stream)[:, None] + 1 - slot_1T
     return received_BT / jnp.maximum(seen_BT, 1)
 
 
@@ -657,6 +663,7 @@ class Boundary(Reducer):
   recover = "delta"
   keys = ("own", "before", "none")
   decodes = True
+  by_row = True
   bidirectional = False
 
   @property
@@ -705,7 +712,6 @@ class Boundary(Reducer):
     return (1 - jnp.mean(x * y, axis=-1)) / 2
 
   def init_state(self, stream, phase):
-    stride = self.stage.stride
     at_B1 = last_slot(stream)[:, None]
     rank_B1 = take(rank(stream.segment_BT), at_B1)
     _, newest_BT = self.reduce(stream, {}, True)

@@ -24,6 +24,16 @@ CACHE = 80
 # that the operations of a prefill are compiled once.
 WIDTH = 40
 FUNNELS = funnel_grid.decodable()
+# Further slots all go on, or rows differ in which do; plans of layers.
+OTHERS = [
+  "start=1,stop=4,reduce=all,keys=before",
+  "layers=0,3,3,1",
+  "start=2,reduce=all,keys=none",
+  "start=1,stop=4,stride=2,keys=before,layers=2,2,1",
+  "start=2,stop=4,reduce=boundary,stride=1,threshold=0.3",
+  "start=2,reduce=boundary,stride=2,threshold=0.25,keys=before",
+  "start=1,stride=2+start=3,stop=4,reduce=boundary,stride=2,threshold=0.2",
+]
 
 
 def _model(funnel: str) -> Transformer:
@@ -134,6 +144,12 @@ def _lengths(model, phase):
 def test_steps_are_the_one_pass_forward(number):
   model = funnel_grid.make_model(FUNNELS[number])
   assert _compare(model, _lengths(model, number))[0] < 1e-5
+
+
+@pytest.mark.parametrize("funnel", OTHERS)
+def test_steps_of_other_reducers_are_the_one_pass_forward(funnel):
+  model = _model(funnel)
+  assert _compare(model, _lengths(model, 1))[0] < 1e-5
 
 
 @pytest.mark.slow

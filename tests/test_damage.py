@@ -1,7 +1,5 @@
 """Untrained funnels beside layers left out."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_language_model import make_model, train_tokenizer

@@ -23,9 +23,7 @@ CACHE = 128
 FUNNEL = "start=1,stop=4,stride=3"
 NESTED = "start=1,stride=2+start=3,stop=4,stride=2,keys=first"
 # Of all kinds: full layers, deep ones, deep ones of pooled queries; and back.
-AND_BACK = (
-  "start=1,stop=4,stride=2+start=2,stop=3,stride=2,keys=first"
-)
+AND_BACK = "start=1,stop=4,stride=2+start=2,stop=3,stride=2,keys=first"
 # Most of what is tested is the same at any depth: this is a layer of each run.
 SHALLOW = "start=1,stop=2,stride=3"
 # Its programs are compiled for each number of rows: most tests have these.

@@ -590,9 +590,7 @@ def test_run_trunk_hands_each_what_it_needs(monkeypatch):
   """Streams as strings: what was done, in order."""
   kind = type("Asks", (REDUCERS["mean"],), {"needs": ("received",)})
   monkeypatch.setitem(REDUCERS, "asks", kind)
-  funnel = (
-    "start=1,stop=5,keys=first+start=3,stop=4,recover=add,reduce=asks"
-  )
+  funnel = "start=1,stop=5,keys=first+start=3,stop=4,recover=add,reduce=asks"
   end = funnel_lib.run_trunk(
     funnel_lib.layer_plan(resolve_funnel(funnel, 6), SIX),
     "x",
@@ -619,7 +617,12 @@ def test_run_trunk_hands_each_what_it_needs(monkeypatch):
   [
     ([1, 2, 1, 0], "off", True, "row 0 has .* one contiguous run"),
     ([1, -2, 0, 0], "off", True, "positive id"),
-    ([1, 2, 3, 4], "start=0", True, "row 0 needs 4 slots in the stage start=.* for 2"),
+    (
+      [1, 2, 3, 4],
+      "start=0",
+      True,
+      "row 0 needs 4 slots in the stage start=.* for 2",
+    ),
     (
       [1, 1, 2, 2, 3, 3, 4, 4],
       "start=0,stride=2+start=1,stride=2",

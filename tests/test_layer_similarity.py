@@ -137,11 +137,7 @@ def test_one_stage_by_hand(model):
 
 @pytest.mark.parametrize(
   "funnel",
-  [
-    NESTED,
-    "start=0,stop=2,keys=first",
-    "start=1,reduce=strided,recover=none",
-  ],
+  [NESTED, "start=0,stop=2,keys=first", "start=1,reduce=strided,recover=none"],
 )
 def test_the_last_states_are_what_encode_norms(model, funnel):
   model = model.with_funnel(funnel)

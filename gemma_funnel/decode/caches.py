@@ -378,9 +378,7 @@ class _Step:
       attended_BTD = stage.recovery.attend(before, (None, None), attention_fn)
     self.stages[number] = StageState(state.reducer, held_B1D, cache)
     misses = jnp.bool_(False) if due is None else ~due & bypasses
-    bypass_BT = jnp.broadcast_to(
-      misses.reshape(-1, 1), before.segment_BT.shape
-    )
+    bypass_BT = jnp.broadcast_to(misses.reshape(-1, 1), before.segment_BT.shape)
     return stage.combine(held_B1D, before, bypass_BT, attended_BTD)
 
 

@@ -24,6 +24,7 @@ from gemma_funnel.decode.caches import Cache, StageState, pytree
 from gemma_funnel.decode.sampling import Sampling
 from gemma_funnel.model import Transformer
 from gemma_funnel.parallel.sharding import cache_sharding
+from gemma_funnel.registry import REDUCERS
 from gemma_funnel.stream import Stream, make_stream, round_span
 
 # Prompts are padded to one of this many lengths between powers of two.
@@ -165,6 +166,7 @@ class Decoder:
     config = model.config
     config_lib.check_recovers(model.stages, "decoding")
     config_lib.check_reducers(model.stages, "decodes", "decoding")
+    _check_nesting(model.stages)
     if not 1 < cache_length <= config.max_length:
       raise ValueError(
         f"cache_length={cache_length}: expected 2 to model.max_length="
@@ -462,6 +464,17 @@ class Decoder:
     for row, prompt in enumerate(prompts):
       seen_BV[row, prompt] = True
     return seen_BV
+
+
+def _check_nesting(stages) -> None:
+  """Refuses stages within one that is due for some rows and not for others."""
+  for outer in stages:
+    inner = [s for s in stages if outer.start < s.start < outer.stop]
+    if REDUCERS[outer.reduce].by_row and inner:
+      raise ValueError(
+        f"decoding: funnel.reduce={outer.reduce!r} at layer {outer.start} "
+        f"holds the stage at layer {inner[0].start}: expected none within it"
+      )
 
 
 def _arrays(prompts, beginnings, stride) -> dict[str, np.ndarray]:

@@ -18,7 +18,6 @@ import re
 from typing import Any
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 import numpy as np
 
