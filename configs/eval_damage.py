@@ -42,6 +42,11 @@ def get_config(model: str = "gemma3_270m") -> config_dict.ConfigDict:
   config.prompt = "The three largest cities of France are"
   config.new_tokens = 32
 
+  # Tokens at each window's end that alone are scored, after the rest as a
+  # prompt; 0 scores all. Savings that "start=?" in a funnel stands for.
+  config.continuation = 0
+  config.savings = ()
+
   config.repeats = 7
   config.warmup = 2
   config.seed = 0

@@ -180,14 +180,14 @@ class Decoder:
     self._mesh = None if one_device else sharding.mesh
     self._graphdef, self._params = nnx.split(unstacked(model))
     self._prefill = jax.jit(self._make_prefill, static_argnums=(0, 1, 2))
+    self._score = jax.jit(self._make_score)
     self._advance = jax.jit(
       self._make_advance, static_argnums=0, donate_argnums=2
     )
 
-  def _make_prefill(
-    self, sampling, samples, context_length, params, inputs
-  ) -> State:
-    model, segment_BT = nnx.merge(self._graphdef, params), inputs["segment_BT"]
+  def _run_prompts(self, model, context_length, inputs):
+    """(stream after the layers, caches, stages) of left-padded prompts."""
+    segment_BT = inputs["segment_BT"]
     stream = make_stream(
       model.embed(inputs["tokens_BT"]),
       segment_BT,
@@ -196,13 +196,19 @@ class Decoder:
     )
     # The longest row fills its bucket; all take as many steps.
     shortest = _shortest(segment_BT.shape[1])
-    stream, caches, stages = caches_lib.prefill(
+    return caches_lib.prefill(
       model,
       stream,
       inputs["phase"],
       self.cache_length,
       self.cache_length - shortest,
     )
+
+  def _make_prefill(
+    self, sampling, samples, context_length, params, inputs
+  ) -> State:
+    model = nnx.merge(self._graphdef, params)
+    stream, caches, stages = self._run_prompts(model, context_length, inputs)
     # One prefill serves all samples of a prompt.
     fork = lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x
     caches, stages, logits_BV, rank_B, rest_BK, rest_B, row_B, seen_BV = (
@@ -212,7 +218,7 @@ class Decoder:
           caches,
           stages,
           _last_logits(model, stream),
-          jnp.sum(segment_BT, axis=1, dtype=jnp.int32),
+          jnp.sum(inputs["segment_BT"], axis=1, dtype=jnp.int32),
           inputs["rest_BK"],
           inputs["rest_B"],
           inputs["row_B"],
@@ -400,6 +406,67 @@ class Decoder:
       chunk=self.cache_length,
     )
     return last
+
+  def log_likelihoods(
+    self,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+  ) -> np.ndarray:
+    """Log-probabilities of given tokens, each after those before it.
+
+    The prompts run as they do for `generate`, and the tokens one by one: what a
+    reduction of the prompt costs what comes after it.
+
+    Args:
+      prompts: token ids of each, BOS included, all of one length.
+      continuations: N token ids of each.
+
+    Returns:
+      float32 [B, N], in nats.
+
+    Raises:
+      ValueError: lengths that differ; see `generate`.
+    """
+    for name, rows in (("prompts", prompts), ("continuations", continuations)):
+      lengths = sorted({len(row) for row in rows})
+      if len(lengths) != 1 or len(rows) != len(prompts):
+        raise ValueError(
+          f"{name} have the lengths {lengths}, {len(rows)} of them: expected "
+          "one length, and as many continuations as prompts"
+        )
+    next_BN = np.asarray(continuations, np.int32)
+    self._require_ids("continuations", next_BN.reshape(-1))
+    inputs = self._inputs(prompts, next_BN.shape[1], (), sampling_lib.GREEDY)
+    inputs["context_BT"] = None
+    return np.asarray(self._score(self._params, inputs, next_BN))
+
+  def _make_score(self, params, inputs, next_BN) -> jax.Array:
+    model = nnx.merge(self._graphdef, params)
+    stream, *state = self._run_prompts(model, 0, inputs)
+    rank_B = jnp.sum(inputs["segment_BT"], axis=1, dtype=jnp.int32)
+
+    def one(carry, token_B):
+      rank_B, caches, stages = carry
+      token_B1 = token_B[:, None]
+      stream = make_stream(
+        model.embed(token_B1), jnp.ones_like(token_B1), rank_B[:, None]
+      )
+      stream, caches, stages = caches_lib.step(model, stream, caches, stages)
+      return (rank_B + 1, caches, stages), stream.hidden_BTD
+
+    carry = rank_B, *state
+    _, after_NB1D = jax.lax.scan(one, carry, next_BN[:, :-1].T)
+    hidden_NB1D = jnp.concatenate([stream.hidden_BTD[None, :, -1:], after_NB1D])
+
+    def score(inputs):
+      hidden_B1D, token_B = inputs
+      log_p_BV = jax.nn.log_softmax(
+        model.logits(model.final_norm(hidden_B1D))[:, 0]
+      )
+      return jnp.take_along_axis(log_p_BV, token_B[:, None], axis=1)[:, 0]
+
+    scores_NB = jax.lax.map(score, (hidden_NB1D, next_BN.T), batch_size=16)
+    return scores_NB.T
 
   def _inputs(self, prompts, max_new_tokens, stop_ids, sampling):
     """Checked arguments of the prefill."""

@@ -4,6 +4,13 @@ Bits per byte of texts, and the time of a pass to the hidden states, of the plai
 model, with each funnel, and without as many consecutive layers as save about the
 same FLOPs. Which those are is told by how little they turn the states (the block
 influence of ShortGPT, arXiv 2403.03853, of a span as in arXiv 2403.17887).
+
+Bits are of all tokens, or of the `continuation` at each window's end: the rest
+is then a prompt, which is what FLOPs and times are of, and the continuation is
+read token by token against the caches, as it would be generated. A funnel may
+leave `start` and `threshold` open ("?"): the start that saves about so much as
+each of `savings` is found, and the threshold that as many slots pass as one in
+`stride`.
 """
 
 from collections.abc import Mapping
@@ -22,22 +29,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_funnel import cli, flops, weights
-from gemma_funnel.checks import require, require_int
-from gemma_funnel.config import OFF, FunnelConfig, check_recovers
-from gemma_funnel.decode.decoder import Decoder
+from gemma_funnel.checks import require, require_between, require_int
+from gemma_funnel.config import OFF, FunnelConfig, check_recovers, parse_funnel
+from gemma_funnel.decode.decoder import Decoder, unstacked
 from gemma_funnel.evaluation import funnels as funnels_lib
 from gemma_funnel.evaluation import load_for_eval, report, timing
 from gemma_funnel.evaluation.scoring import Scorer, bucket_lengths
 from gemma_funnel.model import Transformer
+from gemma_funnel.reducers import Boundary
 from gemma_funnel.study import layer_similarity
 from gemma_funnel.tasks import tables
 
 KEYS = tuple(
   "checkpoint tokenizer dtype funnels text length max_bytes prompt new_tokens "
-  "repeats warmup seed out".split()
+  "repeats warmup seed out continuation savings".split()
 )
 _TEXT = pathlib.Path(__file__).with_name("texts") / "middlemarch.txt"
 _RECOVERS = "bits per byte"
+# Prompts that are run at a time.
+_ROWS = 8
+# Points of a picture that are named each.
+_LABELLED = 12
 
 Row = dict[str, Any]
 
@@ -82,16 +94,57 @@ def least_influence(model: Transformer, tokens_BT, count: int) -> int:
   return 1 + int(np.argmax(cosines))
 
 
-def _variants(model, funnels, length: int, tokens_BT) -> list[Variant]:
+def _opened(plain: Transformer, funnel: str, saving, length, tokens_BT):
+  """The funnel with what it leaves open filled in; None if it cannot save so.
+
+  Of all starts the one whose saving is nearest, by at most 4 points.
+  """
+  config = plain.config
+  saved = lambda text: flops.ideal_reduction(
+    config, text, 1, length, head=False
+  )
+  if "start=?" in funnel:
+    found = {}
+    for start in range(1, config.num_layers):
+      text = funnel.replace("start=?", f"start={start}")
+      try:
+        found[text] = saved(text.replace("threshold=?", "threshold=0"))
+      except ValueError:  # Past its stop.
+        continue
+    funnel = min(found, key=lambda text: abs(found[text] - saving))
+    if abs(found[funnel] - saving) > 0.04:
+      return None
+  if "threshold=?" in funnel:
+    (stage,) = parse_funnel(funnel.replace("threshold=?", "threshold=0"))
+    states = layer_similarity.states(
+      plain, jnp.asarray(tokens_BT), np.ones(tokens_BT.shape, np.int32), True
+    )
+    entering = next(x for key, x in states.items() if key[1] == stage.start - 1)
+    p_BT = Boundary(stage).probability(entering[:, :-1], entering[:, 1:])
+    threshold = float(np.quantile(np.asarray(p_BT), 1 - 1 / stage.stride))
+    funnel = funnel.replace("threshold=?", f"threshold={threshold:.5f}")
+  return funnel
+
+
+def _variants(model, funnels, savings, length: int, tokens_BT):
   """The plain model, and of each funnel it and layers left out in its stead."""
   config, plain = model.config, model.with_funnel(OFF)
   found = [Variant(OFF, "plain", plain)]
-  named = funnels_lib.resolve_for(model, funnels, recovers=_RECOVERS)
+  kinds = {}
+  for funnel in funnels:
+    for saving in savings if "start=?" in funnel else (None,):
+      opened = _opened(plain, funnel, saving, length, tokens_BT)
+      if opened is None:
+        cli.tell(f"{funnel}: no start saves about {saving:.0%}")
+      else:
+        kinds[opened] = re.sub(r"(start|threshold)=\?,?", "", funnel)
+  named = funnels_lib.resolve_for(model, tuple(kinds), recovers=_RECOVERS)
   skips = {}
   for name, stages in named.items():
     if not stages:
       continue
-    found.append(Variant(name, "funnel", model.with_funnel(stages)))
+    kind = kinds[name] if savings else "funnel"
+    found.append(Variant(name, kind, model.with_funnel(stages)))
     saved = flops.ideal_reduction(config, stages, 1, length, head=False)
     count = max(1, round(saved * config.num_layers))
     if count < config.num_layers and count not in skips:
@@ -108,33 +161,65 @@ def _encode(graphdef, params, tokens_BT):
   return nnx.merge(graphdef, params).encode(tokens_BT, causal=True)
 
 
+def _nats(model, tokenizer, ids, length: int, continuation: int):
+  """(log-likelihood, the tokens that it is of) of a text."""
+  if not continuation:
+    scorer = Scorer(model, tokenizer, 4, bucket_lengths(length))
+    (log_likelihood,) = scorer.rolling([ids])
+    return log_likelihood, ids
+  size = length - 1
+  windows = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+  require(
+    bool(windows),
+    f"length={length}: the text has {len(ids)} tokens, fewer than a window",
+  )
+  decoder = Decoder(model, length)
+  total = 0.0
+  for n in range(0, len(windows), _ROWS):
+    rows = windows[n : n + _ROWS]
+    prompts = [[tokenizer.bos_id, *row[:-continuation]] for row in rows]
+    ends = [row[-continuation:] for row in rows]
+    total += float(decoder.log_likelihoods(prompts, ends).sum())
+  return total, [i for row in windows for i in row[-continuation:]]
+
+
 def measure(
   variants: list[Variant],
   tokenizer,
   texts: Mapping[str, str],
   length: int,
   protocol: timing.Protocol,
+  continuation: int = 0,
 ) -> list[Row]:
   """A row for each variant; the first is what all are compared with."""
   ids = {name: tokenizer.encode(text) for name, text in texts.items()}
   rng = np.random.default_rng(protocol.seed)
   vocab_size = variants[0].model.config.vocab_size
-  tokens_BT = jnp.asarray(rng.integers(0, vocab_size, (1, length)), jnp.int32)
+  length_run = length - continuation
+  tokens_BT = jnp.asarray(
+    rng.integers(0, vocab_size, (1, length_run)), jnp.int32
+  )
+  shared = unstacked(variants[0].model) if continuation else None
   builders, rows = {}, []
   base = None
   for number, variant in enumerate(variants, 1):
     protocol.log(f"[{number}/{len(variants)}] {variant.name}")
     model = variant.model
-    scorer = Scorer(model, tokenizer, 4, bucket_lengths(length))
     row: Row = {"variant": variant.name, "kind": variant.kind}
     for name, text in texts.items():
-      (log_likelihood,) = scorer.rolling([ids[name]])
-      size = len(text.encode())
+      scores = shared.with_funnel(model.stages) if continuation else model
+      log_likelihood, scored = _nats(
+        scores, tokenizer, ids[name], length, continuation
+      )
+      size = len(tokenizer.decode(scored).encode())
+      size = size if continuation else len(text.encode())
       row[f"bits_{name}"] = -log_likelihood / math.log(2) / size
-    cost = flops.forward(model.config, model.stages, 1, length, head=False)
+    cost = flops.forward(model.config, model.stages, 1, length_run, head=False)
     base = base or cost
     row["flops_saved"] = 1 - cost / base
-    row["flops_saved_with_head"] = _saved_with_head(variants[0], model, length)
+    row["flops_saved_with_head"] = _saved_with_head(
+      variants[0], model, length_run
+    )
     rows.append(row)
     graphdef, params = nnx.split(model)
     builders[variant.name] = functools.partial(
@@ -151,7 +236,9 @@ def measure(
   for row in rows:
     row |= times[row["variant"]]
     for name in texts:
-      row[f"damage_{name}"] = row[f"bits_{name}"] - rows[0][f"bits_{name}"]
+      plain = rows[0][f"bits_{name}"]
+      row[f"damage_{name}"] = row[f"bits_{name}"] - plain
+      row[f"loss_{name}"] = row[f"bits_{name}"] / plain - 1
   return rows
 
 
@@ -167,7 +254,7 @@ def _columns(texts) -> tuple[report.Column, ...]:
   damages = [
     report.Column(f"damage_{name}", f"over plain, {name}", "+.4f")
     for name in texts
-  ]
+  ] + [report.percent(f"loss_{name}", f"loss, {name}") for name in texts]
   return report.columns(
     report.Column("variant", "variant"),
     *bits,
@@ -185,10 +272,15 @@ def plot(rows) -> Any:
   """A figure: bits per byte lost against the time that is saved."""
   names = [key for key in rows[0] if key.startswith("damage_")]
   figure = report.new_figure(5.2 * len(names), 4.4)
+  kinds = dict.fromkeys(row["kind"] for row in rows)
+  marks = {
+    kind: f"C{n % 10}{'osv^D'[n // 10 % 5]}"
+    for n, kind in enumerate(k for k in kinds if k not in ("plain", "skip"))
+  } | {"plain": "k*", "skip": "kx"}
   for axes, key in zip(
     figure.subplots(1, len(names), squeeze=False)[0], names, strict=True
   ):
-    for kind, mark in (("plain", "k*"), ("funnel", "C0o"), ("skip", "C1s")):
+    for kind, mark in ((kind, marks[kind]) for kind in kinds):
       own = [r for r in rows if r["kind"] == kind and r.get("latency_s")]
       x = [100 * (r["reduction"] or 0) for r in own]
       y = [r[key] for r in own]
@@ -196,6 +288,7 @@ def plot(rows) -> Any:
       for row, at in zip(own, zip(x, y, strict=True), strict=True):
         # Of a funnel, its layers are enough.
         label = re.sub(r"start=(\d+),stop=(\d+).*", r"\1:\2", row["variant"])
+        label = label if len(rows) <= _LABELLED else ""
         style = dict(textcoords="offset points", fontsize=8)
         axes.annotate(label, at, (5, 4), **style)
     axes.set_xlabel("latency saved, % (hidden states)")
@@ -227,8 +320,19 @@ def run(config: Any) -> list[Row]:
   """
   for key, least in (("length", 2), ("max_bytes", 1), ("new_tokens", 0)):
     require_int(key, config[key], least)
+  require_int("continuation", config.continuation, 0, config.length - 2)
+  for saving in config.savings:
+    require_between("savings", saving, 0, 1, open=True)
   protocol = timing.Protocol(config.repeats, config.warmup, config.seed)
-  funnels_lib.resolve(config.funnels, own=(), recovers=_RECOVERS)
+  tried = [f.replace("start=?", "start=1") for f in config.funnels]
+  tried = [f.replace("threshold=?", "threshold=0") for f in tried]
+  funnels_lib.resolve(
+    tried, own=(), recovers=_RECOVERS, trains=not config.continuation
+  )
+  require(
+    bool(config.savings) or "?" not in "".join(config.funnels),
+    "savings=(): expected such as (0.25, 0.45) for funnels with start=?",
+  )
   texts = _texts(config)
   out = config.out or os.path.join("runs", f"damage_{config.checkpoint}")
   report.claim(out, "damage")
@@ -247,8 +351,12 @@ def run(config: Any) -> list[Row]:
     cli.tell(f"{config.prompt}|{tokenizer.decode(found.tokens)}")
   ids = tokenizer.encode(next(iter(texts.values())))[: config.length - 1]
   tokens_BT = np.asarray([[tokenizer.bos_id, *ids]], np.int32)
-  variants = _variants(model, config.funnels, config.length, tokens_BT)
-  rows = measure(variants, tokenizer, texts, config.length, protocol)
+  prompt = config.length - config.continuation
+  variants = _variants(model, config.funnels, config.savings, prompt, tokens_BT)
+  rows = measure(
+    variants, tokenizer, texts, config.length, protocol, config.continuation
+  )
+  ends = f", the last {config.continuation} tokens of each"
   sizes = ", ".join(f"{len(t.encode()):,} of {n}" for n, t in texts.items())
   report.write(
     out,
@@ -259,9 +367,10 @@ def run(config: Any) -> list[Row]:
     plot,
     settings={**loaded.settings(), "checkpoint": name, "texts": sorted(texts)},
     notes=[
-      f"Bytes: {sizes}, in windows of {config.length} tokens. Nothing was "
-      "trained with a funnel. Times: hidden states of one row of "
-      f"{config.length} tokens, medians of {config.repeats} interleaved rounds."
+      f"Bytes: {sizes}, in windows of {config.length} tokens"
+      f"{ends if config.continuation else ''}. Nothing was trained with a "
+      f"funnel. FLOPs and times: hidden states of one row of {prompt} tokens; "
+      f"times are medians of {config.repeats} interleaved rounds."
     ],
   )
   return rows
