@@ -178,7 +178,9 @@ def _make_parts(config, stages, length, causal, context_length):
   matrices = query_weights + key_weights + mlp_weights
   vectors = parameters(config).layers // config.num_layers - matrices
   mlp_norms = (1 + config.post_norms) * D
-  made = [funnel_lib.Stage(_NARROW, stage, nnx.Rngs(0)) for stage in stages]
+  make = lambda config, stage: funnel_lib.Stage(config, stage, nnx.Rngs(0))
+  made = [make(_NARROW, stage) for stage in stages]
+  sized = [nnx.eval_shape(lambda s=s: make(config, s)) for s in stages]
 
   def run(step, slots, keys):
     keys = keys or slots
@@ -203,18 +205,16 @@ def _make_parts(config, stages, length, causal, context_length):
 
   def reduce(number, slots, aux):
     reducer = made[number].reducer
-    if reducer.weights:
-      # Those of a narrow model grow with the width.
-      weights = reducer.weights * D // _NARROW.embed_dim
+    if weights := sized[number].reducer.weights:
       parts.append(_Part(slots, slots, query_weights=weights))
     short, _ = reducer.reduce(slots.stream, aux, causal)
     return _Slots(short, slots.rate * reducer.rate), None
 
   def upsample(number, deep, short, before, _):
-    recovery = made[number].recovery
-    if recovery.vectors:
-      vectors = recovery.vectors * D // _NARROW.embed_dim
-      parts.append(_Part(before, before, vectors=vectors))
+    recovery = sized[number].recovery
+    if recovery.vectors or recovery.weights:
+      learned = recovery.weights, 0, recovery.vectors
+      parts.append(_Part(before, before, *learned))
     if recovery.attends:
       visible = before.num_visible(deep, None, causal)
       parts.append(

@@ -178,15 +178,34 @@ class Recovery(nnx.Module):
     return u_BRD
 
   def combine(
-    self, held_BTD: jax.Array, h_BTD: jax.Array, attended_BTD: jax.Array | None
+    self, held_BTD: jax.Array, h_BTD: jax.Array, **read: jax.Array | None
   ) -> jax.Array:
-    """[B, T, D] of what is held and of h, in the dtype of h."""
+    """[B, T, D] of what is held and of h, in the dtype of h.
+
+    Args:
+      held_BTD: of the slot that each token reads.
+      h_BTD: the token's own state.
+      **read: `attended_BTD`, of a recovery that attends, and `offset_BT`,
+        int32: how many slots ago the anchor of that slot is.
+    """
     raise NotImplementedError
+
+  def bypass(self, h_BTD: jax.Array) -> jax.Array:
+    """States of tokens that bypassed the stage."""
+    return h_BTD
 
   @property
   def vectors(self) -> int:
     """How many numbers its learned vectors have."""
-    rows = [row for row in self.rows if not (row.outputs or self.attends)]
+    return 0 if self.attends else self._count(outputs=False)
+
+  @property
+  def weights(self) -> int:
+    """Weights that each token is multiplied by, but for its attention."""
+    return 0 if self.attends else self._count(outputs=True)
+
+  def _count(self, outputs: bool) -> int:
+    rows = [row for row in self.rows if bool(row.outputs) == outputs]
     return sum(getattr(self, row.path).size for row in rows)
 
 
@@ -194,7 +213,7 @@ class Recovery(nnx.Module):
 class Average(Recovery):
   """(u + h) / 2"""
 
-  def combine(self, held_BTD, h_BTD, attended_BTD):
+  def combine(self, held_BTD, h_BTD, **read):
     return (held_BTD + h_BTD) * 0.5
 
 
@@ -202,7 +221,7 @@ class Average(Recovery):
 class Add(Recovery):
   """u + h"""
 
-  def combine(self, held_BTD, h_BTD, attended_BTD):
+  def combine(self, held_BTD, h_BTD, **read):
     return held_BTD + h_BTD
 
 
@@ -210,7 +229,7 @@ class Add(Recovery):
 class Repeat(Recovery):
   """u"""
 
-  def combine(self, held_BTD, h_BTD, attended_BTD):
+  def combine(self, held_BTD, h_BTD, **read):
     return held_BTD
 
 
@@ -225,7 +244,7 @@ class Delta(Recovery):
   def hold(self, u_BRD, p_BRD):
     return u_BRD.astype(jnp.float32) - p_BRD.astype(jnp.float32)
 
-  def combine(self, held_BTD, h_BTD, attended_BTD):
+  def combine(self, held_BTD, h_BTD, **read):
     return (h_BTD.astype(jnp.float32) + held_BTD).astype(h_BTD.dtype)
 
 
@@ -239,9 +258,69 @@ class ScaledDelta(Delta):
 
   rows = (params.vector("scale", "D", "funnel"),)
 
-  def combine(self, held_BTD, h_BTD, attended_BTD):
+  def combine(self, held_BTD, h_BTD, **read):
     s_11D = 1 + self.scale[...].astype(jnp.float32)[None, None]
-    return super().combine(s_11D * held_BTD, h_BTD, attended_BTD)
+    return super().combine(s_11D * held_BTD, h_BTD)
+
+
+@RECOVERIES.register("offset")
+class Offset(Delta):
+  """h + (u - p) + W u, with a learned W for each distance to the anchor, of
+  low rank, which starts at zero (AU-Net, arXiv 2506.14761)
+
+  The farthest distances share one.
+
+  Attributes:
+    down: [O, D, W].
+    up: [O, W, D], zero at first.
+  """
+
+  rows = (
+    params.matrix("down", "O D W", "funnel", "W", params.unit_inputs),
+    params.matrix("up", "O W D", "funnel", "D", params.zeros),
+  )
+
+  def hold(self, u_BRD, p_BRD):
+    delta_BRD = super().hold(u_BRD, p_BRD)
+    return jnp.concatenate([delta_BRD, u_BRD.astype(jnp.float32)], axis=-1)
+
+  def combine(self, held_BTD, h_BTD, *, offset_BT, **read):
+    delta_BTD, u_BTD = jnp.split(held_BTD, 2, axis=-1)
+    down_ODW, up_OWD = self.down[...], self.up[...]
+    x_BTOW = jnp.einsum(
+      "BTD,ODW->BTOW", u_BTD.astype(h_BTD.dtype), down_ODW.astype(h_BTD.dtype)
+    )
+    size = down_ODW.shape[0]
+    own_BTO = jax.nn.one_hot(
+      jnp.minimum(offset_BT, size - 1), size, dtype=h_BTD.dtype
+    )
+    w_BTD = jnp.einsum(
+      "BTOW,OWD->BTD", x_BTOW * own_BTO[..., None], up_OWD.astype(h_BTD.dtype)
+    )
+    return super().combine(delta_BTD + w_BTD.astype(jnp.float32), h_BTD)
+
+
+@RECOVERIES.register("affine")
+class Affine(Repeat):
+  """u; a token that bypasses the stage has A h + c, which starts as h: what
+  the stage would have made of it, linearly (arXiv 2303.09435)
+
+  `python -m gemma_funnel.study.calibrate` finds A and c on a text.
+
+  Attributes:
+    map: [D, D], A - 1 transposed.
+    shift: [D], c.
+  """
+
+  rows = (
+    params.matrix("map", "D d", "funnel", "d", params.zeros),
+    params.vector("shift", "D", "funnel"),
+  )
+
+  def bypass(self, h_BTD):
+    map_Dd = self.map[...].astype(h_BTD.dtype)
+    moved_BTD = jnp.einsum("BTD,Dd->BTd", h_BTD, map_Dd)
+    return h_BTD + moved_BTD + self.shift[...].astype(h_BTD.dtype)[None, None]
 
 
 @RECOVERIES.register("gate")
@@ -254,7 +333,7 @@ class Gate(Recovery):
 
   rows = (params.vector("gate", "D", "funnel"),)
 
-  def combine(self, held_BTD, h_BTD, attended_BTD):
+  def combine(self, held_BTD, h_BTD, **read):
     s_D = jax.nn.sigmoid(self.gate[...].astype(jnp.float32))
     s_11D = s_D[None, None].astype(h_BTD.dtype)
     return s_11D * held_BTD + (1 - s_11D) * h_BTD
@@ -279,7 +358,7 @@ class Attend(Recovery):
   def learn(self, config, rngs):
     self.attend = CrossAttention(config, rngs)
 
-  def combine(self, held_BTD, h_BTD, attended_BTD):
+  def combine(self, held_BTD, h_BTD, *, attended_BTD, **read):
     return (held_BTD + h_BTD) * 0.5 + attended_BTD
 
 
@@ -336,16 +415,30 @@ class Stage(nnx.Module):
       attend = self.recovery.attend
       attended_BTD = attend(before, attend.keys_values(deep), attention_fn)
     return self.combine(
-      held_BTD, before, gather_index_BT == BYPASS, attended_BTD
+      held_BTD,
+      before,
+      gather_index_BT == BYPASS,
+      attended_BTD=attended_BTD,
+      offset_BT=offsets(gather_index_BT, before.segment_BT),
     )
 
-  def combine(self, held_BTD, before: Stream, bypass_BT, attended_BTD):
+  def combine(self, held_BTD, before: Stream, bypass_BT, **read):
     """`before`, with its states and what is held made one."""
     h_BTD = before.hidden_BTD
-    hidden_BTD = self.recovery.combine(held_BTD, h_BTD, attended_BTD)
+    hidden_BTD = self.recovery.combine(held_BTD, h_BTD, **read)
+    other_BTD = self.recovery.bypass(h_BTD)
     return before.replace(
-      hidden_BTD=jnp.where(bypass_BT[..., None], h_BTD, hidden_BTD)
+      hidden_BTD=jnp.where(bypass_BT[..., None], other_BTD, hidden_BTD)
     )
+
+
+def offsets(gather_index_BT: jax.Array, segment_BT: jax.Array) -> jax.Array:
+  """int32 [B, T]: slots since the first one that reads the same short slot."""
+  slot_1T = jnp.arange(gather_index_BT.shape[1], dtype=jnp.int32)[None]
+  first_BT = slot_1T == 0
+  for x_BT in (gather_index_BT, segment_BT):
+    first_BT |= x_BT != jnp.roll(x_BT, 1, axis=1)
+  return slot_1T - jax.lax.cummax(jnp.where(first_BT, slot_1T, 0), axis=1)
 
 
 class CrossAttention(nnx.Module):

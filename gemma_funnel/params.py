@@ -5,7 +5,8 @@ sharding, optimizers, weight decay, LoRA, conversion and parameter counts.
 
 Dimensions: L layers, V vocabulary, D model width, F MLP width, N query heads,
 K key/value heads, H head width; of a task's head, E hidden width, C outputs;
-of LoRA's factors, r rank.
+of LoRA's factors, r rank; of what a recovery learns, d is D once more, O
+distances to an anchor, W a narrow width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -125,8 +126,9 @@ def _residual(row: Row, sizes: Sizes):
   return _lecun(row, sizes, 1 / (2 * sizes["L"]))
 
 
-def _unit(row: Row, sizes: Sizes):
-  """Of variance one, scaled by sqrt(D), and logits of that variance."""
+def unit_inputs(row: Row, sizes: Sizes):
+  """Variance 1 / D: embeddings of variance one when scaled by sqrt(D), logits
+  of that variance, and products of states that have it."""
   return nnx.initializers.normal(sizes["D"] ** -0.5)
 
 
@@ -178,13 +180,13 @@ def attention(path: str, depth: str, role: str, out) -> tuple[Row, ...]:
 
 _post_norms = lambda config: config.post_norms
 MODEL: tuple[Row, ...] = (
-  matrix("embedding", "V D", "embedding", "D", _unit),
+  matrix("embedding", "V D", "embedding", "D", unit_inputs),
   matrix(
     "unembedding",
     "V D",
     "unembedding",
     "V",
-    _unit,
+    unit_inputs,
     when=lambda config: not config.tied,
   ),
   *attention("layers/attn", "L ", "attention", _residual),
@@ -275,6 +277,10 @@ def layer_matrix(path: str) -> Row | None:
   return row if row and row.is_layer_matrix else None
 
 
+# Of `funnel.Offset`: distances that have a map of their own, and its rank.
+OFFSETS, OFFSET_WIDTH = 8, 16
+
+
 def sizes_of(config: TransformerConfig) -> dict[str, int]:
   """The size of each letter of a model's dimensions."""
   return dict(
@@ -285,6 +291,9 @@ def sizes_of(config: TransformerConfig) -> dict[str, int]:
     K=config.num_kv_heads,
     H=config.head_dim,
     L=config.num_layers,
+    d=config.embed_dim,
+    O=OFFSETS,
+    W=OFFSET_WIDTH,
   )
 
 

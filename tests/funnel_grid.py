@@ -76,6 +76,9 @@ OPTIONS = dict(
   **{f"{name}2": values for name, values in OF_A_STAGE.items()},
 )
 OPTIONS["stride2"] = (2, 3)
+# Each way of keys and each kind of recovery; pairs of all would be many.
+OPTIONS["keys2"] = ("own", "first", "before")
+OPTIONS["recover2"] = ("average", "delta", "offset", "attend", "none")
 SECOND_SPANS = {
   ("within", (0, None)): (2, 4),
   ("within", (1, 4)): (2, 4),

@@ -21,7 +21,7 @@ from gemma_funnel.config import (
 from gemma_funnel.funnel import LayerRun, Reduce, Stage, Upsample
 from gemma_funnel.reducers import BYPASS, Groups, Pending, select
 from gemma_funnel.registry import RECOVERIES, REDUCERS
-from gemma_funnel.stream import Stream, make_stream
+from gemma_funnel.stream import Stream, make_stream, rank
 
 CONFIG = TransformerConfig.preset("tiny", kernel="reference")
 LENGTH = 29
@@ -364,7 +364,21 @@ def test_upsample_is_the_definition(recover, pool, causal):
       want = s * u + (1 - s) * h
     case "attend":
       want = (u + h) / 2 + _attention(stage, before, deep, causal)
-  want = np.where(gather_index_BT[..., None] == BYPASS, h, want)
+    case "affine":
+      want = u
+    case "offset":
+      down, up = (
+        np.asarray(getattr(stage.recovery, name)[...])
+        for name in ("down", "up")
+      )
+      odd = np.asarray(rank(before.segment_BT))[..., None] % 2 == 1
+      maps = [u @ down[o] @ up[o] for o in (0, 1)]
+      want = h + (u - p) + np.where(odd, maps[1], maps[0])
+  other = h
+  if recover == "affine":
+    other = h + h @ np.asarray(stage.recovery.map[...])
+    other = other + np.asarray(stage.recovery.shift[...])
+  want = np.where(gather_index_BT[..., None] == BYPASS, other, want)
   real = before.segment_BT != 0
   np.testing.assert_allclose(got.hidden_BTD[real], want[real], atol=1e-4)
   assert np.all(np.isfinite(got.hidden_BTD))

@@ -65,11 +65,13 @@ class StageState:
   Attributes:
     reducer: its reducer's own state.
     held_B1D: what tokens read of the newest short slot (`Recovery.hold`).
+    offset_B1: int32, how many slots ago its anchor is.
     deep: keys and values of deep states, for a recovery that attends.
   """
 
   reducer: Any
   held_B1D: jax.Array
+  offset_B1: jax.Array
   deep: Cache | None
 
 
@@ -241,7 +243,7 @@ class _Prefill:
   def reduce(self, number: int, stream: Stream, aux: Aux):
     reducer = self._model.funnel[number].reducer
     state = reducer.init_state(stream, self._phase)
-    self.stages.append(StageState(state, None, None))
+    self.stages.append(StageState(state, None, None, None))
     self._lengths.append(
       reducer.cache_length(self._lengths[-1], stream, self._further)
     )
@@ -265,6 +267,10 @@ class _Prefill:
     self.stages[number] = dataclasses.replace(
       self.stages[number],
       held_B1D=take(held_BRD, last_slot(deep)[:, None]),
+      offset_B1=take(
+        funnel_lib.offsets(gather_index_BT, before.segment_BT),
+        last_slot(before)[:, None],
+      ),
       deep=cache,
     )
     return stage.upsample(deep, short, before, gather_index_BT, True)
@@ -369,6 +375,10 @@ class _Step:
     due, bypasses = self._dues.pop(), self._bypasses.pop()
     held_B1D = stage.recovery.hold(deep.hidden_BTD, short.hidden_BTD)
     held_B1D = _where(due, held_B1D, state.held_B1D)
+    offset_B1 = _where(
+      due, jnp.zeros_like(state.offset_B1), state.offset_B1 + 1
+    )
+    offset_B1 = _where(self._dues[-1], offset_B1, state.offset_B1)
     cache, attended_BTD = state.deep, None
     if cache is not None:
       cache = _if_due(due, functools.partial(_put_deep, stage, deep), cache)
@@ -376,10 +386,16 @@ class _Step:
         self._attend, cache.slots, cache.keys_values[0], before, None
       )
       attended_BTD = stage.recovery.attend(before, (None, None), attention_fn)
-    self.stages[number] = StageState(state.reducer, held_B1D, cache)
+    self.stages[number] = StageState(state.reducer, held_B1D, offset_B1, cache)
     misses = jnp.bool_(False) if due is None else ~due & bypasses
     bypass_BT = jnp.broadcast_to(misses.reshape(-1, 1), before.segment_BT.shape)
-    return stage.combine(held_B1D, before, bypass_BT, attended_BTD)
+    return stage.combine(
+      held_B1D,
+      before,
+      bypass_BT,
+      attended_BTD=attended_BTD,
+      offset_BT=offset_B1,
+    )
 
 
 def _put_values(cache: Cache, n: int, keys_values):
