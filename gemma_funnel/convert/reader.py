@@ -52,6 +52,7 @@ class CheckpointReader:
     companions: files of the tokenizer and of generating, by name.
     kept: what its configuration says beside the model, and others need.
     run: the step and the configuration of a training run; None for others.
+    learned: parameters of the funnel that are not from the files, by path.
   """
 
   where: str
@@ -65,6 +66,7 @@ class CheckpointReader:
   _tensors: TensorReader
   _sizes: Mapping[str, int]
   _views: Mapping[tuple[Path, int | None], tuple[str, ParamView]]
+  learned: Mapping[Path, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def read(
     self,
@@ -89,6 +91,9 @@ class CheckpointReader:
     Raises:
       ValueError: a file that is damaged; values that are not finite.
     """
+    if path in self.learned:
+      index = tuple(slices.get(dim, slice(None)) for dim in axes.split())
+      return np.ascontiguousarray(self.learned[path][index], dtype)
     name, view = self._views[path, layer]
     slices = {dim: slices[dim] for dim in view.axes if dim in slices}
     first = {word[0] for word in view.axes.split()}
