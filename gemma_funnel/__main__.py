@@ -10,6 +10,7 @@ From anywhere:
   python -m gemma_funnel.convert             converts checkpoints
   python -m gemma_funnel.data.tokenize       tokenizes a corpus for many runs
   python -m gemma_funnel.study               a grid of trainings, compared
+  python -m gemma_funnel.study.calibrate     fits recover=affine on a text
   python -m gemma_funnel.evaluation.harness  tasks of lm-evaluation-harness
 """
 
