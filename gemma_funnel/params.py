@@ -34,6 +34,8 @@ MESH_AXES: dict[str, mesh_lib.Axes] = {
   "F": mesh_lib.HEADS,
   "N": mesh_lib.HEADS,
   "K": mesh_lib.HEADS,
+  "d": mesh_lib.HEADS,
+  "W": mesh_lib.HEADS,
 }
 
 

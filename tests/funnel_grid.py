@@ -60,7 +60,8 @@ OTHERS = tuple(name for name in FAMILIES if name != GEMMA2)
 
 OF_A_STAGE = dict(
   reduce=tuple(n for n in REDUCERS if issubclass(REDUCERS[n], Groups)),
-  recover=tuple(RECOVERIES),
+  # "affine" is "repeat", but for what bypasses.
+  recover=tuple(n for n in RECOVERIES if n != "affine"),
   stride=(2, 3, 4),
   keys=("own", "first", "before", "none"),
   keep_first=(False, True),
@@ -77,8 +78,8 @@ OPTIONS = dict(
 )
 OPTIONS["stride2"] = (2, 3)
 # Each way of keys and each kind of recovery; pairs of all would be many.
-OPTIONS["keys2"] = ("own", "first", "before")
-OPTIONS["recover2"] = ("average", "delta", "offset", "attend", "none")
+OPTIONS["keys2"] = ("own", "before")
+OPTIONS["recover2"] = ("average", "delta", "attend", "none")
 SECOND_SPANS = {
   ("within", (0, None)): (2, 4),
   ("within", (1, 4)): (2, 4),

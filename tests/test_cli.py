@@ -496,7 +496,7 @@ def test_the_package_lists_its_commands(monkeypatch, capsys):
   told = capsys.readouterr().out
   assert stop.value.code == 0
   named = re.findall(r"^  python (\S+\.py|-m \S+) ", told, re.MULTILINE)
-  assert len(named) == 8
+  assert len(named) == 9
   for name in named:
     if name.endswith(".py"):
       assert (tiny_run.ROOT / name).exists()

@@ -37,7 +37,7 @@ GRID = PLAIN + [Case.of(chosen) for chosen in PAIRS]
 # For what takes long; and more cases, in which pairs meet in other company.
 FEW = PLAIN + [Case.of(chosen) for chosen in each_value(PAIRS)]
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-MORE = [slow(Case.of(c)) for c in covering(OPTIONS, 2, turn=5)[::6]]
+MORE = [slow(Case.of(c)) for c in covering(OPTIONS, 2, turn=5)[::12]]
 # Of each other family the plain model, and one with a funnel of the grid.
 OF_FAMILIES = [
   dataclasses.replace(case, family=family)
