@@ -235,7 +235,7 @@ ONES = {
   name: values
   for name, values in OPTIONS.items()
   if not name.startswith(("recover", "stride")) and not name.endswith("2")
-} | dict(span=((0, None), (1, 4)), second=("no",))
+} | dict(span=((0, None), (1, 4)), second=("no",), keys=("own", "first"))
 
 
 @over(
@@ -299,9 +299,21 @@ def test_by_jacobian(case):
   _, last_R = _slots([1] * length, case)
   future_RT = last_R[:, None] < np.arange(length)[None]
   assert np.any(of_input_RT[future_RT] != 0) == (not case.causal)
+  unused = _without_attention(case)
   for name, x in of_params.items():
     for layer, one in enumerate(x if "layers" in name else x[None]):
-      assert one.max() > 1e-7, (name, layer)
+      attends = layer not in unused or "attn" not in name
+      assert (one.max() > 1e-7) == attends, (name, layer)
+
+
+def _without_attention(case) -> set[int]:
+  """Layers whose innermost stage has keys=none."""
+  found = set()
+  for layer in range(CONFIG.num_layers):
+    inner = [s for s in case.stages if s.start <= layer < s.stop]
+    if inner and inner[-1].keys == "none":
+      found.add(layer)
+  return found
 
 
 def test_rows_of_padding_alone_give_no_nan():
