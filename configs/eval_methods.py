@@ -7,8 +7,8 @@ r"""Every reduction of a prompt, untrained, at the same savings.
 
 Needs the extra "weights". Each window's first tokens are a prompt, in which so
 much is saved, and its last 256 are what is scored. Expect minutes a method on
-two cores. Of Gemma 3 270M, "tail" and the selections by attention cost least;
-docs/methods.md has the table.
+two cores. Expect the selections by attention to cost least on both models, and
+far less than pools; docs/methods.md has the table.
 """
 
 from ml_collections import config_dict

@@ -91,18 +91,20 @@ class _Span:
     rope, keys_rope = (angles and angles[kind] for angles in ropes)
 
     def call(params, stream, keys):
-      attention_fn = self.attends and make_attention_fn(
-        self.config,
-        stream,
-        keys or stream,
-        self.causal,
-        spec.window,
-        self.needs,
-      )
+      attention_fn = None
+      if self.attends:
+        attention_fn = make_attention_fn(
+          self.config,
+          stream,
+          keys or stream,
+          self.causal,
+          spec.window,
+          self.needs,
+        )
       hidden_BTD, aux = nnx.merge(self.block, params)(
         stream.hidden_BTD,
         rope,
-        attention_fn or None,
+        attention_fn,
         keys and keys.hidden_BTD,
         keys_rope,
       )

@@ -9,6 +9,7 @@ from tiny_checkpoints import GEMMA2, random_tensors, write
 
 import gemma_funnel
 from gemma_funnel.config import resolve_funnel
+from gemma_funnel.data import packing
 from gemma_funnel.study import calibrate
 
 FUNNEL = "start=1,reduce=received,keep=0.5,recover=affine"
@@ -55,7 +56,7 @@ def test_the_command_writes_a_checkpoint_that_has_it(source, capsys):
   stages = resolve_funnel(FUNNEL, model.config.num_layers)
   assert model.stages == stages
   text = (source.parent / "text.txt").read_text()
-  tokens = calibrate.windows(Letters(), text, 40, 32)
+  tokens = packing.windows(2, Letters().encode(text), 40)[:32]
   (fit,) = calibrate.calibrate(model, stages, tokens, 1e-4).values()
   assert fit.after < 0.9 * fit.before
   recovery = model.funnel[0].recovery

@@ -305,3 +305,13 @@ def test_the_model_may_go_on_being_used(shallow, decoder):
   first = decoder.generate(prompts, max_new_tokens=4)
   assert first == decoder.generate(prompts, max_new_tokens=4)
   assert np.isfinite(np.asarray(shallow(np.asarray(prompts[:1])))).all()
+
+
+@pytest.mark.parametrize("funnel", ["off", "start=1,stop=4,stride=2"])
+def test_given_tokens_are_as_likely_as_in_one_pass(funnel):
+  model = funnel_grid.make_model(resolve_funnel(funnel, 5))
+  rows = np.random.default_rng(0).integers(5, 97, (3, 30)).astype(np.int32)
+  got = Decoder(model, 30).log_likelihoods(rows[:, :18], rows[:, 18:])
+  log_p = np.asarray(jax.nn.log_softmax(model(rows)))[:, 17:-1]
+  want = np.take_along_axis(log_p, rows[:, 18:, None], axis=2)[..., 0]
+  np.testing.assert_allclose(got, want, atol=1e-4)

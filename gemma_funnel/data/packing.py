@@ -174,3 +174,18 @@ def pack(
 def predicted_mask(segment_BT: np.ndarray) -> np.ndarray:
   """Where the next token is predicted: t and t+1 share a segment; [B, T-1]."""
   return (segment_BT[:, 1:] == segment_BT[:, :-1]) & (segment_BT[:, 1:] != 0)
+
+
+def windows(bos_id: int, ids: Sequence[int], length: int) -> np.ndarray:
+  """int32 [B, length]: a text's tokens in whole windows that begin with BOS.
+
+  Raises:
+    ValueError: a text of less than one window.
+  """
+  size = length - 1
+  if len(ids) < size:
+    raise ValueError(
+      f"length={length}: the text has {len(ids)} tokens, fewer than a window"
+    )
+  rows = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+  return np.asarray([[bos_id, *row] for row in rows], np.int32)

@@ -273,13 +273,8 @@ class Decoder:
 
     def one(state):
       phase = (state.phase + 1) % self.stride
-      stream = make_stream(
-        model.embed(state.token_B[:, None]),
-        jnp.ones_like(state.token_B[:, None]),
-        state.rank_B[:, None],
-      )
-      stream, caches, stages = caches_lib.step(
-        model, stream, state.caches, state.stages
+      stream, caches, stages = _step(
+        model, state.token_B, state.rank_B, state.caches, state.stages
       )
       state = dataclasses.replace(
         state,
@@ -446,13 +441,9 @@ class Decoder:
     rank_B = jnp.sum(inputs["segment_BT"], axis=1, dtype=jnp.int32)
 
     def one(carry, token_B):
-      rank_B, caches, stages = carry
-      token_B1 = token_B[:, None]
-      stream = make_stream(
-        model.embed(token_B1), jnp.ones_like(token_B1), rank_B[:, None]
-      )
-      stream, caches, stages = caches_lib.step(model, stream, caches, stages)
-      return (rank_B + 1, caches, stages), stream.hidden_BTD
+      rank_B, *state = carry
+      stream, *state = _step(model, token_B, rank_B, *state)
+      return (rank_B + 1, *state), stream.hidden_BTD
 
     carry = rank_B, *state
     _, after_NB1D = jax.lax.scan(one, carry, next_BN[:, :-1].T)
@@ -561,6 +552,15 @@ def _arrays(prompts, beginnings, stride) -> dict[str, np.ndarray]:
     "rest_BK": rest_BK,
     "rest_B": np.asarray(rest_B, np.int32),
   }
+
+
+def _step(model: Transformer, token_B, rank_B, caches, stages):
+  """`caches.step` for one more token of each row."""
+  token_B1 = token_B[:, None]
+  stream = make_stream(
+    model.embed(token_B1), jnp.ones_like(token_B1), rank_B[:, None]
+  )
+  return caches_lib.step(model, stream, caches, stages)
 
 
 def _last_logits(model: Transformer, stream: Stream) -> jax.Array:

@@ -31,6 +31,7 @@ import numpy as np
 from gemma_funnel import cli, flops, weights
 from gemma_funnel.checks import require, require_between, require_int
 from gemma_funnel.config import OFF, FunnelConfig, check_recovers, parse_funnel
+from gemma_funnel.data.packing import windows
 from gemma_funnel.decode.decoder import Decoder, unstacked
 from gemma_funnel.evaluation import funnels as funnels_lib
 from gemma_funnel.evaluation import load_for_eval, report, timing
@@ -167,20 +168,13 @@ def _nats(model, tokenizer, ids, length: int, continuation: int):
     scorer = Scorer(model, tokenizer, 4, bucket_lengths(length))
     (log_likelihood,) = scorer.rolling([ids])
     return log_likelihood, ids
-  size = length - 1
-  windows = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
-  require(
-    bool(windows),
-    f"length={length}: the text has {len(ids)} tokens, fewer than a window",
-  )
+  tokens_BT = windows(tokenizer.bos_id, ids, length)
   decoder = Decoder(model, length)
   total = 0.0
-  for n in range(0, len(windows), _ROWS):
-    rows = windows[n : n + _ROWS]
-    prompts = [[tokenizer.bos_id, *row[:-continuation]] for row in rows]
-    ends = [row[-continuation:] for row in rows]
-    total += float(decoder.log_likelihoods(prompts, ends).sum())
-  return total, [i for row in windows for i in row[-continuation:]]
+  for n in range(0, len(tokens_BT), _ROWS):
+    parts = np.split(tokens_BT[n : n + _ROWS], [-continuation], axis=1)
+    total += float(decoder.log_likelihoods(*parts).sum())
+  return total, tokens_BT[:, -continuation:].reshape(-1).tolist()
 
 
 def measure(

@@ -21,6 +21,7 @@ from gemma_funnel.checks import require, require_int, require_positive
 from gemma_funnel.config import OFF, FunnelConfig, resolve_funnel
 from gemma_funnel.convert import conversion
 from gemma_funnel.convert.reader import open_checkpoint
+from gemma_funnel.data.packing import windows
 from gemma_funnel.data.tokenizer import Tokenizer
 from gemma_funnel.model import Transformer
 from gemma_funnel.registry import RECOVERIES, REDUCERS
@@ -116,22 +117,6 @@ def calibrate(
   return fits
 
 
-def windows(tokenizer: Tokenizer, text: str, length: int, count: int):
-  """int32 [B, length], of the beginning of a text; each starts with BOS.
-
-  Raises:
-    ValueError: a text of less than one window.
-  """
-  ids = tokenizer.encode(text)[: count * (length - 1)]
-  size = length - 1
-  rows = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
-  require(
-    bool(rows),
-    f"the text has {len(ids)} tokens: expected at least {size} (length)",
-  )
-  return np.asarray([[tokenizer.bos_id, *row] for row in rows], np.int32)
-
-
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(
     prog="python -m gemma_funnel.study.calibrate", description=__doc__
@@ -193,7 +178,8 @@ def _run(argv: Sequence[str] | None) -> int:
   source = dataclasses.replace(source, stages=stages)
   spec = conversion.spec_for(source, "orbax")
   conversion.check_destination(source, spec, args.destination)
-  tokens_BT = windows(tokenizer, text, args.length, args.windows)
+  ids = tokenizer.encode(text)
+  tokens_BT = windows(tokenizer.bos_id, ids, args.length)[: args.windows]
   model = convert.load(args.source, OFF)
   cli.say(f"{tokens_BT.size} tokens in {len(tokens_BT)} windows")
   learned = {}
